@@ -1,0 +1,107 @@
+"""Tokenised examples and the batches made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from thinwire.keys import Key
+
+IGNORE = -100  # the label of a position that does not count in the loss
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row after the prompt template and the tokenizer.
+
+    `choice` is the index of the right answer among the data set's closed set of answers, None where answers are open.
+    `references` are all answers that a score may accept; the first is the one trained on.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    choice: int | None = None
+    references: tuple[str, ...] = ()
+    text: str = ""  # the rendered prompt, for people
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded tokens whose answers all end at the last position.
+
+    input_ids, attention_mask, position_ids: int64 [rows, length]. labels: int64 [rows, answer], the targets of the last
+    `answer` positions of input_ids, IGNORE where nothing counts. A batch over a closed set of answers holds one row for
+    each (example, candidate), candidates fastest, `candidates` of them, and `choice` int64 [examples]; otherwise
+    candidates is 1 and choice is None. Where each candidate is one token, `candidate_ids` int64 [candidates] holds them,
+    the rows are the bare prompts, one an example, and labels is int64 [rows, 0].
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    examples: int
+    candidates: int = 1
+    choice: Tensor | None = None
+    candidate_ids: Tensor | None = None
+
+
+def collate(examples: Sequence[Example], pad: int, candidates: Sequence[tuple[int, ...]] | None = None) -> Batch:
+    """One batch of the examples; with `candidates` (the tokens of each closed answer) it scores those answers."""
+    choice, single = None, None
+    if candidates is None:
+        rows = [(e.prompt, e.answer) for e in examples]
+    else:
+        choice = torch.tensor([e.choice for e in examples], dtype=torch.int64)
+        if all(len(tokens) == 1 for tokens in candidates):
+            single = torch.tensor([tokens[0] for tokens in candidates], dtype=torch.int64)
+            rows = [(e.prompt, ()) for e in examples]
+        else:
+            rows = [(e.prompt, tokens) for e in examples for tokens in candidates]
+    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    width = max(len(answer) for _, answer in rows)
+    input_ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+    attention = torch.zeros((len(rows), length), dtype=torch.int64)
+    labels = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
+    for i, (prompt, answer) in enumerate(rows):
+        tokens = (*prompt, *answer)
+        input_ids[i, length - len(tokens) :] = torch.tensor(tokens, dtype=torch.int64)
+        attention[i, length - len(tokens) :] = 1
+        if answer:
+            labels[i, width - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    count = 1 if candidates is None else len(candidates)
+    return Batch(input_ids, attention, positions, labels, len(examples), count, choice, single)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A client's examples, or a held-out split. `candidates` is set where answers are a closed set that is scored."""
+
+    examples: tuple[Example, ...]
+    pad: int = 0
+    candidates: tuple[tuple[int, ...], ...] | None = None
+    choices: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batches(self, key: Key, size: int) -> Iterator[Batch]:
+        """Batches without end: pass after pass over the examples, each in a fresh order from `key`, the last of a pass short."""
+        turn = 0
+        while True:
+            order = key.fold("pass", turn).permutation(len(self.examples))
+            for start in range(0, len(order), size):
+                picked = [self.examples[i] for i in order[start : start + size]]
+                yield collate(picked, self.pad, self.candidates)
+            turn += 1
+
+    def in_order(self, size: int) -> Iterator[tuple[Batch, tuple[Example, ...]]]:
+        """Every example once, shortest first so that little is padded: for evaluation."""
+        order = sorted(self.examples, key=lambda e: len(e.prompt) + len(e.answer))
+        for start in range(0, len(order), size):
+            picked = tuple(order[start : start + size])
+            yield collate(picked, self.pad, self.candidates), picked
