@@ -55,7 +55,7 @@ class Key:
         return np.argsort(self.words(count), kind="stable")
 
     def numpy(self) -> np.random.Generator:
-        """A numpy generator, for laws such as Dirichlet that numpy draws; its stream may change between numpy versions."""
+        """A numpy generator, for laws such as Dirichlet's; its stream may change between numpy versions."""
         return np.random.Generator(np.random.Philox(key=self.word()))
 
     def _digest(self, size: int) -> bytes:

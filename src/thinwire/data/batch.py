@@ -33,8 +33,8 @@ class Batch:
     """Left-padded tokens whose answers all end at the last position.
 
     input_ids, attention_mask, position_ids: int64 [rows, length]. labels: int64 [rows, answer], the targets of the last
-    `answer` positions of input_ids, IGNORE where nothing counts. A batch over a closed set of answers holds one row for
-    each (example, candidate), candidates fastest, `candidates` of them, and `choice` int64 [examples]; otherwise
+    `answer` positions of input_ids, IGNORE where nothing counts. A batch over a closed set of answers holds one row
+    for each (example, candidate), candidates fastest, `candidates` of them, and `choice` int64 [examples]; otherwise
     candidates is 1 and choice is None. Where each candidate is one token, `candidate_ids` int64 [candidates] holds them,
     the rows are the bare prompts, one an example, and labels is int64 [rows, 0].
     """
@@ -90,7 +90,7 @@ class Dataset:
         return len(self.examples)
 
     def batches(self, key: Key, size: int) -> Iterator[Batch]:
-        """Batches without end: pass after pass over the examples, each in a fresh order from `key`, the last of a pass short."""
+        """Batches without end: pass after pass, each in a fresh order from `key`, the last batch of a pass short."""
         turn = 0
         while True:
             order = key.fold("pass", turn).permutation(len(self.examples))

@@ -1,0 +1,11 @@
+"""The methods: one file each, one line in the union, discriminated by `name`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from thinwire.methods.fedavg import FedAvg
+from thinwire.methods.fedkseed import FedKSeed
+
+AnyMethod = Annotated[FedAvg | FedKSeed, Field(discriminator="name")]
+METHODS = {cls.model_fields["name"].default: cls for cls in (FedAvg, FedKSeed)}

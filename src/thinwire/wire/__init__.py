@@ -1,0 +1,24 @@
+"""The wire: payloads, frames, the ledger that counts them, and what can be wrong with them. Imports nothing of ours."""
+
+from thinwire.wire.errors import Corrupt, Illegal, Malformed, TooLarge, WireError
+from thinwire.wire.frame import Frame, Header, Spooled, decode, encode, peek, raw
+from thinwire.wire.ledger import Ledger
+from thinwire.wire.payload import LazyTensors, Stale
+
+__all__ = [
+    "Corrupt",
+    "Frame",
+    "Header",
+    "Illegal",
+    "LazyTensors",
+    "Ledger",
+    "Malformed",
+    "Spooled",
+    "Stale",
+    "TooLarge",
+    "WireError",
+    "decode",
+    "encode",
+    "peek",
+    "raw",
+]

@@ -1,0 +1,140 @@
+"""From a run file to the parts of a run: rows, model, data sets, job."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinwire import config
+from thinwire.config import ConfigError, Run
+from thinwire.data import partition, templates
+from thinwire.data.batch import Dataset
+from thinwire.data.errors import DataError
+from thinwire.data.load import Row, read_clients, read_jsonl
+from thinwire.data.packaged import PACKAGED
+from thinwire.data.tokenise import shuffle_answers, tokenise
+from thinwire.evaluate.evaluate import Split, answers, evaluate
+from thinwire.keys import Key
+from thinwire.model.flat import Net
+from thinwire.runtime.loop import Job, Watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 4  # held-out rows whose answers are recorded, for people
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run: client -> rows, and held-out split -> rows."""
+
+    clients: dict[str, list[Row]]
+    splits: dict[str, list[Row]]
+
+
+def rows_of(data: config.Data, key: Key) -> Rows:
+    """Read, hold out, partition; raises DataError or ConfigError. Needs no model."""
+    if data.partition == "files":
+        if data.path in PACKAGED or not Path(data.path).is_dir():
+            raise ConfigError(f"data.partition: 'files' needs data.path to be a folder of .jsonl files, got {data.path}")
+        clients = read_clients(data.path)
+    else:
+        rows = _read(data.path)
+        if data.rows is not None and data.rows < len(rows):
+            rows = [rows[i] for i in sorted(key.fold("rows").permutation(len(rows))[: data.rows].tolist())]
+        clients = partition.by_column(rows, data.column) if data.partition == "column" else {"": rows}
+    splits = {}
+    if isinstance(data.heldout, str):
+        splits["heldout"] = _read(data.heldout)
+    elif data.heldout:
+        parts = {name: partition.holdout(rows, data.heldout, key.fold("heldout", name)) for name, rows in clients.items()}
+        clients = {name: kept for name, (kept, _) in parts.items()}
+        splits["heldout"] = [row for _, held in parts.values() for row in held]
+    if data.heldout_tasks is not None:
+        splits["heldout_tasks"] = _read(data.heldout_tasks)
+    if data.partition == "iid":
+        clients = partition.iid(clients[""], data.clients, key.fold("partition"))
+    elif data.partition == "dirichlet":
+        split = key.fold("partition")
+        clients = partition.dirichlet(
+            clients[""], data.column, data.clients, data.alpha, split, minimum=data.minimum
+        )
+    for name, held in clients.items():
+        if not held:
+            raise DataError(f"client {name!r} has no rows")
+    if data.shuffle_answers:
+        # Over all clients at once, and only what is trained on: the held-out rows keep their true answers.
+        pooled = shuffle_answers([row for held in clients.values() for row in held], key.fold("shuffle"))
+        turn = iter(pooled)
+        clients = {name: [next(turn) for _ in held] for name, held in clients.items()}
+    return Rows(clients, splits)
+
+
+def dataset(data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows under the run's template; raises DataError."""
+    if data.prompt is not None and data.answer is not None:
+        template: templates.Template | templates.Chat = templates.Template(data.prompt, data.answer)
+    else:
+        template = templates.named(data.template)
+    return tokenise(rows, template, tokenizer, max_length=data.max_length, choices=data.choices)
+
+
+def net_of(run: Run, remember: bool = False) -> Net:
+    """The run's start model in memory; raises ModelError."""
+    return Net.open(run.model.path, run.model.dtype, remember=remember)
+
+
+def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Split]:
+    """The held-out splits, at most eval.rows of each, the same ones every time."""
+    splits = []
+    for name, held in rows.splits.items():
+        order = Key.root(run.seed).fold("eval", name).permutation(len(held))[: run.eval.rows]
+        splits.append(Split(name, dataset(run.data, [held[i] for i in order], tokenizer), run.eval.generate))
+    return splits
+
+
+def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[str, Any]]]:
+    """A function that scores the weights in the net: one record a split, with the answers to a few rows."""
+
+    def score() -> list[dict[str, Any]]:
+        records = []
+        for split in splits:
+            result = evaluate(net, split, run.eval.batch_size, run.eval.max_new_tokens)
+            shown = split.data.examples[:SHOWN]
+            given = answers(net, split.data, len(shown), run.eval.max_new_tokens)
+            samples = [
+                {"prompt": e.text, "expected": e.references[0], "answer": answer.strip()}
+                for e, answer in zip(shown, given, strict=True)
+            ]
+            records.append({**asdict(result), "samples": samples})
+        return records
+
+    return score
+
+
+def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, watch: Watch) -> Job:
+    """The run, ready to go; raises DataError."""
+    identity = hashlib.sha256(run.model_copy(update={"environment": {}}).to_toml().encode()).digest()
+    training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
+    return Job(
+        method=run.method,
+        net=net,
+        clients=[dataset(training, held, net.tokenizer) for held in rows.clients.values()],
+        names=list(rows.clients),
+        folder=folder,
+        run=int.from_bytes(identity[:4], "little"),
+        key=Key.root(run.seed),
+        rounds=run.rounds,
+        segments=run.cohort,
+        evaluate=scorer(run, net, splits_of(run, rows, net.tokenizer)),
+        eval_every=run.eval.every,
+        memory_before_model=memory_before_model,
+        watch=watch,
+    )
+
+
+def _read(path: str) -> list[Row]:
+    return PACKAGED[path]() if path in PACKAGED else read_jsonl(Path(path))

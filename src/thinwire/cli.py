@@ -1,0 +1,226 @@
+"""The command line. Nothing heavy is imported before a command is chosen, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thinwire import __version__
+
+if TYPE_CHECKING:
+    from thinwire.config import Run
+
+app = typer.Typer(
+    name="thinwire",
+    help="Fine-tune every parameter of a language model across clients whose data cannot move, over kilobytes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: rich would be half of its time
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the run file to set.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+) -> None:
+    """Run the rounds of a run file, with progress, and leave a model that transformers loads."""
+    with _one_line():
+        _quiet()
+        from thinwire import build, config
+        from thinwire.runtime import memory
+        from thinwire.runtime.loop import train
+        from thinwire.show import Live, print_summary
+
+        settings = config.load(file, overrides or [])
+        folder = out if out is not None else Path("runs") / settings.name
+        _claim(folder, settings, resume)
+        if (folder / "summary.json").exists():
+            print(f"{folder}: this run is complete")
+            print_summary(folder)
+            return
+        _threads(settings)
+        rows = build.rows_of(settings.data, _key(settings))
+        before = memory.resident()
+        net = build.net_of(settings, remember=True)
+        with Live(settings, sum(len(held) for held in rows.clients.values()), net) as watch:
+            job = build.job(settings, rows, net, folder, before, watch)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.toml").write_text(settings.model_copy(update={"environment": _environment()}).to_toml())
+            again = f"thinwire run {' '.join([str(file), *(overrides or [])])} --out {folder} --resume"
+            try:
+                train(job)
+            except KeyboardInterrupt:
+                raise _Stopped(f"stopped; go on from the last whole round with: {again}") from None
+            except OSError as error:
+                raise _Stopped(f"{error.strerror or error}: {error.filename or folder}; go on with: {again}") from None
+        print_summary(folder)
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the methods, their papers, their fields and defaults."""
+    with _one_line():
+        from thinwire.methods import METHODS
+        from thinwire.show import print_methods
+
+        table = {
+            name: {
+                "paper": cls.paper,
+                "about": (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0],
+                "fields": {
+                    field: {"type": _type(info.annotation), "default": info.get_default()}
+                    for field, info in cls.model_fields.items()
+                    if field != "name"
+                },
+            }
+            for name, cls in sorted(METHODS.items())
+        }
+        if as_json:
+            print(json.dumps(table, indent=2))
+        else:
+            print_methods(table)
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a Hugging Face folder.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Evaluate a run on its held-out rows, or any Hugging Face folder on data.path=FILE."""
+    with _one_line():
+        _quiet()
+        from thinwire import build, config
+        from thinwire.show import print_scores
+
+        if (path / "run.toml").exists():
+            settings = config.load(path / "run.toml", [*(overrides or []), f"model.path={path / 'model'}"])
+            rows = build.rows_of(settings.data, _key(settings))
+        else:
+            if not path.is_dir():
+                raise config.ConfigError(f"{path}: not a folder")
+            tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}}
+            for override in [*(overrides or []), f"model.path={path}"]:
+                config.override(tree, override)
+            settings = config.parse(tree, "the command line")
+            whole = settings.data.model_copy(update={"partition": "iid", "clients": 1, "heldout": 0, "rows": None})
+            rows = build.rows_of(whole, _key(settings))
+            rows = build.Rows(rows.clients, {"data": next(iter(rows.clients.values()))} | rows.splits)
+        _threads(settings)
+        net = build.net_of(settings)
+        scores = build.scorer(settings, net, build.splits_of(settings, rows, net.tokenizer))()
+        if as_json:
+            print(json.dumps(scores, indent=2))
+        else:
+            print_scores(scores)
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+class _Stopped(Exception):
+    """The run did not end; the message says why, and how to go on."""
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn what the user can mend into one line on stderr and exit status 2, a known stop into 1."""
+    try:
+        yield
+    except _Stopped as stop:
+        typer.echo(f"thinwire: {stop}", err=True)
+        raise typer.Exit(1) from None
+    except ValueError as error:
+        from thinwire.config import ConfigError
+        from thinwire.data.errors import DataError
+        from thinwire.model.errors import ModelError
+
+        if not isinstance(error, ConfigError | DataError | ModelError):
+            raise
+        typer.echo(f"thinwire: {error}".replace("\n", " "), err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("thinwire: stopped", err=True)
+        raise typer.Exit(1) from None
+
+
+def _claim(folder: Path, settings: Run, resume: bool) -> None:
+    """Refuse a folder that holds anything but, under --resume, this very run."""
+    from thinwire import config
+
+    if not (folder / "run.toml").exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise config.ConfigError(f"{folder}: not empty, and not a run; choose another --out")
+        if resume:
+            raise config.ConfigError(f"{folder}: there is no run to resume")
+        return
+    if not resume:
+        raise config.ConfigError(f"{folder}: already holds a run; choose another --out, or go on with --resume")
+    other = config.load(folder / "run.toml")
+    if (difference := settings.first_difference(other)) is not None:
+        raise config.ConfigError(f"{folder}: holds another run: {difference}")
+
+
+def _key(settings: Run) -> Any:
+    from thinwire.keys import Key
+
+    return Key.root(settings.seed)
+
+
+def _threads(settings: Run) -> None:
+    import torch
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+
+
+def _quiet() -> None:
+    """No progress bars and advice of libraries within our own progress."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _environment() -> dict[str, str]:
+    import platform
+
+    import numpy
+    import torch
+    import transformers
+
+    return {
+        "thinwire": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _type(annotation: Any) -> str:
+    text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation)
+    return str(text).replace("typing.", "")

@@ -1,0 +1,242 @@
+"""The core: a federated method is five hooks, both halves in one file, and nothing but frames passes between them.
+
+    state -broadcast-> Down -encode-> [bytes] -transport-> [bytes] -decode-> Down -client_update-> Up
+      ^                                 '---- ledger ----'                                          |
+      '--aggregate---- Up <-decode-- [bytes] <--- transport --- [bytes] <---------encode------------'
+    state -materialise-> net
+
+Hooks are pure at the boundary: randomness comes from a key, memory from the arguments. `aggregate` may consume its
+state once its replies are exhausted. Replies come lazily, in cohort order, one in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from thinwire import wire
+from thinwire.keys import Key
+from thinwire.wire import Frame, Illegal, Ledger, Spooled, Stale, WireError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from thinwire.data.batch import Dataset
+    from thinwire.model.flat import Net
+
+Metrics = dict[str, float]
+
+
+class Versions(Protocol):
+    """Content-addressed named tensors: a bounded number of versions of the global weights."""
+
+    def put(self, tensors: Mapping[str, Tensor]) -> str: ...
+
+    def get(self, version: str) -> Mapping[str, Tensor] | None: ...
+
+
+@dataclass(frozen=True)
+class Server:
+    """All that the server half may touch. `round` counts from 1; it is 0 in `init`."""
+
+    net: Net
+    key: Key
+    round: int
+    rounds: int
+    cohort: tuple[int, ...]
+    versions: Versions
+    data: Dataset | None = None  # public data, never a client's
+
+
+@dataclass
+class Client:
+    """All that the client half may touch.
+
+    `net` is a borrowed workspace, its contents undefined on entry: fill it from `down`. `memory` survives rounds and
+    stays here. `held` is the version of the global weights that this client holds: the half sets it, it travels in the
+    reply's header, and the next `broadcast` is given it.
+    """
+
+    id: int
+    net: Net
+    data: Dataset
+    key: Key
+    memory: MutableMapping[str, Tensor]
+    versions: Versions
+    held: str | None = None
+
+
+class StaleVersion(Exception):
+    """Raised by a client half whose `down` builds on a version that it does not hold."""
+
+
+class Method(BaseModel):
+    """One federated algorithm. Its fields are its hyper-parameters; it holds nothing else.
+
+    `Down`, `Up` and `State` are payload classes (see thinwire.wire.payload). An `Up` with the fields `examples` and
+    `loss` has them in the run's records.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    Down: ClassVar[type]
+    Up: ClassVar[type]
+    State: ClassVar[type]
+    paper: ClassVar[str] = ""
+
+    def init(self, server: Server) -> Any:
+        """The state before the first round."""
+        raise NotImplementedError
+
+    def broadcast(self, state: Any, server: Server, client_id: int, held: str | None) -> Any:
+        """What this client is told; `held` is the version that it says it has, None for a newcomer."""
+        raise NotImplementedError
+
+    def client_update(self, down: Any, client: Client) -> Any:
+        """What the client does with it, and answers; raises StaleVersion if it cannot build on `down`."""
+        raise NotImplementedError
+
+    def aggregate(self, state: Any, server: Server, replies: Iterable[tuple[int, Any]]) -> tuple[Any, Metrics]:
+        """How the answers change the state; also called where no client answered."""
+        raise NotImplementedError
+
+    def materialise(self, state: Any, net: Net) -> None:
+        """weights := state."""
+        raise NotImplementedError
+
+    def check(self, state: Any, client_id: int, up: Any) -> None:
+        """Raise Illegal if this client may not answer so. A bad reply drops the client for the round."""
+
+    def receive(self, down: Any, client: Client) -> None:
+        """Fill the client's net as `down` means it, without training: for evaluation at the clients."""
+        raise NotImplementedError(f"{type(self).__name__} does not evaluate at the clients")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a transport brings back: the frame, or None with the reason why there is none."""
+
+    client: int
+    frame: Frame | None
+    seconds: float = 0.0
+    error: str | None = None
+
+
+class Transport(Protocol):
+    """Carries frames. Knows no tensor, no method, no model."""
+
+    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
+        """Deliver each frame to its client; yield the replies in the order of the frames, as they are asked for."""
+        ...
+
+
+@dataclass
+class Visit:
+    """The record of one client in one round."""
+
+    client: int
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    examples: int | None = None
+    loss: float | None = None
+    error: str | None = None
+
+
+@dataclass
+class Round:
+    """Where a round takes place: what it runs on, and what it leaves behind."""
+
+    run: int
+    server: Server
+    transport: Transport
+    held: dict[int, str]
+    spool: Path | None = None
+    max_bytes: int = wire.frame.MAX_FRAME
+    ledger: Ledger = field(default_factory=Ledger)
+    visits: dict[int, Visit] = field(default_factory=dict)
+
+
+def serve(method: Method, frame: Frame, client: Client, spool: Path | None = None) -> Frame:
+    """A client, seen from outside: bytes in, bytes out. Raises WireError for a frame that it cannot use."""
+    header = wire.peek(frame)
+    if header.client != client.id:
+        raise Illegal(f"a frame for client {header.client} was given to client {client.id}")
+    down: Any = wire.decode(method.Down, frame)
+    try:
+        up = method.client_update(down, client)
+    except StaleVersion:
+        up = Stale(client.held)
+    return wire.encode(up, run=header.run, round=header.round, client=client.id, held=client.held, spool=spool)
+
+
+def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
+    """One round of the server, and the only place where bytes are counted.
+
+    `at.visits` then has one record a client of the cohort, `at.held` the versions that the clients said they hold.
+    """
+
+    def frame_for(client: int, held: str | None) -> Frame:
+        down = method.broadcast(state, at.server, client, held)
+        frame = wire.encode(down, run=at.run, round=at.server.round, client=client, spool=at.spool)
+        return at.ledger.down(client, frame)
+
+    def ask(clients: Sequence[int], held: Mapping[int, str]) -> Iterator[Reply]:
+        for reply in at.transport.exchange((c, frame_for(c, held.get(c))) for c in clients):
+            at.visits[reply.client].seconds += reply.seconds
+            yield reply
+
+    def answers() -> Iterator[tuple[int, Any]]:
+        for reply in ask(at.server.cohort, dict(at.held)):
+            visit = at.visits[reply.client]
+            if reply.frame is not None and _is_stale(at.ledger.up(reply.client, reply.frame)):
+                at.held.pop(reply.client, None)
+                _remove(reply.frame)
+                reply = next(ask([reply.client], {}))  # once more, with nothing taken for granted
+                if reply.frame is not None:
+                    at.ledger.up(reply.client, reply.frame)
+            if reply.frame is None:
+                visit.error = reply.error or "no reply"
+                continue
+            try:
+                up = accept(reply.client, reply.frame)
+            except WireError as error:
+                visit.error = f"{type(error).__name__}: {error}"
+            else:
+                visit.examples, visit.loss = getattr(up, "examples", None), getattr(up, "loss", None)
+                yield reply.client, up
+            finally:
+                _remove(reply.frame)
+
+    def accept(client: int, frame: Frame) -> Any:
+        header = wire.peek(frame)
+        if (header.run, header.round, header.client) != (at.run, at.server.round, client):
+            raise Illegal(f"a reply of run {header.run}, round {header.round}, client {header.client}")
+        up: Any = wire.decode(method.Up, frame, at.max_bytes)
+        method.check(state, client, up)
+        if header.held is not None:
+            at.held[client] = header.held
+        return up
+
+    at.visits.update({client: Visit(client) for client in at.server.cohort})
+    state, metrics = method.aggregate(state, at.server, answers())
+    for client, visit in at.visits.items():
+        visit.bytes_down = at.ledger.sent.get(client, 0)
+        visit.bytes_up = at.ledger.received.get(client, 0)
+    return state, metrics
+
+
+def _is_stale(frame: Frame) -> bool:
+    try:
+        return wire.peek(frame).kind == Stale.__name__
+    except WireError:
+        return False  # decoding it will say what is wrong
+
+
+def _remove(frame: Frame) -> None:
+    if isinstance(frame, Spooled):
+        frame.remove()

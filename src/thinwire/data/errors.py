@@ -1,0 +1,5 @@
+"""What is wrong with the user's data."""
+
+
+class DataError(ValueError):
+    """The user's data cannot be used; the message is one line, with the file and the line where it can."""

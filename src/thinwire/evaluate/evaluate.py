@@ -1,0 +1,87 @@
+"""Score a net on a named split, and show what it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from thinwire.data.batch import Dataset
+from thinwire.evaluate.choice import accuracy, predict
+from thinwire.evaluate.loss import mean_loss
+from thinwire.evaluate.rouge import generate, rouge_l
+from thinwire.model.flat import Net
+
+
+@dataclass(frozen=True)
+class Split:
+    """A data set under its name; `generate` is how many of its first rows are answered for Rouge-L, 0 for none."""
+
+    name: str
+    data: Dataset
+    generate: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation found; accuracy is None for open answers, rouge_l where nothing was generated."""
+
+    split: str
+    loss: float
+    perplexity: float
+    accuracy: float | None
+    rouge_l: float | None
+    rows: int
+
+
+@torch.inference_mode()
+def evaluate(net: Net, split: Split, batch_size: int = 8, max_new_tokens: int = 64) -> Score:
+    """Loss and perplexity of the net's present weights, accuracy over a closed set, Rouge-L over open answers.
+
+    Perplexity is the exponential of the loss, infinite where that overflows. ValueError: the split has
+    nothing to evaluate.
+    """
+    right, rouge = None, None
+    with _eval_mode(net.model):
+        if split.data.candidates is not None:
+            right, loss, _ = accuracy(net.model, split.data, batch_size)
+        else:
+            loss, _ = mean_loss(net.model, split.data, batch_size)
+            if split.generate > 0:
+                rouge, _ = rouge_l(net.model, net.tokenizer, split.data, max_new_tokens, batch_size, split.generate)
+    return Score(split.name, loss, _exp(loss), right, rouge, len(split.data))
+
+
+@torch.inference_mode()
+def answers(net: Net, dataset: Dataset, rows: int, max_new_tokens: int = 64, batch_size: int = 8) -> list[str]:
+    """The net's answers to the first `rows` examples: the likeliest of a closed set, else greedy text."""
+    few = replace(dataset, examples=dataset.examples[:rows])
+    if not few.examples:
+        return []
+    with _eval_mode(net.model):
+        if few.candidates is None:
+            return generate(net.model, net.tokenizer, few, max_new_tokens, batch_size)
+        found, _ = predict(net.model, few, batch_size)
+    names = few.choices or tuple(net.tokenizer.decode(tokens).strip() for tokens in few.candidates)
+    return [names[i] for i in found]
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

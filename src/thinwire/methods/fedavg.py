@@ -1,0 +1,120 @@
+"""FedAvg (McMahan et al., 2017) on every parameter: whole weights travel both ways.
+
+Down: the global weights. Up: the client's weights after its local steps. The server takes their mean, weighted by
+examples. The reference that the thin methods are measured against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from thinwire.core import Client, Method, Metrics, Server
+from thinwire.model.flat import Net
+from thinwire.train.local import Optimiser, train_locally
+from thinwire.train.schedule import Schedule, scheduled
+from thinwire.wire import Illegal
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Named weights, in the net's dtype; also the server's state."""
+
+    weights: Mapping[str, Tensor]
+    lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A client's weights, the examples that it holds, its mean loss over the local steps, and the steps skipped."""
+
+    weights: Mapping[str, Tensor] = field(metadata={"release": True})
+    examples: int = field(metadata={"release": True})
+    loss: float = field(metadata={"release": True})
+    skipped: int = field(metadata={"release": True})
+
+
+class FedAvg(Method):
+    """Local first-order steps on all parameters, then the weighted mean of the clients' weights."""
+
+    name: Literal["fedavg"] = "fedavg"
+    lr: PositiveFloat = 2e-5
+    schedule: Schedule = "constant"
+    optimiser: Optimiser = "adamw"
+    weight_decay: NonNegativeFloat = 0.0
+    steps: PositiveInt = 10
+    batch_size: PositiveInt = 8
+    clip: PositiveFloat | None = 1.0
+    weighting: Literal["examples", "uniform"] = "examples"
+
+    Down, Up, State = Weights, Trained, Weights
+    paper: ClassVar[str] = "McMahan et al. 2017, arXiv:1602.05629"
+
+    def init(self, server: Server) -> Weights:
+        return Weights({name: server.net.base[name] for name in server.net.names})
+
+    def broadcast(self, state: Weights, server: Server, client_id: int, held: str | None) -> Weights:
+        return Weights(state.weights, scheduled(self.schedule, self.lr, server.round, server.rounds))
+
+    def client_update(self, down: Weights, client: Client) -> Trained:
+        _fill(client.net, down.weights)
+        batches = client.data.batches(client.key.fold("batches"), self.batch_size)
+        loss, skipped = train_locally(
+            client.net, batches, self.steps, self.optimiser, down.lr, self.weight_decay, self.clip
+        )
+        weights = {name: p.detach() for name, p in client.net.parameters()}
+        return Trained(weights, len(client.data), loss, skipped)
+
+    def check(self, state: Weights, client_id: int, up: Trained) -> None:
+        if up.examples < 1:
+            raise Illegal(f"examples is {up.examples}")
+        if set(up.weights) != set(state.weights):
+            raise Illegal("the names of the weights are not the model's")
+        for name, tensor in up.weights.items():
+            mine = state.weights[name]
+            if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
+                raise Illegal(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {mine.dtype} {list(mine.shape)}")
+            if not torch.isfinite(tensor).all():
+                raise Illegal(f"{name} is not finite")
+
+    def aggregate(
+        self, state: Weights, server: Server, replies: Iterable[tuple[int, Trained]]
+    ) -> tuple[Weights, Metrics]:
+        # A running mean, m += (w - m) n_i / n: one client's tensor in memory at a time, in float32.
+        mean: dict[str, Tensor] = {}
+        total, loss, measured, skipped = 0, 0.0, 0, 0
+        for _, up in replies:
+            weight = up.examples if self.weighting == "examples" else 1
+            total += weight
+            share = weight / total
+            for name, tensor in up.weights.items():
+                if name in mean:
+                    mean[name].lerp_(tensor.float(), share)
+                else:
+                    mean[name] = tensor.to(torch.float32, copy=True)
+            if math.isfinite(up.loss):
+                measured += weight
+                loss += (up.loss - loss) * weight / measured
+            skipped += up.skipped
+        if total == 0:
+            return state, {}
+        dtypes = {name: tensor.dtype for name, tensor in state.weights.items()}
+        return Weights({n: t.to(dtypes[n]) for n, t in mean.items()}), {"loss": loss, "skipped": skipped}
+
+    def materialise(self, state: Weights, net: Net) -> None:
+        _fill(net, state.weights)
+
+    def receive(self, down: Weights, client: Client) -> None:
+        _fill(client.net, down.weights)
+
+
+@torch.no_grad()
+def _fill(net: Net, weights: Mapping[str, Any]) -> None:
+    for name, parameter in net.parameters():
+        parameter.copy_(weights[name])

@@ -1,0 +1,278 @@
+"""A model as a flat, named list of trainable tensors, and the start model beside it on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.model.errors import ModelError
+from thinwire.model.load import cache_folder, first_line, load, quiet, shards, whole_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Integer views of the same width, to reach the raw bytes of types that numpy does not know.
+_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Base(Mapping[str, Tensor]):
+    """The start model's trainable tensors, each read from its safetensors file when asked for; read-only.
+
+    A tensor comes with the shape, dtype and device of the net's parameter of that name. It may be a private
+    view of the file: an edit never reaches the file. ModelError: a tensor is absent from the files or has
+    another shape.
+    """
+
+    def __init__(
+        self, folder: Path, parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """`aliases` lists, for each name, the names under which a file may hold it."""
+        from safetensors import SafetensorError, safe_open
+
+        self._parameters = dict(parameters)
+        self._places: dict[str, tuple[Path, str]] = {}
+        for shard in shards(folder):
+            try:
+                with safe_open(folder / shard, framework="pt") as file:
+                    held = set(file.keys())
+                    for name, parameter in parameters.items():
+                        key = next((alias for alias in aliases[name] if alias in held), None)
+                        if key is None or name in self._places:
+                            continue
+                        shape = tuple(file.get_slice(key).get_shape())
+                        if shape != tuple(parameter.shape):
+                            raise ModelError(
+                                f"{key} in {folder / shard} has the shape {shape}, and the model's {tuple(parameter.shape)}"
+                            )
+                        self._places[name] = (folder / shard, key)
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"cannot read {folder / shard}: {first_line(error)}") from error
+        absent = [name for name in parameters if name not in self._places]
+        if absent:
+            raise ModelError(f"the weights in {folder} lack {len(absent)} tensors of the model, such as {absent[0]}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        parameter = self._parameters[name]
+        file, key = self._places[name]
+        # Opened anew each time: the pages of one map would stay resident, all of the model's in the end.
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(key).to(parameter.device, parameter.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def starts_like(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether each tensor on disk has the first row of the parameter, bit for bit; reads only those rows."""
+        from safetensors import safe_open
+
+        for name, parameter in parameters.items():
+            file, key = self._places[name]
+            with safe_open(file, framework="pt") as opened:
+                row = opened.get_slice(key)[:1] if parameter.ndim else opened.get_tensor(key)
+            mine = parameter.detach()[:1] if parameter.ndim else parameter.detach()
+            if _bytes(row.to(parameter.dtype)) != _bytes(mine):
+                return False
+        return True
+
+
+class Net:
+    """A borrowed workspace: one resident model and the read-only start model beside it on disk.
+
+    Its contents are undefined when borrowed. Every write is in place, and reaches the trainable parameters
+    only: frozen ones and buffers stay as they were loaded.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path | str,
+        trainable: Callable[[str], bool] | None = None,
+        remember: bool = False,
+    ) -> None:
+        """Wrap `model`, whose start weights lie in `folder`.
+
+        `trainable` says by name which parameters are trained (None: all); the others are frozen, as are those
+        that do not require a gradient already. A tied parameter is one, under its first name, and trained if
+        any of its names is chosen. `remember` lets `rebuild` keep a copy of one set of weights. ModelError:
+        nothing is trainable, or see Base.
+        """
+        self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
+        self.remember = remember
+        self._kept: tuple[bytes, dict[str, Tensor]] | None = None
+        tied = _tied(model)
+        if trainable is not None:
+            for name, parameter in model.named_parameters():
+                if not any(trainable(alias) for alias in tied[name]):
+                    parameter.requires_grad_(False)
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ModelError(f"no parameter of the model in {folder} is trainable")
+        self.names: tuple[str, ...] = tuple(self._parameters)
+        self.base = Base(self.folder, self._parameters, {name: _spellings(model, tied[name]) for name in self.names})
+        self.size = sum(p.numel() for p in self._parameters.values())
+        self.nbytes = sum(p.numel() * p.element_size() for p in self._parameters.values())
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        dtype: str = "float32",
+        trainable: Callable[[str], bool] | None = None,
+        remember: bool = False,
+        device: str = "cpu",
+    ) -> Net:
+        """Load the model at `path` (see load.resolve) onto `device` and wrap it. ModelError as there."""
+        model, tokenizer, folder = load(path, dtype)
+        model.to(device)
+        try:
+            net = cls(model, tokenizer, folder, trainable, remember)
+            if net.base.starts_like(dict(net.parameters())):
+                return net
+        except ModelError:
+            pass  # the model did load, so its files only spell or shape the tensors otherwise
+        # Some architectures fuse, split or rename what their files hold (mixtures of experts): write the
+        # start weights once more, under the model's own names, into a folder that goes with the net.
+        spool = _spool(model)
+        try:
+            net = cls(model, tokenizer, spool, trainable, remember)
+        except BaseException:
+            shutil.rmtree(spool, ignore_errors=True)
+            raise
+        net.folder = folder
+        weakref.finalize(net, shutil.rmtree, spool, ignore_errors=True)
+        return net
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self._parameters.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first trainable parameter; a model may keep a few in another."""
+        return next(iter(self._parameters.values())).dtype
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The trainable parameter of that name; KeyError if there is none."""
+        return self._parameters[name]
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of each trainable parameter, in the order of `names`."""
+        return iter(self._parameters.items())
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Weights := base, tensor by tensor, in place."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.base[name])
+
+    @torch.no_grad()
+    def state_sha256(self) -> str:
+        """SHA-256 over name, dtype, shape and little-endian bytes of all parameters, also frozen, sorted by name."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            digest.update(f"{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())
+            digest.update(_bytes(parameter))
+        return digest.hexdigest()
+
+    def rebuild(self, token: bytes, build: Callable[[], None]) -> None:
+        """Bring the weights that `token` stands for into the workspace.
+
+        `token` is a hash of what was received. The weights come from the kept copy if it is of that token,
+        else `build` is called to write them. With `remember` the result is then kept, in place of what was
+        kept before, so that the next simulated client's fill is one copy.
+        """
+        if self._kept is not None and self._kept[0] == token:
+            with torch.no_grad():
+                for name, tensor in self._kept[1].items():
+                    self._parameters[name].copy_(tensor)
+            return
+        build()
+        if self.remember:
+            copies = self._kept[1] if self._kept is not None else {}
+            self._kept = None  # if the copying below is interrupted, nothing half-new passes for the old
+            for name, parameter in self._parameters.items():
+                if name in copies:
+                    copies[name].copy_(parameter.detach())
+                else:
+                    copies[name] = parameter.detach().clone()
+            self._kept = (token, copies)
+
+    def forget(self) -> None:
+        """Drop the kept copy and its memory."""
+        self._kept = None
+
+    def save(self, folder: Path | str) -> None:
+        """Write a Hugging Face folder (safetensors, config, tokenizer) that appears whole or not at all.
+
+        An older model folder of that name is replaced. ModelError: something else is there.
+        """
+        target = Path(folder)
+        if (
+            target.exists()
+            and not (target / "config.json").is_file()
+            and (not target.is_dir() or any(target.iterdir()))
+        ):
+            raise ModelError(f"will not replace {folder}: it is not a model folder")
+        config = self.model.config
+        cached, config.use_cache = config.use_cache, True  # off in training; who serves the folder wants the cache
+        try:
+            with quiet(), whole_folder(target, replace=True) as fresh:
+                self.model.save_pretrained(fresh)
+                self.tokenizer.save_pretrained(fresh)
+        finally:
+            config.use_cache = cached
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """All names of each parameter, under its first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {group[0]: tuple(group) for group in names.values()}
+
+
+def _spellings(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, and each with and without the prefix of the headless model, as some files are written."""
+    prefix = f"{model.base_model_prefix}."
+    return (
+        *names,
+        *(name.removeprefix(prefix) if name.startswith(prefix) else prefix + name for name in names),
+    )
+
+
+def _spool(model: PreTrainedModel) -> Path:
+    from safetensors.torch import save_file
+
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="base-", dir=cache_folder()))
+    try:
+        save_file(
+            {name: p.detach().contiguous() for name, p in model.named_parameters()},
+            folder / "model.safetensors",
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's raw little-endian bytes, without a copy where it lies in memory so."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(_RAW[tensor.element_size()])
+    raw = flat.numpy()
+    return memoryview(raw.astype(raw.dtype.newbyteorder("<"), copy=False)).cast("B")

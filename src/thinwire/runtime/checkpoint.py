@@ -1,0 +1,82 @@
+"""Checkpoints: the state as a frame, and what the loop needs beside it, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from thinwire import wire
+from thinwire.wire import LazyTensors, Spooled
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a round."""
+
+    round: int
+    held: dict[str, str]  # client -> version
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    peak_memory_bytes: int
+    finished: bool = False
+
+
+def write(folder: Path, state: Any, progress: Progress) -> None:
+    """Write the checkpoint of a round: to a temporary name, flushed, renamed; then drop all but the last two."""
+    final = folder / f"round-{progress.round:06d}"
+    partial = folder / (final.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    frame = wire.encode(state, round=progress.round, spool=partial)
+    target = partial / "state.frame"
+    if isinstance(frame, Spooled):
+        frame.path.rename(target)
+    else:
+        target.write_bytes(frame)
+    (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+    for path in (target, partial / "progress.json", partial):
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _flush(folder)
+    for old in rounds(folder)[:-KEPT]:
+        shutil.rmtree(folder / f"round-{old:06d}")
+
+
+def rounds(folder: Path) -> list[int]:
+    """The rounds that have a checkpoint, ascending."""
+    return sorted(int(p.name.removeprefix("round-")) for p in folder.glob("round-*") if not p.name.endswith(".part"))
+
+
+def read(folder: Path, state: type) -> tuple[Any, Progress] | None:
+    """The newest checkpoint that is whole, None if there is none; a damaged one is passed over for the one before."""
+    for round in reversed(rounds(folder)):
+        at = folder / f"round-{round:06d}"
+        try:
+            progress = Progress(**json.loads((at / "progress.json").read_text()))
+            path = at / "state.frame"
+            return _in_memory(wire.decode(state, Spooled(path, path.stat().st_size))), progress
+        except (OSError, ValueError, TypeError, wire.WireError):
+            continue
+    return None
+
+
+def _in_memory(state: Any) -> Any:
+    """The state without ties to its file, which a later checkpoint removes."""
+    lazy = {f.name: getattr(state, f.name) for f in fields(state) if isinstance(getattr(state, f.name), LazyTensors)}
+    return replace(state, **{name: dict(tensors) for name, tensors in lazy.items()})
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,62 @@
+"""Who takes part in a round: data, not code of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from thinwire.keys import Key
+
+
+class _Cohort(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rounds: PositiveInt | None = None  # how long this segment lasts; None: to the end of the run
+
+
+class All(_Cohort):
+    """Every client, every round."""
+
+    kind: Literal["all"] = "all"
+
+    def pick(self, clients: Sequence[int], turn: int, key: Key) -> tuple[int, ...]:
+        """The clients of turn `turn` (from 0) of this segment."""
+        return tuple(clients)
+
+
+class Uniform(_Cohort):
+    """`n` distinct clients, uniform at random each round; all of them where there are not so many."""
+
+    kind: Literal["uniform"] = "uniform"
+    n: PositiveInt
+
+    def pick(self, clients: Sequence[int], turn: int, key: Key) -> tuple[int, ...]:
+        """The clients of turn `turn` (from 0) of this segment, in ascending order."""
+        return tuple(sorted(clients[i] for i in key.permutation(len(clients))[: self.n]))
+
+
+class Cyclic(_Cohort):
+    """One client a round, each in its turn."""
+
+    kind: Literal["cyclic"] = "cyclic"
+
+    def pick(self, clients: Sequence[int], turn: int, key: Key) -> tuple[int, ...]:
+        """The client of turn `turn` (from 0) of this segment."""
+        return (clients[turn % len(clients)],)
+
+
+Cohort = Annotated[All | Uniform | Cyclic, Field(discriminator="kind")]
+
+
+def cohort_of(
+    segments: Sequence[All | Uniform | Cyclic], clients: Sequence[int], round: int, key: Key
+) -> tuple[int, ...]:
+    """The clients of round `round` (from 1) under consecutive segments; the last one goes on for ever."""
+    turn = round - 1
+    for segment in segments[:-1]:
+        if segment.rounds is None or turn < segment.rounds:
+            return segment.pick(clients, turn, key)
+        turn -= segment.rounds
+    return segments[-1].pick(clients, turn, key)

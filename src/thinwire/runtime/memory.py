@@ -1,0 +1,38 @@
+"""Peak memory of this process, in bytes, without what the imports took."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+
+def resident() -> int:
+    """Bytes resident now."""
+    return _status("VmRSS:") or _getrusage()
+
+
+def peak() -> int:
+    """The most bytes resident since the last `reset` (since the start where the system cannot reset)."""
+    return _status("VmHWM:") or _getrusage()
+
+
+def reset() -> None:
+    """Begin a new peak, where the system allows it."""
+    # Not Linux, or not allowed: the peak is then that of the whole process, never less than the true one.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _getrusage() -> int:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

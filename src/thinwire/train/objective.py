@@ -1,0 +1,79 @@
+"""The training loss of a batch, from the logits of the positions that count."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thinwire.data.batch import IGNORE, Batch
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss of a batch: float32 scalar, differentiable.
+
+    Open answers: the cross-entropy averaged over the tokens that count, 0 where none does. A closed set of
+    answers: the cross-entropy of the right one over the candidates' scores, averaged over the examples.
+    """
+    if batch.choice is not None:
+        found = scores(model, batch)
+        return F.cross_entropy(found, batch.choice.to(found.device))
+    sums, counts = token_losses(model, batch)
+    return sums.sum() / counts.sum().clamp(min=1)
+
+
+def scores(model: nn.Module, batch: Batch) -> Tensor:
+    """The score of each candidate: float32 [examples, candidates], higher is likelier.
+
+    A score is the sum of the log-probabilities of the candidate's tokens. Where each candidate is one token,
+    the log-probabilities are taken among the candidates alone: that shifts a row's scores by one number,
+    which changes neither their order nor their softmax, and leaves the whole vocabulary out.
+    """
+    if batch.candidate_ids is not None:
+        last = _logits(model, batch, 1)[:, -1]
+        return F.log_softmax(last[:, batch.candidate_ids.to(last.device)].float(), dim=-1)
+    sums, _ = token_losses(model, batch)
+    return -sums.view(batch.examples, batch.candidates)
+
+
+def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """For each row, the sum of its tokens' cross-entropies (float32 [rows]) and how many count (int64 [rows]).
+
+    A label counts unless it is IGNORE, or its token is the first of its row: nothing precedes it.
+    """
+    length = batch.input_ids.shape[1]
+    width = min(batch.labels.shape[1], length - 1)
+    logits = _logits(model, batch, width, before=1)
+    labels = batch.labels[:, batch.labels.shape[1] - width :]
+    preceded = batch.attention_mask[:, length - 1 - width : length - 1].bool()
+    labels = labels.masked_fill(~preceded, IGNORE).to(logits.device)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
+
+
+def _logits(model: nn.Module, batch: Batch, count: int, before: int = 0) -> Tensor:
+    """The logits [rows, count, vocabulary] of the last `count` positions, or of those that end `before` earlier.
+
+    Left padding puts every answer at the end, so one range of positions serves all rows and the head, the
+    widest matrix of a small model, sees no others; a model that cannot keep a range computes all, and they
+    are cut here.
+    """
+    device = next(model.parameters()).device
+    length = batch.input_ids.shape[1]
+    accepted = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {}
+    if "position_ids" in accepted:  # models without positions (ALiBi) have no such argument
+        options["position_ids"] = batch.position_ids.to(device)
+    if "use_cache" in accepted:
+        options["use_cache"] = False
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = torch.arange(length - before - count, length - before, device=device)
+    logits: Tensor = model(
+        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), **options
+    ).logits
+    if logits.shape[1] != count:
+        logits = logits[:, length - before - count : length - before]
+    return logits

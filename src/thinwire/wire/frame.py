@@ -1,0 +1,259 @@
+"""Frames: one message as bytes.
+
+    bytes 0-3    b"thw" and the version of this format, 1
+    bytes 4-7    length of the header, little-endian
+    header       msgpack: [kind, run, round, client, held, [one entry a field of the payload]]
+    buffers      the tensors' raw little-endian elements, in order, without gaps
+    last 8       xxh3-64 of all before it, little-endian
+
+A field's entry is its plain value, [dtype code, *shape] for a tensor, or {name: [dtype code, *shape]} for named ones.
+The checksum catches accidents; who sent a frame is for the transport to know. Nothing received is ever unpickled, and
+every size is checked against the bytes at hand before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgpack
+import torch
+import xxhash
+from torch import Tensor
+
+from thinwire.wire.errors import Corrupt, Malformed, TooLarge
+from thinwire.wire.payload import LazyTensors, Spec, fields_of, fits, specs_of
+
+MAGIC = b"thw\x01"
+CHECK = 8  # bytes of checksum
+CHUNK = 1 << 22  # bytes read at a time where a file is checked
+MAX_HEADER = 1 << 24
+MAX_FRAME = 1 << 38
+SPOOL_ABOVE = 1 << 24  # buffers larger than this go through a file where a folder for it is given
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("thinwire frames are little-endian; this machine is not")
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Spooled:
+    """A frame that lies in a file; whoever took it off the transport removes it."""
+
+    path: Path
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self.path.unlink(missing_ok=True)
+
+
+Frame = bytes | Spooled
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that a frame says besides its payload. `held` is the version of the weights that the sender holds."""
+
+    kind: str
+    run: int
+    round: int
+    client: int
+    held: str | None
+    fields: list[Any]
+
+
+def encode(
+    payload: Any,
+    *,
+    run: int = 0,
+    round: int = 0,
+    client: int = 0,
+    held: str | None = None,
+    spool: Path | None = None,
+) -> Frame:
+    """The frame of a payload; in a new file in the folder `spool` if it is large, else bytes.
+
+    TypeError if the payload holds what cannot travel.
+    """
+    entries: list[Any] = []
+    total = 0
+    for field in fields_of(type(payload)):
+        value = getattr(payload, field.name)
+        if value is None and field.optional:
+            entries.append(None)
+        elif field.one_tensor:
+            spec = Spec.of(value)
+            entries.append(spec.packed())
+            total += spec.nbytes
+        elif field.many_tensors:
+            specs = specs_of(value)
+            entries.append({name: spec.packed() for name, spec in specs.items()})
+            total += sum(spec.nbytes for spec in specs.values())
+        elif fits(value, field):
+            entries.append(value)
+        else:
+            raise TypeError(f"{type(payload).__name__}.{field.name} is not {field.form}: {value!r:.60}")
+    header = msgpack.packb([type(payload).__name__, run, round, client, held, entries])
+    head = MAGIC + len(header).to_bytes(4, "little") + header
+    digest = xxhash.xxh3_64(head)
+    if spool is None or total <= SPOOL_ABOVE:
+        parts = [head]
+        for buffer in _buffers(payload):
+            digest.update(buffer)
+            parts.append(bytes(buffer))
+        return b"".join([*parts, digest.intdigest().to_bytes(CHECK, "little")])
+    with tempfile.NamedTemporaryFile(dir=spool, suffix=".frame", delete=False) as file:
+        file.write(head)
+        for buffer in _buffers(payload):
+            digest.update(buffer)
+            file.write(buffer)
+        file.write(digest.intdigest().to_bytes(CHECK, "little"))
+    return Spooled(Path(file.name), len(head) + total + CHECK)
+
+
+def peek(frame: Frame) -> Header:
+    """The header of a frame, checksum not yet verified; raises WireError."""
+    return _header(frame)[0]
+
+
+def decode(payload: type[P], frame: Frame, max_bytes: int = MAX_FRAME) -> P:
+    """The payload in a frame, verified; named tensors of a spooled frame are read from its file when asked for.
+
+    Raises Malformed, Corrupt or TooLarge, and nothing else, whatever the bytes are.
+    """
+    if len(frame) > max_bytes:
+        raise TooLarge(f"a frame of {len(frame)} bytes is over the cap of {max_bytes}")
+    _verify(frame)
+    header, offset = _header(frame)
+    if header.kind != payload.__name__:
+        raise Malformed(f"a frame of kind {header.kind[:40]!r} where {payload.__name__!r} was expected")
+    fields = fields_of(payload)
+    if len(fields) != len(header.fields):
+        raise Malformed(f"{payload.__name__} has {len(fields)} fields, the frame {len(header.fields)}")
+    values: dict[str, Any] = {}
+    for field, entry in zip(fields, header.fields, strict=True):
+        if entry is None and field.optional:
+            values[field.name] = None
+        elif field.one_tensor:
+            spec = Spec.parse(entry)
+            _room(frame, offset, spec.nbytes)
+            values[field.name] = _read(frame, offset, spec)
+            offset += spec.nbytes
+        elif field.many_tensors:
+            if not isinstance(entry, dict) or not all(isinstance(name, str) for name in entry):
+                raise Malformed(f"{payload.__name__}.{field.name} is not a table of tensors")
+            places = {}
+            for name, packed in entry.items():
+                spec = Spec.parse(packed)
+                _room(frame, offset, spec.nbytes)
+                places[name] = (offset, spec)
+                offset += spec.nbytes
+            values[field.name] = _tensors(frame, places)
+        elif fits(entry, field):
+            values[field.name] = entry
+        else:
+            raise Malformed(f"{payload.__name__}.{field.name} has the wrong type")
+    if offset != len(frame) - CHECK:
+        raise Malformed("the frame is longer than its header says")
+    return payload(**values)
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The elements of a tensor as little-endian bytes, in order; a view where its memory allows."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _buffers(payload: Any) -> Iterator[memoryview]:
+    for field in fields_of(type(payload)):
+        value = getattr(payload, field.name)
+        if value is None:
+            continue
+        if field.one_tensor:
+            yield raw(value)
+        elif field.many_tensors:
+            for tensor in value.values():
+                yield raw(tensor)
+
+
+def _room(frame: Frame, offset: int, size: int) -> None:
+    if size > len(frame) - CHECK - offset:
+        raise Malformed("the header names more tensor bytes than the frame has")
+
+
+def _bytes(frame: Frame, offset: int, size: int) -> bytearray:
+    if isinstance(frame, Spooled):
+        buffer = bytearray(size)
+        with frame.path.open("rb") as file:
+            file.seek(offset)
+            got = file.readinto(buffer)
+        if got != size:
+            raise Malformed("the frame's file is shorter than its header says")
+        return buffer
+    return bytearray(frame[offset : offset + size])
+
+
+def _read(frame: Frame, offset: int, spec: Spec) -> Tensor:
+    if spec.nbytes == 0:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    return torch.frombuffer(_bytes(frame, offset, spec.nbytes), dtype=spec.dtype).reshape(spec.shape)
+
+
+def _tensors(frame: Frame, places: dict[str, tuple[int, Spec]]) -> Mapping[str, Tensor]:
+    if isinstance(frame, Spooled):
+        return LazyTensors({name: spec for name, (_, spec) in places.items()}, lambda name: _read(frame, *places[name]))
+    return {name: _read(frame, offset, spec) for name, (offset, spec) in places.items()}
+
+
+def _verify(frame: Frame) -> None:
+    if len(frame) < len(MAGIC) + 4 + CHECK:
+        raise Malformed(f"{len(frame)} bytes are too short for a frame")
+    digest = xxhash.xxh3_64()
+    if isinstance(frame, Spooled):
+        if not frame.path.is_file() or frame.path.stat().st_size != len(frame):
+            raise Malformed("the frame's file is missing or has another size")
+        left = len(frame) - CHECK
+        with frame.path.open("rb") as file:
+            while left:
+                chunk = file.read(min(CHUNK, left))
+                digest.update(chunk)
+                left -= len(chunk)
+            claimed = file.read(CHECK)
+    else:
+        digest.update(memoryview(frame)[:-CHECK])
+        claimed = frame[-CHECK:]
+    if digest.intdigest().to_bytes(CHECK, "little") != claimed:
+        raise Corrupt("the checksum does not match")
+
+
+def _header(frame: Frame) -> tuple[Header, int]:
+    start = len(MAGIC) + 4
+    if len(frame) < start + CHECK:
+        raise Malformed(f"{len(frame)} bytes are too short for a frame")
+    head = _bytes(frame, 0, start)
+    if head[: len(MAGIC)] != MAGIC:
+        raise Malformed("not a frame of this version")
+    length = int.from_bytes(head[len(MAGIC) :], "little")
+    if length > MAX_HEADER:
+        raise TooLarge(f"a header of {length} bytes is over the cap of {MAX_HEADER}")
+    if length > len(frame) - start - CHECK:
+        raise Malformed("the header is longer than the frame")
+    try:
+        parts = msgpack.unpackb(_bytes(frame, start, length), use_list=True, strict_map_key=True)
+    except Exception as error:  # msgpack raises many kinds, down to its own stack's; all mean the same here
+        raise Malformed("the header is not msgpack") from error
+    kinds: tuple[Any, ...] = (str, int, int, int, (str, type(None)), list)
+    if not isinstance(parts, list) or len(parts) != len(kinds):
+        raise Malformed("the header does not have its six parts")
+    if not all(isinstance(part, kind) and not isinstance(part, bool) for part, kind in zip(parts, kinds, strict=True)):
+        raise Malformed("a part of the header has the wrong type")
+    return Header(*parts), start + length
