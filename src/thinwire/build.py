@@ -39,7 +39,9 @@ def rows_of(data: config.Data, key: Key) -> Rows:
     """Read, hold out, partition; raises DataError or ConfigError. Needs no model."""
     if data.partition == "files":
         if data.path in PACKAGED or not Path(data.path).is_dir():
-            raise ConfigError(f"data.partition: 'files' needs data.path to be a folder of .jsonl files, got {data.path}")
+            raise ConfigError(
+                f"data.partition: 'files' needs data.path to be a folder of .jsonl files, got {data.path}"
+            )
         clients = read_clients(data.path)
     else:
         rows = _read(data.path)
@@ -50,7 +52,9 @@ def rows_of(data: config.Data, key: Key) -> Rows:
     if isinstance(data.heldout, str):
         splits["heldout"] = _read(data.heldout)
     elif data.heldout:
-        parts = {name: partition.holdout(rows, data.heldout, key.fold("heldout", name)) for name, rows in clients.items()}
+        parts = {
+            name: partition.holdout(rows, data.heldout, key.fold("heldout", name)) for name, rows in clients.items()
+        }
         clients = {name: kept for name, (kept, _) in parts.items()}
         splits["heldout"] = [row for _, held in parts.values() for row in held]
     if data.heldout_tasks is not None:
@@ -59,9 +63,7 @@ def rows_of(data: config.Data, key: Key) -> Rows:
         clients = partition.iid(clients[""], data.clients, key.fold("partition"))
     elif data.partition == "dirichlet":
         split = key.fold("partition")
-        clients = partition.dirichlet(
-            clients[""], data.column, data.clients, data.alpha, split, minimum=data.minimum
-        )
+        clients = partition.dirichlet(clients[""], data.column, data.clients, data.alpha, split, minimum=data.minimum)
     for name, held in clients.items():
         if not held:
             raise DataError(f"client {name!r} has no rows")

@@ -23,9 +23,7 @@ def weights(n, seed=0):
 
 COEFS = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.floats(-1, 1, width=32)
 SIZES = (
-    st.integers(0, 40)
-    | st.sampled_from([TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 9])
-    | st.integers(0, 3 * TILE)
+    st.integers(0, 40) | st.sampled_from([TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 9]) | st.integers(0, 3 * TILE)
 )
 STARTS = st.integers(0, 3 * TILE) | st.integers(2**35 - 2 * TILE, 2**35 + 20) | st.integers(0, 2**62 - 1)
 

@@ -61,9 +61,7 @@ def test_tensors_that_are_not_contiguous(view, dtype, small_tiles):
     want = expected(weight)
     assert same(POOL.apply(weight, NAME, SEEDS, COEFS, scale=SCALE), want)
     # contiguous to not, and in place through the view
-    assert same(
-        POOL.apply(weight.contiguous(), NAME, SEEDS, COEFS, scale=SCALE, out=torch.empty_like(weight)), want
-    )
+    assert same(POOL.apply(weight.contiguous(), NAME, SEEDS, COEFS, scale=SCALE, out=torch.empty_like(weight)), want)
     pointer = weight.data_ptr()
     POOL.apply(weight, NAME, SEEDS, COEFS, scale=SCALE, out=weight)
     assert same(weight, want)

@@ -28,9 +28,7 @@ def test_known_answers_of_random123(counter, key, expected):
 def test_counters_and_keys_broadcast():
     counters = np.stack([words(counter) for counter, _, _ in KNOWN])
     keys = np.stack([words(key) for _, key, _ in KNOWN])
-    np.testing.assert_array_equal(
-        philox4x32(counters, keys), np.stack([words(answer) for *_, answer in KNOWN])
-    )
+    np.testing.assert_array_equal(philox4x32(counters, keys), np.stack([words(answer) for *_, answer in KNOWN]))
     assert philox4x32(counters[:, None], keys[None]).shape == (3, 3, 4)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from thinwire.keys import Key
 
 IGNORE = -100  # the label of a position that does not count in the loss
+WINDOW = 8  # batches among which examples are sorted by length
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Example:
     choice: int | None = None
     references: tuple[str, ...] = ()
     text: str = ""  # the rendered prompt, for people
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
 
 
 @dataclass(frozen=True)
@@ -90,18 +94,24 @@ class Dataset:
         return len(self.examples)
 
     def batches(self, key: Key, size: int) -> Iterator[Batch]:
-        """Batches without end: pass after pass, each in a fresh order from `key`, the last batch of a pass short."""
+        """Batches without end: pass after pass, each in a fresh order from `key`, one short batch in a pass.
+
+        Within a window of WINDOW batches, examples of like length share a batch: padding costs as much as tokens do.
+        """
         turn = 0
         while True:
-            order = key.fold("pass", turn).permutation(len(self.examples))
-            for start in range(0, len(order), size):
-                picked = [self.examples[i] for i in order[start : start + size]]
-                yield collate(picked, self.pad, self.candidates)
+            here = key.fold("pass", turn)
+            order = here.permutation(len(self.examples)).tolist()
+            for start in range(0, len(order), WINDOW * size):
+                window = sorted(order[start : start + WINDOW * size], key=lambda i: len(self.examples[i]))
+                groups = [window[i : i + size] for i in range(0, len(window), size)]
+                for g in here.fold("window", start).permutation(len(groups)):
+                    yield collate([self.examples[i] for i in groups[g]], self.pad, self.candidates)
             turn += 1
 
     def in_order(self, size: int) -> Iterator[tuple[Batch, tuple[Example, ...]]]:
         """Every example once, shortest first so that little is padded: for evaluation."""
-        order = sorted(self.examples, key=lambda e: len(e.prompt) + len(e.answer))
+        order = sorted(self.examples, key=len)
         for start in range(0, len(order), size):
             picked = tuple(order[start : start + size])
             yield collate(picked, self.pad, self.candidates), picked

@@ -108,9 +108,7 @@ def read_clients(folder: str | Path) -> dict[str, list[Row]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(
-            f"{folder}: is not a folder" if folder.exists() else f"{folder}: the folder does not exist"
-        )
+        raise DataError(f"{folder}: is not a folder" if folder.exists() else f"{folder}: the folder does not exist")
     # Hidden files are left out: some systems put "._name.jsonl" beside every file that they copy.
     files = {path.stem: path for path in folder.glob("*.jsonl") if not path.name.startswith(".")}
     if not files:
@@ -124,13 +122,9 @@ def _parse(content: bytes, source: str, line: int) -> Row:
     except UnicodeDecodeError:
         raise DataError(f"{source}:{line}: the line is not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{source}:{line}: the line is not JSON ({error.msg}, column {error.colno})"
-        ) from None
+        raise DataError(f"{source}:{line}: the line is not JSON ({error.msg}, column {error.colno})") from None
     except (ValueError, RecursionError):  # an integer of thousands of digits, or thousands of brackets
         raise DataError(f"{source}:{line}: the line is JSON beyond what can be read") from None
     if not isinstance(fields, dict):
-        raise DataError(
-            f"{source}:{line}: the line is {kind(fields)}, not an object (one object a line is expected)"
-        )
+        raise DataError(f"{source}:{line}: the line is {kind(fields)}, not an object (one object a line is expected)")
     return Row(fields, source, line)

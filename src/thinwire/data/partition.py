@@ -37,9 +37,7 @@ def iid(rows: Sequence[Row], clients: int, key: Key) -> Clients:
     return _named(rows, [order[i::clients] for i in range(clients)])
 
 
-def dirichlet(
-    rows: Sequence[Row], column: str, clients: int, alpha: float, key: Key, *, minimum: int = 1
-) -> Clients:
+def dirichlet(rows: Sequence[Row], column: str, clients: int, alpha: float, key: Key, *, minimum: int = 1) -> Clients:
     """Skewed clients: for each value of `column`, what each client gets of it follows Dirichlet(alpha).
 
     The smaller alpha, the more a client holds of few values. As is usual, a client that already holds its
@@ -81,9 +79,7 @@ def holdout(rows: Sequence[Row], share: float, key: Key) -> tuple[list[Row], lis
         raise DataError(f"held out: {share} is neither a number of rows nor a fraction below 1")
     if isinstance(share, int):
         if share >= len(rows):
-            raise DataError(
-                f"{rows[0].source}: holding out {share} of {len(rows)} rows leaves none to train on"
-            )
+            raise DataError(f"{rows[0].source}: holding out {share} of {len(rows)} rows leaves none to train on")
         count = share
     else:
         count = min(max(1, round(share * len(rows))), len(rows) - 1) if share > 0 else 0
@@ -134,6 +130,4 @@ def _need(rows: Sequence[Row], clients: int = 1, minimum: int = 1) -> None:
     if clients > len(rows):
         raise DataError(f"{rows[0].source}: {clients} clients are more than the {len(rows)} rows")
     if clients * minimum > len(rows):
-        raise DataError(
-            f"{rows[0].source}: {clients} clients of {minimum} rows are more than the {len(rows)} rows"
-        )
+        raise DataError(f"{rows[0].source}: {clients} clients of {minimum} rows are more than the {len(rows)} rows")

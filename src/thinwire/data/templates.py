@@ -39,6 +39,33 @@ ALPACA_BARE = (
 )
 
 
+@functools.lru_cache
+def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
+    """A format string as (literal text, column that follows it or None) pairs."""
+    try:
+        parsed = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise DataError(f"the template {text!r} cannot be read ({error})") from None
+    parts = []
+    for literal, column, spec, conversion in parsed:
+        if column is not None:
+            plain = column.strip() and not column.isdigit() and not any(mark in column for mark in ".[]{}")
+            if not plain or spec or conversion:
+                raise DataError(
+                    f"the template {text!r} may hold plain {{column}} fields only (a brace is written twice)"
+                )
+        parts.append((literal, column))
+    return tuple(parts)
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(column for _, column in _parts(text) if column is not None))
+
+
+def _fill(text: str, values: dict[str, str]) -> str:
+    return "".join(literal + (values[column] if column is not None else "") for literal, column in _parts(text))
+
+
 @dataclass(frozen=True)
 class Template:
     """Format strings over a row's columns.
@@ -82,9 +109,7 @@ class Rendered:
 def named(name: str) -> Template | Chat:
     """The template of that name; DataError that lists the names."""
     if name not in NAMED:
-        raise DataError(
-            f"unknown template '{name}' (known: {', '.join(NAMED)}, or your own prompt and answer)"
-        )
+        raise DataError(f"unknown template '{name}' (known: {', '.join(NAMED)}, or your own prompt and answer)")
     return NAMED[name]
 
 
@@ -111,7 +136,7 @@ def answer_value(row: Row, template: Template | Chat) -> str:
     """The bare answer, as the data has it; DataError where it is blank, or made of several columns."""
     column = row.answer_column() if isinstance(template, Chat) else _answer_column(template)
     if column == "messages" and isinstance(template, Chat):
-        value = _messages(row)[-1]["content"]
+        value = messages_of(row)[-1]["content"]
     else:
         value = row.text(column)
     if not value.strip():
@@ -142,7 +167,7 @@ def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
         raise DataError("the tokenizer has no chat template (other templates: alpaca, plain, completion)")
     match row.answer_column():
         case "messages":
-            messages = _messages(row)[:-1]
+            messages = messages_of(row)[:-1]
         case "completion":
             messages = [{"role": "user", "content": row.text("prompt")}]
         case _:
@@ -152,24 +177,18 @@ def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
             messages = [{"role": "user", "content": "\n\n".join(parts)}]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (
-        jinja2.TemplateError
-    ) as error:  # raised by templates that want turns to alternate, or no system message
+    except jinja2.TemplateError as error:  # raised by templates that want turns to alternate, or no system message
         raise row.error(f"the tokenizer's chat template refuses the row ({error})") from None
 
 
-def _messages(row: Row) -> list[dict[str, str]]:
-    """The column `messages`, checked."""
+def messages_of(row: Row) -> list[dict[str, str]]:
+    """The column `messages`, role and content of each; DataError where they do not end with the assistant's."""
     value = row.value("messages")
     if not isinstance(value, list) or len(value) < 2:
         raise row.error("field 'messages' is not a list of at least two messages")
     messages = []
     for i, message in enumerate(value, 1):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or "content" not in message
-        ):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise row.error(f"message {i} is not an object with 'role' and 'content'")
         content = row.as_text(message["content"], f"the content of message {i}")
         messages.append({"role": message["role"], "content": content})
@@ -181,36 +200,5 @@ def _messages(row: Row) -> list[dict[str, str]]:
 def _answer_column(template: Template) -> str:
     columns = _columns(template.answer)
     if len(columns) != 1:
-        raise DataError(
-            f"the answer template {template.answer!r} must name one {{column}} here, not {len(columns)}"
-        )
+        raise DataError(f"the answer template {template.answer!r} must name one {{column}} here, not {len(columns)}")
     return columns[0]
-
-
-@functools.lru_cache
-def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
-    """A format string as (literal text, column that follows it or None) pairs."""
-    try:
-        parsed = list(string.Formatter().parse(text))
-    except ValueError as error:
-        raise DataError(f"the template {text!r} cannot be read ({error})") from None
-    parts = []
-    for literal, column, spec, conversion in parsed:
-        if column is not None:
-            plain = column.strip() and not column.isdigit() and not any(mark in column for mark in ".[]{}")
-            if not plain or spec or conversion:
-                raise DataError(
-                    f"the template {text!r} may hold plain {{column}} fields only (a brace is written twice)"
-                )
-        parts.append((literal, column))
-    return tuple(parts)
-
-
-def _columns(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(column for _, column in _parts(text) if column is not None))
-
-
-def _fill(text: str, values: dict[str, str]) -> str:
-    return "".join(
-        literal + (values[column] if column is not None else "") for literal, column in _parts(text)
-    )

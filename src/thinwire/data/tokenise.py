@@ -3,7 +3,7 @@
 Prompt and answer are tokenised apart, without the tokenizer's special tokens, and joined as tokens. So the
 prompt's tokens are those that generation starts from, and where the loss begins never depends on how a
 tokenizer would merge across the border. A tokenizer that writes a space before every text writes one before
-the answer too.
+the answer too. The name of a special token ("</s>") in the data becomes that token, as elsewhere.
 """
 
 from __future__ import annotations
@@ -52,15 +52,14 @@ def tokenise(
     rendered = [templates.render(row, template, tokenizer) for row in rows]
     prompts = _prompts([text.prompt for text in rendered], tokenizer)
     if choices is None:
-        candidates, picked = None, [None] * len(rows)
+        candidates = None
+        picked: list[int | None] = [None] * len(rows)
         end = (tokenizer.eos_token_id,) if eos else ()
-        answers = [
-            tokens and tokens + end for tokens in _encode([text.answer for text in rendered], tokenizer)
-        ]
+        answers = [tokens and tokens + end for tokens in _encode([text.answer for text in rendered], tokenizer)]
     else:
         candidates = _candidates(choices, template, tokenizer, max_length)
-        picked = [_choice(row, template, choices) for row in rows]
-        answers = [candidates[i] for i in picked]
+        indices = [_choice(row, template, choices) for row in rows]
+        picked, answers = list(indices), [candidates[i] for i in indices]
     longest = 0 if candidates is None else max(len(tokens) for tokens in candidates)
     examples = []
     for row, text, prompt, answer, choice in zip(rows, rendered, prompts, answers, picked, strict=True):
@@ -93,13 +92,7 @@ def shuffle_answers(rows: Sequence[Row], key: Key, column: str | None = None) ->
 
 
 def _take(row: Row, column: str) -> tuple[Any, Any]:
-    value = row.value(column)
-    if column == "messages":
-        value = (
-            value[-1]["content"]
-            if isinstance(value, list) and value and isinstance(value[-1], dict)
-            else None
-        )
+    value = templates.messages_of(row)[-1]["content"] if column == "messages" else row.value(column)
     return value, row.fields.get("references")
 
 
@@ -116,9 +109,7 @@ def _put(row: Row, column: str, value: Any, references: Any) -> Row:
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
     # verbose=False: a text beyond the model's length is cut here, the tokenizer need not warn of it.
-    ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [tuple(tokens) for tokens in ids]
 
 
@@ -132,9 +123,7 @@ def _prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[T
     if not all(prompts):
         start = bos if bos is not None else tokenizer.eos_token_id
         if start is None:
-            raise DataError(
-                "a prompt is empty, and the tokenizer has neither a bos nor an eos token to begin with"
-            )
+            raise DataError("a prompt is empty, and the tokenizer has neither a bos nor an eos token to begin with")
         prompts = [tokens or (start,) for tokens in prompts]
     return prompts
 
@@ -160,9 +149,7 @@ def _candidates(
         if not tokens or not choice.strip():
             raise DataError(f"the choice {choice!r} is empty")
         if len(tokens) >= max_length:
-            raise DataError(
-                f"the choice {choice!r} has {len(tokens)} tokens; max_length {max_length} leaves no prompt"
-            )
+            raise DataError(f"the choice {choice!r} has {len(tokens)} tokens; max_length {max_length} leaves no prompt")
         if tokens in seen:
             raise DataError(f"the choices {seen[tokens]!r} and {choice!r} have the same tokens")
         seen[tokens] = choice

@@ -146,7 +146,7 @@ class FedKSeed(Method):
             # The client's weights are D w - sum_t lr g_t (1 - lr wd)^(steps after t) z_t, D = (1 - lr wd)^steps.
             kept = (1.0 - lr * self.weight_decay) ** np.arange(len(seeds), -1, -1, dtype=np.float64)
             np.add.at(gains, seeds, weight * lr * scalars * kept[1:])
-            shrink += weight * kept[0]
+            shrink += weight * float(kept[0])
             np.add.at(amplitude, seeds, np.minimum(np.abs(scalars), self.amplitude_clip))
             np.add.at(visits, seeds, 1.0)
             total, skipped = total + weight, skipped + up.skipped

@@ -50,7 +50,7 @@ class Base(Mapping[str, Tensor]):
                         shape = tuple(file.get_slice(key).get_shape())
                         if shape != tuple(parameter.shape):
                             raise ModelError(
-                                f"{key} in {folder / shard} has the shape {shape}, and the model's {tuple(parameter.shape)}"
+                                f"{key} in {folder / shard} has the shape {shape}, not {tuple(parameter.shape)}"
                             )
                         self._places[name] = (folder / shard, key)
             except (OSError, SafetensorError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -125,8 +126,10 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # safetensors makes its files private, whatever the umask
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(mode)
                 _flush(file)
         _flush(temporary)
         if replace and target.exists():
@@ -219,8 +222,10 @@ def _converted(gguf: Path) -> Path:
 
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            # Its progress bar obeys no setting of transformers.
+            with contextlib.redirect_stderr(io.StringIO()):
+                tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+                model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         except Exception as error:  # a broken file surfaces as anything from struct.error to a KeyError
             raise ModelError(f"cannot read the GGUF file {gguf}: {first_line(error)}") from error
         # The weights are dequantised by now, but transformers leaves its marks on the model and then refuses

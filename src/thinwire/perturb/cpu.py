@@ -135,9 +135,7 @@ if hasattr(os, "register_at_fork"):
 
 def _check_array(name: str, array: NDArray[np.float32]) -> None:
     if array.dtype != np.float32 or array.ndim != 1 or not array.flags.c_contiguous:
-        raise ValueError(
-            f"{name} must be contiguous float32 of one dimension, got {array.dtype} {array.shape}"
-        )
+        raise ValueError(f"{name} must be contiguous float32 of one dimension, got {array.dtype} {array.shape}")
 
 
 def accumulate(

@@ -46,12 +46,8 @@ class Probe:
     def __enter__(self) -> Probe:
         for module, own in self._owners:
             leaf = not any(module.children())
-            before = module.register_forward_pre_hook(
-                lambda m, a, own=own, leaf=leaf: self._perturb(own, leaf)
-            )
-            after = module.register_forward_hook(
-                lambda m, a, out, own=own: self._restore(len(own)), always_call=True
-            )
+            before = module.register_forward_pre_hook(lambda m, a, own=own, leaf=leaf: self._perturb(own, leaf))
+            after = module.register_forward_hook(lambda m, a, out, own=own: self._restore(len(own)), always_call=True)
             self._stack.callback(before.remove)
             self._stack.callback(after.remove)
         return self
@@ -69,9 +65,7 @@ class Probe:
             found.append(float(loss(self.net.model, batch)))
         if len(self._met) < len(self._names):
             missed = sorted(set(self._names.values()) - self._met)
-            raise RuntimeError(
-                f"no forward pass met {missed[0]} (of {len(missed)}): this model cannot be probed"
-            )
+            raise RuntimeError(f"no forward pass met {missed[0]} (of {len(missed)}): this model cannot be probed")
         return found[0], found[1]
 
     def _perturb(self, own: list[nn.Parameter], leaf: bool) -> None:

