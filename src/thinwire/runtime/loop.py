@@ -18,7 +18,7 @@ from thinwire.runtime import checkpoint, memory
 from thinwire.runtime.checkpoint import Progress
 from thinwire.runtime.cohort import All, Cyclic, Uniform, cohort_of
 from thinwire.runtime.inprocess import InProcess
-from thinwire.runtime.store import ClientMemory, VersionStore
+from thinwire.runtime.store import ClientMemories, ClientMemory, VersionStore
 
 if TYPE_CHECKING:
     from thinwire.data.batch import Dataset
@@ -76,15 +76,15 @@ def train(job: Job) -> Record:
     states = job.folder / "state"
     clients = range(len(job.clients))
     versions = VersionStore(states / "versions", job.keep_versions)
+    memories = ClientMemories(states / "clients")
 
     def server(round: int, cohort: Sequence[int] = ()) -> Server:
         key = job.key.fold("server", round)
         return Server(job.net, key, round, job.rounds, tuple(cohort), versions, job.public)
 
     def client(id: int, round: int) -> Client:
-        private = ClientMemory(states / "clients" / str(id), round)
         key = job.key.fold("client", id, "round", round)
-        return Client(id, job.net, job.clients[id], key, private, versions, held.get(id))
+        return Client(id, job.net, job.clients[id], key, memories.of(id, round), versions, held.get(id))
 
     def done(client: Client) -> None:
         assert isinstance(client.memory, ClientMemory)
@@ -138,8 +138,7 @@ def train(job: Job) -> Record:
         if round == job.rounds or (job.eval_every and round % job.eval_every == 0):
             score(round)
         progress, clock = save(finished=round == job.rounds), time.perf_counter()
-        for folder in (states / "clients").glob("*"):
-            ClientMemory.prune(folder, checkpoint.rounds(states)[0])
+        memories.prune(checkpoint.rounds(states)[0])
 
     job.method.materialise(state, job.net)
     job.net.save(job.folder / "model")

@@ -122,3 +122,23 @@ class ClientMemory(MutableMapping[str, Tensor]):
         files = [f for f in sorted(folder.glob("*.safetensors")) if int(f.stem) <= oldest]
         for file in files[:-1]:
             file.unlink()
+
+
+class ClientMemories:
+    """The memories of all clients of a run, below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[int, ClientMemory] = {}
+
+    def of(self, client: int, round: int) -> ClientMemory:
+        """The memory of a client in a round: one object, however often the round asks that client."""
+        if client not in self._open or self._open[client].round != round:
+            self._open[client] = ClientMemory(self.folder / str(client), round)
+        return self._open[client]
+
+    def prune(self, oldest: int) -> None:
+        """See ClientMemory.prune; also lets go of what is in memory."""
+        self._open.clear()
+        for folder in self.folder.glob("*"):
+            ClientMemory.prune(folder, oldest)

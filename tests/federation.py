@@ -1,0 +1,105 @@
+"""A small federation in memory: a tiny net, clients with rows, and rounds that tests can disturb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tiny import CHOICES, tiny_folder, tiny_rows
+
+from thinwire.core import Client, Method, Metrics, Reply, Round, Server, run_round
+from thinwire.data.batch import Dataset
+from thinwire.data.templates import Template
+from thinwire.data.tokenise import tokenise
+from thinwire.keys import Key
+from thinwire.model.flat import Net
+from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.store import ClientMemories, VersionStore
+from thinwire.wire import Frame
+
+PROMPT = Template("{input}: it was", " {output}")
+Tamper = Callable[[int, Frame], Frame | None]
+
+
+def tiny_net(folder: Path, dtype: str = "float32", remember: bool = True, **overrides: Any) -> Net:
+    """A net on a random tiny Llama saved under `folder`."""
+    if not (folder / "config.json").exists():
+        tiny_folder(folder, **overrides)
+    return Net.open(str(folder), dtype, remember=remember)
+
+
+def closed_data(net: Net, rows: int, seed: int) -> Dataset:
+    """A closed set of two answers, told by one word of the prompt."""
+    return tokenise(tiny_rows(rows, seed, closed=True), PROMPT, net.tokenizer, max_length=64, choices=CHOICES)
+
+
+@dataclass
+class Federation:
+    """Rounds of one method over a few clients, state by state."""
+
+    method: Method
+    net: Net
+    folder: Path
+    rounds: int = 4
+    sizes: tuple[int, ...] = (12, 8, 16)
+    seed: int = 0
+    tamper: Tamper | None = None  # changes a reply's frame on its way, None: loses it
+    before_client: Callable[[Net], None] = lambda net: None
+    spool: Path | None = None
+    state: Any = None
+    round: int = 0
+    held: dict[int, str] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+    history: list[Round] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.data = [closed_data(self.net, rows, 100 + i) for i, rows in enumerate(self.sizes)]
+        self.key = Key.root(self.seed)
+        self.versions = VersionStore(self.folder / "versions", 3)
+        self.memories = ClientMemories(self.folder / "clients")
+        if self.state is None:
+            self.state = self.method.init(self.server(0, ()))
+
+    def server(self, round: int, cohort: Iterable[int]) -> Server:
+        """The server half's context in that round."""
+        return Server(self.net, self.key.fold("server", round), round, self.rounds, tuple(cohort), self.versions)
+
+    def client(self, id: int, round: int) -> Client:
+        """The client half's context in that round."""
+        self.before_client(self.net)
+        key = self.key.fold("client", id, "round", round)
+        return Client(id, self.net, self.data[id], key, self.memories.of(id, round), self.versions, self.held.get(id))
+
+    def step(self, cohort: Iterable[int] | None = None) -> Round:
+        """One round; its record."""
+        self.round += 1
+        cohort = tuple(range(len(self.sizes))) if cohort is None else tuple(cohort)
+        transport = Tampered(InProcess(self.method, self.client, lambda c: c.memory.commit(), self.spool), self.tamper)
+        at = Round(1, self.server(self.round, cohort), transport, self.held, self.spool)
+        self.state, self.metrics = run_round(self.method, self.state, at)
+        self.history.append(at)
+        return at
+
+    def run(self, rounds: int | None = None) -> Federation:
+        """All the rounds that are left, or so many."""
+        for _ in range(rounds if rounds is not None else self.rounds - self.round):
+            self.step()
+        return self
+
+
+class Tampered:
+    """A transport whose replies pass through `tamper`."""
+
+    def __init__(self, inner: InProcess, tamper: Tamper | None) -> None:
+        self.inner, self.tamper = inner, tamper
+
+    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
+        """See core.Transport."""
+        for reply in self.inner.exchange(frames):
+            if self.tamper is None or reply.frame is None:
+                yield reply
+            else:
+                frame = self.tamper(reply.client, reply.frame)
+                yield Reply(reply.client, frame, reply.seconds, None if frame is not None else "lost")
