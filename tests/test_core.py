@@ -80,9 +80,7 @@ class Differences(Method):
         if up.weights["w"].abs().max() > 1e6:
             raise Illegal(f"client {client_id} is out of bounds")
 
-    def aggregate(
-        self, state: Vector, server: Server, replies: Iterable[tuple[int, Answer]]
-    ) -> tuple[Vector, Metrics]:
+    def aggregate(self, state: Vector, server: Server, replies: Iterable[tuple[int, Answer]]) -> tuple[Vector, Metrics]:
         answers = [up.weights["w"] for _, up in replies]
         if not answers:
             return state, {}

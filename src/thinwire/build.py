@@ -66,7 +66,9 @@ def rows_of(data: config.Data, key: Key) -> Rows:
         clients = partition.dirichlet(clients[""], data.column, data.clients, data.alpha, split, minimum=data.minimum)
     for name, held in clients.items():
         if not held:
-            raise DataError(f"client {name!r} has no rows")
+            raise DataError(f"{data.path}: client {name!r} has no rows")
+    if splits.get("heldout") == []:
+        raise ConfigError(f"data.heldout: {data.heldout} of each client's rows holds out none at all")
     if data.shuffle_answers:
         # Over all clients at once, and only what is trained on: the held-out rows keep their true answers.
         pooled = shuffle_answers([row for held in clients.values() for row in held], key.fold("shuffle"))
@@ -78,7 +80,10 @@ def rows_of(data: config.Data, key: Key) -> Rows:
 def dataset(data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The rows under the run's template; raises DataError."""
     if data.prompt is not None and data.answer is not None:
-        template: templates.Template | templates.Chat = templates.Template(data.prompt, data.answer)
+        try:
+            template: templates.Template | templates.Chat = templates.Template(data.prompt, data.answer)
+        except DataError as error:
+            raise ConfigError(f"data.prompt, data.answer: {error}") from None
     else:
         template = templates.named(data.template)
     return tokenise(rows, template, tokenizer, max_length=data.max_length, choices=data.choices)
@@ -139,4 +144,8 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
 
 
 def _read(path: str) -> list[Row]:
-    return PACKAGED[path]() if path in PACKAGED else read_jsonl(Path(path))
+    if path in PACKAGED:
+        return PACKAGED[path]()
+    if Path(path).is_dir():
+        raise ConfigError(f'{path}: is a folder, not a .jsonl file; a folder goes with data.partition = "files"')
+    return read_jsonl(path)

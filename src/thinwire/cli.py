@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
 from thinwire import __version__
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from thinwire.config import Run
 
 app = typer.Typer(
     name="thinwire",
     help="Fine-tune every parameter of a language model across clients whose data cannot move, over kilobytes.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # plain help: rich would be half of its time
     pretty_exceptions_enable=False,
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the run file to set.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -46,6 +54,8 @@ def run(
     """Run the rounds of a run file, with progress, and leave a model that transformers loads."""
     with _one_line():
         _quiet()
+        from safetensors import SafetensorError
+
         from thinwire import build, config
         from thinwire.runtime import memory
         from thinwire.runtime.loop import train
@@ -55,24 +65,23 @@ def run(
         folder = out if out is not None else Path("runs") / settings.name
         _claim(folder, settings, resume)
         if (folder / "summary.json").exists():
-            print(f"{folder}: this run is complete")
+            typer.echo(f"{folder}: this run is complete")
             print_summary(folder)
             return
         _threads(settings)
         rows = build.rows_of(settings.data, _key(settings))
         before = memory.resident()
         net = build.net_of(settings, remember=True)
-        with Live(settings, sum(len(held) for held in rows.clients.values()), net) as watch:
+        with Live(settings, rows, net, folder, resume) as watch:
             job = build.job(settings, rows, net, folder, before, watch)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "run.toml").write_text(settings.model_copy(update={"environment": _environment()}).to_toml())
-            again = f"thinwire run {' '.join([str(file), *(overrides or [])])} --out {folder} --resume"
+            _record(folder, settings)
+            again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
             try:
                 train(job)
             except KeyboardInterrupt:
                 raise _Stopped(f"stopped; go on from the last whole round with: {again}") from None
-            except OSError as error:
-                raise _Stopped(f"{error.strerror or error}: {error.filename or folder}; go on with: {again}") from None
+            except (OSError, SafetensorError) as error:
+                raise _Stopped(f"{_cause(error)}; go on from the last whole round with: {again}") from None
         print_summary(folder)
 
 
@@ -88,7 +97,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
                 "paper": cls.paper,
                 "about": (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0],
                 "fields": {
-                    field: {"type": _type(info.annotation), "default": info.get_default()}
+                    field: {"type": _type(info.annotation), "default": _default(info)}
                     for field, info in cls.model_fields.items()
                     if field != "name"
                 },
@@ -96,7 +105,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
             for name, cls in sorted(METHODS.items())
         }
         if as_json:
-            print(json.dumps(table, indent=2))
+            typer.echo(json.dumps(table, indent=2))
         else:
             print_methods(table)
 
@@ -114,30 +123,42 @@ def evaluate(
         from thinwire.show import print_scores
 
         if (path / "run.toml").exists():
-            settings = config.load(path / "run.toml", [*(overrides or []), f"model.path={path / 'model'}"])
+            if not (path / "model").is_dir():
+                raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
+            settings = config.load(path / "run.toml", [*(overrides or []), _model(path / "model")])
             rows = build.rows_of(settings.data, _key(settings))
-        else:
-            if not path.is_dir():
-                raise config.ConfigError(f"{path}: not a folder")
-            tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}}
-            for override in [*(overrides or []), f"model.path={path}"]:
-                config.override(tree, override)
+        elif path.is_dir():
+            tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": {}}
+            config.override(tree, [*(overrides or []), _model(path)])
             settings = config.parse(tree, "the command line")
-            whole = settings.data.model_copy(update={"partition": "iid", "clients": 1, "heldout": 0, "rows": None})
+            whole = settings.data.model_copy(update={"partition": "iid", "clients": 1, "heldout": 0})
             rows = build.rows_of(whole, _key(settings))
             rows = build.Rows(rows.clients, {"data": next(iter(rows.clients.values()))} | rows.splits)
+        else:
+            raise config.ConfigError(f"{path}: not a folder")
         _threads(settings)
         net = build.net_of(settings)
         scores = build.scorer(settings, net, build.splits_of(settings, rows, net.tokenizer))()
         if as_json:
-            print(json.dumps(scores, indent=2))
+            typer.echo(json.dumps(scores, indent=2))
         else:
             print_scores(scores)
 
 
 def main() -> None:
     """The entry point."""
-    app()
+    try:
+        status = app(prog_name="thinwire", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        typer.echo(f"thinwire: {error.format_message()} (thinwire --help says more)", err=True)  # a wrong option
+        status = 2
+    sys.exit(status)
 
 
 class _Stopped(Exception):
@@ -161,6 +182,11 @@ def _one_line() -> Iterator[None]:
             raise
         typer.echo(f"thinwire: {error}".replace("\n", " "), err=True)
         raise typer.Exit(2) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        typer.echo(f"thinwire: {_cause(error)}", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("thinwire: stopped", err=True)
         raise typer.Exit(1) from None
@@ -181,6 +207,27 @@ def _claim(folder: Path, settings: Run, resume: bool) -> None:
     other = config.load(folder / "run.toml")
     if (difference := settings.first_difference(other)) is not None:
         raise config.ConfigError(f"{folder}: holds another run: {difference}")
+
+
+def _record(folder: Path, settings: Run) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = folder.resolve()
+    partial = whole.with_name(f".{whole.name}.run.toml")  # beside it: a folder is empty or a run
+    try:
+        partial.write_text(settings.model_copy(update={"environment": _environment()}).to_toml(), encoding="utf-8")
+        partial.replace(whole / "run.toml")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _model(path: Path) -> str:
+    return f"model.path={json.dumps(str(path), ensure_ascii=False)}"  # quoted: a folder may be called 2024
 
 
 def _key(settings: Run) -> Any:
@@ -221,6 +268,22 @@ def _environment() -> dict[str, str]:
     }
 
 
+def _default(field: FieldInfo) -> Any:
+    return None if field.is_required() else field.get_default(call_default_factory=True)
+
+
 def _type(annotation: Any) -> str:
-    text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation)
-    return str(text).replace("typing.", "")
+    """A type as a user reads it: float | None, "adamw" | "sgd"."""
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return " | ".join(json.dumps(value) for value in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(_type(inner) for inner in get_args(annotation))
+    if annotation is NoneType:
+        return "None"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
+import math
+import operator
+import os
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tomli_w
 from pydantic import (
@@ -17,8 +22,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    SerializeAsAny,
+    SerializationInfo,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -37,7 +43,7 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, smollm2-135m-instruct (from a package)."""
+    """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or smollm2-135m-instruct (packaged)."""
 
     path: str = "smollm2-135m-instruct"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -47,9 +53,9 @@ class Data(_Section):
     """The clients' rows, and how they are shown to the model.
 
     `path`: a folder (one .jsonl a client), one .jsonl file to be partitioned, or the name of a packaged set.
-    `partition`: files, iid, dirichlet (skew of `column`) or column (a client a value of `column`). `template` names a prompt
-    template; `prompt` and `answer` are format strings over the columns, instead of it. With `choices` the answers are a
-    closed set, scored against each other; `loss = "answer"` trains on the answer's tokens all the same.
+    `partition`: files, iid, dirichlet (skew of `column`) or column (a client a value of `column`). `template` names a
+    prompt template; `prompt` and `answer` are format strings over the columns, instead of it. With `choices` the
+    answers are a closed set, scored against each other; `loss = "answer"` trains on the answer's tokens all the same.
     """
 
     path: str
@@ -69,12 +75,25 @@ class Data(_Section):
     max_length: PositiveInt = 512
     shuffle_answers: bool = False  # a control: what is learnt then is only format
 
+    @field_validator("heldout")
+    @classmethod
+    def _heldout(cls, value: float | int | str) -> float | int | str:
+        if not isinstance(value, str) and (value < 0 or (isinstance(value, float) and value >= 1)):
+            raise ValueError(f"{value} is neither a share below 1, a number of rows nor a .jsonl file")
+        return value
+
+    @field_validator("choices")
+    @classmethod
+    def _choices(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) < 2:
+            raise ValueError(f"needs at least two different answers, got {list(value)}")
+        return value
+
     @model_validator(mode="after")
     def _pairs(self) -> Data:
-        if (self.prompt is None) != (self.answer is None):
-            raise ValueError("prompt and answer go together")
-        if self.choices is not None and len(set(self.choices)) < 2:
-            raise ValueError("choices needs at least two different answers")
+        for lacking, other in (("prompt", "answer"), ("answer", "prompt")):
+            if getattr(self, lacking) is None and getattr(self, other) is not None:
+                raise ConfigError(f"data.{lacking}: missing; it goes together with data.{other}")
         return self
 
 
@@ -94,10 +113,10 @@ class Run(_Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: NonNegativeInt = 0
     rounds: PositiveInt = 10
-    threads: PositiveInt | None = None
+    threads: int | None = Field(default=None, ge=1, le=1024)
     model: Model = Model()
     data: Data
-    method: SerializeAsAny[Method]
+    method: Method
     cohort: tuple[Cohort, ...] = (All(),)
     eval: Eval = Eval()
     environment: Mapping[str, str] = {}  # written by a run for the reader; never read back
@@ -105,21 +124,28 @@ class Run(_Section):
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Any:
+        if not isinstance(value, dict | Method):
+            raise ValueError(f'must be a table, such as {{ name = "fedkseed" }}, got {value!r:.60}')
         return method_of(value) if isinstance(value, dict) else value
 
-    @field_validator("cohort", mode="before")
-    @classmethod
-    def _segments(cls, value: Any) -> Any:
-        return [value] if isinstance(value, dict) else value
+    @field_serializer("method")
+    def _method_table(self, method: Method, info: SerializationInfo) -> dict[str, Any]:
+        cls = type(method)
+        path = {} if cls in METHODS.values() else {"path": f"{cls.__module__}:{cls.__qualname__}"}
+        return path | method.model_dump(mode=info.mode)
 
-    @model_validator(mode="after")
-    def _ends(self) -> Run:
-        if not self.cohort or any(segment.rounds is None for segment in self.cohort[:-1]):
-            raise ValueError("cohort: every segment but the last needs `rounds`")
-        return self
+    @field_validator("cohort")
+    @classmethod
+    def _ends(cls, value: tuple[Cohort, ...]) -> tuple[Cohort, ...]:
+        if not value:
+            raise ValueError("needs at least one segment")
+        for i, segment in enumerate(value[:-1]):
+            if segment.rounds is None:
+                raise ConfigError(f"cohort.{i}.rounds: missing; only the last segment may go without")
+        return value
 
     def first_difference(self, other: Run) -> str | None:
-        """The first field in which another run differs, None if a checkpoint of the one serves the other."""
+        """The first field in which `other`, a run that began, differs; None if its checkpoints serve this one."""
         aside = {"environment", "threads"}
         mine, theirs = (dict(_leaves(r.model_dump(exclude=aside))) for r in (self, other))
         for key in dict.fromkeys([*mine, *theirs]):
@@ -137,17 +163,25 @@ def method_of(fields: dict[str, Any]) -> Method:
     fields = dict(fields)
     path = fields.pop("path", None)
     if path is None:
-        name = fields.get("name")
-        if not isinstance(name, str) or name not in METHODS:
-            raise ConfigError(f"method.name: {name!r} is not a method; known: {', '.join(sorted(METHODS))}")
+        name, known = fields.get("name"), sorted(METHODS)
+        if name is None:
+            raise ConfigError(f"method.name: missing; known: {', '.join(known)}")
+        if name not in known:
+            hint = _nearest(str(name), known)
+            raise ConfigError(f"method.name: {name!r} is not a method{hint}; known: {', '.join(known)}")
         cls: Any = METHODS[name]
     else:
         cls = _import(path)
     try:
-        method: Method = cls.model_validate(fields)
+        method: Method = cls.model_validate_json(_json(fields), strict=True)
     except ValidationError as error:
-        raise ConfigError(_explain(error, ("method",), cls)) from None
+        raise ConfigError(_explain(error, ("method",), cls, fields)) from None
     return method
+
+
+def method_name(method: Method) -> str:
+    """What a method is called, also one of the user's that has no field `name`."""
+    return str(getattr(method, "name", type(method).__name__))
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Run:
@@ -156,91 +190,146 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Run:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad UTF-8 or TOML, dates that do not exist
         raise ConfigError(f"{path}: not TOML: {error}") from None
-    for change in overrides:
-        override(tree, change)
+    override(tree, overrides)
     return parse(tree, str(path))
 
 
 def parse(tree: dict[str, Any], source: str = "the run file") -> Run:
     """The run that a tree of plain values means; raises ConfigError with one line."""
+    for key, value in _leaves(tree):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{source}: {key}: must be a finite number, got {value}")
+    segments = {"cohort": [tree["cohort"]]} if isinstance(tree.get("cohort"), dict) else {}
     try:
-        return Run.model_validate(tree)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        # As JSON, whose types are TOML's: strict then means that no "5" or true passes for a number.
+        return Run.model_validate_json(_json(tree | segments), strict=True)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error, (), Run)}") from None
+        raise ConfigError(f"{source}: {_explain(error, (), Run, tree)}") from None
 
 
-def override(tree: dict[str, Any], change: str) -> None:
-    """Set one `key=value` in a tree of plain values; raises ConfigError."""
+def override(tree: dict[str, Any], changes: Sequence[str]) -> None:
+    """Set each `key=value` in a tree of plain values; raises ConfigError.
+
+    Another method.name or method.path first drops the fields of the old method, wherever it stands among the changes.
+    """
+    parsed = [_parse(change) for change in changes]
+    for keys, value in sorted(parsed, key=lambda change: change[0] not in _CHOOSE):
+        at: Any = tree
+        if keys in _CHOOSE and isinstance(old := tree.get("method"), dict) and old.get(keys[-1]) != value:
+            tree["method"] = {}
+        for i, parent in enumerate(keys[:-1]):
+            at = at.setdefault(parent, {})
+            if not isinstance(at, dict):
+                raise ConfigError(f"{'.'.join(keys)}: {'.'.join(keys[: i + 1])} is not a table")
+        at[keys[-1]] = value
+
+
+_CHOOSE = (["method", "name"], ["method", "path"])
+
+
+def _parse(change: str) -> tuple[list[str], Any]:
     key, equals, text = change.partition("=")
-    if not equals or not key.strip():
+    keys = [part.strip() for part in key.split(".")]
+    if not equals or not all(keys):
         raise ConfigError(f"{change!r} is not key=value")
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    *parents, last = key.strip().split(".")
-    if key == "method.name" and tree.get("method", {}).get("name") != value:
-        tree["method"] = {}  # the fields of another method would not fit
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {parent} is not a table")
-    tree[last] = value
+        return keys, tomllib.loads(f"v = {text}")["v"]
+    except (ValueError, RecursionError):
+        return keys, text  # a bare word is a string
 
 
-def _explain(error: ValidationError, prefix: tuple[str, ...], root: type[BaseModel]) -> str:
-    first = error.errors()[0]
+def _explain(error: ValidationError, prefix: tuple[str, ...], root: type[BaseModel], tree: Any) -> str:
+    errors = error.errors()
+    first = errors[0]
     if isinstance(inner := first.get("ctx", {}).get("error"), ConfigError):
         return str(inner)
-    place = [part for part in first["loc"] if part not in ("all", "uniform", "cyclic")]
+    place = _place(first["loc"], first["type"] == "missing", tree)
     where = ".".join(str(part) for part in (*prefix, *place))
     if first["type"] == "extra_forbidden":
-        known = sorted(_fields(root, place[:-1]))
-        close = difflib.get_close_matches(str(place[-1]), known, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        return f"{where}: unknown field{hint}; known: {', '.join(known)}"
+        known = sorted(_fields(root, first["loc"][:-1]))
+        return f"{where}: unknown field{_nearest(str(place[-1]), known)}; known: {', '.join(known)}"
     if first["type"] == "missing":
         return f"{where}: missing"
-    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{where}.kind: must be one of {first['ctx'].get('expected_tags', 'all, uniform, cyclic')}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {first['input']!r:.60}" if where else message
+    if first["type"] == "union_tag_not_found":
+        return f"{where}.kind: missing; known: all, uniform, cyclic"
+    if first["type"] == "union_tag_invalid":
+        return f"{where}.kind: {first['ctx']['tag']!r} is not one of {first['ctx']['expected_tags']}"
+    if first["type"] == "value_error":
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    # A field of several types has an error for each.
+    wanted = [e["msg"] for e in errors if _place(e["loc"], False, tree) == place]
+    message = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in wanted))
+    must = "must be " if first["msg"].startswith("Input should be ") else ""
+    return f"{where}: {must}{message}, got {first['input']!r:.60}"
 
 
-def _fields(root: type[BaseModel], place: Sequence[str | int]) -> Iterator[str]:
-    for part in place:
-        if isinstance(part, int) or part not in root.model_fields:
-            return
-        annotation = root.model_fields[part].annotation
-        if not isinstance(annotation, type) or not issubclass(annotation, BaseModel):
-            return
-        root = annotation
-    yield from root.model_fields
+def _place(loc: Sequence[Any], missing: bool, tree: Any) -> list[Any]:
+    """Where in the user's tree an error is; pydantic's place also names the members of unions."""
+    place: list[Any] = []
+    for part in loc:
+        inside = part in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(part, int)
+        if inside:
+            place.append(part)
+            tree = tree[part]
+    return [*place, loc[-1]] if missing else place
+
+
+def _fields(root: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
+    """The fields of the models that pydantic's place `loc` can mean."""
+    models = [root]
+    for part in loc:
+        inner = [m for model in models if part in model.model_fields for m in _models(model.model_fields[str(part)])]
+        tagged = [model for model in models if part in (field.default for field in model.model_fields.values())]
+        models = inner or (tagged if isinstance(part, str) else []) or models
+    return {name for model in models for name in model.model_fields}
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    annotation = getattr(annotation, "annotation", annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _import(path: Any) -> type[Method]:
-    module, colon, name = str(path).partition(":")
-    if not colon:
+    module, colon, name = path.partition(":") if isinstance(path, str) else ("", "", "")
+    if not (module and colon and name):
         raise ConfigError(f"method.path: {path!r} is not of the form package.module:Class")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` would: the class may stand beside the run file
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"method.path: {error}") from None
+        found = operator.attrgetter(name)(importlib.import_module(module))
+    except Exception as error:  # whatever the user's module raises
+        raise ConfigError(f"method.path: cannot import {path}: {type(error).__name__}: {error}") from None
     if not isinstance(found, type) or not issubclass(found, Method):
         raise ConfigError(f"method.path: {path} is not a thinwire.core.Method")
+    for part in ("Down", "Up", "State"):
+        if not hasattr(found, part):
+            raise ConfigError(f"method.path: {path} has no {part}")
     return found
+
+
+def _json(tree: Any) -> str:
+    return json.dumps(tree, default=str)  # a date, for one, is its text
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+        items: Any = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
     else:
         yield prefix, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _without_none(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from thinwire.config import Run
+from thinwire.build import Rows
+from thinwire.config import Run, method_name
 from thinwire.model.flat import Net
 from thinwire.runtime.loop import Record, Watch, read_records
 
@@ -22,14 +22,35 @@ from thinwire.runtime.loop import Record, Watch, read_records
 def size(count: float) -> str:
     """Bytes for people, in powers of ten."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < (999.5 if unit == "B" else 999.95):  # what rounds to 1000 belongs to the next unit
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
 
 
+def number(count: float) -> str:
+    """A count for people: 26.9 k, 134.5 M."""
+    for unit in ("", " k", " M"):
+        if count < 999.95:
+            return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
+        count /= 1000
+    return f"{count:.1f} G"
+
+
+def share(part: float, whole: float) -> str:
+    """part/whole where a part is most often far smaller: 1/8,231, 1/3.9, 1/1, 2.0/1."""
+    if not part or not whole:
+        return "-"
+    times = whole / part
+    if times < 0.95:
+        return f"{1 / times:,.1f}/1"
+    return f"1/{times:,.0f}" if times < 1.05 or times >= 9.95 else f"1/{times:.1f}"
+
+
 def span(seconds: float) -> str:
-    """A time for people: 42 s, 3 min 05 s, 2 h 10 min."""
+    """A time for people: 0.4 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -41,8 +62,8 @@ def span(seconds: float) -> str:
 class Live(Watch):
     """A line that moves on a terminal, and one line a round anywhere."""
 
-    def __init__(self, run: Run, rows: int, net: Net) -> None:
-        self.console = Console(highlight=False)
+    def __init__(self, run: Run, rows: Rows, net: Net, folder: Path, resume: bool = False) -> None:
+        self.console = _console()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,11 +74,13 @@ class Live(Watch):
             disable=not self.console.is_terminal,
         )
         self.task: TaskID | None = None
-        self.note, self.began = "", time.perf_counter()
-        self.console.print(
-            f"{run.name}: {run.method.name} on {run.model.path} ({net.size / 1e6:.1f} M parameters, all of them), "  # type: ignore[attr-defined]
-            f"{rows} rows that stay where they are, {run.rounds} rounds"
-        )
+        self.note, self.rounds = "", run.rounds
+        held = sum(len(rows) for rows in rows.clients.values())
+        self.console.print(f"{run.name}: {method_name(run.method)} on {run.model.path}", soft_wrap=True)
+        self.console.print(f"  all {number(net.size)} parameters are trained, over {_many(run.rounds, 'round')}")
+        self.console.print(f"  {_many(held, 'row')} stay where they are, with {_many(len(rows.clients), 'client')}")
+        if resume:
+            self.console.print(f"  going on from the last checkpoint in {folder}", soft_wrap=True)
 
     def __enter__(self) -> Live:
         self.progress.start()
@@ -79,81 +102,89 @@ class Live(Watch):
 
     def round_ends(self, record: Record, left: float) -> None:
         """See Watch."""
-        answered = [c for c in record["clients"] if "error" not in c]
-        loss = record["metrics"].get("loss")
+        metrics, visits = record["metrics"], record["clients"]
+        lost = [client for client in visits if "error" in client]
+        loss = metrics.get("loss")
         self.note = f"loss {loss:.3f}, {span(left)} left" if loss is not None else f"{span(left)} left"
-        lost = len(record["clients"]) - len(answered)
-        self.console.print(
-            f"round {record['round']}: {len(answered)} clients"
-            + (f" ({lost} dropped)" if lost else "")
-            + (f", loss {loss:.4f}" if loss is not None else "")
-            + (f", {record['metrics']['skipped']:.0f} steps skipped" if record["metrics"].get("skipped") else "")
-            + f", down {size(record['bytes_down'])}, up {size(record['bytes_up'])}, {span(record['seconds'])}"
-            + (f", {span(left)} left" if left > 0 else "")
-        )
-        for client in record["clients"]:
-            if "error" in client:
-                self.console.print(f"  client {client['name']} dropped: {client['error']}")
+        parts = [_many(len(visits) - len(lost), "client") + (f" ({len(lost)} dropped)" if lost else "")]
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
+        if metrics.get("skipped"):
+            parts.append(f"{_many(round(metrics['skipped']), 'step')} skipped")
+        parts += [f"down {size(record['bytes_down'])}", f"up {size(record['bytes_up'])}", span(record["seconds"])]
+        if left > 0:
+            parts.append(f"{span(left)} left")
+        self.console.print(f"round {record['round']}/{self.rounds}: {', '.join(parts)}")
+        for client in lost:
+            self.console.print(f"  {client['name']} dropped: {client['error']}")
 
     def evaluated(self, record: Record) -> None:
         """See Watch."""
-        self.console.print(f"  round {record['round']}, {record['split']}: {_score(record)}")
+        when = f"after round {record['round']}" if record["round"] else "at the start"
+        self.console.print(f"  {when}, {record['split']}: {_score(record)}")
 
 
 def print_summary(folder: Path) -> None:
     """The table that a run ends with, and a few held-out rows before and after."""
-    console = Console(highlight=False)
+    console = _console()
     summary = json.loads((folder / "summary.json").read_text())
     rounds = read_records(folder / "rounds.jsonl")
-    visits = [client for record in rounds for client in record["clients"]]
-    table = Table(title=f"{folder}: {summary['rounds']} rounds", title_justify="left")
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for first, final in zip(summary["first"], summary["final"], strict=True):
-        for field in ("loss", "accuracy", "rouge_l"):
-            if final[field] is not None:
-                name = {"rouge_l": "Rouge-L"}.get(field, field)
-                table.add_row(f"{first['split']} {name}", f"{first[field]:.3f}", f"{final[field]:.3f}")
-    console.print(table)
-    table = Table()
-    for heading in ("a client and round", "bytes", "sending the model", "ratio"):
-        table.add_column(heading, justify="left" if not table.columns else "right")
+    evals = list(zip(summary["first"], summary["final"], strict=True))
+    if evals:
+        table = Table("score", Column("before", justify="right"), Column("after", justify="right"))
+        for first, final in evals:
+            for field, name in (("loss", "loss"), ("accuracy", "accuracy"), ("rouge_l", "Rouge-L")):
+                if final[field] is not None:
+                    table.add_row(f"{first['split']} {name}", f"{first[field]:.3f}", f"{final[field]:.3f}")
+        console.print(table)
+    table = Table("one client, one round", *(Column(h, justify="right") for h in ("bytes", "whole model", "ratio")))
     for way in ("down", "up"):
-        mean = sum(v[f"bytes_{way}"] for v in visits) / max(1, len(visits))
-        ratio = f"1/{summary['model_bytes'] / mean:,.0f}" if mean else "-"
-        table.add_row(way, f"{mean:,.0f}", f"{summary['model_bytes']:,}", ratio)
+        sent = [c[f"bytes_{way}"] for record in rounds for c in record["clients"] if c[f"bytes_{way}"]]
+        mean = sum(sent) / max(1, len(sent))
+        table.add_row(way, f"{mean:,.0f}", f"{summary['model_bytes']:,}", share(mean, summary["model_bytes"]))
     console.print(table)
-    console.print(
-        f"all clients and rounds: {size(summary['bytes_down'])} down, {size(summary['bytes_up'])} up; "
-        f"peak memory {size(summary['peak_memory_bytes'])}; {span(summary['seconds'])}; "
-        f"the model is in {folder / 'model'}"
-    )
-    for first, final in zip(summary["first"], summary["final"], strict=True):
-        console.print(f"\n{first['split']}: the answer before and after")
+    for first, final in evals:
+        if first["samples"]:
+            console.print(f"{first['split']}: what the model answers")
         for before, after in zip(first["samples"], final["samples"], strict=True):
             prompt = " ".join(before["prompt"].split())
-            console.print(Text(f"  {prompt if len(prompt) < 150 else '... ' + prompt[-150:]}"))
-            console.print(
-                Text(f"    before: {_short(before['answer'])} | after: {_short(after['answer'])}"
-                     f" | expected: {_short(before['expected'])}")
-            )  # fmt: skip
+            console.print(f"  {prompt if len(prompt) < 75 else '... ' + prompt[-70:]}")
+            parts = [f"before: {_short(before['answer'])}", f"after: {_short(after['answer'])}"]
+            parts.append(f"expected: {_short(before['expected'])}")
+            line = " | ".join(parts)
+            for text in [line] if len(line) <= 76 else parts:
+                console.print(f"    {text}")
+    console.print(
+        f"{_many(summary['rounds'], 'round')} in {span(summary['seconds'])}, peak memory "
+        f"{size(summary['peak_memory_bytes'])}; in all {size(summary['bytes_down'])} down, "
+        f"{size(summary['bytes_up'])} up"
+    )
+    console.print(f"the model is in {folder / 'model'}", soft_wrap=True)
 
 
 def print_methods(table: dict[str, Any]) -> None:
     """The methods with their papers and fields."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     for name, method in table.items():
-        console.print(Text(f"{name}: {method['about']}", style="bold"))
-        console.print(Text(f"  {method['paper']}"))
+        console.print(Text(f"{name}: {method['about']}", style="bold"), soft_wrap=True)
+        console.print(f"  {method['paper']}", soft_wrap=True)
         for field, info in method["fields"].items():
-            console.print(Text(f"  {field} = {json.dumps(info['default'])}  ({info['type']})"))
+            console.print(f"  {field} = {json.dumps(info['default'])}  ({info['type']})", soft_wrap=True)
 
 
 def print_scores(scores: Sequence[Record]) -> None:
     """One line a split."""
-    console = Console(highlight=False)
     for record in scores:
-        console.print(f"{record['split']}: {_score(record)} ({record['rows']} rows)")
+        _console().print(f"{record['split']}: {_score(record)} ({_many(record['rows'], 'row')})", soft_wrap=True)
+
+
+def _console() -> Console:
+    # What is printed holds paths and answers of models: brackets and colons in them are no markup.
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
 def _score(record: Record) -> str:

@@ -101,7 +101,7 @@ class FedKSeed(Method):
         directions = Directions(down.pool)
         batches = client.data.batches(client.key.fold("batches"), self.batch_size)
         picks = self._draw(down, client)
-        shrink = 1.0 - down.lr * self.weight_decay
+        shrink = self._shrink(down.lr)
         seeds, scalars, losses = [], [], []
         with Probe(client.net, directions) as probe:
             for batch, seed in zip(islice(batches, self.steps), picks, strict=True):
@@ -143,8 +143,8 @@ class FedKSeed(Method):
         for _, up in replies:
             weight = up.examples if self.weighting == "examples" else 1
             seeds, scalars = up.seeds.numpy(), up.scalars.numpy().astype(np.float64)
-            # The client's weights are D w - sum_t lr g_t (1 - lr wd)^(steps after t) z_t, D = (1 - lr wd)^steps.
-            kept = (1.0 - lr * self.weight_decay) ** np.arange(len(seeds), -1, -1, dtype=np.float64)
+            # The client's weights are D w - sum_t lr g_t s^(steps after t) z_t, with s = 1 - lr wd and D = s^steps.
+            kept = self._shrink(lr) ** np.arange(len(seeds), -1, -1, dtype=np.float64)
             np.add.at(gains, seeds, weight * lr * scalars * kept[1:])
             shrink += weight * float(kept[0])
             np.add.at(amplitude, seeds, np.minimum(np.abs(scalars), self.amplitude_clip))
@@ -173,13 +173,24 @@ class FedKSeed(Method):
         rebuild(net, state.pool, state.gains.float(), state.shrink)
 
     def receive(self, down: Gains, client: Client) -> None:
+        if down.gains.dtype != torch.float32 or down.gains.shape != (self.seeds,):
+            raise Illegal(f"gains are {down.gains.dtype} {list(down.gains.shape)}, not float32 [{self.seeds}]")
+        if not torch.isfinite(down.gains).all() or not math.isfinite(down.shrink) or not math.isfinite(down.lr):
+            raise Illegal("gains, shrink or lr are not finite")
         rebuild(client.net, down.pool, down.gains, down.shrink)
+
+    def _shrink(self, lr: float) -> float:
+        """What one step leaves of the weights; rounded as it is applied, or the roundings would add up."""
+        return float(np.float32(1.0 - lr * self.weight_decay))
 
     def _draw(self, down: Gains, client: Client) -> list[int]:
         key = client.key.fold("seeds")
         if down.probabilities is None:
             return key.integers(self.seeds, self.steps).tolist()
-        cumulative = np.cumsum(down.probabilities.numpy().astype(np.float64))
+        p = down.probabilities
+        if p.dtype != torch.float32 or p.shape != (self.seeds,) or not (p >= 0).all() or not 0 < float(p.sum()) < 2:
+            raise Illegal(f"probabilities are not {self.seeds} shares of 1")
+        cumulative = np.cumsum(p.numpy().astype(np.float64))
         drawn = np.searchsorted(cumulative, key.uniform(self.steps) * cumulative[-1], side="right")
         return np.minimum(drawn, self.seeds - 1).tolist()
 

@@ -47,13 +47,12 @@ class Probe:
         for module, own in self._owners:
             leaf = not any(module.children())
             before = module.register_forward_pre_hook(lambda m, a, own=own, leaf=leaf: self._perturb(own, leaf))
-            after = module.register_forward_hook(lambda m, a, out, own=own: self._restore(len(own)), always_call=True)
+            after = module.register_forward_hook(lambda m, a, out, own=own: self._restore(len(own)))
             self._stack.callback(before.remove)
             self._stack.callback(after.remove)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
-        self._restore(len(self._held))
         self._stack.close()
 
     @torch.no_grad()
@@ -61,8 +60,11 @@ class Probe:
         """(L(w + eps z), L(w - eps z)) for direction z of `seed`; not finite where the model's loss is not."""
         found = []
         self._seed = seed
-        for self._step in (eps, -eps):
-            found.append(float(loss(self.net.model, batch)))
+        try:
+            for self._step in (eps, -eps):
+                found.append(float(loss(self.net.model, batch)))
+        finally:
+            self._restore(len(self._held))  # what a forward pass that failed has left
         if len(self._met) < len(self._names):
             missed = sorted(set(self._names.values()) - self._met)
             raise RuntimeError(f"no forward pass met {missed[0]} (of {len(missed)}): this model cannot be probed")

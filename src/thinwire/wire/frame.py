@@ -102,7 +102,12 @@ def encode(
             entries.append(value)
         else:
             raise TypeError(f"{type(payload).__name__}.{field.name} is not {field.form}: {value!r:.60}")
-    header = msgpack.packb([type(payload).__name__, run, round, client, held, entries])
+    try:
+        header = msgpack.packb([type(payload).__name__, run, round, client, held, entries])
+    except (ValueError, OverflowError) as error:  # text that is not Unicode, an integer beyond 64 bits
+        raise TypeError(f"{type(payload).__name__} holds what cannot travel: {error}") from error
+    if len(header) > MAX_HEADER:
+        raise TypeError(f"{type(payload).__name__} has {len(header)} bytes besides its tensors, over {MAX_HEADER}")
     head = MAGIC + len(header).to_bytes(4, "little") + header
     digest = xxhash.xxh3_64(head)
     if spool is None or total <= SPOOL_ABOVE:
@@ -193,9 +198,12 @@ def _room(frame: Frame, offset: int, size: int) -> None:
 def _bytes(frame: Frame, offset: int, size: int) -> bytearray:
     if isinstance(frame, Spooled):
         buffer = bytearray(size)
-        with frame.path.open("rb") as file:
-            file.seek(offset)
-            got = file.readinto(buffer)
+        try:
+            with frame.path.open("rb") as file:
+                file.seek(offset)
+                got = file.readinto(buffer)
+        except OSError as error:
+            raise Malformed("the frame's file cannot be read") from error
         if got != size:
             raise Malformed("the frame's file is shorter than its header says")
         return buffer
@@ -247,8 +255,12 @@ def _header(frame: Frame) -> tuple[Header, int]:
         raise TooLarge(f"a header of {length} bytes is over the cap of {MAX_HEADER}")
     if length > len(frame) - start - CHECK:
         raise Malformed("the header is longer than the frame")
+    packed = _bytes(frame, start, length)
     try:
-        parts = msgpack.unpackb(_bytes(frame, start, length), use_list=True, strict_map_key=True)
+        whole = msgpack.Unpacker(max_buffer_size=length)
+        whole.feed(packed)
+        whole.skip()  # builds nothing, and fails unless every item that a length announces is there
+        parts = msgpack.unpackb(packed, use_list=True, strict_map_key=True)
     except Exception as error:  # msgpack raises many kinds, down to its own stack's; all mean the same here
         raise Malformed("the header is not msgpack") from error
     kinds: tuple[Any, ...] = (str, int, int, int, (str, type(None)), list)

@@ -7,6 +7,7 @@ of these with None. The order of the fields is the order on the wire.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ DTYPES: dict[int, torch.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 8
+MAX_STRIDE = 1 << 59  # elements; torch counts bytes in 63 bits
 PLAIN: tuple[Any, ...] = (bool, int, float, str, bytes, list[int], list[float], list[str])
 
 
@@ -54,9 +56,11 @@ class Spec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Spec:
-        """The spec of a tensor in memory; TypeError for a dtype that has no code."""
-        if tensor.dtype not in CODES:
-            raise TypeError(f"a tensor of {tensor.dtype} cannot travel")
+        """The spec of a tensor in memory; TypeError for one that cannot travel."""
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"not a tensor: {tensor!r:.60}")
+        if tensor.dtype not in CODES or tensor.layout != torch.strided or tensor.dim() > MAX_DIMENSIONS:
+            raise TypeError(f"a tensor of {tensor.dtype}, {tensor.layout}, {tensor.dim()} dimensions cannot travel")
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @classmethod
@@ -66,6 +70,8 @@ class Spec:
             raise Malformed("a tensor's entry in the header is not a list of sizes")
         if not 1 <= len(packed) <= 1 + MAX_DIMENSIONS or packed[0] not in DTYPES:
             raise Malformed("a tensor's entry in the header has no known dtype")
+        if math.prod(max(n, 1) for n in packed[1:]) > MAX_STRIDE:  # an empty tensor too has strides
+            raise Malformed("a tensor's entry in the header has sizes that no tensor can have")
         return cls(DTYPES[packed[0]], tuple(packed[1:]))
 
     def packed(self) -> list[int]:
@@ -104,6 +110,8 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
     """Name -> spec, without reading tensors that are not in memory where that can be had."""
     if isinstance(tensors, LazyTensors):
         return tensors.specs
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise TypeError(f"not a table of tensors by name: {tensors!r:.60}")
     return {name: Spec.of(tensor) for name, tensor in tensors.items()}
 
 

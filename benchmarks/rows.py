@@ -1,0 +1,32 @@
+"""What every benchmark prints and writes: rows of ours against a named reference, measured in the same run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; `ratio` is ours over the reference."""
+
+    name: str
+    ours: float
+    reference: float
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.reference
+
+
+def finish(rows: Sequence[Row]) -> None:
+    """Print the rows, and write them where --json says."""
+    for row in rows:
+        print(f"{row.name}: {row.ours:,.4g} {row.unit}, reference {row.reference:,.4g}, ratio {row.ratio:.3f}")  # noqa: T201
+    if "--json" in sys.argv:
+        path = Path(sys.argv[sys.argv.index("--json") + 1])
+        path.write_text(json.dumps([{**asdict(row), "ratio": row.ratio} for row in rows], indent=2) + "\n")

@@ -1,0 +1,284 @@
+"""FedKSeed against the paper's equations, written slowly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation import Federation, tiny_net
+from tiny import tiny_model, tiny_tokenizer
+from torch import Tensor
+
+from thinwire import wire
+from thinwire.data.batch import Example, collate
+from thinwire.keys import Key
+from thinwire.methods.fedkseed import Accumulators, FedKSeed, Gains, Steps, rebuild, seed_probabilities
+from thinwire.model.flat import Net
+from thinwire.perturb.directions import Directions
+from thinwire.perturb.probe import Probe
+from thinwire.train.objective import loss
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Net:
+    return tiny_net(tmp_path_factory.mktemp("model"))
+
+
+def weights(net: Net) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for _, p in net.parameters()])
+
+
+class Oracle:
+    """One client and the server as the paper has them: whole directions, whole weights, a global model by averaging."""
+
+    def __init__(self, net: Net, method: FedKSeed, pool: int) -> None:
+        self.net, self.method, directions = net, method, Directions(pool)
+        self.z = {
+            j: torch.cat([directions.direction(n, p.shape, j).double().flatten() for n, p in net.parameters()])
+            for j in range(method.seeds)
+        }
+
+    def fill(self, flat: Tensor) -> None:
+        offset = 0
+        for _, parameter in self.net.parameters():
+            parameter.data = flat[offset : offset + parameter.numel()].view(parameter.shape).float()
+            offset += parameter.numel()
+
+    def client(self, start: Tensor, batches: Any, seeds: list[int], lr: float) -> tuple[Tensor, list[float]]:
+        w, scalars, eps = start.clone(), [], self.method.eps
+        for j in seeds:
+            batch = next(batches)
+            found = []
+            for step in (eps, -eps):
+                self.fill(w + step * self.z[j])
+                with torch.no_grad():
+                    found.append(float(loss(self.net.model, batch)))
+            g = (found[0] - found[1]) / (2 * eps)
+            w = w - lr * (g * self.z[j] + self.method.weight_decay * w)
+            scalars.append(g)
+        return w, scalars
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
+    decay: float, schedule: Any, net: Net, tmp_path: Path
+) -> None:
+    method = FedKSeed(seeds=16, steps=6, batch_size=4, lr=1e-3, eps=1e-3, weight_decay=decay, schedule=schedule)
+    federation = Federation(method, net, tmp_path, rounds=3)
+    oracle = Oracle(net, method, federation.state.pool)
+    net.reset()
+    mean = weights(net)
+    for round in (1, 2, 3):
+        lr = 1e-3 if schedule == "constant" else 1e-3 * (1 - (round - 1) / 3)
+        finals = []
+        for id, rows in enumerate(federation.sizes):
+            client = federation.client(id, round)
+            seeds = client.key.fold("seeds").integers(16, 6).tolist()
+            batches = client.data.batches(client.key.fold("batches"), 4)
+            finals.append(rows * oracle.client(mean, batches, seeds, lr)[0])
+        mean = torch.stack(finals).sum(0) / sum(federation.sizes)
+        federation.step()
+    net.reset()
+    start = weights(net)
+    method.materialise(federation.state, net)
+    moved = weights(net) - start
+    assert (moved - (mean - start)).norm() < 0.02 * (mean - start).norm()  # g is measured in float32
+    assert moved.norm() > 1e-3
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_one_clients_weights_are_the_rebuild_from_its_scalars(decay: float, net: Net, tmp_path: Path) -> None:
+    method = FedKSeed(seeds=4096, steps=200, batch_size=1, lr=1e-4, eps=1e-3, weight_decay=decay)
+    federation = Federation(method, net, tmp_path, sizes=(16,), rounds=1)
+    federation.step()
+    local = weights(net)  # as the client left them
+    net.forget()
+    method.materialise(federation.state, net)
+    rebuilt = weights(net)
+    net.reset()
+    assert (local - weights(net)).norm() > 1e-3 * rebuilt.norm()
+    assert (local - rebuilt).norm() < 1e-6 * rebuilt.norm()
+
+
+def test_a_client_that_joins_last_rebuilds_the_same_bits(net: Net, tmp_path: Path) -> None:
+    federation = Federation(FedKSeed(seeds=32, steps=4, batch_size=4, lr=1e-3), net, tmp_path, rounds=4)
+    for _ in range(3):
+        federation.step(cohort=(0, 1))
+    down = federation.method.broadcast(federation.state, federation.server(4, (0, 2)), 2, None)
+    hashes = []
+    for id in (0, 2):
+        net.forget()
+        with torch.no_grad():
+            for _, parameter in net.parameters():
+                parameter.fill_(id)
+        federation.method.receive(down, federation.client(id, 4))
+        hashes.append(net.state_sha256())
+    assert hashes[0] == hashes[1]
+
+
+def test_the_order_of_the_replies_does_not_matter(net: Net, tmp_path: Path) -> None:
+    """To the last bits of float64, which the float32 on the wire does not show."""
+    method = FedKSeed(seeds=16, steps=4, batch_size=4, lr=1e-3)
+    federation = Federation(method, net, tmp_path, rounds=1)
+    server = federation.server(1, (0, 1, 2))
+    down = method.broadcast(federation.state, server, 0, None)
+    ups = [(id, method.client_update(down, federation.client(id, 1))) for id in range(3)]
+    gains = [method.aggregate(federation.state, server, order)[0].gains for order in (ups, ups[::-1])]
+    assert torch.equal(gains[0].float(), gains[1].float())
+
+
+def test_frames_are_the_papers_kilobytes(net: Net, tmp_path: Path) -> None:
+    for pro, seeds, paper in ((False, 4096, 17_988), (True, 1024, 9_796)):
+        method = FedKSeed(seeds=seeds, pro=pro, steps=200, batch_size=1, lr=1e-5)
+        at = Federation(method, net, tmp_path / str(pro), sizes=(4,), rounds=1).step()
+        assert at.ledger.bytes_down + at.ledger.bytes_up <= paper + 400
+
+
+def test_a_nan_loss_skips_the_step_and_is_counted(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Probe.losses
+    calls = iter(range(1000))
+
+    def losses(self: Probe, *args: Any) -> tuple[float, float]:
+        found = real(self, *args)
+        return (math.nan, found[1]) if next(calls) % 4 == 0 else found
+
+    monkeypatch.setattr(Probe, "losses", losses)
+    federation = Federation(FedKSeed(seeds=16, steps=8, batch_size=4, lr=1e-3), net, tmp_path, sizes=(8,))
+    federation.step()
+    assert federation.metrics["skipped"] == 2
+    assert math.isfinite(federation.metrics["loss"])
+    assert torch.isfinite(federation.state.gains).all()
+
+
+def test_a_client_whose_every_loss_is_nan_changes_nothing(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Probe, "losses", lambda *_: (math.nan, math.nan))
+    federation = Federation(FedKSeed(seeds=16, steps=8, batch_size=4), net, tmp_path, sizes=(8,))
+    at = federation.step()
+    assert at.visits[0].error is None
+    assert not federation.state.gains.any()
+    assert federation.metrics["skipped"] == 8
+
+
+def test_an_infinite_accumulator_from_the_wire_is_refused(net: Net, tmp_path: Path) -> None:
+    federation = Federation(FedKSeed(seeds=16), net, tmp_path)
+    down = federation.method.broadcast(federation.state, federation.server(1, (0,)), 0, None)
+    bad = dataclasses.replace(down, gains=torch.full((16,), math.inf))
+    with pytest.raises(wire.Illegal, match="gains"):
+        federation.method.client_update(bad, federation.client(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"seeds": torch.tensor([16], dtype=torch.int32), "scalars": torch.ones(1), "skipped": 3}, "outside the pool"),
+        ({"seeds": torch.tensor([-1], dtype=torch.int32), "scalars": torch.ones(1), "skipped": 3}, "outside the pool"),
+        ({"scalars": torch.ones(3)}, "are not 4 steps"),
+        ({"skipped": 1}, "are not 4 steps"),
+        ({"scalars": torch.full((4,), 1e7)}, "beyond"),
+        ({"scalars": torch.full((4,), math.inf)}, "not finite"),
+        ({"seeds": torch.zeros(4, dtype=torch.int64)}, "int64"),
+        ({"seeds": torch.zeros((2, 2), dtype=torch.int32), "scalars": torch.ones((2, 2))}, "are not 4 steps"),
+        ({"examples": 0}, "examples is 0"),
+        ({"examples": -5}, "examples is -5"),
+    ],
+)
+def test_what_a_client_may_not_answer(change: dict[str, Any], reason: str) -> None:
+    method = FedKSeed(seeds=16, steps=4)
+    good = Steps(torch.zeros(4, dtype=torch.int32), torch.ones(4), 8, 0.5, 0)
+    zeros = torch.zeros(16, dtype=torch.float64)
+    state = Accumulators(1, zeros, 1.0, zeros, zeros + 1)
+    method.check(state, 0, good)
+    with pytest.raises(wire.Illegal, match=reason):
+        method.check(state, 0, dataclasses.replace(good, **change))
+
+
+def test_pro_is_uniform_at_first_then_tilted_by_at_most_e() -> None:
+    first = seed_probabilities(torch.zeros(32, dtype=torch.float64))
+    assert first == pytest.approx(torch.full((32,), 1 / 32, dtype=torch.float64))
+    later = seed_probabilities(torch.linspace(0, 900, 32, dtype=torch.float64))
+    assert later.sum() == pytest.approx(1.0)
+    assert later.max() / later.min() == pytest.approx(math.e)
+    assert later.argmax() == 31
+
+
+def test_pros_statistic_is_the_papers_history_of_amplitudes(net: Net, tmp_path: Path) -> None:
+    """The mean over each direction's whole history of clipped |g|, which begins with one 0."""
+    method = FedKSeed(seeds=8, pro=True, steps=10, batch_size=4, lr=1e-3, amplitude_clip=20.0)
+    histories: list[list[float]] = [[0.0] for _ in range(8)]
+
+    def watch(client: int, frame: wire.Frame) -> wire.Frame:
+        up = wire.decode(Steps, frame)
+        for j, g in zip(up.seeds.tolist(), up.scalars.tolist(), strict=True):
+            histories[j].append(min(abs(g), 20.0))
+        return frame
+
+    federation = Federation(method, net, tmp_path, rounds=2, tamper=watch).run()
+    means = torch.tensor([sum(h) / len(h) for h in histories], dtype=torch.float64)
+    down = method.broadcast(federation.state, federation.server(3, ()), 0, None)
+    spread = (means - means.min()) / (means.max() - means.min() + 1e-10)
+    assert down.probabilities == pytest.approx(torch.softmax(spread, 0).float(), rel=1e-6)
+    assert sum(len(h) for h in histories) == 8 + 2 * 3 * 10
+
+
+def test_pro_draws_by_the_probabilities_it_is_told(net: Net, tmp_path: Path) -> None:
+    method = FedKSeed(seeds=4, pro=True, steps=4000)
+    federation = Federation(method, net, tmp_path)
+    p = torch.tensor([0.1, 0.2, 0.0, 0.7])
+    drawn = method._draw(Gains(1, torch.zeros(4), 1.0, 1e-5, p), federation.client(0, 1))
+    assert np.bincount(drawn, minlength=4) / 4000 == pytest.approx(p.numpy(), abs=0.03)
+
+
+def test_clients_and_rounds_draw_differently(net: Net, tmp_path: Path) -> None:
+    method = FedKSeed(seeds=4096, steps=200)
+    federation = Federation(method, net, tmp_path)
+    down = Gains(1, torch.zeros(4096), 1.0, 1e-5, None)
+    draws = {tuple(method._draw(down, federation.client(id, round))) for id in range(3) for round in (1, 2, 3)}
+    assert len(draws) == 9
+
+
+def test_a_rebuild_is_one_sum_in_the_order_of_the_pool(net: Net) -> None:
+    """w0 - sum_j A_j z_j, A = 0 left out, against a sum in float64."""
+    gains = torch.zeros(4096)
+    gains[[7, 900, 4095]] = torch.tensor([1e-3, -2e-3, 5e-4])
+    rebuild(net, 77, gains, 1.0)
+    directions = Directions(77)
+    for name, parameter in net.parameters():
+        expected = net.base[name].double()
+        for j in (7, 900, 4095):
+            expected -= gains[j].double() * directions.direction(name, parameter.shape, j).double()
+        assert torch.allclose(parameter.double(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_mean_of_g_z_is_the_gradient(tmp_path: Path) -> None:
+    """Over N directions its cosine with autograd's gradient tends to 1 as sqrt(N / (N + d + 1))."""
+    model = tiny_model(
+        hidden_size=4, intermediate_size=4, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1,
+        vocab_size=16, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    net = Net(model, tiny_tokenizer(), tmp_path)
+    tokens = Key.root(0).integers(16, 64).tolist()
+    batch = collate([Example(tuple(tokens[i : i + 6]), tuple(tokens[i + 6 : i + 8])) for i in range(0, 64, 8)], 2)
+    loss(net.model, batch).backward()
+    gradient = torch.cat([p.grad.flatten() for _, p in net.parameters()]).double()
+    d, directions = net.size, Directions(5)
+    assert d <= 2000
+    total, cosines = torch.zeros(d, dtype=torch.float64), {}
+    with Probe(net, directions) as probe:
+        for j in range(16 * d):
+            plus, minus = probe.losses(batch, j, 1e-2)
+            z = torch.cat([directions.direction(n, p.shape, j).flatten() for n, p in net.parameters()])
+            total += (plus - minus) / 2e-2 * z.double()
+            if j + 1 in (d, 4 * d, 16 * d):
+                cosines[(j + 1) // d] = float(torch.nn.functional.cosine_similarity(total, gradient, dim=0))
+    for multiple, cosine in cosines.items():
+        assert cosine == pytest.approx(math.sqrt(multiple / (multiple + 1)), abs=0.05)
+    assert cosines[16] > 0.95

@@ -1,0 +1,120 @@
+"""The probe against in-place perturbation of the weights, and that it leaves no trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation import closed_data, tiny_net
+from tiny import VOCABULARY, tiny_folder, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
+
+from thinwire.data.batch import Example, collate
+from thinwire.keys import Key
+from thinwire.model.flat import Net
+from thinwire.perturb.directions import Directions
+from thinwire.perturb.probe import Probe
+from thinwire.train.objective import loss
+
+DIRECTIONS = Directions(99)
+
+
+def net_of(kind: str, folder: Path) -> Net:
+    if kind == "llama":
+        return tiny_net(folder)
+    if kind == "llama, untied":
+        return tiny_net(folder, tie_word_embeddings=False)
+    small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "bos_token_id": 256, "eos_token_id": 257}
+    config: Any = {
+        "gpt2": lambda: GPT2Config(**small, n_embd=32, n_head=4, n_layer=2),
+        "qwen2": lambda: Qwen2Config(
+            **small, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2
+        ),
+    }[kind]()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return Net.open(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama, untied", "gpt2", "qwen2"])
+def test_the_losses_are_those_of_perturbed_weights(kind: str, tmp_path: Path) -> None:
+    net = net_of(kind, tmp_path)
+    batch = next(closed_data(net, 8, 0).batches(Key.root(0), 8))
+    with Probe(net, DIRECTIONS) as probe:
+        found = probe.losses(batch, 5, 1e-2)
+    expected = []
+    for step in (1e-2, -1e-2):
+        net.reset()
+        for name, parameter in net.parameters():
+            DIRECTIONS.apply(parameter.data, name, [5], [step], out=parameter.data)
+        with torch.no_grad():
+            expected.append(float(loss(net.model, batch)))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert abs(found[0] - found[1]) > 1e-4  # the probe did move something
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_weights_are_bit_identical_after_probes(dtype: str, tmp_path: Path) -> None:
+    net = tiny_net(tmp_path, dtype)
+    before = net.state_sha256()
+    places = [parameter.data_ptr() for _, parameter in net.parameters()]
+    batch = next(closed_data(net, 8, 0).batches(Key.root(0), 4))
+    with Probe(net, DIRECTIONS) as probe:
+        for seed in range(5):
+            probe.losses(batch, seed, 1e-3)
+            assert net.state_sha256() == before
+    assert places == [parameter.data_ptr() for _, parameter in net.parameters()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.model.modules())
+
+
+def test_a_forward_pass_that_fails_leaves_the_weights_too(tmp_path: Path) -> None:
+    net = tiny_net(tmp_path)
+    before = net.state_sha256()
+    batch = next(closed_data(net, 8, 0).batches(Key.root(0), 4))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    handles = [
+        net.model.model.layers[1].mlp.down_proj.register_forward_pre_hook(fail),
+        net.model.model.layers[1].mlp.up_proj.register_forward_hook(fail),
+    ]
+    for handle in handles[::-1]:
+        with pytest.raises(RuntimeError, match="no"), Probe(net, DIRECTIONS) as probe:
+            probe.losses(batch, 1, 1e-3)
+        handle.remove()
+    assert net.state_sha256() == before
+    with Probe(net, DIRECTIONS) as probe:  # and the net still works
+        probe.losses(batch, 1, 1e-3)
+
+
+def test_a_model_with_a_parameter_that_no_forward_pass_meets_is_refused(tmp_path: Path) -> None:
+    net = tiny_net(tmp_path)
+    batch = next(closed_data(net, 8, 0).batches(Key.root(0), 4))
+    idle = torch.nn.Linear(2, 2)
+    net.model.idle = idle
+    net._parameters["idle.weight"] = idle.weight
+    with pytest.raises(RuntimeError, match=r"idle.weight"), Probe(net, DIRECTIONS) as probe:
+        probe.losses(batch, 1, 1e-3)
+
+
+def test_the_difference_is_the_directional_derivative_to_second_order(tmp_path: Path) -> None:
+    """|g - z . grad| = O(eps^2), in float64."""
+    tiny_folder(tmp_path)
+    net = Net.open(str(tmp_path))
+    net.model.double()
+    tokens = Key.root(0).integers(256, 64).tolist()
+    batch = collate([Example(tuple(tokens[i : i + 12]), tuple(tokens[i + 12 : i + 16])) for i in range(0, 64, 16)], 0)
+    loss(net.model, batch).backward()
+    slope = sum(float((DIRECTIONS.direction(name, p.shape, 3).double() * p.grad).sum()) for name, p in net.parameters())
+    errors = []
+    with Probe(net, DIRECTIONS) as probe:
+        for eps in (1e-2, 5e-3, 2.5e-3):
+            plus, minus = probe.losses(batch, 3, eps)
+            errors.append(abs((plus - minus) / (2 * eps) - slope))
+    assert errors[2] < errors[1] < errors[0]
+    assert 2.5 < errors[1] / errors[2] < 6  # a quarter at half the eps; the loss is taken in float32

@@ -1,0 +1,170 @@
+"""From a run file to its parts: who holds which rows, what is held out, and what is wrong with the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import CHOICES, tiny_folder, tiny_rows, tiny_tokenizer, write_jsonl
+
+from thinwire import build, config
+from thinwire.config import ConfigError, Data
+from thinwire.data.errors import DataError
+from thinwire.keys import Key
+from thinwire.model.flat import Net
+
+KEY = Key.root(0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows.jsonl (40 rows), silos/ (three clients of 6, 8 and 1 rows) and held.jsonl (5 rows)."""
+    folder = tmp_path_factory.mktemp("build")
+    write_jsonl(folder / "rows.jsonl", tiny_rows(40, closed=True))
+    write_jsonl(folder / "held.jsonl", tiny_rows(5, 9, closed=True))
+    (folder / "silos").mkdir()
+    for name, rows in (("b", 6), ("a", 8), ("c", 1)):
+        write_jsonl(folder / "silos" / f"{name}.jsonl", tiny_rows(rows, len(name), closed=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def net(place: Path) -> Net:
+    return Net.open(str(tiny_folder(place / "model")))
+
+
+def data_of(place: Path, path: str = "rows.jsonl", **fields: Any) -> Data:
+    """The [data] table of those rows."""
+    return Data(path=str(place / path), **fields)
+
+
+def sizes(rows: build.Rows) -> list[int]:
+    """How many rows each client holds."""
+    return [len(held) for held in rows.clients.values()]
+
+
+def texts(rows: build.Rows) -> dict[str, list[int]]:
+    """The lines that each client holds."""
+    return {name: [row.line for row in held] for name, held in rows.clients.items()}
+
+
+def test_every_row_is_with_one_client_or_held_out(place: Path) -> None:
+    rows = build.rows_of(data_of(place, clients=3, heldout=8), KEY)
+    assert sizes(rows) == [11, 11, 10]
+    assert len(rows.splits["heldout"]) == 8
+    lines = [row.line for held in (*rows.clients.values(), rows.splits["heldout"]) for row in held]
+    assert sorted(lines) == list(range(1, 41))
+    assert build.rows_of(data_of(place, clients=3, heldout=8), KEY) == rows
+    assert build.rows_of(data_of(place, clients=3, heldout=8), Key.root(1)) != rows
+
+
+def test_the_held_out_rows_do_not_depend_on_the_partition(place: Path) -> None:
+    held = [
+        build.rows_of(data_of(place, clients=clients, partition=partition), KEY).splits["heldout"]
+        for clients, partition in ((2, "iid"), (4, "iid"), (2, "dirichlet"))
+    ]
+    assert held[0] == held[1] == held[2]
+    assert len(held[0]) == 4
+
+
+def test_files_are_clients(place: Path) -> None:
+    rows = build.rows_of(data_of(place, "silos", partition="files", heldout=0.5), KEY)
+    assert list(rows.clients) == ["a", "b", "c"]
+    assert sizes(rows) == [4, 3, 1]  # a client of one row keeps it
+    assert len(rows.splits["heldout"]) == 7
+
+
+def test_columns_are_clients(place: Path) -> None:
+    rows = build.rows_of(data_of(place, partition="column", column="task", heldout=0), KEY)
+    assert sorted(rows.clients) == ["north", "south"]
+    assert rows.splits == {}
+
+
+def test_files_of_their_own_are_held_out_whole(place: Path) -> None:
+    held = str(place / "held.jsonl")
+    rows = build.rows_of(data_of(place, clients=4, heldout=held, heldout_tasks=held), KEY)
+    assert sizes(rows) == [10] * 4
+    assert {name: len(split) for name, split in rows.splits.items()} == {"heldout": 5, "heldout_tasks": 5}
+
+
+def test_fewer_rows_are_drawn_at_random(place: Path) -> None:
+    rows = build.rows_of(data_of(place, clients=2, rows=10, heldout=2), KEY)
+    assert sizes(rows) == [4, 4]
+    assert max(line for lines in texts(rows).values() for line in lines) > 10
+    assert sizes(build.rows_of(data_of(place, clients=2, rows=1000, heldout=0), KEY)) == [20, 20]
+
+
+def test_shuffled_answers_leave_prompts_counts_and_held_out_rows(place: Path) -> None:
+    plain = build.rows_of(data_of(place, clients=2), KEY)
+    mixed = build.rows_of(data_of(place, clients=2, shuffle_answers=True), KEY)
+    assert mixed.splits == plain.splits
+    assert texts(mixed) == texts(plain)
+
+    def column(rows: build.Rows, name: str) -> list[Any]:
+        return [row.fields[name] for held in rows.clients.values() for row in held]
+
+    assert column(mixed, "input") == column(plain, "input")
+    assert column(mixed, "output") != column(plain, "output")
+    assert sorted(column(mixed, "output")) == sorted(column(plain, "output"))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "line"),
+    [
+        ("none.jsonl", {}, "{place}/none.jsonl: cannot be read (No such file or directory)"),
+        ("silos", {}, '{place}/silos: is a folder, not a .jsonl file; a folder goes with data.partition = "files"'),
+        ("rows.jsonl", {"partition": "files"}, "data.partition: 'files' needs data.path to be a folder"),
+        ("rows.jsonl", {"heldout": "no.jsonl"}, "no.jsonl: cannot be read"),
+        ("rows.jsonl", {"heldout_tasks": "no.jsonl"}, "no.jsonl: cannot be read"),
+        ("rows.jsonl", {"heldout": 40}, "{place}/rows.jsonl: holding out 40 of 40 rows leaves none to train on"),
+        ("rows.jsonl", {"clients": 37}, "{place}/rows.jsonl: 37 clients are more than the 36 rows"),
+        ("rows.jsonl", {"partition": "column", "column": "site"}, "{place}/rows.jsonl:1: field 'site' is missing"),
+        ("lonely", {"partition": "files"}, "data.heldout: 0.1 of each client's rows holds out none at all"),
+        ("hollow", {"partition": "files"}, "{place}/hollow/a.jsonl: the file holds no row"),
+        ("torn.jsonl", {}, "{place}/torn.jsonl:2: the line is not JSON ("),
+    ],
+)
+def test_what_is_wrong_with_the_data_is_one_line(place: Path, path: str, fields: dict[str, Any], line: str) -> None:
+    for folder, text in (("lonely", '{"output": "x"}\n'), ("hollow", "\n")):
+        (place / folder).mkdir(exist_ok=True)
+        (place / folder / "a.jsonl").write_text(text)
+    (place / "torn.jsonl").write_text('{"output": "x"}\n{"output": \n')
+    with pytest.raises((DataError, ConfigError)) as caught:
+        build.rows_of(data_of(place, path, **fields), KEY)
+    assert str(caught.value).startswith(line.format(place=place))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_cannot_be_read_names_its_fields(place: Path) -> None:
+    rows = build.rows_of(data_of(place), KEY).splits["heldout"]
+    for prompt, answer in (("{input", "{output}"), ("{input.x}", "{output}"), ("{input}", "none")):
+        with pytest.raises(ConfigError, match=r"^data\.prompt, data\.answer: the "):
+            build.dataset(data_of(place, prompt=prompt, answer=answer), rows, tiny_tokenizer())
+
+
+def test_a_closed_set_can_be_trained_on_as_text(place: Path, net: Net, tmp_path: Path) -> None:
+    table = {"name": "fedkseed", "seeds": 8}
+    closed = {"prompt": "{input}: it was", "answer": " {output}", "choices": list(CHOICES), "clients": 2}
+    for loss, trained in (("choice", 2), ("answer", None)):
+        tree = {"method": table, "data": {"path": str(place / "rows.jsonl"), "loss": loss, **closed}}
+        run = config.parse(tree | {"model": {"path": str(place / "model")}, "eval": {"rows": 3}})
+        rows = build.rows_of(run.data, KEY)
+        job = build.job(run, rows, net, tmp_path, 0, build.Watch())
+        assert [data.candidates and len(data.candidates) for data in job.clients] == [trained, trained]
+        (record,) = job.evaluate()  # the scores are of the closed set in both
+        assert (record["split"], record["rows"], len(record["samples"])) == ("heldout", 3, 3)
+        assert record["accuracy"] is not None
+        assert {sample["answer"] for sample in record["samples"]} <= set(CHOICES)
+        assert list(job.names) == ["client-0", "client-1"]
+
+
+def test_splits_are_the_same_few_rows_every_time(place: Path, net: Net) -> None:
+    tree = {"method": {"name": "fedavg"}, "data": {"path": str(place / "rows.jsonl"), "heldout": 20}}
+    run = config.parse(tree | {"eval": {"rows": 6}})
+    rows = build.rows_of(run.data, KEY)
+    first, again = (build.splits_of(run, rows, net.tokenizer)[0].data.examples for _ in range(2))
+    assert first == again
+    assert len(first) == 6
+    other = build.splits_of(run.model_copy(update={"seed": 1}), rows, net.tokenizer)[0].data.examples
+    assert other != first

@@ -1,0 +1,270 @@
+"""A run file is checked whole: what is wrong is one line that names the field, and what is right is written whole."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from thinwire import config
+from thinwire.config import ConfigError, Run
+from thinwire.core import Method
+from thinwire.methods.fedavg import FedAvg
+from thinwire.methods.fedkseed import FedKSeed
+from thinwire.runtime.cohort import All, Cyclic, Uniform
+
+BASE = """
+rounds = 3
+[data]
+path = "rows.jsonl"
+[method]
+name = "fedkseed"
+seeds = 64
+"""
+
+
+class Own(Method):
+    """A user's method, as far as the config sees it."""
+
+    strength: float = 1.0
+    order: tuple[int, ...] = (1, 2)
+    Down, Up, State = int, int, int
+
+
+class Halfway(Method):
+    """A method that has no payloads."""
+
+
+def run_of(*overrides: str, text: str = BASE) -> Run:
+    """The run of a file with that text."""
+    tree = tomllib.loads(text)
+    config.override(tree, overrides)
+    return config.parse(tree, "run.toml")
+
+
+def complaint(*overrides: str, text: str = BASE) -> str:
+    """The line about a wrong run, without the name of the file."""
+    with pytest.raises(ConfigError) as caught:
+        run_of(*overrides, text=text)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix("run.toml: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        # unknown names
+        (["method.name=fedkseeed"], "method.name: 'fedkseeed' is not a method (did you mean fedkseed?); known: fedavg"),
+        (["method.name=zzz"], "method.name: 'zzz' is not a method; known: fedavg"),
+        (["method.name=7"], "method.name: 7 is not a method; known: "),
+        (["roundz=3"], "roundz: unknown field (did you mean rounds?); known: cohort, data, environment, eval, method"),
+        (["data.clientz=3"], "data.clientz: unknown field (did you mean clients?); known: alpha, answer"),
+        (["model.width=3"], "model.width: unknown field; known: dtype, path"),
+        (["eval.evry=3"], "eval.evry: unknown field (did you mean every?); known: batch_size, every"),
+        (["method.lrr=1e-3"], "method.lrr: unknown field (did you mean lr?); known: amplitude_clip, batch_size"),
+        (["method.name=fedavg", "method.seeds=8"], "method.seeds: unknown field (did you mean steps?); known: "),
+        (["cohort.kind=cyclic", "cohort.n=2"], "cohort.n: unknown field; known: kind, rounds"),
+        (['cohort=[{kind="all", rounds=1}, {kind="all", x=1}]'], "cohort.1.x: unknown field; known: kind, rounds"),
+        # missing
+        (["method={}"], "method.name: missing; known: fedavg"),
+        (["data={}"], "data.path: missing"),
+        (["cohort.kind=uniform"], "cohort.n: missing"),
+        (['cohort=[{kind="uniform"}]'], "cohort.0.n: missing"),
+        (["cohort={}"], "cohort.kind: missing; known: all, uniform, cyclic"),
+        (['data.prompt="{a}"'], "data.answer: missing; it goes together with data.prompt"),
+        (['data.answer="{a}"'], "data.prompt: missing; it goes together with data.answer"),
+        # types
+        (["rounds=many"], "rounds: must be a valid integer, got 'many'"),
+        (['rounds="3"'], "rounds: must be a valid integer, got '3'"),
+        (["rounds=true"], "rounds: must be a valid integer, got True"),
+        (["rounds=2.5"], "rounds: must be a valid integer, got 2.5"),
+        (["method.pro=1"], "method.pro: must be a valid boolean, got 1"),
+        (["method.lr=fast"], "method.lr: must be a valid number, got 'fast'"),
+        (['method.lr="1e-3"'], "method.lr: must be a valid number, got '1e-3'"),
+        (["data.heldout=true"], "data.heldout: must be a valid number or a valid integer or a valid string, got True"),
+        (["data.choices=yes"], "data.choices: must be a valid array, got 'yes'"),
+        (["data.choices=[1, 2]"], "data.choices.0: must be a valid string, got 1"),
+        (["data=rows.jsonl"], "data: must be an object, got 'rows.jsonl'"),
+        (["method=fedavg"], "method: must be a table, such as { name = \"fedkseed\" }, got 'fedavg'"),
+        (["data.path.x=1"], "data.path.x: data.path is not a table"),
+        (["cohort=all"], "cohort: must be a valid array, got 'all'"),
+        (["cohort=[]"], "cohort: needs at least one segment"),
+        # values
+        (["rounds=0"], "rounds: must be greater than 0, got 0"),
+        (["threads=0"], "threads: must be greater than or equal to 1, got 0"),
+        (["threads=100000"], "threads: must be less than or equal to 1024, got 100000"),
+        (["seed=-1"], "seed: must be greater than or equal to 0, got -1"),
+        (["method.lr=-1e-3"], "method.lr: must be greater than 0, got -0.001"),
+        (["method.lr=inf"], "method.lr: must be a finite number, got inf"),
+        (["method.lr=nan"], "method.lr: must be a finite number, got nan"),
+        (["data.alpha=inf"], "data.alpha: must be a finite number, got inf"),
+        (["data.choices=[1, nan]"], "data.choices.1: must be a finite number, got nan"),
+        (["data.heldout=1.5"], "data.heldout: 1.5 is neither a share below 1, a number of rows nor a .jsonl file"),
+        (["data.heldout=-2"], "data.heldout: -2 is neither a share below 1"),
+        (['data.choices=["yes"]'], "data.choices: needs at least two different answers, got ['yes']"),
+        (['data.choices=["a", "a"]'], "data.choices: needs at least two different answers, got ['a', 'a']"),
+        (["data.partition=random"], "data.partition: must be 'files', 'iid', 'dirichlet' or 'column', got 'random'"),
+        (["method.schedule=step"], "method.schedule: must be 'constant', 'linear' or 'cosine', got 'step'"),
+        (["model.dtype=int8"], "model.dtype: must be 'float32', 'bfloat16' or 'float16', got 'int8'"),
+        (["cohort.kind=some"], "cohort.kind: 'some' is not one of 'all', 'uniform', 'cyclic'"),
+        (['cohort=[{kind="all"}, {kind="cyclic"}]'], "cohort.0.rounds: missing; only the last segment may go without"),
+        (["name=a/b"], "name: "),
+        # overrides
+        (["rounds"], "'rounds' is not key=value"),
+        (["=3"], "'=3' is not key=value"),
+        (["data..path=3"], "'data..path=3' is not key=value"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_that_names_the_field(changes: Sequence[str], line: str) -> None:
+    assert complaint(*changes).startswith(line)
+
+
+def test_missing_tables() -> None:
+    assert complaint(text="") == "data: missing"
+    assert complaint(text='[data]\npath = "x"') == "method: missing"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"rounds = ", "run.toml: not TOML: "),
+        (b"\xff\xfe", "run.toml: not TOML: "),
+        (b"name = 2024-13-41", "run.toml: not TOML: "),
+        (b"rounds = 1\nrounds = 2", "run.toml: not TOML: "),
+        (None, "run.toml: No such file or directory"),
+    ],
+)
+def test_a_file_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes | None, line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("run.toml").write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(Path("run.toml"))
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="Is a directory"):
+        config.load(tmp_path)
+
+
+def test_a_small_file_gets_every_default() -> None:
+    run = run_of()
+    assert (run.name, run.seed, run.rounds, run.threads, run.cohort) == ("run", 0, 3, None, (All(),))
+    assert run.method == FedKSeed(seeds=64)
+    assert (run.data.partition, run.data.heldout, run.eval.every) == ("iid", 0.1, 0)
+
+
+def test_overrides_reach_any_depth_and_keep_the_types_of_toml() -> None:
+    run = run_of(
+        "seed=7",
+        " data.heldout = 8",
+        "method.lr=1",
+        "method.pro=true",
+        "data.prompt={input}: it was",
+        'data.answer=" {output}"',
+        "data.choices=['yes', 'no']",
+        "name=2024-01-01",
+        "cohort.kind=uniform",
+        "cohort.n=2",
+    )
+    assert isinstance(run.method, FedKSeed)
+    assert (run.seed, run.data.heldout, run.method.lr, run.method.pro) == (7, 8, 1.0, True)
+    assert (run.data.prompt, run.data.answer, run.data.choices) == ("{input}: it was", " {output}", ("yes", "no"))
+    assert (run.name, run.cohort) == ("2024-01-01", (Uniform(n=2),))
+    assert run_of("data.heldout=held.jsonl").data.heldout == "held.jsonl"
+    assert run_of("eval.every=2", "model.path=a=b").model.path == "a=b"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_another_method_drops_the_fields_of_the_old_one_but_no_override(order: int) -> None:
+    run = run_of(*["method.name=fedavg", "method.lr=0.5"][::order])
+    assert run.method == FedAvg(lr=0.5)
+
+
+def test_the_same_method_keeps_its_fields() -> None:
+    assert run_of("method.name=fedkseed").method == FedKSeed(seeds=64)
+
+
+def test_segments_of_cohorts() -> None:
+    run = run_of('cohort=[{kind="all", rounds=2}, {kind="cyclic"}]')
+    assert run.cohort == (All(rounds=2), Cyclic())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["method.pro=true", "data.heldout=8", "seed=99999999999999999999", "threads=2"],
+        ["method.name=fedavg", 'cohort=[{kind="all", rounds=2}, {kind="uniform", n=2}]'],
+        ["data.choices=['ü', '\"x\"']", 'data.prompt="a\\nb{input}"', "data.answer={output}", "data.heldout=0"],
+        ["method.path=test_config:Own", "method.strength=2", "method.order=[3]"],
+    ],
+)
+def test_the_resolved_file_is_a_run_file_of_the_same_run(tmp_path: Path, changes: list[str]) -> None:
+    run = run_of(*changes).model_copy(update={"environment": {"torch": "2.13"}})
+    (tmp_path / "run.toml").write_text(run.to_toml(), encoding="utf-8")
+    again = config.load(tmp_path / "run.toml")
+    assert again == run
+    assert type(again.method) is type(run.method)
+    assert again.first_difference(run) is None
+    assert again.to_toml() == run.to_toml()
+    written = tomllib.loads(run.to_toml())
+    expected = {field for field, value in run.method if value is not None}
+    assert expected <= set(written["method"])
+    assert {"path", "partition", "heldout", "max_length"} <= set(written["data"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (["method.lr=0.5"], "method.lr is 1e-05 there, 0.5 here"),
+        (["seed=1", "rounds=4"], "seed is 0 there, 1 here"),
+        (["cohort.kind=cyclic"], "cohort.0.kind is 'all' there, 'cyclic' here"),
+        (["data.rows=9"], "data.rows is None there, 9 here"),
+        (["threads=2"], None),
+    ],
+)
+def test_the_first_difference_is_named(changes: list[str], line: str | None) -> None:
+    assert run_of(*changes).first_difference(run_of()) == line
+
+
+def test_a_method_of_the_user_own() -> None:
+    run = run_of("method.path=test_config:Own", "method.strength=2")
+    assert run.method == Own(strength=2.0)  # and the fields of the old method are gone
+    assert config.method_name(run.method) == "Own"
+    assert config.method_name(FedAvg()) == "fedavg"
+    own = '[data]\npath = "x"\n[method]\npath = "test_config:Own"\nstrength = 2'
+    assert run_of("method.name=fedavg", text=own).method == FedAvg()
+    assert complaint("method.strenght=1", text=own).startswith(
+        "method.strenght: unknown field (did you mean strength?)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("test_config", "method.path: 'test_config' is not of the form package.module:Class"),
+        (":Own", "method.path: ':Own' is not of the form package.module:Class"),
+        ("test_config:", "method.path: 'test_config:' is not of the form package.module:Class"),
+        ("5", "method.path: 5 is not of the form package.module:Class"),
+        ("no_such_module:Own", "method.path: cannot import no_such_module:Own: ModuleNotFoundError: "),
+        ("test_config:Owm", "method.path: cannot import test_config:Owm: AttributeError: "),
+        ("test_config:run_of", "method.path: test_config:run_of is not a thinwire.core.Method"),
+        ("pathlib:Path", "method.path: pathlib:Path is not a thinwire.core.Method"),
+        ("test_config:Halfway", "method.path: test_config:Halfway has no Down"),
+    ],
+)
+def test_a_method_path_that_leads_nowhere(path: str, line: str) -> None:
+    assert complaint(f"method.path={path}").startswith(line)
+
+
+def test_a_module_of_the_user_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_method.py").write_text("class Own(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert complaint("method.path=broken_method:Own").startswith(
+        "method.path: cannot import broken_method:Own: SyntaxError: invalid syntax (broken_method.py, line 1)"
+    )
