@@ -13,7 +13,10 @@ from rows import Row, finish
 from thinwire import wire
 from thinwire.methods.fedkseed import Gains, Steps
 
-PAPER = {"FedKSeed, K = 4096, 200 steps": (4096, False, 17_988), "FedKSeed-Pro, K = 1024, 200 steps": (1024, True, 9_796)}
+PAPER = {
+    "FedKSeed, K = 4096, 200 steps": (4096, False, 17_988),
+    "FedKSeed-Pro, K = 1024, 200 steps": (1024, True, 9_796),
+}
 
 
 def main() -> None:

@@ -96,6 +96,7 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["rounds=0"], "rounds: must be greater than 0, got 0"),
         (["threads=0"], "threads: must be greater than or equal to 1, got 0"),
         (["threads=100000"], "threads: must be less than or equal to 1024, got 100000"),
+        (["data.max_length=1"], "data.max_length: must be greater than or equal to 2, got 1"),
         (["seed=-1"], "seed: must be greater than or equal to 0, got -1"),
         (["method.lr=-1e-3"], "method.lr: must be greater than 0, got -0.001"),
         (["method.lr=inf"], "method.lr: must be a finite number, got inf"),

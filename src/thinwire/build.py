@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,7 +117,9 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
                 {"prompt": e.text, "expected": e.references[0], "answer": answer.strip()}
                 for e, answer in zip(shown, given, strict=True)
             ]
-            records.append({**asdict(result), "samples": samples})
+            # JSON has no infinity: a perplexity beyond all numbers is null.
+            finite = {k: None if v == math.inf else v for k, v in asdict(result).items()}
+            records.append({**finite, "samples": samples})
         return records
 
     return score

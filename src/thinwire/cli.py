@@ -53,7 +53,7 @@ def run(
 ) -> None:
     """Run the rounds of a run file, with progress, and leave a model that transformers loads."""
     with _one_line():
-        _quiet()
+        _settle()
         from safetensors import SafetensorError
 
         from thinwire import build, config
@@ -118,7 +118,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run on its held-out rows, or any Hugging Face folder on data.path=FILE."""
     with _one_line():
-        _quiet()
+        _settle()
         from thinwire import build, config
         from thinwire.show import print_scores
 
@@ -197,7 +197,10 @@ def _claim(folder: Path, settings: Run, resume: bool) -> None:
     from thinwire import config
 
     if not (folder / "run.toml").exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            raise config.ConfigError(f"--out: {there} is not a folder")
+        if there == folder and any(folder.iterdir()):
             raise config.ConfigError(f"{folder}: not empty, and not a run; choose another --out")
         if resume:
             raise config.ConfigError(f"{folder}: there is no run to resume")
@@ -243,8 +246,13 @@ def _threads(settings: Run) -> None:
         torch.set_num_threads(settings.threads)
 
 
-def _quiet() -> None:
-    """No progress bars and advice of libraries within our own progress."""
+def _settle() -> None:
+    """What libraries must find in the environment before they are imported.
+
+    No progress bars and advice within our own progress. And OpenMP's threads sleep while they wait: on a machine that
+    does other work too, threads that spin hold each other up tenfold.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

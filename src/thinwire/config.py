@@ -72,7 +72,7 @@ class Data(_Section):
     answer: str | None = None
     choices: tuple[str, ...] | None = None
     loss: Literal["choice", "answer"] = "choice"
-    max_length: PositiveInt = 512
+    max_length: int = Field(default=512, ge=2)  # prompt and answer have a token each at least
     shuffle_answers: bool = False  # a control: what is learnt then is only format
 
     @field_validator("heldout")

@@ -188,7 +188,9 @@ def _many(count: int, thing: str) -> str:
 
 
 def _score(record: Record) -> str:
-    parts = [f"loss {record['loss']:.4f}", f"perplexity {record['perplexity']:.3f}"]
+    parts = [f"loss {record['loss']:.4f}"]
+    if record["perplexity"] is not None:
+        parts.append(f"perplexity {record['perplexity']:.3f}")
     if record["accuracy"] is not None:
         parts.append(f"accuracy {record['accuracy']:.3f}")
     if record["rouge_l"] is not None:

@@ -26,7 +26,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Net:
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_a_round_is_the_weighted_mean_of_models_trained_apart(weighting: Any, net: Net, tmp_path: Path) -> None:
     """Two rounds against copies of the model, torch's own AdamW, and a mean in float64."""
-    method = FedAvg(lr=1e-3, steps=3, batch_size=4, weight_decay=0.1, weighting=weighting, clip=None)
+    method = FedAvg(lr=1e-3, steps=3, batch_size=4, weight_decay=0.1, weighting=weighting, clip=0)
     federation = Federation(method, net, tmp_path, rounds=2)
     net.reset()
     mean = {name: p.detach().double().clone() for name, p in net.parameters()}
@@ -59,7 +59,7 @@ def test_a_round_is_the_weighted_mean_of_models_trained_apart(weighting: Any, ne
 def test_bf16_weights_are_trained_through_float32(tmp_path: Path) -> None:
     """Steps below half a unit in the last place of bf16 still add up within a client's round."""
     net = tiny_net(tmp_path, "bfloat16")
-    federation = Federation(FedAvg(lr=1e-4, steps=40, batch_size=4, clip=None), net, tmp_path / "run", rounds=1)
+    federation = Federation(FedAvg(lr=1e-4, steps=40, batch_size=4, clip=0), net, tmp_path / "run", rounds=1)
     before = {name: t.clone() for name, t in federation.state.weights.items()}
     federation.run()
     weight = "model.layers.0.input_layernorm.weight"  # all ones: one bf16 step down is 0.0039

@@ -70,9 +70,7 @@ def job(net: Net, folder: Path, method: str = "fedkseed", **changes: Any) -> Job
 
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(
-    method: str, after: int, net: Net, tmp_path: Path
-) -> None:
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(method: str, after: int, net: Net, tmp_path: Path) -> None:
     whole = train(job(net, tmp_path / "whole", method))
     with pytest.raises(KeyboardInterrupt):
         train(job(net, tmp_path / "cut", method, watch=StopIn(3, after)))
@@ -136,11 +134,12 @@ def test_many_clients_share_one_model(net: Net, tmp_path: Path) -> None:
                 nonlocal most
                 if client == clients - 1:
                     gc.collect()
-                    found = {o.untyped_storage().data_ptr(): o.nbytes for o in gc.get_objects() if isinstance(o, torch.Tensor)}
-                    most = max(most, sum(found.values()))
+                    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+                    most = max(most, sum({o.untyped_storage().data_ptr(): o.nbytes for o in tensors}.values()))
 
-        folder = tmp_path / str(clients)
-        train(job(net, folder, "fedavg", clients=data, names=[str(i) for i in range(clients)], rounds=1, segments=[All()], watch=Count()))
+        names = [str(i) for i in range(clients)]
+        changes = {"clients": data, "names": names, "rounds": 1, "segments": [All()], "watch": Count()}
+        train(job(net, tmp_path / str(clients), "fedavg", **changes))
         return most
 
     assert alive(30) <= alive(3) * 1.05
@@ -154,8 +153,18 @@ def test_kill_9_in_round_3_of_6_and_resume(tmp_path: Path) -> None:
         f"""
 rounds = 6
 model.path = "{model}"
-data = {{ path = "{data}", clients = 4, choices = ["great", "terrible"], prompt = "{{input}}:", answer = " {{output}}" }}
-method = {{ name = "fedkseed", seeds = 64, steps = 20, batch_size = 4, lr = 1e-4 }}
+[data]
+path = "{data}"
+clients = 4
+choices = ["great", "terrible"]
+prompt = "{{input}}:"
+answer = " {{output}}"
+[method]
+name = "fedkseed"
+seeds = 64
+steps = 20
+batch_size = 4
+lr = 1e-4
 """
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from thinwire.core import Client, Method, Metrics, Server
@@ -44,13 +44,13 @@ class FedAvg(Method):
     """Local first-order steps on all parameters, then the weighted mean of the clients' weights."""
 
     name: Literal["fedavg"] = "fedavg"
-    lr: PositiveFloat = 2e-5
+    lr: float = Field(2e-5, gt=0, le=100)
     schedule: Schedule = "constant"
     optimiser: Optimiser = "adamw"
     weight_decay: NonNegativeFloat = 0.0
     steps: PositiveInt = 10
     batch_size: PositiveInt = 8
-    clip: PositiveFloat | None = 1.0
+    clip: NonNegativeFloat = 1.0  # of the gradient's norm; 0: none
     weighting: Literal["examples", "uniform"] = "examples"
 
     Down, Up, State = Weights, Trained, Weights

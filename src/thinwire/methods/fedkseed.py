@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from thinwire.core import Client, Method, Metrics, Server
@@ -47,7 +47,7 @@ class Gains:
 
 @dataclass(frozen=True)
 class Steps:
-    """A client's steps in order: seeds int32 [taken], scalars float32 [taken]; examples held, mean loss, steps skipped."""
+    """A client's steps in order: seeds int32 [taken], scalars float32 [taken]; its examples, mean loss, steps skipped."""
 
     seeds: Tensor = field(metadata={"release": True})
     scalars: Tensor = field(metadata={"release": True})
@@ -71,11 +71,11 @@ class FedKSeed(Method):
     """Zeroth-order steps along K shared directions; kilobytes a round, whatever the model's size."""
 
     name: Literal["fedkseed"] = "fedkseed"
-    seeds: PositiveInt = 4096
+    seeds: int = Field(4096, ge=1, le=1 << 24)
     pro: bool = False
-    lr: PositiveFloat = 1e-5
+    lr: float = Field(1e-5, gt=0, le=100)
     schedule: Schedule = "constant"
-    eps: PositiveFloat = 5e-4
+    eps: float = Field(5e-4, gt=0, le=100)
     weight_decay: NonNegativeFloat = 0.0
     steps: PositiveInt = 200
     batch_size: PositiveInt = 1

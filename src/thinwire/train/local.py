@@ -23,12 +23,12 @@ def train_locally(
     optimiser: Optimiser,
     lr: float,
     weight_decay: float = 0.0,
-    clip: float | None = None,
+    clip: float = 0.0,
 ) -> tuple[float, int]:
     """`steps` steps on the net's parameters, in place; returns (mean loss of the steps taken, steps skipped).
 
     The optimiser is fresh. A step whose loss or gradient is not finite is skipped and counted. bf16 and fp16 weights
-    are trained through a float32 copy, and rounded once a step. `clip` bounds the gradient's norm.
+    are trained through a float32 copy, and rounded once a step. `clip` bounds the gradient's norm, 0: nothing does.
     """
     parameters = [p for _, p in net.parameters()]
     masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
@@ -46,7 +46,7 @@ def train_locally(
             if parameter is not master:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(masters, clip if clip is not None else math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(masters, clip or math.inf)
         if torch.isfinite(norm):
             rule.step()
             total, taken = total + value, taken + 1

@@ -257,7 +257,7 @@ def _header(frame: Frame) -> tuple[Header, int]:
         raise Malformed("the header is longer than the frame")
     packed = _bytes(frame, start, length)
     try:
-        whole = msgpack.Unpacker(max_buffer_size=length)
+        whole = msgpack.Unpacker(max_buffer_size=length or 1)  # 0 would mean no limit
         whole.feed(packed)
         whole.skip()  # builds nothing, and fails unless every item that a length announces is there
         parts = msgpack.unpackb(packed, use_list=True, strict_map_key=True)
