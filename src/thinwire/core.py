@@ -161,12 +161,18 @@ class Round:
     visits: dict[int, Visit] = field(default_factory=dict)
 
 
-def serve(method: Method, frame: Frame, client: Client, spool: Path | None = None) -> Frame:
+def serve(
+    method: Method,
+    frame: Frame,
+    client: Client,
+    spool: Path | None = None,
+    max_bytes: int = wire.frame.MAX_FRAME,
+) -> Frame:
     """A client, seen from outside: bytes in, bytes out. Raises WireError for a frame that it cannot use."""
     header = wire.peek(frame)
     if header.client != client.id:
         raise Illegal(f"a frame for client {header.client} was given to client {client.id}")
-    down: Any = wire.decode(method.Down, frame)
+    down: Any = wire.decode(method.Down, frame, max_bytes)
     try:
         up = method.client_update(down, client)
     except StaleVersion:

@@ -174,7 +174,7 @@ def test_a_failed_write_leaves_the_one_before(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_flush", full)
+        patch.setattr(checkpoint, "flush", full)
         with pytest.raises(OSError, match="No space"):
             checkpoint.write(tmp_path, state(3), progress(3))
     assert checkpoint.rounds(tmp_path) == [1, 2]

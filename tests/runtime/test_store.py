@@ -243,3 +243,58 @@ def test_memories_are_one_object_a_client_and_round(tmp_path: Path) -> None:
     memories.prune(2)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")) == ["3/000002.safetensors"]
     assert memories.of(3, 2) is not memories.of(3, 3)
+
+
+def test_what_a_run_that_was_cut_off_wrote_is_dropped_when_it_goes_on(tmp_path: Path) -> None:
+    memories = ClientMemories(tmp_path)
+    for round in (1, 3):
+        memory = memories.of(0, round)
+        memory["x"] = torch.tensor(float(round))
+        memory.commit()
+    again = ClientMemories(tmp_path)
+    again.rewind(2)
+    assert again.of(0, 4)["x"].item() == 1.0
+
+
+def test_a_damaged_version_is_not_held_and_put_heals_it(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(9)}
+    version = VersionStore(tmp_path).put(tensors)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    for damaged in (whole[:-5], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        path.write_bytes(damaged)
+        store = VersionStore(tmp_path)
+        assert store.get(version) is None
+        assert store.put(tensors) == version
+        assert store.get(version)["a"].tolist() == [1.0] * 9
+
+
+def test_a_store_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        VersionStore(tmp_path, keep=0)
+
+
+def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path, 1)
+    memory["a"] = memory["b"] = torch.ones(2)
+    memory.commit()
+    assert ClientMemory(tmp_path, 2)["b"].tolist() == [1.0, 1.0]
+
+
+def test_a_change_in_place_is_kept(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path, 1)
+    memory["a"] = torch.ones(2)
+    memory.commit()
+    later = ClientMemory(tmp_path, 2)
+    later["a"].add_(5)
+    later.commit()
+    assert ClientMemory(tmp_path, 3)["a"].tolist() == [6.0, 6.0]
+
+
+def test_what_else_lies_in_the_folder_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "copy.safetensors").write_bytes(b"")
+    memory = ClientMemory(tmp_path, 1)
+    memory["a"] = torch.ones(2)
+    memory.commit()
+    ClientMemory.prune(tmp_path, 5)
+    assert list(ClientMemory(tmp_path, 2)) == ["a"]

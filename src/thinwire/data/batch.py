@@ -39,7 +39,7 @@ class Batch:
     input_ids, attention_mask, position_ids: int64 [rows, length]. labels: int64 [rows, answer], the targets of the last
     `answer` positions of input_ids, IGNORE where nothing counts. A batch over a closed set of answers holds one row
     for each (example, candidate), candidates fastest, `candidates` of them, and `choice` int64 [examples]; otherwise
-    candidates is 1 and choice is None. Where each candidate is one token, `candidate_ids` int64 [candidates] holds them,
+    candidates is 1 and choice is None. Where each candidate is one token, `candidate_ids` int64 [candidates] has them,
     the rows are the bare prompts, one an example, and labels is int64 [rows, 0].
     """
 

@@ -47,7 +47,7 @@ class Gains:
 
 @dataclass(frozen=True)
 class Steps:
-    """A client's steps in order: seeds int32 [taken], scalars float32 [taken]; its examples, mean loss, steps skipped."""
+    """A client's steps in order: seeds int32 [taken], scalars float32 [taken]; its examples, mean loss, skips."""
 
     seeds: Tensor = field(metadata={"release": True})
     scalars: Tensor = field(metadata={"release": True})

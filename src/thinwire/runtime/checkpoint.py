@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from thinwire import wire
+from thinwire.runtime.store import flush
 from thinwire.wire import LazyTensors, Spooled
 
 KEPT = 2
@@ -42,17 +42,18 @@ def write(folder: Path, state: Any, progress: Progress) -> None:
         target.write_bytes(frame)
     (partial / "progress.json").write_text(json.dumps(asdict(progress)))
     for path in (target, partial / "progress.json", partial):
-        _flush(path)
+        flush(path)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    _flush(folder)
+    flush(folder)
     for old in rounds(folder)[:-KEPT]:
         shutil.rmtree(folder / f"round-{old:06d}")
 
 
 def rounds(folder: Path) -> list[int]:
     """The rounds that have a checkpoint, ascending."""
-    return sorted(int(p.name.removeprefix("round-")) for p in folder.glob("round-*") if not p.name.endswith(".part"))
+    names = [path.name.removeprefix("round-") for path in folder.glob("round-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def read(folder: Path, state: type) -> tuple[Any, Progress] | None:
@@ -72,11 +73,3 @@ def _in_memory(state: Any) -> Any:
     """The state without ties to its file, which a later checkpoint removes."""
     lazy = {f.name: getattr(state, f.name) for f in fields(state) if isinstance(getattr(state, f.name), LazyTensors)}
     return replace(state, **{name: dict(tensors) for name, tensors in lazy.items()})
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

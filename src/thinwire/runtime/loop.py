@@ -116,6 +116,7 @@ def train(job: Job) -> Record:
         state, progress = found
     round, bytes_down, bytes_up = progress.round, progress.bytes_down, progress.bytes_up
     held = {int(id): version for id, version in progress.held.items()}
+    memories.rewind(round)
     _drop_after(job.folder / "rounds.jsonl", round)
     _drop_after(job.folder / "evals.jsonl", round if found else -1)
     if found is None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,26 +30,49 @@ def write_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    own: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        # safetensors refuses tensors that share memory, such as a tied pair.
+        shared = tensor.untyped_storage().data_ptr() in storages
+        storages.add(tensor.untyped_storage().data_ptr())
+        own[name] = tensor.detach().clone().contiguous() if shared else tensor.detach().contiguous()
+    save_file(own, partial)
+    flush(partial)
     partial.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class VersionStore:
-    """Versions of named tensors in a folder, addressed by content; only the `keep` newest stay."""
+    """Versions of named tensors in a folder, addressed by content; only the `keep` newest stay.
+
+    A file that is damaged counts as not held. What `get` returned can be read until `keep` more versions were put.
+    """
 
     def __init__(self, folder: Path, keep: int = 8) -> None:
+        if keep < 1:
+            raise ValueError(f"a version store must keep at least one version, not {keep}")
         self.folder, self.keep = folder, keep
+        self._verified: set[str] = set()  # each file is hashed once in the life of this object
 
     def put(self, tensors: Mapping[str, Tensor]) -> str:
-        """Keep these tensors (they must not share memory); returns their version. Drops the oldest beyond the bound."""
+        """Keep these tensors; returns their version. Drops the oldest beyond the bound."""
         version = version_of(tensors)
         path = self._path(version)
-        if path.exists():
+        if self.get(version) is not None:
             os.utime(path)
         else:
             write_atomically(path, tensors)
+            self._verified.add(version)
         for old in sorted(self.folder.glob("*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, p.name))[
             : -self.keep
         ]:
@@ -60,16 +83,23 @@ class VersionStore:
     def get(self, version: str) -> Mapping[str, Tensor] | None:
         """The tensors of a version, each read when asked for; None if it is not held (any more)."""
         path = self._path(version)
-        if not re.fullmatch("[0-9a-f]{32}", version) or not path.exists():
+        if not re.fullmatch("[0-9a-f]{32}", version) or not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            specs = {name: Spec.of(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
         def read(name: str) -> Tensor:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
 
-        return LazyTensors(specs, read)
+        try:
+            with safe_open(path, framework="pt") as file:
+                specs = {name: Spec.of(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = LazyTensors(specs, read)
+            if version not in self._verified and version_of(tensors) != version:
+                return None
+        except SafetensorError:
+            return None
+        self._verified.add(version)
+        return tensors
 
     def _path(self, version: str) -> Path:
         return self.folder / f"{version}.safetensors"
@@ -78,24 +108,22 @@ class VersionStore:
 class ClientMemory(MutableMapping[str, Tensor]):
     """One client's own tensors: read from its newest file up to `round`, written to a new one by `commit`.
 
-    A file a round, so that a run resumed from an earlier checkpoint finds the memory of that checkpoint.
+    A file a round, so that a run resumed from an earlier checkpoint finds the memory of that checkpoint. What was read
+    is written too: a half may change its tensors in place.
     """
 
     def __init__(self, folder: Path, round: int) -> None:
         self.folder, self.round = folder, round
         self._tensors: dict[str, Tensor] | None = None
-        self._changed = False
 
     def __getitem__(self, name: str) -> Tensor:
         return self._loaded()[name]
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self._loaded()[name] = tensor
-        self._changed = True
 
     def __delitem__(self, name: str) -> None:
         del self._loaded()[name]
-        self._changed = True
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._loaded())
@@ -104,24 +132,27 @@ class ClientMemory(MutableMapping[str, Tensor]):
         return len(self._loaded())
 
     def commit(self) -> None:
-        """Write what was set in this round, if anything was."""
-        if self._changed:
-            write_atomically(self.folder / f"{self.round:06d}.safetensors", self._loaded())
-            self._changed = False
+        """Write the memory as it is after this round, if it was looked at and has ever held anything."""
+        if self._tensors or (self._tensors is not None and files_by_round(self.folder)):
+            write_atomically(self.folder / f"{self.round:06d}.safetensors", self._tensors)
 
     def _loaded(self) -> dict[str, Tensor]:
         if self._tensors is None:
             # Strictly before: a file of this very round is from a run that was cut off within it.
-            files = [f for f in sorted(self.folder.glob("*.safetensors")) if int(f.stem) < self.round]
+            files = [file for round, file in files_by_round(self.folder) if round < self.round]
             self._tensors = load_file(files[-1]) if files else {}
         return self._tensors
 
     @staticmethod
     def prune(folder: Path, oldest: int) -> None:
         """Drop the files that no checkpoint from round `oldest` on can need."""
-        files = [f for f in sorted(folder.glob("*.safetensors")) if int(f.stem) <= oldest]
-        for file in files[:-1]:
+        for _, file in [item for item in files_by_round(folder) if item[0] <= oldest][:-1]:
             file.unlink()
+
+
+def files_by_round(folder: Path) -> list[tuple[int, Path]]:
+    """A client's files, oldest first; what else lies in the folder is passed over."""
+    return sorted((int(f.stem), f) for f in folder.glob("*.safetensors") if f.stem.isdecimal())
 
 
 class ClientMemories:
@@ -136,6 +167,12 @@ class ClientMemories:
         if client not in self._open or self._open[client].round != round:
             self._open[client] = ClientMemory(self.folder / str(client), round)
         return self._open[client]
+
+    def rewind(self, round: int) -> None:
+        """Drop what was written after that round: a run that goes on from its checkpoint has not been there."""
+        for folder in self.folder.glob("*"):
+            for _, file in [item for item in files_by_round(folder) if item[0] > round]:
+                file.unlink()
 
     def prune(self, oldest: int) -> None:
         """See ClientMemory.prune; also lets go of what is in memory."""

@@ -31,7 +31,7 @@ from thinwire.wire.payload import LazyTensors, Spec, fields_of, fits, specs_of
 MAGIC = b"thw\x01"
 CHECK = 8  # bytes of checksum
 CHUNK = 1 << 22  # bytes read at a time where a file is checked
-MAX_HEADER = 1 << 24
+MAX_HEADER = 1 << 23
 MAX_FRAME = 1 << 38
 SPOOL_ABOVE = 1 << 24  # buffers larger than this go through a file where a folder for it is given
 
