@@ -546,7 +546,7 @@ def test_methods_are_listed_with_their_fields() -> None:
     table = json.loads(thinwire("methods", "--json").out)
     assert {"fedavg", "fedkseed"} <= set(table)
     assert table["fedkseed"]["fields"]["pro"] == {"type": "bool", "default": False}
-    assert table["fedavg"]["fields"]["clip"] == {"type": "float | None", "default": 1.0}
+    assert table["fedavg"]["fields"]["clip"] == {"type": "float", "default": 1.0}
     assert table["fedavg"]["fields"]["optimiser"]["type"].startswith('"adamw" | "sgd"')
     text = thinwire("methods").out
     for name, method in table.items():
