@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +71,8 @@ def rows_of(data: config.Data, key: Key) -> Rows:
     if splits.get("heldout") == []:
         raise ConfigError(f"data.heldout: {data.heldout} of each client's rows holds out none at all")
     if data.shuffle_answers:
-        # Over all clients at once, and only what is trained on: the held-out rows keep their true answers.
-        pooled = shuffle_answers([row for held in clients.values() for row in held], key.fold("shuffle"))
-        turn = iter(pooled)
-        clients = {name: [next(turn) for _ in held] for name, held in clients.items()}
+        # Within each client, so that its skew stays; the held-out rows keep their true answers.
+        clients = {name: shuffle_answers(held, key.fold("shuffle", name)) for name, held in clients.items()}
     return Rows(clients, splits)
 
 
@@ -87,7 +85,16 @@ def dataset(data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBa
             raise ConfigError(f"data.prompt, data.answer: {error}") from None
     else:
         template = templates.named(data.template)
+    if data.words is not None:
+        rows = [_in_words(row, data.words) for row in rows]
     return tokenise(rows, template, tokenizer, max_length=data.max_length, choices=data.choices)
+
+
+def _in_words(row: Row, words: Mapping[str, str]) -> Row:
+    label = row.text("output")
+    if label not in words:
+        raise row.error(f"the answer {label!r} is not among data.words: {', '.join(words)}")
+    return Row({**row.fields, "output": words[label]}, row.source, row.line)
 
 
 def net_of(run: Run, remember: bool = False) -> Net:
@@ -132,7 +139,10 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     return Job(
         method=run.method,
         net=net,
-        clients=[dataset(training, held, net.tokenizer) for held in rows.clients.values()],
+        clients=[
+            replace(dataset(training, held, net.tokenizer), balanced=run.data.balanced)
+            for held in rows.clients.values()
+        ],
         names=list(rows.clients),
         folder=folder,
         run=int.from_bytes(identity[:4], "little"),

@@ -56,6 +56,8 @@ class Data(_Section):
     `partition`: files, iid, dirichlet (skew of `column`) or column (a client a value of `column`). `template` names a
     prompt template; `prompt` and `answer` are format strings over the columns, instead of it. With `choices` the
     answers are a closed set, scored against each other; `loss = "answer"` trains on the answer's tokens all the same.
+    `words` replaces the values of the column `output`, such as labels by the words that stand for them. `balanced`: a
+    client's batches hold the answers of a closed set in equal numbers, however skewed its rows are.
     """
 
     path: str
@@ -72,6 +74,8 @@ class Data(_Section):
     answer: str | None = None
     choices: tuple[str, ...] | None = None
     loss: Literal["choice", "answer"] = "choice"
+    words: dict[str, str] | None = None
+    balanced: bool = False
     max_length: int = Field(default=512, ge=2)  # prompt and answer have a token each at least
     shuffle_answers: bool = False  # a control: what is learnt then is only format
 

