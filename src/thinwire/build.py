@@ -87,7 +87,8 @@ def dataset(data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBa
         template = templates.named(data.template)
     if data.words is not None:
         rows = [_in_words(row, data.words) for row in rows]
-    return tokenise(rows, template, tokenizer, max_length=data.max_length, choices=data.choices)
+    drop = data.too_long == "drop"
+    return tokenise(rows, template, tokenizer, max_length=data.max_length, choices=data.choices, drop=drop)
 
 
 def _in_words(row: Row, words: Mapping[str, str]) -> Row:
@@ -106,8 +107,10 @@ def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[
     """The held-out splits, at most eval.rows of each, the same ones every time."""
     splits = []
     for name, held in rows.splits.items():
-        order = Key.root(run.seed).fold("eval", name).permutation(len(held))[: run.eval.rows]
-        splits.append(Split(name, dataset(run.data, [held[i] for i in order], tokenizer), run.eval.generate))
+        order = Key.root(run.seed).fold("eval", name).permutation(len(held))
+        data = dataset(run.data, [held[i] for i in order], tokenizer)
+        data = replace(data, examples=data.examples[: run.eval.rows])
+        splits.append(Split(name, data, run.eval.generate))
     return splits
 
 

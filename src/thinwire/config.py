@@ -77,6 +77,7 @@ class Data(_Section):
     words: dict[str, str] | None = None
     balanced: bool = False
     max_length: int = Field(default=512, ge=2)  # prompt and answer have a token each at least
+    too_long: Literal["cut", "drop"] = "cut"  # what is done with rows beyond max_length
     shuffle_answers: bool = False  # a control: what is learnt then is only format
 
     @field_validator("heldout")

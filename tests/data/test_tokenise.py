@@ -181,3 +181,12 @@ def test_answers_are_shuffled_in_every_shape() -> None:
     assert sorted(r.fields["label"] for r in moved) == list(range(9))
     with pytest.raises(DataError, match=r"^train.jsonl:17: field 'output' is missing \(present: input\)$"):
         shuffle_answers([row(input="x")], Key.root(0))
+
+
+def test_rows_that_are_too_long_are_dropped_on_demand() -> None:
+    rows = [Row({"input": "x" * n, "output": "y"}, "a.jsonl", n) for n in (3, 30, 5)]
+    template = Template("{input}", "{output}")
+    data = tokenise(rows, template, tiny_tokenizer(), max_length=10, drop=True)
+    assert [len(e.prompt) for e in data.examples] == [3, 5]
+    with pytest.raises(DataError, match=r"a.jsonl: none of 1 rows fits into 10 tokens"):
+        tokenise(rows[1:2], template, tiny_tokenizer(), max_length=10, drop=True)

@@ -32,13 +32,15 @@ def tokenise(
     max_length: int,
     choices: Sequence[str] | None = None,
     eos: bool = True,
+    drop: bool = False,
 ) -> Dataset:
     """The rows as examples of at most `max_length` tokens, prompt and answer together.
 
     Too long a prompt loses its beginning (but not the bos token), too long an answer its end; where both are
     too long each gets half. Neither is ever empty. The prompt starts with bos where the tokenizer puts it
     there by default. Open answers end in the eos token with `eos`, unless they were cut. With `choices` the
-    bare answer of every row must be one of them, and their tokens, without eos, are the candidates.
+    bare answer of every row must be one of them, and their tokens, without eos, are the candidates. With `drop` a
+    row that would have to be cut is left out instead.
 
     DataError for no rows, for rows that the template refuses, an answer that is not among the choices,
     choices that cannot be told apart, and a tokenizer without the tokens that this needs.
@@ -66,6 +68,8 @@ def tokenise(
         if not answer:
             raise row.error("the answer has no tokens")
         # Every candidate has to fit behind the same prompt.
+        if drop and len(prompt) + (longest or len(answer)) > max_length:
+            continue
         room = longest or min(len(answer), max(max_length - len(prompt), max_length // 2))
         examples.append(
             Example(
@@ -76,6 +80,8 @@ def tokenise(
                 text=text.prompt,
             )
         )
+    if not examples:
+        raise DataError(f"{rows[0].source}: none of {len(rows)} rows fits into {max_length} tokens")
     return Dataset(tuple(examples), _pad(tokenizer), candidates, tuple(choices or ()))
 
 
