@@ -11,6 +11,7 @@ from tiny import CHOICES, tiny_folder, tiny_rows, tiny_tokenizer, write_jsonl
 from thinwire import build, config
 from thinwire.config import ConfigError, Data
 from thinwire.data.errors import DataError
+from thinwire.data.load import Row
 from thinwire.keys import Key
 from thinwire.model.flat import Net
 
@@ -168,3 +169,18 @@ def test_splits_are_the_same_few_rows_every_time(place: Path, net: Net) -> None:
     assert len(first) == 6
     other = build.splits_of(run.model_copy(update={"seed": 1}), rows, net.tokenizer)[0].data.examples
     assert other != first
+
+
+def test_label_words_replace_the_answers_and_an_unknown_label_is_named(tmp_path: Path) -> None:
+    data = config.Data.model_validate(
+        {"path": "x", "prompt": "{input}:", "answer": " {output}", "choices": ["up", "down"],
+         "words": {"great": "up", "terrible": "down"}}
+    )  # fmt: skip
+    rows = tiny_rows(6, closed=True)
+    found = build.dataset(data, rows, tiny_tokenizer())
+    assert [found.choices[e.choice] for e in found.examples] == [
+        {"great": "up", "terrible": "down"}[row.fields["output"]] for row in rows
+    ]
+    bad = Row({**rows[0].fields, "output": "fine"}, "x.jsonl", 9)
+    with pytest.raises(DataError, match=r"x.jsonl:9: the answer 'fine' is not among data.words: great, terrible"):
+        build.dataset(data, [bad], tiny_tokenizer())
