@@ -11,7 +11,7 @@ import pytest
 
 from thinwire.data.errors import DataError
 from thinwire.data.load import Row
-from thinwire.data.packaged import ABSENT, PACKAGED, movie_reviews
+from thinwire.data.packaged import ABSENT, PACKAGED, movie_authors, movie_reviews
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, content: str) -> None:
@@ -35,10 +35,30 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch, tmp_path, content)
     source = "combined_movie_reviews.csv"
     assert movie_reviews() == [
-        Row({"input": "a good, film .", "output": "positive", "source": "rotten_tomatoes"}, source, 4),
-        Row({"input": "dull .", "output": "negative", "source": "rotten_tomatoes"}, source, 6),
+        Row({"input": "a good, film .", "output": "positive"}, source, 4),
+        Row({"input": "dull .", "output": "negative"}, source, 6),
     ]
     assert PACKAGED["movie-reviews"] is movie_reviews
+
+
+def test_sentences_by_their_authors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both in one spelling, of 8 to 20 words, as many of each."""
+    content = (
+        "text,label,source\n"
+        '"I saw this, with my wife.<br />It was a film (long) and it goes on",1,imdb\n'
+        '"I saw this film twice and I liked it, too! It has it all.",1,imdb\n'
+        '"Too short.",0,imdb\n'
+        "the film is a long and winding road to nowhere .,0,rotten_tomatoes\n"
+        "too short .,0,rotten_tomatoes\n"
+        "another one of the long films that end in nothing .,0,rotten_tomatoes\n"
+    )
+    pretend(monkeypatch, tmp_path, content)
+    assert [(r.fields["input"], r.fields["output"], r.line) for r in movie_authors()] == [
+        ("the film is a long and winding road to nowhere .", "critic", 5),
+        ("another one of the long films that end in nothing .", "critic", 7),
+        ("i saw this , with my wife .", "viewer", 2),
+        ("i saw this film twice and i liked it , too !", "viewer", 3),
+    ]
 
 
 def test_complaints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -61,5 +81,5 @@ def test_the_installed_data() -> None:
     assert len(rows) == 8528
     assert [sum(r.fields["output"] == answer for r in rows) for answer in ("positive", "negative")] == [4264, 4264]
     assert len({r.fields["input"] for r in rows}) == len(rows)
-    assert all(r.fields["input"].strip() and r.fields["source"] == "rotten_tomatoes" for r in rows)
+    assert all(r.fields["input"].strip() for r in rows)
     assert "movie_reviews" not in sys.modules

