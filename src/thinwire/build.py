@@ -137,7 +137,8 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
 
 def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, watch: Watch) -> Job:
     """The run, ready to go; raises DataError."""
-    identity = hashlib.sha256(run.model_copy(update={"environment": {}}).to_toml().encode()).digest()
+    same = run.model_copy(update={"environment": {}, "threads": None})  # what does not make it another run
+    identity = hashlib.sha256(same.to_toml().encode()).digest()
     training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
     return Job(
         method=run.method,
