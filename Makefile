@@ -37,7 +37,9 @@ lint: venv
 	$(BIN)/mypy
 
 bench: venv
-	$(BIN)/python benchmarks/table.py
+	$(BIN)/python benchmarks/frames.py
+	$(BIN)/python benchmarks/memory_client.py
+	$(BIN)/python benchmarks/memory_clients.py
 
 clean:
 	rm -rf $(VENV)

@@ -2,7 +2,7 @@
 
     python benchmarks/memory_clients.py [--json FILE]
 
-Each run is a process of its own; one FedKSeed step a client, the same batch, two rounds.
+Each run is a process of its own; one FedKSeed step a client, the same batch size, one round.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "demo-fedkseed.toml"
 
 def peak(clients: int, folder: Path) -> float:
     """MB at the peak of a run with so many clients."""
-    settings = ["rounds=2", f"data.clients={clients}", "data.partition=iid", "data.max_length=16", "eval.rows=16"]
+    settings = ["rounds=1", f"data.clients={clients}", "data.partition=iid", "data.max_length=16", "data.too_long=cut", "eval.rows=16"]
     settings += ["method.steps=1", "method.batch_size=2", "method.seeds=16"]
     command = [sys.executable, "-c", "from thinwire.cli import main; main()", "run", str(RECIPE), *settings]
     subprocess.run([*command, "--out", str(folder / str(clients))], check=True, stdout=subprocess.DEVNULL)
