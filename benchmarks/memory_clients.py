@@ -20,8 +20,8 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "demo-fedkseed.toml"
 
 def peak(clients: int, folder: Path) -> float:
     """MB at the peak of a run with so many clients."""
-    settings = ["rounds=1", f"data.clients={clients}", "data.partition=iid", "data.max_length=16", "data.too_long=cut", "eval.rows=16"]
-    settings += ["method.steps=1", "method.batch_size=2", "method.seeds=16"]
+    settings = ["rounds=1", f"data.clients={clients}", "data.partition=iid", "data.max_length=16", "data.too_long=cut"]
+    settings += ["eval.rows=16", "method.steps=1", "method.batch_size=2", "method.seeds=16"]
     command = [sys.executable, "-c", "from thinwire.cli import main; main()", "run", str(RECIPE), *settings]
     subprocess.run([*command, "--out", str(folder / str(clients))], check=True, stdout=subprocess.DEVNULL)
     return float(json.loads((folder / str(clients) / "summary.json").read_text())["peak_memory_bytes"]) / 1e6
