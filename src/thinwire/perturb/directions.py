@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.perturb import cpu, philox
+from thinwire.perturb import cpu, philox, products, signs
 
 TILE = 1 << 20
 """Elements of the float32 copy through which weights pass that the kernel cannot take as they are."""
+
+Law = Literal["gaussian", "sign", "lowrank"]
+"""gaussian: independent normal elements. sign: independent signs. lowrank: for a matrix of m x n (of a tensor with more
+dimensions, the last one against all others) A B^T / sqrt(r), A [m, r] and B [n, r] of signs; signs for a vector."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,11 +33,14 @@ class Directions:
     """
 
     key: int
-    law: Literal["gaussian"] = "gaussian"
+    law: Law = "gaussian"
+    rank: int = 1
 
     def __post_init__(self) -> None:
-        if self.law != "gaussian":
-            raise ValueError(f"unknown law {self.law!r}; known: gaussian")
+        if self.law not in get_args(Law):
+            raise ValueError(f"unknown law {self.law!r}; known: {', '.join(get_args(Law))}")
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}, less than 1")
         philox.check_address(self.key, 0, 0)
 
     def apply(
@@ -76,6 +83,9 @@ class Directions:
             raise ValueError(f"{name}: {seeds.size} seeds but coefs of shape {coefs.shape}")
 
         source, target = weight.detach(), out.detach()
+        if self.law == "lowrank" and weight.dim() > 1 and weight.numel():
+            self._multiply(source, target, name, seeds, coefs, scale)
+            return out
         pid = philox.parameter_id(name)
         direct = weight.dtype == torch.float32 and weight.device.type == "cpu"
         if direct and source.is_contiguous() and target.is_contiguous():
@@ -93,9 +103,50 @@ class Directions:
         return out
 
     def direction(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
-        """z_seed for the parameter `name`, float32 of `shape`; for tests and oracles."""
-        z = philox.gaussian(self.key, seed, philox.parameter_id(name), 0, math.prod(shape))
-        return torch.from_numpy(z).view(tuple(shape))
+        """z_seed for the parameter `name`, float32 of `shape`; for tests, oracles and vectors."""
+        if self.law == "lowrank" and len(shape) > 1 and 0 not in shape:
+            left, right = self.factors(name, shape, [seed])
+            return (left[0] @ right[0].T / math.sqrt(self.rank)).view(tuple(shape))
+        draw = philox.gaussian if self.law == "gaussian" else signs.signs
+        return torch.from_numpy(draw(self.key, seed, philox.parameter_id(name), 0, math.prod(shape))).view(tuple(shape))
+
+    def factors(self, name: str, shape: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A [seeds, m, rank] and B [seeds, n, rank] of the law lowrank, +1 and -1 in float32; z = A B^T / sqrt(rank).
+
+        Element e of the stream of the parameter's factors belongs to rank e div (m + n), and there to A where
+        e mod (m + n) < m, and else to B.
+        """
+        n = shape[-1]
+        m = math.prod(shape) // n
+        pid = philox.parameter_id(f"{name}#factors")
+        drawn = signs.matrix(self.key, pid, philox.check_seeds(seeds), 0, self.rank * (m + n))
+        both = torch.from_numpy(drawn).view(self.rank, m + n, len(seeds)).permute(2, 1, 0)
+        return both[:, :m], both[:, m:]
+
+    def _multiply(
+        self,
+        weight: Tensor,
+        out: Tensor,
+        name: str,
+        seeds: NDArray[np.uint64],
+        coefs: NDArray[np.floating],
+        scale: float,
+    ) -> None:
+        """The low-rank replay, by rows and last dimension; rank by rank in the columns of one product."""
+        n = weight.shape[-1]
+        m = weight.numel() // n
+        pid = philox.parameter_id(f"{name}#factors")
+
+        def part(first: int, count: int) -> Tensor:
+            parts = [signs.matrix(self.key, pid, seeds, i * (m + n) + first, count) for i in range(self.rank)]
+            return torch.from_numpy(parts[0] if self.rank == 1 else np.concatenate(parts, axis=1))
+
+        spread = torch.from_numpy(np.tile(coefs.astype(np.float64) / math.sqrt(self.rank), self.rank))
+        flat = weight.reshape(m, n)
+        target = out.view(m, n) if out.is_contiguous() else torch.empty((m, n), dtype=out.dtype, device=out.device)
+        products.accumulate(flat, target, part, part(m, n), spread, scale)
+        if not out.is_contiguous():
+            out.copy_(target.view(out.shape))
 
     def _accumulate(
         self,
@@ -107,16 +158,18 @@ class Directions:
         scale: float,
         start: int,
     ) -> None:
-        """The kernel of the law on flat CPU arrays; a further law branches here."""
+        """The kernel of the law on flat CPU arrays."""
         if weight.dtype == np.float64:
+            draw = philox.gaussian if self.law == "gaussian" else signs.signs
             total = np.zeros(weight.size)
             for seed, coef in zip(seeds.tolist(), coefs, strict=True):
-                total += coef * philox.gaussian(self.key, seed, pid, start, weight.size).astype(np.float64)
+                total += coef * draw(self.key, seed, pid, start, weight.size).astype(np.float64)
             np.multiply(weight, scale, out=out)
             if seeds.size:
                 out += total
         else:
-            cpu.accumulate(weight, out, self.key, pid, seeds, coefs, scale, start)
+            kernel = cpu if self.law == "gaussian" else signs
+            kernel.accumulate(weight, out, self.key, pid, seeds, coefs, scale, start)
 
 
 def _finite(name: str, what: str, values: object, precision: type[np.floating]) -> NDArray[np.floating]:

@@ -1,89 +1,188 @@
 """The two-sided probe L(w + eps z), L(w - eps z), which never writes to the weights.
 
-Each module that owns parameters is given perturbed copies of them just before its own forward pass, in one scratch
-buffer that all modules share, and its own tensors back just after. So the weights are bit-identical after a probe in
-every dtype, and the memory above plain inference is that of the largest single module. It rests on a parameter being
-used only within the forward pass of a module that owns it, which Hugging Face models keep to; `Probe` refuses a model
-one of whose perturbed parameters no forward pass has met.
+Each module that owns parameters computes with perturbed ones for the length of its own forward pass. Where the law is
+low-rank, a linear layer or an embedding adds the perturbation to its output, x B A^T, and no copy of a weight is made;
+everything else is given perturbed copies in one buffer that all modules share, and its own tensors back just after. So
+the weights are bit-identical after a probe in every dtype, and the memory above plain inference is that of the largest
+single module, or less. It rests on a parameter being used only within the forward pass of a module that owns it, which
+Hugging Face models keep to; `Probe` refuses a model one of whose perturbed parameters no forward pass has met.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from thinwire.data.batch import Batch
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions
-from thinwire.train.objective import loss
+from thinwire.train.objective import losses
 
 
 class Probe:
-    """A context in which `losses` may be called; leaving it removes every trace from the model."""
+    """A context in which `losses` may be called; leaving it removes every trace from the model.
 
-    def __init__(self, net: Net, directions: Directions) -> None:
-        self.net, self.directions = net, directions
+    `together`: the rows of a batch pass once for each sign and direction, in one forward pass that so much more
+    memory, instead of in a pass of their own. The losses are then the same up to the rounding of matrix products.
+    """
+
+    def __init__(self, net: Net, directions: Directions, together: bool = False) -> None:
+        self.net, self.directions, self.together = net, directions, together
         self._names = {id(parameter): name for name, parameter in net.parameters()}
-        self._held: list[tuple[nn.Parameter, Tensor]] = []  # parameters that now show a perturbed copy
         self._met: set[str] = set()
-        self._seed, self._step = 0, 0.0
+        self._steps: list[tuple[int, float]] = []  # (seed, step) of each group of rows in the present pass
+        self._rows = 0
         self._stack = ExitStack()
         owners = [(module, self._own(module)) for module in net.model.modules()]
         self._owners = [(module, own) for module, own in owners if own]
-        # Modules that hold others keep their copies while those run, so only the leaves can share one buffer.
-        leaves = [own for module, own in self._owners if not any(module.children())]
-        most = max((sum(p.numel() for p in own) for own in leaves), default=0)
-        like = self._owners[0][1][0]
-        self._scratch = torch.empty(most, dtype=like.dtype, device=like.device)
+        if together and any(any(module.children()) for module, _ in self._owners):
+            raise ValueError("method.together: a module of this model holds both parameters and modules")
+        # Modules that hold others keep their copies while those run, so only the leaves can share buffers.
+        self._scratch: Tensor | None = None
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
         return [p for p in module.parameters(recurse=False) if id(p) in self._names]
 
     def __enter__(self) -> Probe:
         for module, own in self._owners:
-            leaf = not any(module.children())
-            before = module.register_forward_pre_hook(lambda m, a, own=own, leaf=leaf: self._perturb(own, leaf))
-            after = module.register_forward_hook(lambda m, a, out, own=own: self._restore(len(own)))
-            self._stack.callback(before.remove)
-            self._stack.callback(after.remove)
+            inner = module.forward
+            module.forward = self._outer(module, own, inner)
+            # an instance attribute shadows the class's method, unless there was one before
+            self._stack.callback(_restore, module, inner)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
         self._stack.close()
 
     @torch.no_grad()
-    def losses(self, batch: Batch, seed: int, eps: float) -> tuple[float, float]:
-        """(L(w + eps z), L(w - eps z)) for direction z of `seed`; not finite where the model's loss is not."""
-        found = []
-        self._seed = seed
-        try:
-            for self._step in (eps, -eps):
-                found.append(float(loss(self.net.model, batch)))
-        finally:
-            self._restore(len(self._held))  # what a forward pass that failed has left
+    def losses(self, batch: Batch, seeds: Sequence[int], eps: float) -> list[tuple[float, float]]:
+        """(L(w + eps z), L(w - eps z)) for direction z of each seed; not finite where the model's loss is not."""
+        steps = [(seed, sign * eps) for seed in seeds for sign in (1, -1)]
+        self._rows = len(batch.input_ids)
+        found: list[float] = []
+        for group in [steps] if self.together else [[step] for step in steps]:
+            self._steps = group
+            found += losses(self.net.model, batch, len(group)).tolist()
         if len(self._met) < len(self._names):
             missed = sorted(set(self._names.values()) - self._met)
             raise RuntimeError(f"no forward pass met {missed[0]} (of {len(missed)}): this model cannot be probed")
-        return found[0], found[1]
+        return list(zip(found[::2], found[1::2], strict=True))
 
-    def _perturb(self, own: list[nn.Parameter], leaf: bool) -> None:
+    def _outer(self, module: nn.Module, own: list[nn.Parameter], inner: Callable[..., Any]) -> Callable[..., Any]:
+        added = _ADDED.get(type(module)) if self.directions.law == "lowrank" else None
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._met.update(self._names[id(p)] for p in own)
+            if added is not None:
+                return self._add(module, own, added, inner(*args, **kwargs), *args, **kwargs)
+            if len(self._steps) == 1:
+                return self._swapped(module, own, inner, *self._steps[0], args, kwargs)
+            groups = [_group(args, kwargs, g, len(self._steps), self._rows) for g in range(len(self._steps))]
+            parts = [
+                self._swapped(module, own, inner, *step, *group)
+                for step, group in zip(self._steps, groups, strict=True)
+            ]
+            return torch.cat(parts)
+
+        return forward
+
+    def _swapped(
+        self,
+        module: nn.Module,
+        own: list[nn.Parameter],
+        inner: Callable[..., Any],
+        seed: int,
+        step: float,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The module's forward pass on perturbed copies of its parameters."""
+        weights = [p.data for p in own]
+        room = self._room(own) if not any(module.children()) else None
         offset = 0
-        for parameter in own:
-            weight, name = parameter.data, self._names[id(parameter)]
-            self._met.add(name)
-            if leaf and weight.dtype == self._scratch.dtype:
-                out = self._scratch[offset : offset + weight.numel()].view(weight.shape)
-                offset += weight.numel()
-            else:
-                out = torch.empty_like(weight)
-            self._held.append((parameter, weight))
-            parameter.data = self.directions.apply(weight, name, [self._seed], [self._step], out=out)
+        try:
+            for parameter, weight in zip(own, weights, strict=True):
+                out = None
+                if room is not None and weight.dtype == room.dtype:
+                    out = room[offset : offset + weight.numel()].view(weight.shape)
+                    offset += weight.numel()
+                name = self._names[id(parameter)]
+                parameter.data = self.directions.apply(weight, name, [seed], [step], out=out)
+            return inner(*args, **kwargs)
+        finally:
+            for parameter, weight in zip(own, weights, strict=True):
+                parameter.data = weight
 
-    def _restore(self, count: int) -> None:
-        for _ in range(count):
-            parameter, weight = self._held.pop()
-            parameter.data = weight
+    def _room(self, own: list[nn.Parameter]) -> Tensor:
+        """The shared buffer, as large as the largest leaf so far has needed."""
+        size = sum(p.numel() for p in own)
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=own[0].dtype, device=own[0].device)
+        return self._scratch
+
+    def _add(self, module: nn.Module, own: list[nn.Parameter], added: Added, out: Tensor, x: Tensor) -> Tensor:
+        """out + step z(x) for each group of rows: float [rows, ..., width] as out is, which is written in place."""
+        groups = len(self._steps)
+        if len(x) != groups * self._rows:
+            raise RuntimeError(f"{type(module).__name__} was given {len(x)} rows, not {groups} x {self._rows}")
+        y = out.view(groups, -1, out.shape[-1])
+        for parameter in own:
+            name = self._names[id(parameter)]
+            if parameter.dim() == 1:  # a bias
+                for g, (seed, step) in enumerate(self._steps):
+                    y[g].add_(self.directions.direction(name, parameter.shape, seed).to(y), alpha=step)
+                continue
+            left, right = self.directions.factors(name, parameter.shape, [seed for seed, _ in self._steps])
+            steps = torch.tensor([step for _, step in self._steps]) / left.shape[2] ** 0.5
+            left, right = left.to(y), right.to(y)
+            added(x.reshape(groups, -1, *x.shape[x.dim() - (x.is_floating_point()) :]), left, right, steps.to(y), y)
+        return out
+
+
+Added = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
+
+
+def _linear(x: Tensor, left: Tensor, right: Tensor, steps: Tensor, y: Tensor) -> None:
+    """y += step (x B) A^T: x [groups, n, in], A = left [groups, out, r], B = right [groups, in, r]."""
+    y.baddbmm_(torch.bmm(x, right) * steps[:, None, None], left.transpose(1, 2))
+
+
+def _transposed(x: Tensor, left: Tensor, right: Tensor, steps: Tensor, y: Tensor) -> None:
+    """The same for a layer that holds [in, out]."""
+    _linear(x, right, left, steps, y)
+
+
+def _embedding(ids: Tensor, left: Tensor, right: Tensor, steps: Tensor, y: Tensor) -> None:
+    """y += step A[ids] B^T: ids [groups, n]."""
+    picked = torch.stack([table[row] for table, row in zip(left, ids, strict=True)])
+    y.baddbmm_(picked * steps[:, None, None], right.transpose(1, 2))
+
+
+# by exact type: a subclass may do more with its weight than this
+_ADDED: dict[type[nn.Module], Added] = {nn.Linear: _linear, Conv1D: _transposed, nn.Embedding: _embedding}
+
+
+def _group(
+    args: tuple[Any, ...], kwargs: dict[str, Any], g: int, groups: int, rows: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of group g: its rows of every tensor that has the rows of all groups."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and len(value) == groups * rows:
+            return value[g * rows : (g + 1) * rows]
+        return value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+
+
+def _restore(module: nn.Module, forward: Callable[..., Any]) -> None:
+    if getattr(type(module), "forward", None) is getattr(forward, "__func__", None):
+        del module.forward  # the class's own method shows again
+    else:
+        module.forward = forward

@@ -18,11 +18,21 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     Open answers: the cross-entropy averaged over the tokens that count, 0 where none does. A closed set of
     answers: the cross-entropy of the right one over the candidates' scores, averaged over the examples.
     """
-    if batch.choice is not None:
-        found = scores(model, batch)
-        return F.cross_entropy(found, batch.choice.to(found.device))
-    sums, counts = token_losses(model, batch)
-    return sums.sum() / counts.sum().clamp(min=1)
+    return losses(model, batch, 1)[0]
+
+
+def losses(model: nn.Module, batch: Batch, groups: int) -> Tensor:
+    """The batch's loss in one forward pass over its rows `groups` times, one after the other: float32 [groups].
+
+    All are the same unless the model treats the groups differently, as a probe makes it do.
+    """
+    many = batch.repeated(groups)
+    if many.choice is not None:
+        found = scores(model, many)
+        each = F.cross_entropy(found, many.choice.to(found.device), reduction="none")
+        return each.view(groups, -1).mean(1)
+    sums, counts = token_losses(model, many)
+    return sums.view(groups, -1).sum(1) / counts.view(groups, -1).sum(1).clamp(min=1)
 
 
 def scores(model: nn.Module, batch: Batch) -> Tensor:
