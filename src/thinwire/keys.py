@@ -46,6 +46,10 @@ class Key:
         high = self.words(count) >> np.uint64(32)
         return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
+    def below(self, bound: int, count: int) -> NDArray[np.int64]:
+        """`count` integers uniform on [0, bound) for any bound below 2**63, by exact integers of Python."""
+        return np.array([(word * bound) >> 64 for word in self.words(count).tolist()], dtype=np.int64)
+
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` float64 uniform on [0, 1), 53 bits each."""
         return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import weakref
 from collections.abc import Iterable, Iterator
@@ -23,12 +24,17 @@ from thinwire.methods.fedkseed import FedKSeed
 from thinwire.model.flat import Net
 from thinwire.wire.payload import fields_of
 
+SEEDS: dict[str, Any] = {"seeds": 64, "lr": 2e-4, "eps": 1e-3, "steps": 8, "batch_size": 4}
 # name -> (the method, set so that its loss falls on the tiny model; bytes down and up of a client and round)
 ROWS: dict[str, tuple[Method, tuple[int, int]]] = {
     "fedavg": (FedAvg(lr=3e-3, steps=4, batch_size=4), (108_395, 108_397)),
     "fedavg-sgd": (FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), (108_395, 108_397)),
-    "fedkseed": (FedKSeed(seeds=64, lr=2e-4, eps=1e-3, steps=8, batch_size=4), (315, 109)),
-    "fedkseed-pro": (FedKSeed(pro=True, seeds=64, lr=2e-4, eps=1e-3, steps=8, batch_size=4), (573, 109)),
+    "fedkseed": (FedKSeed(**SEEDS), (97, 100)),
+    "fedkseed-pro": (FedKSeed(**SEEDS, pro=True), (116, 100)),
+    "fedkseed-paper": (FedKSeed(**SEEDS, wire="paper"), (336, 117)),
+    "fedkseed-paper-pro": (FedKSeed(**SEEDS, wire="paper", pro=True), (594, 117)),
+    "fedkseed-sign": (FedKSeed(**SEEDS, law="sign", together=True), (97, 100)),
+    "fedkseed-lowrank": (FedKSeed(**SEEDS, law="lowrank", rank=2, queries=2, scalars="float32"), (97, 148)),
 }
 
 
@@ -134,12 +140,14 @@ def test_a_bad_reply_drops_that_client_for_the_round(damage: str, method: Method
 
 @pytest.mark.parametrize("field", ["tensors", "examples"])
 def test_an_illegal_reply_is_never_averaged(field: str, method: Method, net: Net, tmp_path: Path) -> None:
-    """Well-formed frames whose content no client may send: NaN in what is averaged, no examples."""
+    """Well-formed frames whose content no client may send: infinity in what is averaged, no examples."""
 
     def poison(value: Any) -> Any:
+        if value is None:
+            return None
         if isinstance(value, torch.Tensor):
-            return value * float("nan") if value.is_floating_point() else value
-        return {name: tensor * float("nan") for name, tensor in value.items()}
+            return torch.full_like(value, math.inf) if value.is_floating_point() else torch.full_like(value, 127)
+        return {name: torch.full_like(tensor, math.inf) for name, tensor in value.items()}
 
     def tamper(client: int, frame: wire.Frame) -> wire.Frame:
         if client != 1:

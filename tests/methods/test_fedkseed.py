@@ -15,9 +15,24 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from thinwire import wire
+from thinwire.compress import integers
+from thinwire.core import StaleVersion
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
-from thinwire.methods.fedkseed import Accumulators, FedKSeed, Gains, Steps, move, rebuild, seed_probabilities
+from thinwire.methods.fedkseed import (
+    SKIPPED,
+    TILTS,
+    Accumulators,
+    FedKSeed,
+    Gains,
+    Steps,
+    draws_key,
+    move,
+    rebuild,
+    rounded,
+    seed_probabilities,
+    seed_tilts,
+)
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe
@@ -69,7 +84,9 @@ class Oracle:
 def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
     decay: float, schedule: Any, net: Net, tmp_path: Path
 ) -> None:
-    method = FedKSeed(seeds=16, steps=6, batch_size=4, lr=1e-3, eps=1e-3, weight_decay=decay, schedule=schedule)
+    method = FedKSeed(
+        seeds=16, steps=6, batch_size=4, lr=1e-3, eps=1e-3, weight_decay=decay, schedule=schedule, wire="paper"
+    )
     federation = Federation(method, net, tmp_path, rounds=3)
     oracle = Oracle(net, method, federation.state.pool)
     net.reset()
@@ -79,7 +96,7 @@ def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
         finals = []
         for id, rows in enumerate(federation.sizes):
             client = federation.client(id, round)
-            seeds = client.key.fold("seeds").integers(16, 6).tolist()
+            seeds = Key.root(draws_key(federation.server(round, (0, 1, 2)), id)).integers(16, 6).tolist()
             batches = client.data.batches(client.key.fold("batches"), 4)
             finals.append(rows * oracle.client(mean, batches, seeds, lr)[0])
         mean = torch.stack(finals).sum(0) / sum(federation.sizes)
@@ -93,22 +110,98 @@ def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_one_clients_weights_are_the_rebuild_from_its_scalars(decay: float, net: Net, tmp_path: Path) -> None:
-    method = FedKSeed(seeds=4096, steps=200, batch_size=1, lr=1e-4, eps=1e-3, weight_decay=decay)
+@pytest.mark.parametrize(("form", "queries"), [("paper", 1), ("thin", 1), ("thin", 3)])
+def test_one_clients_weights_are_the_rebuild_from_its_scalars(
+    form: Any, queries: int, decay: float, net: Net, tmp_path: Path
+) -> None:
+    method = FedKSeed(
+        seeds=4096,
+        steps=200 // queries,
+        batch_size=1,
+        lr=1e-4,
+        eps=1e-3,
+        weight_decay=decay,
+        wire=form,
+        queries=queries,
+    )
     federation = Federation(method, net, tmp_path, sizes=(16,), rounds=1)
     server, client = federation.server(1, (0,)), federation.client(0, 1)
     up = method.client_update(method.broadcast(federation.state, server, 0, None), client)
     # a client makes no last move, since nobody would see it
-    pool = Directions(federation.state.pool)
-    move(net, pool, int(up.seeds[-1]), -1e-4 * float(up.scalars[-1]), method._shrink(1e-4))
+    pool, picks = Directions(federation.state.pool), method._draw(draws_key(server, 0), None)
+    last = -1e-4 / queries * up.scalars[-queries:].double().numpy()
+    move(net, pool, picks[-queries:], last, method._shrink(1e-4))
     local = weights(net)
     net.forget()
     state, _ = method.aggregate(federation.state, server, [(0, up)])
-    method.materialise(state, net)
+    rebuild(net, pool, state.gains.float(), state.shrink)
     rebuilt = weights(net)
+    if form == "paper":
+        net.forget()
+        method.materialise(state, net)
+        assert torch.equal(weights(net), rebuilt)
     net.reset()
     assert (local - weights(net)).norm() > 1e-3 * rebuilt.norm()
     assert (local - rebuilt).norm() < 1e-6 * rebuilt.norm()
+
+
+def test_the_model_is_the_gains_on_the_grid_and_the_rest_is_told_later(net: Net, tmp_path: Path) -> None:
+    method = FedKSeed(seeds=64, steps=8, batch_size=4, lr=1e-4)
+    federation = Federation(method, net, tmp_path, rounds=6)
+    federation.step()
+    grid = federation.state.grid
+    touched = federation.state.gains[federation.state.gains != 0]
+    assert grid == pytest.approx(float(touched.square().mean().sqrt()) / 8)
+    for _ in range(5):
+        federation.step()
+    assert federation.state.grid == grid
+    method.materialise(federation.state, net)
+    found = weights(net)
+    nearest = torch.round(federation.state.gains / grid) * grid
+    assert (nearest - federation.state.gains).abs().max() <= grid / 2
+    net.forget()
+    rebuild(net, Directions(federation.state.pool), nearest.float(), 1.0)
+    assert torch.equal(weights(net), found)
+
+
+def test_who_returns_is_told_the_changes_and_who_lost_its_version_the_whole(net: Net, tmp_path: Path) -> None:
+    """And all three have the bits that the server means."""
+    method = FedKSeed(seeds=2048, steps=8, batch_size=4, lr=1e-4)
+    federation = Federation(method, net, tmp_path, rounds=9)
+    for _ in range(4):
+        federation.step(cohort=(0, 1))
+    held = federation.held[0]
+    state, server = federation.state, federation.server(5, (0, 2))
+    method.materialise(state, net)
+    meant = weights(net)
+    back, new = (method.broadcast(state, server, id, version) for id, version in ((0, held), (2, None)))
+    assert back.base == held
+    assert new.base is None
+    assert back.levels is not None
+    assert new.levels is not None
+    assert len(back.levels) < len(new.levels)
+    for id, down in ((0, back), (2, new)):
+        net.forget()
+        client = federation.client(id, 5)
+        method.receive(down, client)
+        assert torch.equal(weights(net), meant)
+        assert client.held == state.version
+    stale = dataclasses.replace(back, base="0" * 32)
+    with pytest.raises(StaleVersion):
+        method.receive(stale, federation.client(0, 5))
+
+
+@pytest.mark.parametrize("form", ["float32", "float16", "int8"])
+def test_scalars_survive_their_rounding(form: Any) -> None:
+    method = FedKSeed(steps=50, queries=2, scalars=form)
+    scalars = np.linspace(-30, 7, 100, dtype=np.float32)
+    scalars[4:6] = np.nan
+    found = method._scalars(Steps(None, *rounded(scalars, form), 1, 0.5)).ravel()
+    assert np.isnan(found).tolist() == np.isnan(scalars).tolist()
+    bound = {"float32": 0.0, "float16": 30 * 2**-11, "int8": 30 / 254 * 1.0001}[form]
+    assert np.nanmax(np.abs(found - scalars)) <= bound
+    nothing = np.full(100, np.nan, np.float32)
+    assert np.isnan(method._scalars(Steps(None, *rounded(nothing, form), 1, 0.5))).all()
 
 
 def test_a_client_that_joins_last_rebuilds_the_same_bits(net: Net, tmp_path: Path) -> None:
@@ -140,7 +233,7 @@ def test_the_order_of_the_replies_does_not_matter(net: Net, tmp_path: Path) -> N
 
 def test_frames_are_the_papers_kilobytes(net: Net, tmp_path: Path) -> None:
     for pro, seeds, paper in ((False, 4096, 17_988), (True, 1024, 9_796)):
-        method = FedKSeed(seeds=seeds, pro=pro, steps=200, batch_size=1, lr=1e-5)
+        method = FedKSeed(seeds=seeds, pro=pro, steps=200, batch_size=1, lr=1e-5, wire="paper")
         at = Federation(method, net, tmp_path / str(pro), sizes=(4,), rounds=1).step()
         assert at.ledger.bytes_down + at.ledger.bytes_up <= paper + 400
 
@@ -175,34 +268,69 @@ def test_a_client_whose_every_loss_is_nan_changes_nothing(
 def test_an_infinite_accumulator_from_the_wire_is_refused(net: Net, tmp_path: Path) -> None:
     federation = Federation(FedKSeed(seeds=16), net, tmp_path)
     down = federation.method.broadcast(federation.state, federation.server(1, (0,)), 0, None)
-    bad = dataclasses.replace(down, gains=torch.full((16,), math.inf))
-    with pytest.raises(wire.Illegal, match="gains"):
-        federation.method.client_update(bad, federation.client(0, 1))
+    for change in ({"grid": math.inf}, {"grid": 1e300}, {"shrink": math.nan}, {"lr": math.inf}):
+        bad = dataclasses.replace(down, levels=integers.pack(np.arange(16)), **change)
+        with pytest.raises(wire.Illegal, match="gains"):
+            federation.method.client_update(bad, federation.client(0, 1))
+    for levels in (
+        None,
+        b"",
+        b"\x01",
+        b"\x09" + bytes(16),
+        integers.pack(np.arange(15)),
+        b"\x01garbage, not zstandard",
+    ):
+        with pytest.raises(wire.Illegal, match="levels"):
+            federation.method.client_update(dataclasses.replace(down, levels=levels), federation.client(0, 1))
+    paper = FedKSeed(seeds=16, wire="paper")
+    for gains in (None, torch.zeros(15), torch.full((16,), math.inf), torch.zeros(16, dtype=torch.float64)):
+        with pytest.raises(wire.Illegal, match="gains"):
+            paper.client_update(dataclasses.replace(down, gains=gains), federation.client(0, 1))
+
+
+INT32 = torch.int32
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"seeds": torch.tensor([16], dtype=torch.int32), "scalars": torch.ones(1), "skipped": 3}, "outside the pool"),
-        ({"seeds": torch.tensor([-1], dtype=torch.int32), "scalars": torch.ones(1), "skipped": 3}, "outside the pool"),
-        ({"scalars": torch.ones(3)}, "are not 4 steps"),
-        ({"skipped": 1}, "are not 4 steps"),
-        ({"scalars": torch.full((4,), 1e7)}, "beyond"),
-        ({"scalars": torch.full((4,), math.inf)}, "not finite"),
+        ({"seeds": torch.tensor([0, 1, 2, 16], dtype=INT32)}, "outside the pool"),
+        ({"seeds": torch.tensor([0, 1, 2, -1], dtype=INT32)}, "outside the pool"),
+        ({"seeds": torch.zeros(3, dtype=INT32)}, r"not int32 \[4\]"),
         ({"seeds": torch.zeros(4, dtype=torch.int64)}, "int64"),
-        ({"seeds": torch.zeros((2, 2), dtype=torch.int32), "scalars": torch.ones((2, 2))}, "are not 4 steps"),
+        ({"seeds": None}, "seeds travel"),
+        ({"scalars": torch.ones(3)}, r"not float32 \[4\]"),
+        ({"scalars": torch.ones((2, 2))}, r"not float32 \[4\]"),
+        ({"scalars": torch.ones(4, dtype=torch.float16)}, "torch.float16"),
+        ({"scalars": torch.full((4,), 1e7)}, "beyond"),
+        ({"scalars": torch.full((4,), math.inf)}, "beyond"),
+        ({"scalars": torch.tensor([1.0, math.nan, 1.0, 1.0])}, "in part"),
+        ({"unit": 0.0}, "unit is 0"),
+        ({"unit": math.nan}, "unit is nan"),
+        ({"unit": math.inf}, "unit is inf"),
         ({"examples": 0}, "examples is 0"),
         ({"examples": -5}, "examples is -5"),
     ],
 )
 def test_what_a_client_may_not_answer(change: dict[str, Any], reason: str) -> None:
-    method = FedKSeed(seeds=16, steps=4)
-    good = Steps(torch.zeros(4, dtype=torch.int32), torch.ones(4), 8, 0.5, 0)
+    method = FedKSeed(seeds=16, steps=2, queries=2, wire="paper")
+    good = Steps(torch.zeros(4, dtype=INT32), torch.ones(4), 1.0, 8, 0.5)
     zeros = torch.zeros(16, dtype=torch.float64)
     state = Accumulators(1, zeros, 1.0, zeros, zeros + 1)
     method.check(state, 0, good)
+    method.check(state, 0, dataclasses.replace(good, scalars=torch.tensor([1.0, 1.0, math.nan, math.nan])))
     with pytest.raises(wire.Illegal, match=reason):
         method.check(state, 0, dataclasses.replace(good, **change))
+
+
+def test_seeds_do_not_travel_on_the_thin_wire() -> None:
+    method = FedKSeed(seeds=16, steps=2, scalars="int8")
+    zeros = torch.zeros(16, dtype=torch.float64)
+    state = Accumulators(1, zeros, 1.0, zeros, zeros + 1)
+    good = Steps(None, torch.tensor([SKIPPED, 127], dtype=torch.int8), 1.0, 8, 0.5)
+    method.check(state, 0, good)
+    with pytest.raises(wire.Illegal, match="seeds travel"):
+        method.check(state, 0, dataclasses.replace(good, seeds=torch.zeros(2, dtype=INT32)))
 
 
 def test_pro_is_uniform_at_first_then_tilted_by_at_most_e() -> None:
@@ -216,7 +344,7 @@ def test_pro_is_uniform_at_first_then_tilted_by_at_most_e() -> None:
 
 def test_pros_statistic_is_the_papers_history_of_amplitudes(net: Net, tmp_path: Path) -> None:
     """The mean over each direction's whole history of clipped |g|, which begins with one 0."""
-    method = FedKSeed(seeds=8, pro=True, steps=10, batch_size=4, lr=1e-3, amplitude_clip=20.0)
+    method = FedKSeed(seeds=8, pro=True, steps=10, batch_size=4, lr=1e-3, amplitude_clip=20.0, wire="paper")
     histories: list[list[float]] = [[0.0] for _ in range(8)]
 
     def watch(client: int, frame: wire.Frame) -> wire.Frame:
@@ -233,20 +361,35 @@ def test_pros_statistic_is_the_papers_history_of_amplitudes(net: Net, tmp_path: 
     assert sum(len(h) for h in histories) == 8 + 2 * 3 * 10
 
 
-def test_pro_draws_by_the_probabilities_it_is_told(net: Net, tmp_path: Path) -> None:
-    method = FedKSeed(seeds=4, pro=True, steps=4000)
-    federation = Federation(method, net, tmp_path)
+def test_pro_draws_by_the_probabilities_it_is_told() -> None:
     p = torch.tensor([0.1, 0.2, 0.0, 0.7])
-    drawn = method._draw(Gains(1, torch.zeros(4), 1.0, 1e-5, p), federation.client(0, 1))
+    method = FedKSeed(seeds=4, pro=True, steps=4000, wire="paper")
+    drawn = method._draw(5, method._shares(Gains(1, 5, 1e-5, 1.0, torch.zeros(4), p)))
     assert np.bincount(drawn, minlength=4) / 4000 == pytest.approx(p.numpy(), abs=0.03)
+
+
+def test_pro_draws_by_the_tilts_it_is_told() -> None:
+    amplitudes = torch.linspace(0, 30, 16, dtype=torch.float64)
+    assert seed_tilts(amplitudes).tolist() == list(range(16))
+    assert pytest.approx(256 * np.exp(np.arange(16) / 15), abs=0.5) == TILTS
+    expected = seed_probabilities(amplitudes).numpy()
+    assert TILTS / TILTS.sum() == pytest.approx(expected, rel=2e-3)
+    method = FedKSeed(seeds=16, pro=True, steps=20_000)
+    shares = method._shares(Gains(1, 5, 1e-5, 1.0, tilts=integers.pack(np.arange(16))))
+    assert shares is not None
+    drawn = method._draw(5, shares)
+    assert drawn.dtype == np.int64
+    assert np.bincount(drawn, minlength=16) / 20_000 == pytest.approx(expected, abs=0.01)
+    for bad in (np.arange(16) + 1, np.arange(16) - 1):
+        with pytest.raises(wire.Illegal, match="tilt"):
+            method._shares(Gains(1, 5, 1e-5, 1.0, tilts=integers.pack(bad)))
 
 
 def test_clients_and_rounds_draw_differently(net: Net, tmp_path: Path) -> None:
     method = FedKSeed(seeds=4096, steps=200)
     federation = Federation(method, net, tmp_path)
-    down = Gains(1, torch.zeros(4096), 1.0, 1e-5, None)
-    draws = {tuple(method._draw(down, federation.client(id, round))) for id in range(3) for round in (1, 2, 3)}
-    assert len(draws) == 9
+    keys = [draws_key(federation.server(round, (0,)), id) for id in range(3) for round in (1, 2, 3)]
+    assert len({tuple(method._draw(key, None)) for key in keys}) == 9
 
 
 def test_a_rebuild_is_one_sum_in_the_order_of_the_pool(net: Net) -> None:

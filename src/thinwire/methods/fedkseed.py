@@ -2,11 +2,15 @@
 
 A pool of K directions z_j is known to all from one key. The global model *is* the start model and K numbers:
 w = s w0 - sum_j A_j z_j. Each local step draws j, measures g = (L(w + eps z_j) - L(w - eps z_j)) / (2 eps) with two
-forward passes and moves w by -lr g z_j.
+forward passes and moves w by -lr g z_j; with n queries it draws n directions and moves by the mean over them.
+A accumulates lr times g and not g, so that lr may change from round to round. s is the product of the steps' weight
+decays, 1 without: decay is applied once a step, in training and in rebuild alike.
 
-Down: the pool's key, A (float32), the round's lr; with Pro the probabilities of the K directions. Up: one pair
-(direction, g) a step, in order. A accumulates lr times g and not g, so that lr may change from round to round.
-s is the product of the steps' weight decays, 1 without: decay is applied once a step, in training and in rebuild alike.
+What travels, in the paper's form: down A (float32) and with Pro the probabilities of the K directions; up one pair
+(direction, g) a step. In the thin form: down A in whole multiples of a grid that is fixed for the run, to a client that
+holds an earlier version only the changes; up the scalars alone, for which directions a client draws follows from a key
+that the server knows. What rounding to the grid leaves stays in the server's accumulators and is told later. With Pro
+the probabilities go as integers of four bits, and both ends draw with integers only.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import ClassVar, Literal
 
@@ -24,47 +28,71 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from thinwire.core import Client, Method, Metrics, Server
+from thinwire.compress import integers
+from thinwire.core import Client, Method, Metrics, Server, StaleVersion
+from thinwire.keys import Key
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.probe import Probe
 from thinwire.train.schedule import Schedule, scheduled
 from thinwire.wire import Illegal, raw
 
-LARGEST = 1e6  # a directional derivative beyond this is no measurement of a loss
+LARGEST = 6e4  # a directional derivative beyond this is no measurement of a loss; float16 still holds it
+GRID = 8  # steps of the grid in the root mean square of the gains of the first round
+SKIPPED = -128  # the int8 code of a skipped step; among floats it is NaN
+TILTS = np.array([256, 274, 293, 313, 334, 357, 382, 408, 436, 466, 499, 533, 570, 609, 651, 696])  # 256 exp(i / 15)
+FORMS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
 class Gains:
-    """The global model as a client is told it. gains: float32 [K]. probabilities: float32 [K], None: uniform."""
+    """The global model as a client is told it.
+
+    Paper: gains and, with Pro, probabilities, float32 [K]. Thin: levels, [K] packed integers, the gains in units of
+    grid, or what changed in them since the version `base`; with Pro, tilts, [K] packed integers below 16.
+    """
 
     pool: int
-    gains: Tensor
-    shrink: float
+    draws: int  # the key of the directions that this client draws in this round
     lr: float
-    probabilities: Tensor | None
+    shrink: float
+    gains: Tensor | None = None
+    probabilities: Tensor | None = None
+    grid: float = 0.0
+    levels: bytes | None = None
+    base: str | None = None
+    tilts: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Steps:
-    """A client's steps in order: seeds int32 [taken], scalars float32 [taken]; its examples, mean loss, skips."""
+    """A client's scalars in order, steps by queries; its examples and mean loss.
 
-    seeds: Tensor = field(metadata={"release": True})
+    scalars: float32, float16, or int8 in units of `unit`; NaN or SKIPPED throughout a step that was skipped. seeds:
+    int32, the directions, in the paper's form.
+    """
+
+    seeds: Tensor | None = field(metadata={"release": True})
     scalars: Tensor = field(metadata={"release": True})
+    unit: float = field(metadata={"release": True})
     examples: int = field(metadata={"release": True})
     loss: float = field(metadata={"release": True})
-    skipped: int = field(metadata={"release": True})
 
 
 @dataclass(frozen=True)
 class Accumulators:
-    """The server's memory. gains, and the sum and the count of |g| for each direction: float64 [K]."""
+    """The server's memory. gains, and the sum and the count of |g| for each direction: float64 [K].
+
+    In the thin form the model is made of the gains' nearest multiples of grid, whose version clients may hold.
+    """
 
     pool: int
     gains: Tensor
     shrink: float
     amplitude: Tensor
     visits: Tensor
+    grid: float = 0.0
+    version: str | None = None
 
 
 class FedKSeed(Method):
@@ -78,11 +106,14 @@ class FedKSeed(Method):
     eps: float = Field(5e-4, gt=0, le=100)
     law: Law = "gaussian"  # of the directions; gaussian is the paper's
     rank: int = Field(1, ge=1, le=1024)  # of a matrix's direction, with law = "lowrank"
-    together: bool = False  # both sides of a probe in one forward pass: faster on small batches, for more memory
+    queries: PositiveInt = 1  # directions a step
+    together: bool = False  # all sides of a step's probes in one forward pass: faster on small batches, more memory
     weight_decay: NonNegativeFloat = 0.0
     steps: PositiveInt = 200
     batch_size: PositiveInt = 1
     weighting: Literal["examples", "uniform"] = "examples"
+    wire: Literal["thin", "paper"] = "thin"
+    scalars: Literal["float32", "float16", "int8"] = "float16"  # on the thin wire; the paper's is float32
     amplitude_clip: PositiveFloat = 1000.0  # Pro: bounds |g| in the statistic alone, not in the update
 
     Down, Up, State = Gains, Steps, Accumulators
@@ -96,41 +127,66 @@ class FedKSeed(Method):
 
     def broadcast(self, state: Accumulators, server: Server, client_id: int, held: str | None) -> Gains:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        probabilities = seed_probabilities(state.amplitude / state.visits).float() if self.pro else None
-        return Gains(state.pool, state.gains.float(), state.shrink, lr, probabilities)
+        down = (state.pool, draws_key(server, client_id), lr, state.shrink)
+        amplitudes = state.amplitude / state.visits
+        if self.wire == "paper":
+            return Gains(*down, state.gains.float(), seed_probabilities(amplitudes).float() if self.pro else None)
+        levels = integers.pack(self._levels(state))
+        known = server.versions.get(held) if held is not None else None
+        if known is not None:
+            change = integers.pack(self._levels(state) - known["levels"].numpy())
+            levels, held = (change, held) if len(change) < len(levels) else (levels, None)
+        return Gains(
+            *down,
+            grid=state.grid,
+            levels=levels,
+            base=held if known is not None else None,
+            tilts=integers.pack(seed_tilts(amplitudes)) if self.pro else None,
+        )
 
     def client_update(self, down: Gains, client: Client) -> Steps:
         self.receive(down, client)
         directions = Directions(down.pool, self.law, self.rank)
         batches = client.data.batches(client.key.fold("batches"), self.batch_size)
-        picks = self._draw(down, client)
+        picks = self._draw(down.draws, self._shares(down)).reshape(self.steps, self.queries)
         shrink = self._shrink(down.lr)
-        seeds, scalars, losses = [], [], []
+        scalars, losses = np.full((self.steps, self.queries), np.nan, np.float32), []
         with Probe(client.net, directions, self.together) as probe:
-            for step, (batch, seed) in enumerate(zip(islice(batches, self.steps), picks, strict=True), 1):
-                ((plus, minus),) = probe.losses(batch, [seed], self.eps)
-                # What travels is what is applied, so that a rebuild repeats the training.
-                scalar = float(np.float32((plus - minus) / (2 * self.eps)))
-                if not math.isfinite(scalar) or abs(scalar) > LARGEST:
+            for step, batch in enumerate(islice(batches, self.steps)):
+                pairs = np.array(probe.losses(batch, picks[step].tolist(), self.eps))
+                with np.errstate(invalid="ignore"):
+                    # What travels is what is applied, so that a rebuild repeats the training; int8 alone is rounded
+                    # at the end, when its unit is known.
+                    found = ((pairs[:, 0] - pairs[:, 1]) / (2 * self.eps)).astype(np.float32)
+                if not (np.abs(found) <= LARGEST).all():
                     continue
-                if step < self.steps:  # nobody would see the last move: the server makes it from the scalar
-                    move(client.net, directions, seed, -down.lr * scalar, shrink)
-                seeds.append(seed)
-                scalars.append(scalar)
-                losses.append((plus + minus) / 2)
-        loss = sum(losses) / len(losses) if losses else math.nan
-        skipped = self.steps - len(seeds)
-        return Steps(torch.tensor(seeds, dtype=torch.int32), torch.tensor(scalars), len(client.data), loss, skipped)
+                scalars[step] = found.astype(np.float16) if self._form == "float16" else found
+                losses.append(pairs.mean())
+                if step + 1 < self.steps:  # nobody would see the last move: the server makes it from the scalars
+                    move(client.net, directions, picks[step], -down.lr / self.queries * scalars[step], shrink)
+        loss = float(np.mean(losses)) if losses else math.nan
+        seeds = torch.from_numpy(picks.ravel().astype(np.int32)) if self.wire == "paper" else None
+        return Steps(seeds, *rounded(scalars.ravel(), self._form), len(client.data), loss)
 
     def check(self, state: Accumulators, client_id: int, up: Steps) -> None:
-        if up.seeds.dtype != torch.int32 or up.scalars.dtype != torch.float32:
-            raise Illegal(f"pairs of {up.seeds.dtype} and {up.scalars.dtype}, not of int32 and float32")
-        if up.seeds.ndim != 1 or up.seeds.shape != up.scalars.shape or len(up.seeds) + up.skipped != self.steps:
-            raise Illegal(f"{list(up.seeds.shape)} pairs and {up.skipped} skipped are not {self.steps} steps")
-        if len(up.seeds) and (up.seeds.min() < 0 or up.seeds.max() >= self.seeds):
-            raise Illegal(f"a direction outside the pool of {self.seeds}")
-        if not torch.isfinite(up.scalars).all() or (up.scalars.abs() > LARGEST).any():
-            raise Illegal(f"a scalar is not finite, or beyond {LARGEST:g}")
+        count = self.steps * self.queries
+        if up.scalars.dtype != FORMS[self._form] or up.scalars.shape != (count,):
+            raise Illegal(f"scalars are {up.scalars.dtype} {list(up.scalars.shape)}, not {self._form} [{count}]")
+        if (up.seeds is None) == (self.wire == "paper"):
+            raise Illegal("seeds travel in the paper's form, and in no other")
+        if up.seeds is not None:
+            if up.seeds.dtype != torch.int32 or up.seeds.shape != (count,):
+                raise Illegal(f"seeds are {up.seeds.dtype} {list(up.seeds.shape)}, not int32 [{count}]")
+            if up.seeds.min() < 0 or up.seeds.max() >= self.seeds:
+                raise Illegal(f"a direction outside the pool of {self.seeds}")
+        if not 0 < up.unit <= LARGEST:
+            raise Illegal(f"unit is {up.unit}")
+        scalars = self._scalars(up)
+        skipped = np.isnan(scalars)
+        if (np.abs(scalars[~skipped]) > 1.001 * LARGEST).any():
+            raise Illegal(f"a scalar is beyond {LARGEST:g}")
+        if (skipped.any(axis=1) != skipped.all(axis=1)).any():
+            raise Illegal("a step is skipped in part")
         if up.examples < 1:
             raise Illegal(f"examples is {up.examples}")
 
@@ -138,19 +194,24 @@ class FedKSeed(Method):
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
     ) -> tuple[Accumulators, Metrics]:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
+        decay = self._shrink(lr)
+        shares = TILTS[seed_tilts(state.amplitude / state.visits)] if self.pro and self.wire == "thin" else None
         gains, shrink = np.zeros(self.seeds), 0.0
         amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
         total, loss, measured, skipped = 0, 0.0, 0, 0
-        for _, up in replies:
+        for client_id, up in replies:
             weight = up.examples if self.weighting == "examples" else 1
-            seeds, scalars = up.seeds.numpy(), up.scalars.numpy().astype(np.float64)
+            picks = self._draw(draws_key(server, client_id), shares) if up.seeds is None else up.seeds.numpy()
+            scalars = self._scalars(up)
+            taken = ~np.isnan(scalars[:, 0])
+            scalars, picks = scalars[taken], picks.reshape(scalars.shape)[taken].ravel()
             # The client's weights are D w - sum_t lr g_t s^(steps after t) z_t, with s = 1 - lr wd and D = s^steps.
-            kept = self._shrink(lr) ** np.arange(len(seeds), -1, -1, dtype=np.float64)
-            np.add.at(gains, seeds, weight * lr * scalars * kept[1:])
+            kept = decay ** np.arange(len(scalars), -1, -1, dtype=np.float64)
+            np.add.at(gains, picks, (weight * lr / self.queries * kept[1:, None] * scalars).ravel())
             shrink += weight * float(kept[0])
-            np.add.at(amplitude, seeds, np.minimum(np.abs(scalars), self.amplitude_clip))
-            np.add.at(visits, seeds, 1.0)
-            total, skipped = total + weight, skipped + up.skipped
+            np.add.at(amplitude, picks, np.minimum(np.abs(scalars), self.amplitude_clip).ravel())
+            np.add.at(visits, picks, 1.0)
+            total, skipped = total + weight, skipped + self.steps - len(scalars)
             if math.isfinite(up.loss):
                 measured += weight
                 loss += (up.loss - loss) * weight / measured
@@ -158,48 +219,113 @@ class FedKSeed(Method):
             return state, {}
         shrink /= total
         gains = shrink * state.gains.numpy() + gains / total
-        metrics = {"loss": loss, "skipped": skipped, "directions": int(np.count_nonzero(gains))}
-        return (
-            Accumulators(
-                state.pool,
-                torch.from_numpy(gains),
-                state.shrink * shrink,
-                torch.from_numpy(amplitude),
-                torch.from_numpy(visits),
-            ),
-            metrics,
-        )
+        touched = gains[gains != 0]
+        grid = state.grid or (math.sqrt(np.square(touched).mean()) / GRID if touched.size else 0.0)
+        arrays = (torch.from_numpy(array) for array in (gains, amplitude, visits))
+        after = Accumulators(state.pool, next(arrays), state.shrink * shrink, next(arrays), next(arrays), grid)
+        if self.wire == "thin":
+            version = server.versions.put({"levels": torch.from_numpy(self._levels(after))})
+            after = replace(after, version=version)
+        return after, {"loss": loss, "skipped": skipped, "directions": int(touched.size)}
 
     def materialise(self, state: Accumulators, net: Net) -> None:
-        rebuild(net, Directions(state.pool, self.law, self.rank), state.gains.float(), state.shrink)
+        gains = state.gains if self.wire == "paper" else torch.from_numpy(self._levels(state) * state.grid)
+        rebuild(net, Directions(state.pool, self.law, self.rank), gains.float(), state.shrink)
 
     def receive(self, down: Gains, client: Client) -> None:
-        if down.gains.dtype != torch.float32 or down.gains.shape != (self.seeds,):
-            raise Illegal(f"gains are {down.gains.dtype} {list(down.gains.shape)}, not float32 [{self.seeds}]")
-        if not torch.isfinite(down.gains).all() or not math.isfinite(down.shrink) or not math.isfinite(down.lr):
+        if self.wire == "paper":
+            gains = down.gains
+            if gains is None or gains.dtype != torch.float32 or gains.shape != (self.seeds,):
+                raise Illegal(f"gains are not float32 [{self.seeds}]")
+        else:
+            levels = unpacked(down.levels, self.seeds, "levels")
+            if down.base is not None:
+                known = client.versions.get(down.base)
+                if known is None:
+                    raise StaleVersion
+                levels = levels + known["levels"].numpy()
+            client.held = client.versions.put({"levels": torch.from_numpy(levels)})
+            gains = torch.from_numpy(levels * down.grid).float()
+        if not torch.isfinite(gains).all() or not math.isfinite(down.shrink) or not math.isfinite(down.lr):
             raise Illegal("gains, shrink or lr are not finite")
-        rebuild(client.net, Directions(down.pool, self.law, self.rank), down.gains, down.shrink)
+        rebuild(client.net, Directions(down.pool, self.law, self.rank), gains, down.shrink)
+
+    @property
+    def _form(self) -> str:
+        return "float32" if self.wire == "paper" else self.scalars
+
+    def _levels(self, state: Accumulators) -> NDArray[np.int64]:
+        return np.rint(state.gains.numpy() / (state.grid or 1.0)).astype(np.int64)
+
+    def _scalars(self, up: Steps) -> NDArray[np.float64]:
+        """float64 [steps, queries], NaN where skipped."""
+        scalars = up.scalars.numpy().astype(np.float64)
+        if self._form == "int8":
+            scalars[scalars == SKIPPED] = np.nan
+        return (scalars * up.unit).reshape(self.steps, self.queries)
 
     def _shrink(self, lr: float) -> float:
         """What one step leaves of the weights; rounded as it is applied, or the roundings would add up."""
         return float(np.float32(1.0 - lr * self.weight_decay))
 
-    def _draw(self, down: Gains, client: Client) -> list[int]:
-        key = client.key.fold("seeds")
-        if down.probabilities is None:
-            return key.integers(self.seeds, self.steps).tolist()
+    def _shares(self, down: Gains) -> NDArray[np.int64] | NDArray[np.float64] | None:
+        """Pro's shares of the directions, none uniform: integers on the thin wire, floats in the paper's form."""
+        if not self.pro:
+            return None
+        if self.wire == "thin":
+            tilts = unpacked(down.tilts, self.seeds, "tilts")
+            if not ((tilts >= 0) & (tilts < len(TILTS))).all():
+                raise Illegal("a tilt is not in 0..15")
+            return TILTS[tilts]
         p = down.probabilities
-        if p.dtype != torch.float32 or p.shape != (self.seeds,) or not (p >= 0).all() or not 0 < float(p.sum()) < 2:
+        if p is None or p.dtype != torch.float32 or p.shape != (self.seeds,) or not (p >= 0).all():
             raise Illegal(f"probabilities are not {self.seeds} shares of 1")
-        cumulative = np.cumsum(p.numpy().astype(np.float64))
-        drawn = np.searchsorted(cumulative, key.uniform(self.steps) * cumulative[-1], side="right")
-        return np.minimum(drawn, self.seeds - 1).tolist()
+        if not 0 < float(p.sum()) < 2:
+            raise Illegal(f"probabilities are not {self.seeds} shares of 1")
+        return p.numpy().astype(np.float64)
+
+    def _draw(self, draws: int, shares: NDArray[np.int64] | NDArray[np.float64] | None) -> NDArray[np.int64]:
+        """The directions of a visit, in order: int64 [steps * queries]."""
+        key, count = Key.root(draws), self.steps * self.queries
+        if shares is None:
+            return key.integers(self.seeds, count)
+        cumulative = np.cumsum(shares)
+        if shares.dtype == np.int64:
+            points = key.below(int(cumulative[-1]), count)
+        else:
+            points = key.uniform(count) * cumulative[-1]
+        return np.minimum(np.searchsorted(cumulative, points, side="right"), self.seeds - 1)
 
 
-def move(net: Net, directions: Directions, seed: int, coef: float, shrink: float) -> None:
-    """weights := shrink weights + coef z_seed."""
+def draws_key(server: Server, client_id: int) -> int:
+    """The key of the directions that a client draws in this round: known at both ends, 64 bits."""
+    return server.key.fold("draws", client_id).word()
+
+
+def rounded(scalars: NDArray[np.float32], form: str) -> tuple[Tensor, float]:
+    """The scalars as they travel, and their unit. float32 [n], NaN where skipped."""
+    if form != "int8":
+        return torch.from_numpy(scalars).to(FORMS[form]), 1.0
+    largest = float(np.nanmax(np.abs(scalars), initial=0.0))
+    unit = largest / 127 or 1.0
+    codes = np.where(np.isnan(scalars), SKIPPED, np.rint(np.nan_to_num(scalars) / unit))
+    return torch.from_numpy(codes.astype(np.int8)), unit
+
+
+def unpacked(packed: bytes | None, count: int, name: str) -> NDArray[np.int64]:
+    """Packed integers off the wire; Illegal where they are none."""
+    try:
+        return integers.unpack(packed or b"", count)
+    except ValueError as error:
+        raise Illegal(f"{name}: {error}") from None
+
+
+def move(
+    net: Net, directions: Directions, seeds: NDArray[np.int64], coefs: NDArray[np.floating], shrink: float
+) -> None:
+    """weights := shrink weights + sum_k coefs_k z_k over the seeds."""
     for name, parameter in net.parameters():
-        directions.apply(parameter.data, name, [seed], [coef], scale=shrink, out=parameter.data)
+        directions.apply(parameter.data, name, seeds, coefs, scale=shrink, out=parameter.data)
 
 
 def rebuild(net: Net, directions: Directions, gains: Tensor, shrink: float) -> None:
@@ -222,3 +348,9 @@ def seed_probabilities(amplitudes: Tensor) -> Tensor:
     """FedKSeed-Pro's softmax of the min-max normalised mean |g| of each direction; float64 [K], sums to 1."""
     low, high = amplitudes.min(), amplitudes.max()
     return torch.softmax((amplitudes - low) / (high - low + 1e-10), dim=0)
+
+
+def seed_tilts(amplitudes: Tensor) -> NDArray[np.int64]:
+    """The same law in sixteen steps: int64 [K] in 0..15, of which TILTS has the shares."""
+    low, high = amplitudes.min(), amplitudes.max()
+    return torch.round(15 * (amplitudes - low) / (high - low + 1e-10)).to(torch.int64).numpy()
