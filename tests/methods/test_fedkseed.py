@@ -20,6 +20,7 @@ from thinwire.core import StaleVersion
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
 from thinwire.methods.fedkseed import (
+    GRID,
     SKIPPED,
     TILTS,
     Accumulators,
@@ -151,7 +152,7 @@ def test_the_model_is_the_gains_on_the_grid_and_the_rest_is_told_later(net: Net,
     federation.step()
     grid = federation.state.grid
     touched = federation.state.gains[federation.state.gains != 0]
-    assert grid == pytest.approx(float(touched.square().mean().sqrt()) / 8)
+    assert grid == pytest.approx(float(touched.square().mean().sqrt()) / GRID)
     for _ in range(5):
         federation.step()
     assert federation.state.grid == grid
@@ -236,6 +237,19 @@ def test_frames_are_the_papers_kilobytes(net: Net, tmp_path: Path) -> None:
         method = FedKSeed(seeds=seeds, pro=pro, steps=200, batch_size=1, lr=1e-5, wire="paper")
         at = Federation(method, net, tmp_path / str(pro), sizes=(4,), rounds=1).step()
         assert at.ledger.bytes_down + at.ledger.bytes_up <= paper + 400
+
+
+@pytest.mark.parametrize(("pro", "seeds", "most"), [(False, 4096, 4_700), (True, 1024, 2_000)])
+def test_frames_on_the_thin_wire_to_a_newcomer(pro: bool, seeds: int, most: int, net: Net, tmp_path: Path) -> None:
+    """With gains as wide as forty rounds of eight clients leave them (benchmarks/frames.py has those rounds)."""
+    method = FedKSeed(seeds=seeds, pro=pro, steps=200)
+    server = Federation(method, net, tmp_path).server(40, (0,))
+    normal = torch.randn(2, seeds, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    state = Accumulators(2**63, normal[0], 1.0, 20 + normal[1], torch.ones(seeds).double(), 1 / 25)
+    down = method.broadcast(state, server, 0, None)
+    up = Steps(None, *rounded(np.random.default_rng(0).normal(0, 20, 200).astype(np.float32), "float16"), 1000, 0.5)
+    frames = [wire.encode(payload, run=2**31, round=40, client=199) for payload in (down, up)]
+    assert sum(map(len, frames)) <= most
 
 
 def test_a_nan_loss_skips_the_step_and_is_counted(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ from thinwire.train.schedule import Schedule, scheduled
 from thinwire.wire import Illegal, raw
 
 LARGEST = 6e4  # a directional derivative beyond this is no measurement of a loss; float16 still holds it
-GRID = 8  # steps of the grid in the root mean square of the gains of the first round
+GRID = 4  # steps of the grid in the root mean square of the gains of the first round
 SKIPPED = -128  # the int8 code of a skipped step; among floats it is NaN
 TILTS = np.array([256, 274, 293, 313, 334, 357, 382, 408, 436, 466, 499, 533, 570, 609, 651, 696])  # 256 exp(i / 15)
 FORMS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -19,11 +20,11 @@ import torch
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from thinwire.perturb.philox import BLOCK, MULTIPLIERS, WEYL, check_address, check_seeds
+from thinwire.perturb.philox import BLOCK, MULTIPLIERS, ROUNDS, WEYL, check_address, check_seeds
 from thinwire.perturb.table import quantiles
 
 TILE_BLOCKS = 256
-"""Blocks in a tile, a power of two: a tile then never straddles the carry into the counter's second word."""
+"""Blocks in a tile, a multiple of 32 and a power of two: it never straddles the carry into the counter's 2nd word."""
 TILE = TILE_BLOCKS * BLOCK
 CHUNK = 32 * TILE
 """Elements that a thread takes at a time; chunks begin at multiples of it from element 0 of the parameter."""
@@ -33,6 +34,7 @@ _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
 _W0, _W1 = np.uint64(WEYL[0]), np.uint64(WEYL[1])
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(0xFFFF)
 _16, _32, _48 = np.uint64(16), np.uint64(32), np.uint64(48)
+_ROUNDS = np.uint64(ROUNDS)
 _ZERO = np.float32(0)
 
 
@@ -44,23 +46,19 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 
 @njit(nogil=True, cache=True)
-def _draw(block, blocks, high, pid, seed, k0, k1, left, right):
-    """The 16-bit numbers of `blocks` blocks: four of each block in left[b], four in right[b]; uint64."""
-    for b in range(blocks):
-        c0, c1, c2, c3 = block + np.uint64(b), high, pid, seed
-        # written out: in this shape, and not as an inner loop, the loop over blocks becomes vector code
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 + _W0, k1 + _W1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 + np.uint64(2) * _W0, k1 + np.uint64(2) * _W1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 + np.uint64(3) * _W0, k1 + np.uint64(3) * _W1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 + np.uint64(4) * _W0, k1 + np.uint64(4) * _W1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 + np.uint64(5) * _W0, k1 + np.uint64(5) * _W1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 + np.uint64(6) * _W0, k1 + np.uint64(6) * _W1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 + np.uint64(7) * _W0, k1 + np.uint64(7) * _W1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 + np.uint64(8) * _W0, k1 + np.uint64(8) * _W1)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0 + np.uint64(9) * _W0, k1 + np.uint64(9) * _W1)
-        left[b] = (c0 & _LOW) | (c1 << _32)
-        right[b] = (c2 & _LOW) | (c3 << _32)
+def _draw(block, blocks, high, pid, last, k0, k1, left, right):
+    """The words of `blocks` blocks, rounded up to 32: two of each block in left[b], two in right[b]; uint64."""
+    # below 16 turns the compiler falls back to scalar code, which takes longer than the blocks that nobody wants
+    half = np.uint64(16 * ((blocks + 31) // 32))
+    for b in range(half):
+        x = (block + b, high, pid, last)
+        # a second block in between, because one alone leaves the CPU waiting for its multiplications
+        y = (block + b + half, high, pid, last)
+        for turn in range(_ROUNDS):
+            r0, r1 = k0 + turn * _W0, k1 + turn * _W1
+            x, y = _round(x[0], x[1], x[2], x[3], r0, r1), _round(y[0], y[1], y[2], y[3], r0, r1)
+        left[b], right[b] = (x[0] & _LOW) | (x[1] << _32), (x[2] & _LOW) | (x[3] << _32)
+        left[b + half], right[b + half] = (y[0] & _LOW) | (y[1] << _32), (y[2] & _LOW) | (y[3] << _32)
 
 
 @njit(nogil=True, cache=True)
@@ -133,6 +131,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+def _share(sweep: Callable[[int, int], None], start: int, size: int, threads: int) -> None:
+    """sweep(low, high) over slices that make up 0 .. size, cut where start + low is a multiple of CHUNK."""
+    if size <= CHUNK or threads <= 1:
+        sweep(0, size)
+        return
+    # taking from the left of a deque is atomic, so the threads share it without a lock
+    waiting = deque(range(start // CHUNK * CHUNK, start + size, CHUNK))
+
+    def work() -> None:
+        while True:
+            try:
+                chunk = waiting.popleft()
+            except IndexError:
+                return
+            sweep(max(start, chunk) - start, min(start + size, chunk + CHUNK) - start)
+
+    helpers = [_pool(threads - 1).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
+    try:
+        work()
+    finally:
+        # even on an interrupt, do not return while a thread still writes
+        waiting.clear()
+        for helper in helpers:
+            helper.result()
+
+
 def _check_array(name: str, array: NDArray[np.float32]) -> None:
     if array.dtype != np.float32 or array.ndim != 1 or not array.flags.c_contiguous:
         raise ValueError(f"{name} must be contiguous float32 of one dimension, got {array.dtype} {array.shape}")
@@ -171,28 +195,8 @@ def accumulate(
     start = int(start)
     key, parameter, factor, table = np.uint64(run_key), np.uint64(pid), np.float32(scale), quantiles()
     threads = torch.get_num_threads() if threads is None else threads
-    if weight.size <= CHUNK or threads <= 1:
-        _sweep(weight, out, start, key, parameter, seeds, coefs, factor, table)
-        return
 
-    end = start + weight.size
-    # taking from the left of a deque is atomic, so the threads share it without a lock
-    waiting = deque(range(start // CHUNK * CHUNK, end, CHUNK))
+    def sweep(low: int, high: int) -> None:
+        _sweep(weight[low:high], out[low:high], start + low, key, parameter, seeds, coefs, factor, table)
 
-    def work() -> None:
-        while True:
-            try:
-                chunk = waiting.popleft()
-            except IndexError:
-                return
-            low, high = max(start, chunk) - start, min(end, chunk + CHUNK) - start
-            _sweep(weight[low:high], out[low:high], start + low, key, parameter, seeds, coefs, factor, table)
-
-    helpers = [_pool(threads - 1).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
-    try:
-        work()
-    finally:
-        # even on an interrupt, do not return while a thread still writes
-        waiting.clear()
-        for helper in helpers:
-            helper.result()
+    _share(sweep, start, weight.size, threads)

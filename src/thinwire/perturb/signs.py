@@ -14,16 +14,13 @@ The kernels give the same bits for any thread count and on any CPU, as those of 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from thinwire.perturb.cpu import _LOW, _W0, _W1, CHUNK, TILE, _check_array, _pool, _round
-from thinwire.perturb.philox import ROUNDS, check_address, check_seeds, philox4x32
+from thinwire.perturb.cpu import _LOW, TILE, _check_array, _draw, _share
+from thinwire.perturb.philox import check_address, check_seeds, philox4x32
 
 BLOCK = 4
 """Elements drawn from one block of four 32-bit words."""
@@ -36,7 +33,7 @@ MATRIX_BLOCKS = 64
 # every integer in the kernels is uint64: numba turns a mix of signed and unsigned into float64
 _1, _2, _3, _4, _5, _6, _7, _8 = (np.uint64(i) for i in range(1, 9))
 _16, _24, _32, _256, _512, _768 = (np.uint64(i) for i in (16, 24, 32, 256, 512, 768))
-_BYTE, _ROUNDS = np.uint64(255), np.uint64(ROUNDS)
+_BYTE = np.uint64(255)
 
 _BYTES = ((np.arange(256)[:, None] >> np.arange(8) & 1) * 2 - 1).astype(np.float32).reshape(-1)
 """The eight signs that each byte stands for."""
@@ -110,22 +107,6 @@ def reference(
     return scaled + total
 
 
-@njit(nogil=True, cache=True)
-def _draw(block, blocks, high, pid, group, k0, k1, left, right):
-    """The words of `blocks` blocks, rounded up to 32: two of each block in left[b], two in right[b]; uint64."""
-    # below 16 turns the compiler falls back to scalar code, which takes longer than the blocks that nobody wants
-    half = np.uint64(16 * ((blocks + 31) // 32))
-    for b in range(half):
-        x = (block + b, high, pid, group)
-        # a second block in between, because one alone leaves the CPU waiting for its multiplications
-        y = (block + b + half, high, pid, group)
-        for turn in range(_ROUNDS):
-            r0, r1 = k0 + turn * _W0, k1 + turn * _W1
-            x, y = _round(x[0], x[1], x[2], x[3], r0, r1), _round(y[0], y[1], y[2], y[3], r0, r1)
-        left[b], right[b] = (x[0] & _LOW) | (x[1] << _32), (x[2] & _LOW) | (x[3] << _32)
-        left[b + half], right[b + half] = (y[0] & _LOW) | (y[1] << _32), (y[2] & _LOW) | (y[3] << _32)
-
-
 @njit(inline="always")
 def _look(total, table, word):
     """total and the four sums that a word, below 2^32, stands for."""
@@ -181,32 +162,6 @@ def _sweep(weight, out, start, key, pid, groups, tables, bit, scale):
         for e in range(there - here):
             target[e] = tile[e]
         position = stop
-
-
-def _share(sweep: Callable[[int, int], None], start: int, size: int, threads: int) -> None:
-    """sweep(low, high) over slices that make up 0 .. size, cut where start + low is a multiple of CHUNK."""
-    if size <= CHUNK or threads <= 1:
-        sweep(0, size)
-        return
-    # taking from the left of a deque is atomic, so the threads share it without a lock
-    waiting = deque(range(start // CHUNK * CHUNK, start + size, CHUNK))
-
-    def work() -> None:
-        while True:
-            try:
-                chunk = waiting.popleft()
-            except IndexError:
-                return
-            sweep(max(start, chunk) - start, min(start + size, chunk + CHUNK) - start)
-
-    helpers = [_pool(threads - 1).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
-    try:
-        work()
-    finally:
-        # even on an interrupt, do not return while a thread still writes
-        waiting.clear()
-        for helper in helpers:
-            helper.result()
 
 
 def accumulate(
