@@ -40,6 +40,8 @@ bench: venv
 	$(BIN)/python benchmarks/frames.py
 	$(BIN)/python benchmarks/memory_client.py
 	$(BIN)/python benchmarks/memory_clients.py
+	$(BIN)/python benchmarks/replay.py
+	$(BIN)/python benchmarks/server.py
 
 clean:
 	rm -rf $(VENV)

@@ -278,7 +278,9 @@ class FedKSeed(Method):
         scalars = up.scalars.numpy().astype(np.float64)
         if self._form == "int8":
             scalars[scalars == SKIPPED] = np.nan
-        return (scalars * up.unit).reshape(self.steps, self.queries)
+        if up.unit != 1.0:
+            scalars *= up.unit
+        return scalars.reshape(self.steps, self.queries)
 
     def _shrink(self, lr: float) -> float:
         """What one step leaves of the weights; rounded as it is applied, or the roundings would add up."""

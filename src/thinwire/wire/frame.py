@@ -215,7 +215,8 @@ def _bytes(frame: Frame, offset: int, size: int) -> bytearray:
 def _read(frame: Frame, offset: int, spec: Spec) -> Tensor:
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=spec.dtype)
-    return torch.frombuffer(_bytes(frame, offset, spec.nbytes), dtype=spec.dtype).reshape(spec.shape)
+    flat = torch.frombuffer(_bytes(frame, offset, spec.nbytes), dtype=spec.dtype)
+    return flat if len(spec.shape) == 1 else flat.reshape(spec.shape)
 
 
 def _tensors(frame: Frame, places: dict[str, tuple[int, Spec]]) -> Mapping[str, Tensor]:
