@@ -260,6 +260,8 @@ class FedKSeed(Method):
                 if known is None:
                     raise StaleVersion
                 levels = levels + known["levels"].numpy()
+            if not abs(down.grid) < math.inf:
+                raise Illegal(f"the grid of the gains is {down.grid}")
             client.held = client.versions.put({"levels": torch.from_numpy(levels)})
             gains = torch.from_numpy(levels * down.grid).float()
         if not torch.isfinite(gains).all() or not math.isfinite(down.shrink) or not math.isfinite(down.lr):

@@ -7,12 +7,15 @@ one type of CPU. Between types matrix products differ in their last bits, within
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from thinwire.perturb.cpu import _pool
+
+FEW = 4
+"""Up to so many columns, outer products one by one are faster than a matrix product."""
 ROWS = 512
 """Rows of a tile: its product with 4,096 seeds is large enough for full speed, and its factor is 8 MB."""
 
@@ -36,7 +39,12 @@ def accumulate(
         factor = left(first, rows.stop - first).to(working) * coefs
         # always in row-major order, for a product's last bits may depend on the strides
         here, there = weight[rows].to("cpu", working).contiguous(), out[rows]
-        if there.dtype == working and there.device.type == "cpu" and there.is_contiguous():
+        if len(coefs) <= FEW:
+            total = here if scale == 1 else here * scale
+            for i in range(len(coefs)):
+                total = torch.addcmul(total, factor[:, i : i + 1], right[:, i])
+            there.copy_(total)
+        elif there.dtype == working and there.device.type == "cpu" and there.is_contiguous():
             torch.addmm(here, factor, right.T, beta=scale, out=there)
         else:
             there.copy_(torch.addmm(here, factor, right.T, beta=scale))
@@ -53,8 +61,8 @@ def one_thread_each(tasks: list[Callable[[], None]]) -> None:
             for task in tasks:
                 task()
         return
-    with _SingleThread(), ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(torch.no_grad()(task)) for task in tasks]:
+    with _SingleThread():
+        for done in [_pool(threads).submit(torch.no_grad()(task)) for task in tasks]:
             done.result()
 
 
