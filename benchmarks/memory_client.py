@@ -3,7 +3,7 @@
     python benchmarks/memory_client.py [--json FILE]
 
 Each side is a process that imports, loads SmolLM2-135M, resets the peak, does its work, and reads it: peak resident
-minus resident after the imports. fp32, two threads, batches of 16 movie-review sentences.
+minus resident after the imports. fp32, two threads, batches of 16 rows of the demo.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def measure(side: str) -> int:
             for batch in islice(data.batches(key.fold("batches"), 16), 4):
                 loss(net.model, batch)
     else:
-        method = FedKSeed(seeds=4096, steps=4, batch_size=16, lr=1e-4, eps=1e-3)
+        method = FedKSeed(seeds=4096, steps=4, batch_size=16, lr=1e-4, eps=1e-3, wire="paper")
         gains = torch.zeros(4096)
         gains[:8] = 1e-4
-        down = method.Down(1, gains, 1.0, 1e-4, None)
+        down = method.Down(pool=1, draws=2, lr=1e-4, shrink=1.0, gains=gains)
         client = Client(0, net, data, key, ClientMemory(folder, 1), VersionStore(folder))
         method.client_update(down, client)
     return memory.peak() - before

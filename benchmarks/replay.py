@@ -3,9 +3,10 @@
     python benchmarks/replay.py [--elements N] [--json FILE]
 
 Ours adds the directions of all seeds to one float32 weight of N elements (8 million if not given): 4096 seeds of the
-sign law, 64 of the Gaussian one. The reference is for each seed `torch.manual_seed`, `torch.normal` into a tensor, and
-`add_` with the seed's coefficient; it needs the same time for every seed, and is given 16. Both sides are measured on
-one thread and on two, three times, in turn; the shortest time counts.
+sign law and of the low-rank one (r = 1, making of the factors included), 64 of the Gaussian one. The reference is for
+each seed `torch.manual_seed`, `torch.normal` into a tensor, and `add_` with the seed's coefficient; it needs the same
+time for every seed, and is given 16. Both sides are measured on one thread and on two, three times, in turn; the
+shortest time counts.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from numpy.typing import NDArray
 from rows import Row, finish
 
 from thinwire.perturb import cpu, signs
+from thinwire.perturb.directions import Directions
 
-SEEDS = {"sign": 4096, "gaussian": 64}
+SEEDS = {"sign": 4096, "lowrank": 4096, "gaussian": 64}
+WIDTH = 576  # columns of the weight, as in SmolLM2-135M
 REFERENCE_SEEDS = 16
 REPEATS = 3
 
@@ -40,6 +43,7 @@ def main() -> None:
     weight = np.full(elements, 0.5, np.float32)
     tensor, direction = torch.from_numpy(weight), torch.zeros(elements)
     kernels = {"sign": signs.accumulate, "gaussian": cpu.accumulate}
+    matrix, lowrank = tensor[: elements // WIDTH * WIDTH].view(-1, WIDTH), Directions(1, "lowrank")
 
     def coefs(seeds: int) -> NDArray[np.float32]:
         return np.linspace(-1e-3, 1e-3, seeds, dtype=np.float32)
@@ -51,11 +55,13 @@ def main() -> None:
             tensor.add_(direction, alpha=coef)
 
     def ours(law: str) -> Callable[[int], None]:
+        if law == "lowrank":
+            return lambda seeds: lowrank.apply(matrix, "w", np.arange(seeds), coefs(seeds), out=matrix)  # type: ignore[return-value]
         return lambda seeds: kernels[law](weight, weight, 1, 2, np.arange(seeds), coefs(seeds))
 
-    for law in SEEDS:
+    for kernel in kernels.values():
         # a few elements, for what is compiled or loaded on first use
-        kernels[law](weight[:1], weight[:1], 1, 2, [1, 2], [0.0, 0.0])
+        kernel(weight[:1], weight[:1], 1, 2, [1, 2], [0.0, 0.0])
 
     rows = []
     for threads in (1, 2):
