@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.keys import Key
+from thinwire.keys import Key, reduced
 
 ROOT = Key.root(0)
 PARTS = st.lists(st.integers() | st.text(max_size=6), max_size=4).map(tuple)
@@ -84,6 +84,18 @@ def test_integers_keep_their_bound_and_are_uniform() -> None:
     top = ROOT.integers(2**32 - 1, 2000)
     assert 0 <= top.min() < 2**24
     assert 2**32 - 2**24 < top.max() < 2**32 - 1
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1), st.integers(1, 2**63 - 1) | st.integers(1, 2**33))
+def test_words_are_reduced_in_exact_integers(words: list[int], bound: int) -> None:
+    expected = [word * bound >> 64 for word in words]
+    assert reduced(np.array(words, np.uint64), bound).tolist() == expected
+
+
+@pytest.mark.parametrize("bound", [0, -1, 2**63])
+def test_a_bound_that_integers_cannot_keep_is_refused(bound: int) -> None:
+    with pytest.raises(ValueError, match="bound"):
+        ROOT.integers(bound, 1)
 
 
 def test_uniform_is_uniform_on_the_half_open_interval() -> None:

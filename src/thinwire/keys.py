@@ -42,17 +42,12 @@ class Key:
         return int.from_bytes(self._digest(8), "little")
 
     def integers(self, bound: int, count: int) -> NDArray[np.int64]:
-        """`count` integers uniform on [0, bound), bound < 2**32; the bias of the reduction is below bound / 2**32."""
-        high = self.words(count) >> np.uint64(32)
-        return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
-
-    def below(self, bound: int, count: int) -> NDArray[np.int64]:
-        """`count` integers uniform on [0, bound) for any bound below 2**63, by exact integers of Python."""
-        return np.array([(word * bound) >> 64 for word in self.words(count).tolist()], dtype=np.int64)
+        """`count` integers uniform on [0, bound), as `reduced` makes them."""
+        return reduced(self.words(count), bound)
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` float64 uniform on [0, 1), 53 bits each."""
-        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return uniform(self.words(count))
 
     def permutation(self, count: int) -> NDArray[np.int64]:
         """A uniform permutation of range(count)."""
@@ -63,5 +58,25 @@ class Key:
         return np.random.Generator(np.random.Philox(key=self.word()))
 
     def _digest(self, size: int) -> bytes:
-        text = "/".join(f"{type(part).__name__[0]}{len(str(part))}:{part}" for part in self.path)
-        return hashlib.shake_128(text.encode()).digest(size)
+        texts = [f"{type(part).__name__[0]}{len(text := str(part))}:{text}" for part in self.path]
+        return hashlib.shake_128("/".join(texts).encode()).digest(size)
+
+
+def reduced(words: NDArray[np.uint64], bound: int) -> NDArray[np.int64]:
+    """word * bound div 2**64 in exact integers, uniform on [0, bound): int64 of the words' shape; bound < 2**63."""
+    if not 0 < bound < 1 << 63:
+        raise ValueError(f"bound {bound} is not in [1, 2**63)")
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    upper, lower = words >> half, words & low
+    if bound < 1 << 32:
+        small = np.uint64(bound)
+        return ((upper * small + (lower * small >> half)) >> half).view(np.int64)
+    head, tail = np.uint64(bound >> 32), np.uint64(bound & 0xFFFFFFFF)
+    first, second = upper * tail, lower * head
+    carried = (first & low) + (second & low) + (lower * tail >> half)
+    return (upper * head + (first >> half) + (second >> half) + (carried >> half)).view(np.int64)
+
+
+def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Float64 uniform on [0, 1) from the upper 53 bits of each word."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -97,7 +97,7 @@ def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
         finals = []
         for id, rows in enumerate(federation.sizes):
             client = federation.client(id, round)
-            seeds = Key.root(draws_key(federation.server(round, (0, 1, 2)), id)).integers(16, 6).tolist()
+            seeds = Key.root(draws_key(federation.server(round, (0, 1, 2)))).fold(id).integers(16, 6).tolist()
             batches = client.data.batches(client.key.fold("batches"), 4)
             finals.append(rows * oracle.client(mean, batches, seeds, lr)[0])
         mean = torch.stack(finals).sum(0) / sum(federation.sizes)
@@ -129,9 +129,9 @@ def test_one_clients_weights_are_the_rebuild_from_its_scalars(
     server, client = federation.server(1, (0,)), federation.client(0, 1)
     up = method.client_update(method.broadcast(federation.state, server, 0, None), client)
     # a client makes no last move, since nobody would see it
-    pool, picks = Directions(federation.state.pool), method._draw(draws_key(server, 0), None)
+    pool, picks = Directions(federation.state.pool), method._draw(draws_key(server), [0], None)[0]
     last = -1e-4 / queries * up.scalars[-queries:].double().numpy()
-    move(net, pool, picks[-queries:], last, method._shrink(1e-4))
+    move(net, pool, picks[-1], last, method._shrink(1e-4))
     local = weights(net)
     net.forget()
     state, _ = method.aggregate(federation.state, server, [(0, up)])
@@ -197,12 +197,12 @@ def test_scalars_survive_their_rounding(form: Any) -> None:
     method = FedKSeed(steps=50, queries=2, scalars=form)
     scalars = np.linspace(-30, 7, 100, dtype=np.float32)
     scalars[4:6] = np.nan
-    found = method._scalars(Steps(None, *rounded(scalars, form), 1, 0.5)).ravel()
+    found = method._scalars([Steps(None, *rounded(scalars, form), 1, 0.5)]).ravel()
     assert np.isnan(found).tolist() == np.isnan(scalars).tolist()
     bound = {"float32": 0.0, "float16": 30 * 2**-11, "int8": 30 / 254 * 1.0001}[form]
     assert np.nanmax(np.abs(found - scalars)) <= bound
     nothing = np.full(100, np.nan, np.float32)
-    assert np.isnan(method._scalars(Steps(None, *rounded(nothing, form), 1, 0.5))).all()
+    assert np.isnan(method._scalars([Steps(None, *rounded(nothing, form), 1, 0.5)])).all()
 
 
 def test_a_client_that_joins_last_rebuilds_the_same_bits(net: Net, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_pros_statistic_is_the_papers_history_of_amplitudes(net: Net, tmp_path: 
 def test_pro_draws_by_the_probabilities_it_is_told() -> None:
     p = torch.tensor([0.1, 0.2, 0.0, 0.7])
     method = FedKSeed(seeds=4, pro=True, steps=4000, wire="paper")
-    drawn = method._draw(5, method._shares(Gains(1, 5, 1e-5, 1.0, torch.zeros(4), p)))
+    drawn = method._draw(5, [0], method._shares(Gains(1, 5, 1e-5, 1.0, torch.zeros(4), p))).ravel()
     assert np.bincount(drawn, minlength=4) / 4000 == pytest.approx(p.numpy(), abs=0.03)
 
 
@@ -391,7 +391,7 @@ def test_pro_draws_by_the_tilts_it_is_told() -> None:
     method = FedKSeed(seeds=16, pro=True, steps=20_000)
     shares = method._shares(Gains(1, 5, 1e-5, 1.0, tilts=integers.pack(np.arange(16))))
     assert shares is not None
-    drawn = method._draw(5, shares)
+    drawn = method._draw(5, [0], shares).ravel()
     assert drawn.dtype == np.int64
     assert np.bincount(drawn, minlength=16) / 20_000 == pytest.approx(expected, abs=0.01)
     for bad in (np.arange(16) + 1, np.arange(16) - 1):
@@ -402,8 +402,8 @@ def test_pro_draws_by_the_tilts_it_is_told() -> None:
 def test_clients_and_rounds_draw_differently(net: Net, tmp_path: Path) -> None:
     method = FedKSeed(seeds=4096, steps=200)
     federation = Federation(method, net, tmp_path)
-    keys = [draws_key(federation.server(round, (0,)), id) for id in range(3) for round in (1, 2, 3)]
-    assert len({tuple(method._draw(key, None)) for key in keys}) == 9
+    keys = [draws_key(federation.server(round, (0,))) for round in (1, 2, 3)]
+    assert len({tuple(picks.ravel()) for key in keys for picks in method._draw(key, range(3), None)}) == 9
 
 
 def test_a_rebuild_is_one_sum_in_the_order_of_the_pool(net: Net) -> None:

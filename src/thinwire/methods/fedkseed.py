@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import islice
 from typing import ClassVar, Literal
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from thinwire.compress import integers
 from thinwire.core import Client, Method, Metrics, Server, StaleVersion
-from thinwire.keys import Key
+from thinwire.keys import Key, reduced, uniform
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.probe import Probe
@@ -39,10 +40,12 @@ from thinwire.wire import Illegal, raw
 
 LARGEST = 6e4  # a directional derivative beyond this is no measurement of a loss; float16 still holds it
 GRID = 4  # steps of the grid in the root mean square of the gains of the first round
-BLOCK = 256  # replies that the server adds up at a time
+BLOCK = 128  # replies that the server adds up at a time
 SKIPPED = -128  # the int8 code of a skipped step; among floats it is NaN
 TILTS = np.array([256, 274, 293, 313, 334, 357, 382, 408, 436, 466, 499, 533, 570, 609, 651, 696])  # 256 exp(i / 15)
 FORMS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+BITS = {"float32": np.uint32, "float16": np.uint16, "int8": np.uint8}
+BOUNDS = {form: np.array(LARGEST, form).view(BITS[form]) << 1 for form in ("float32", "float16")}
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Gains:
     """
 
     pool: int
-    draws: int  # the key of the directions that this client draws in this round
+    draws: int  # of the round; with a client's id the key of the directions that it draws
     lr: float
     shrink: float
     gains: Tensor | None = None
@@ -128,28 +131,28 @@ class FedKSeed(Method):
 
     def broadcast(self, state: Accumulators, server: Server, client_id: int, held: str | None) -> Gains:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        down = (state.pool, draws_key(server, client_id), lr, state.shrink)
+        down = (state.pool, draws_key(server), lr, state.shrink)
         amplitudes = state.amplitude / state.visits
         if self.wire == "paper":
             return Gains(*down, state.gains.float(), seed_probabilities(amplitudes).float() if self.pro else None)
-        levels = integers.pack(self._levels(state))
+        levels = packed(self._levels(state).tobytes())
         known = server.versions.get(held) if held is not None else None
         if known is not None:
-            change = integers.pack(self._levels(state) - known["levels"].numpy())
+            change = packed((self._levels(state) - known["levels"].numpy()).tobytes())
             levels, held = (change, held) if len(change) < len(levels) else (levels, None)
         return Gains(
             *down,
             grid=state.grid,
             levels=levels,
             base=held if known is not None else None,
-            tilts=integers.pack(seed_tilts(amplitudes)) if self.pro else None,
+            tilts=packed(seed_tilts(amplitudes).tobytes()) if self.pro else None,
         )
 
     def client_update(self, down: Gains, client: Client) -> Steps:
         self.receive(down, client)
         directions = Directions(down.pool, self.law, self.rank)
         batches = client.data.batches(client.key.fold("batches"), self.batch_size)
-        picks = self._draw(down.draws, self._shares(down)).reshape(self.steps, self.queries)
+        picks = self._draw(down.draws, [client.id], self._shares(down))[0]
         shrink = self._shrink(down.lr)
         scalars, losses = np.full((self.steps, self.queries), np.nan, np.float32), []
         with Probe(client.net, directions, self.together) as probe:
@@ -170,9 +173,9 @@ class FedKSeed(Method):
         return Steps(seeds, *rounded(scalars.ravel(), self._form), len(client.data), loss)
 
     def check(self, state: Accumulators, client_id: int, up: Steps) -> None:
-        count = self.steps * self.queries
-        if up.scalars.dtype != FORMS[self._form] or up.scalars.shape != (count,):
-            raise Illegal(f"scalars are {up.scalars.dtype} {list(up.scalars.shape)}, not {self._form} [{count}]")
+        count, form = self.steps * self.queries, self._form
+        if up.scalars.dtype != FORMS[form] or up.scalars.shape != (count,):
+            raise Illegal(f"scalars are {up.scalars.dtype} {list(up.scalars.shape)}, not {form} [{count}]")
         if (up.seeds is None) == (self.wire == "paper"):
             raise Illegal("seeds travel in the paper's form, and in no other")
         if up.seeds is not None:
@@ -182,8 +185,10 @@ class FedKSeed(Method):
                 raise Illegal(f"a direction outside the pool of {self.seeds}")
         if not 0 < up.unit <= LARGEST:
             raise Illegal(f"unit is {up.unit}")
-        scalars = self._scalars(up)
-        if not (np.abs(scalars) <= 1.001 * LARGEST).all():
+        # Without their sign, the bits of floats are ordered as they are, NaN last: most replies need no closer look.
+        bits = up.scalars.numpy().view(BITS[form])
+        if form == "int8" or np.maximum.reduce(bits << 1) > BOUNDS[form]:
+            scalars = self._scalars([up])[0]
             skipped = np.isnan(scalars)
             if not (np.abs(scalars[~skipped]) <= 1.001 * LARGEST).all():
                 raise Illegal(f"a scalar is beyond {LARGEST:g}")
@@ -196,33 +201,41 @@ class FedKSeed(Method):
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
     ) -> tuple[Accumulators, Metrics]:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        decay = self._shrink(lr)
+        draws, decay = draws_key(server), self._shrink(lr)
         shares = TILTS[seed_tilts(state.amplitude / state.visits)] if self.pro and self.wire == "thin" else None
         gains, shrink = np.zeros(self.seeds), 0.0
         amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
-        total, loss, measured, skipped = 0, 0.0, 0, 0
+        examples, loss, measured, skipped = 0, 0.0, 0, 0
 
-        def add(block: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]]) -> None:
+        def add(block: list[tuple[int, int, Steps]]) -> None:
             """All replies of a block in one go, in their order: one by one they would cost far more."""
             nonlocal shrink, skipped
-            weights = np.array([weight for weight, _, _ in block], dtype=np.float64)
-            picks, scalars = (np.stack(each) for each in tuple(zip(*block, strict=True))[1:])
+            weights, ups = np.array([weight for _, weight, _ in block], np.float64), [up for _, _, up in block]
+            if self.wire == "paper":
+                picks = torch.stack([up.seeds for up in ups if up.seeds is not None]).numpy()
+                picks = picks.reshape(len(ups), self.steps, self.queries)
+            else:
+                picks = self._draw(draws, [client_id for client_id, _, _ in block], shares)
+            scalars = self._scalars(ups)
             taken = ~np.isnan(scalars[..., 0])
+            scalars[~taken] = 0.0
+            taken = taken.astype(np.float64)
             # The client's weights are D w - sum_t lr g_t s^(steps after t) z_t, with s = 1 - lr wd and D = s^steps.
-            after = taken[:, ::-1].cumsum(axis=1)[:, ::-1] - 1
+            steps = taken.sum(axis=1)
+            after = steps[:, None] - taken.cumsum(axis=1) if self.weight_decay else np.zeros(1)
             moves = ((lr / self.queries) * weights[:, None] * decay**after)[..., None] * scalars
-            np.add.at(gains, picks[taken].ravel(), moves[taken].ravel())
-            np.add.at(amplitude, picks[taken].ravel(), np.minimum(np.abs(scalars[taken]), self.amplitude_clip).ravel())
-            np.add.at(visits, picks[taken].ravel(), 1.0)
-            shrink += float(weights @ decay ** taken.sum(axis=1))
-            skipped += int((~taken).sum())
+            sizes = np.minimum(np.abs(scalars), self.amplitude_clip)
+            visited = np.broadcast_to(taken[..., None], picks.shape)
+            for total, terms in ((gains, moves), (amplitude, sizes), (visits, visited)):
+                total += np.bincount(picks.ravel(), terms.ravel(), self.seeds)
+            shrink += float(weights @ decay**steps)
+            skipped += int(taken.size - steps.sum())
 
         block = []
         for client_id, up in replies:
             weight = up.examples if self.weighting == "examples" else 1
-            picks = self._draw(draws_key(server, client_id), shares) if up.seeds is None else up.seeds.numpy()
-            block.append((weight, picks.reshape(self.steps, self.queries), self._scalars(up)))
-            total += weight
+            block.append((client_id, weight, up))
+            examples += weight
             if math.isfinite(up.loss):
                 measured += weight
                 loss += (up.loss - loss) * weight / measured
@@ -231,10 +244,10 @@ class FedKSeed(Method):
                 block = []
         if block:
             add(block)
-        if total == 0:
+        if examples == 0:
             return state, {}
-        shrink /= total
-        gains = shrink * state.gains.numpy() + gains / total
+        shrink /= examples
+        gains = shrink * state.gains.numpy() + gains / examples
         touched = gains[gains != 0]
         grid = state.grid or (math.sqrt(np.square(touched).mean()) / GRID if touched.size else 0.0)
         arrays = (torch.from_numpy(array) for array in (gains, amplitude, visits))
@@ -275,14 +288,13 @@ class FedKSeed(Method):
     def _levels(self, state: Accumulators) -> NDArray[np.int64]:
         return np.rint(state.gains.numpy() / (state.grid or 1.0)).astype(np.int64)
 
-    def _scalars(self, up: Steps) -> NDArray[np.float64]:
-        """float64 [steps, queries], NaN where skipped."""
-        scalars = up.scalars.numpy().astype(np.float64)
+    def _scalars(self, ups: Sequence[Steps]) -> NDArray[np.float64]:
+        """float64 [replies, steps, queries], NaN where skipped."""
+        scalars = torch.stack([up.scalars for up in ups]).double().numpy()
         if self._form == "int8":
             scalars[scalars == SKIPPED] = np.nan
-        if up.unit != 1.0:
-            scalars *= up.unit
-        return scalars.reshape(self.steps, self.queries)
+        scalars *= np.array([[up.unit] for up in ups])
+        return scalars.reshape(len(ups), self.steps, self.queries)
 
     def _shrink(self, lr: float) -> float:
         """What one step leaves of the weights; rounded as it is applied, or the roundings would add up."""
@@ -304,22 +316,24 @@ class FedKSeed(Method):
             raise Illegal(f"probabilities are not {self.seeds} shares of 1")
         return p.numpy().astype(np.float64)
 
-    def _draw(self, draws: int, shares: NDArray[np.int64] | NDArray[np.float64] | None) -> NDArray[np.int64]:
-        """The directions of a visit, in order: int64 [steps * queries]."""
+    def _draw(
+        self, draws: int, clients: Sequence[int], shares: NDArray[np.int64] | NDArray[np.float64] | None
+    ) -> NDArray[np.int64]:
+        """The directions of each client's visit, in order: int64 [clients, steps, queries]."""
         key, count = Key.root(draws), self.steps * self.queries
+        words = np.stack([key.fold(client).words(count) for client in clients]).reshape(-1, self.steps, self.queries)
         if shares is None:
-            return key.integers(self.seeds, count)
+            return reduced(words, self.seeds)
         cumulative = np.cumsum(shares)
         if shares.dtype == np.int64:
-            points = key.below(int(cumulative[-1]), count)
-        else:
-            points = key.uniform(count) * cumulative[-1]
+            return np.searchsorted(cumulative, reduced(words, int(cumulative[-1])), side="right")
+        points = uniform(words) * cumulative[-1]
         return np.minimum(np.searchsorted(cumulative, points, side="right"), self.seeds - 1)
 
 
-def draws_key(server: Server, client_id: int) -> int:
-    """The key of the directions that a client draws in this round: known at both ends, 64 bits."""
-    return server.key.fold("draws", client_id).word()
+def draws_key(server: Server) -> int:
+    """The key of the directions that clients draw in this round: known at both ends, 64 bits."""
+    return server.key.fold("draws").word()
 
 
 def rounded(scalars: NDArray[np.float32], form: str) -> tuple[Tensor, float]:
@@ -330,6 +344,12 @@ def rounded(scalars: NDArray[np.float32], form: str) -> tuple[Tensor, float]:
     unit = largest / 127 or 1.0
     codes = np.where(np.isnan(scalars), SKIPPED, np.rint(np.nan_to_num(scalars) / unit))
     return torch.from_numpy(codes.astype(np.int8)), unit
+
+
+@lru_cache(maxsize=32)
+def packed(values: bytes) -> bytes:
+    """int64 values as packed integers; a round tells thousands of clients the same."""
+    return integers.pack(np.frombuffer(values, np.int64))
 
 
 def unpacked(packed: bytes | None, count: int, name: str) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 import torch
@@ -35,7 +35,10 @@ CHUNK = 1 << 22  # bytes read at a time where a file is checked
 MAX_HEADER = 1 << 23
 MAX_FRAME = 1 << 38
 SPOOL_ABOVE = 1 << 24  # buffers larger than this go through a file where a folder for it is given
-SMALL = 1 << 16  # frames up to here may be kept a moment for their header
+SMALL = 1 << 16  # frames up to here may be kept a moment for their header: KEPT of them
+KEPT = 32
+SHORT = 1 << 10  # headers up to here cannot announce more than a few megabytes of items, nested as they may be
+KINDS = [[str, int, int, int, held, list] for held in (str, type(None))]  # of a header's six parts
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("thinwire frames are little-endian; this machine is not")
@@ -61,8 +64,7 @@ class Spooled:
 Frame = bytes | Spooled
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """All that a frame says besides its payload. `held` is the version of the weights that the sender holds."""
 
     kind: str
@@ -267,18 +269,18 @@ def _parse(frame: Frame) -> tuple[Header, int]:
         raise Malformed("the header is longer than the frame")
     packed = _bytes(frame, start, length)
     try:
-        whole = msgpack.Unpacker(max_buffer_size=length or 1)  # 0 would mean no limit
-        whole.feed(packed)
-        whole.skip()  # builds nothing, and fails unless every item that a length announces is there
+        if length > SHORT:
+            whole = msgpack.Unpacker(max_buffer_size=length)
+            whole.feed(packed)
+            whole.skip()  # builds nothing, and fails unless every item that a length announces is there
         parts = msgpack.unpackb(packed, use_list=True, strict_map_key=True)
     except Exception as error:  # msgpack raises many kinds, down to its own stack's; all mean the same here
         raise Malformed("the header is not msgpack") from error
-    kinds: tuple[Any, ...] = (str, int, int, int, (str, type(None)), list)
-    if not isinstance(parts, list) or len(parts) != len(kinds):
+    if not isinstance(parts, list) or len(parts) != 6:
         raise Malformed("the header does not have its six parts")
-    if not all(isinstance(part, kind) and not isinstance(part, bool) for part, kind in zip(parts, kinds, strict=True)):
+    if [type(part) for part in parts] not in KINDS:
         raise Malformed("a part of the header has the wrong type")
     return Header(*parts), start + length
 
 
-_parse_once = lru_cache(maxsize=1)(_parse)
+_parse_once = lru_cache(maxsize=KEPT)(_parse)

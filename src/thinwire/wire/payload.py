@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ class Stale:
     held: str | None
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """What the header says of one tensor."""
 
     dtype: torch.dtype
@@ -66,11 +65,11 @@ class Spec:
     @classmethod
     def parse(cls, packed: Any) -> Spec:
         """The inverse of `packed`; Malformed for anything else."""
-        if not isinstance(packed, list) or not all(type(n) is int and n >= 0 for n in packed):
+        if not isinstance(packed, list) or {*map(type, packed)} != {int} or min(packed) < 0:
             raise Malformed("a tensor's entry in the header is not a list of sizes")
         if not 1 <= len(packed) <= 1 + MAX_DIMENSIONS or packed[0] not in DTYPES:
             raise Malformed("a tensor's entry in the header has no known dtype")
-        if math.prod(max(n, 1) for n in packed[1:]) > MAX_STRIDE:  # an empty tensor too has strides
+        if math.prod([n or 1 for n in packed[1:]]) > MAX_STRIDE:  # an empty tensor too has strides
             raise Malformed("a tensor's entry in the header has sizes that no tensor can have")
         return cls(DTYPES[packed[0]], tuple(packed[1:]))
 
@@ -81,10 +80,7 @@ class Spec:
     @property
     def nbytes(self) -> int:
         """Bytes of the raw buffer."""
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        return size
+        return math.prod(self.shape, start=self.dtype.itemsize)
 
 
 class LazyTensors(Mapping[str, Tensor]):
