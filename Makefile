@@ -41,6 +41,7 @@ bench: venv
 	$(BIN)/python benchmarks/memory_client.py
 	$(BIN)/python benchmarks/memory_clients.py
 	$(BIN)/python benchmarks/replay.py
+	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/server.py
 
 clean:

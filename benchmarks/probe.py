@@ -1,12 +1,17 @@
-"""Time of a probe (both signs) under each law against two plain forward passes, on SmolLM2-135M, 4 x 128 tokens.
+"""Time and memory of a probe (both signs) and a rebuild against plain forward passes, SmolLM2-135M, 4 x 128 tokens.
 
     python benchmarks/probe.py [--json FILE]
 
-Each is measured five times, in turn; the shortest time counts. `together`: both signs in one forward pass.
+Time: against two plain passes, each measured five times, in turn; the shortest time counts. `together`: both signs in
+one forward pass. The rebuild is that of the whole model from 4,096 seeds of the low-rank law, against one pass; once.
+Memory: each in a process of its own, its peak resident less what is resident after the imports,
+against the same of two plain passes.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from time import perf_counter
 from typing import get_args
@@ -16,16 +21,18 @@ from rows import Row, finish
 
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
+from thinwire.methods.fedkseed import rebuild
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.probe import Probe
+from thinwire.runtime import memory
 from thinwire.train.objective import loss
 
-ROWS, LENGTH, TURNS = 4, 128, 5
+ROWS, LENGTH, TURNS, SEEDS = 4, 128, 5, 4096
 
 
-def main() -> None:
-    """Time all laws."""
+def passes() -> dict[str, Callable[[], None]]:
+    """What is measured, by name; the model is loaded once for all of them."""
     net = Net.open("smollm2-135m-instruct")
     tokens = Key.root(0).integers(40_000, ROWS * LENGTH).reshape(ROWS, LENGTH).tolist()
     batch = collate([Example(tuple(row[:-8]), tuple(row[-8:])) for row in tokens], 0)
@@ -44,13 +51,46 @@ def main() -> None:
         for together in (False, True):
             name = f"probe, {law}{', together' if together else ''}"
             runs[name] = lambda law=law, together=together: probe(law, together)
+
+    def rebuild_all() -> None:
+        rebuild(net, Directions(1, "lowrank"), torch.linspace(-1e-4, 1e-4, SEEDS), 1.0)
+
+    return {**runs, "rebuild": rebuild_all}
+
+
+def peak(name: str) -> int:
+    """Bytes at the peak of one of them, in this process."""
+    before = memory.resident()
+    run = passes()[name]
+    memory.reset()
+    run()
+    return memory.peak() - before
+
+
+def main() -> None:
+    """Time all, and weigh all."""
+    if "--peak" in sys.argv:
+        print(peak(sys.argv[-1]))  # noqa: T201
+        return
+    command = [sys.executable, __file__, "--peak"]
+    runs = passes()
+    whole = runs.pop("rebuild")
+    bytes_of = {
+        name: int(subprocess.run([*command, name], check=True, capture_output=True).stdout) / 1e6 for name in runs
+    }
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(TURNS + 1):  # the first turn compiles and allocates
         for name, run in runs.items():
             begin = perf_counter()
             run()
             best[name] = min(best[name], perf_counter() - begin)
-    finish([Row(name, best[name], best["plain"], "s") for name in runs if name != "plain"])
+    begin = perf_counter()
+    whole()
+    seconds = perf_counter() - begin
+    del runs["plain"]
+    times = [Row(name, best[name], best["plain"], "s") for name in runs]
+    times.append(Row(f"rebuild from {SEEDS} seeds, lowrank, against one pass", seconds, best["plain"] / 2, "s"))
+    finish([*times, *(Row(f"{name}: peak memory", bytes_of[name], bytes_of["plain"], "MB") for name in runs)])
 
 
 if __name__ == "__main__":

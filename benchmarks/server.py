@@ -56,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = Server(None, Key.root(0), 1, 1, tuple(range(clients)), VersionStore(Path(folder)))  # type: ignore[arg-type]
         seconds, grown = [], 0
-        for number in range(ROUNDS):
+        for _ in range(ROUNDS):
             at = Round(1, server, Recorded(replies), {})
             before = memory.resident()
             memory.reset()

@@ -70,11 +70,11 @@ def reduced(words: NDArray[np.uint64], bound: int) -> NDArray[np.int64]:
     upper, lower = words >> half, words & low
     if bound < 1 << 32:
         small = np.uint64(bound)
-        return ((upper * small + (lower * small >> half)) >> half).view(np.int64)
+        return ((upper * small + (lower * small >> half)) >> half).astype(np.int64)
     head, tail = np.uint64(bound >> 32), np.uint64(bound & 0xFFFFFFFF)
     first, second = upper * tail, lower * head
     carried = (first & low) + (second & low) + (lower * tail >> half)
-    return (upper * head + (first >> half) + (second >> half) + (carried >> half)).view(np.int64)
+    return (upper * head + (first >> half) + (second >> half) + (carried >> half)).astype(np.int64)
 
 
 def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:

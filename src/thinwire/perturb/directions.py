@@ -110,16 +110,18 @@ class Directions:
         draw = philox.gaussian if self.law == "gaussian" else signs.signs
         return torch.from_numpy(draw(self.key, seed, philox.parameter_id(name), 0, math.prod(shape))).view(tuple(shape))
 
-    def factors(self, name: str, shape: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def factors(
+        self, name: str, shape: Sequence[int], seeds: Sequence[int], out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A [seeds, m, rank] and B [seeds, n, rank] of the law lowrank, +1 and -1 in float32; z = A B^T / sqrt(rank).
 
         Element e of the stream of the parameter's factors belongs to rank e div (m + n), and there to A where
-        e mod (m + n) < m, and else to B.
+        e mod (m + n) < m, and else to B. out: float32 [rank (m + n), seeds] on the CPU, whose memory they are to use.
         """
         n = shape[-1]
         m = math.prod(shape) // n
-        pid = philox.parameter_id(f"{name}#factors")
-        drawn = signs.matrix(self.key, pid, philox.check_seeds(seeds), 0, self.rank * (m + n))
+        pid, into = philox.parameter_id(f"{name}#factors"), None if out is None else out.numpy()
+        drawn = signs.matrix(self.key, pid, philox.check_seeds(seeds), 0, self.rank * (m + n), into)
         both = torch.from_numpy(drawn).view(self.rank, m + n, len(seeds)).permute(2, 1, 0)
         return both[:, :m], both[:, m:]
 
@@ -137,14 +139,21 @@ class Directions:
         m = weight.numel() // n
         pid = philox.parameter_id(f"{name}#factors")
 
-        def part(first: int, count: int) -> Tensor:
-            parts = [signs.matrix(self.key, pid, seeds, i * (m + n) + first, count) for i in range(self.rank)]
-            return torch.from_numpy(parts[0] if self.rank == 1 else np.concatenate(parts, axis=1))
+        parts = [
+            (i, slice(k, k + products.COLUMNS))
+            for i in range(self.rank)
+            for k in range(0, len(seeds), products.COLUMNS)
+        ]
 
-        spread = torch.from_numpy(np.tile(coefs.astype(np.float64) / math.sqrt(self.rank), self.rank))
+        def factor(part: int, first: int, count: int) -> Tensor:
+            i, columns = parts[part]
+            return torch.from_numpy(signs.matrix(self.key, pid, seeds[columns], i * (m + n) + first, count))
+
+        spread = torch.from_numpy((coefs.astype(np.float64) / math.sqrt(self.rank)).astype(coefs.dtype))
+        right = [factor(part, m, n) * spread[columns] for part, (_, columns) in enumerate(parts)]
         flat = weight.reshape(m, n)
         target = out.view(m, n) if out.is_contiguous() else torch.empty((m, n), dtype=out.dtype, device=out.device)
-        products.accumulate(flat, target, part, part(m, n), spread, scale)
+        products.accumulate(flat, target, factor, right, scale)
         if not out.is_contiguous():
             out.copy_(target.view(out.shape))
 

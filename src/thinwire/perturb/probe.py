@@ -38,6 +38,8 @@ class Probe:
         self._met: set[str] = set()
         self._steps: list[tuple[int, float]] = []  # (seed, step) of each group of rows in the present pass
         self._rows = 0
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}  # of the directions of the present pass, by parameter
+        self._factors_of: list[int] = []
         self._stack = ExitStack()
         owners = [(module, self._own(module)) for module in net.model.modules()]
         self._owners = [(module, own) for module, own in owners if own]
@@ -68,6 +70,7 @@ class Probe:
         found: list[float] = []
         for group in [steps] if self.together else [[step] for step in steps]:
             self._steps = group
+            self._draw([seed for seed, _ in group])
             found += losses(self.net.model, batch, len(group)).tolist()
         if len(self._met) < len(self._names):
             missed = sorted(set(self._names.values()) - self._met)
@@ -138,30 +141,52 @@ class Probe:
                 for g, (seed, step) in enumerate(self._steps):
                     y[g].add_(self.directions.direction(name, parameter.shape, seed).to(y), alpha=step)
                 continue
-            left, right = self.directions.factors(name, parameter.shape, [seed for seed, _ in self._steps])
-            steps = torch.tensor([step for _, step in self._steps]) / left.shape[2] ** 0.5
-            left, right = left.to(y), right.to(y)
-            added(x.reshape(groups, -1, *x.shape[x.dim() - (x.is_floating_point()) :]), left, right, steps.to(y), y)
+            left, right = (factor.to(y) for factor in self._factors[name])
+            steps = torch.tensor([step for _, step in self._steps]).to(y).view(-1, 1, 1) / self.directions.rank**0.5
+            rows = x.reshape(groups, -1, *x.shape[x.dim() - x.is_floating_point() :])
+            added(rows, left, right * steps, y)
         return out
 
+    def _draw(self, seeds: list[int]) -> None:
+        """The factors of all matrices whose perturbation is added to an output; they serve both signs of a direction.
 
-Added = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
+        In one piece of memory: many small ones that stay would keep an allocator from giving room back in between.
+        """
+        if self.directions.law != "lowrank" or seeds == self._factors_of:
+            return
+        matrices = {
+            self._names[id(p)]: p.shape
+            for module, own in self._owners
+            if type(module) in _ADDED
+            for p in own
+            if p.dim() > 1
+        }
+        sizes = [self.directions.rank * (shape.numel() // shape[-1] + shape[-1]) for shape in matrices.values()]
+        places = torch.empty(sum(sizes) * len(seeds)).split([size * len(seeds) for size in sizes])
+        self._factors_of = seeds
+        self._factors = {
+            name: self.directions.factors(name, shape, seeds, place.view(-1, len(seeds)))
+            for (name, shape), place in zip(matrices.items(), places, strict=True)
+        }
 
 
-def _linear(x: Tensor, left: Tensor, right: Tensor, steps: Tensor, y: Tensor) -> None:
-    """y += step (x B) A^T: x [groups, n, in], A = left [groups, out, r], B = right [groups, in, r]."""
-    y.baddbmm_(torch.bmm(x, right) * steps[:, None, None], left.transpose(1, 2))
+Added = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 
 
-def _transposed(x: Tensor, left: Tensor, right: Tensor, steps: Tensor, y: Tensor) -> None:
+def _linear(x: Tensor, left: Tensor, right: Tensor, y: Tensor) -> None:
+    """y += (x B) A^T: x [groups, n, in], A = left [groups, out, r], B = right [groups, in, r]."""
+    y.baddbmm_(torch.bmm(x, right), left.transpose(1, 2))
+
+
+def _transposed(x: Tensor, left: Tensor, right: Tensor, y: Tensor) -> None:
     """The same for a layer that holds [in, out]."""
-    _linear(x, right, left, steps, y)
+    _linear(x, right, left, y)
 
 
-def _embedding(ids: Tensor, left: Tensor, right: Tensor, steps: Tensor, y: Tensor) -> None:
-    """y += step A[ids] B^T: ids [groups, n]."""
+def _embedding(ids: Tensor, left: Tensor, right: Tensor, y: Tensor) -> None:
+    """y += A[ids] B^T: ids [groups, n]."""
     picked = torch.stack([table[row] for table, row in zip(left, ids, strict=True)])
-    y.baddbmm_(picked * steps[:, None, None], right.transpose(1, 2))
+    y.baddbmm_(picked, right.transpose(1, 2))
 
 
 # by exact type: a subclass may do more with its weight than this

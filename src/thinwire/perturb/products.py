@@ -16,38 +16,37 @@ from thinwire.perturb.cpu import _pool
 
 FEW = 4
 """Up to so many columns, outer products one by one are faster than a matrix product."""
-ROWS = 512
-"""Rows of a tile: its product with 4,096 seeds is large enough for full speed, and its factor is 8 MB."""
+ROWS, COLUMNS = 512, 1024
+"""Of a tile of A: its product with B is large enough for full speed, and it lies in the cache."""
 
 
 def accumulate(
-    weight: Tensor, out: Tensor, left: Callable[[int, int], Tensor], right: Tensor, coefs: Tensor, scale: float
+    weight: Tensor, out: Tensor, left: Callable[[int, int, int], Tensor], right: list[Tensor], scale: float
 ) -> None:
-    """out = scale * weight + (A * coefs) B^T, formed in float32 (float64 for such weights) and rounded once.
+    """out = scale * weight + sum_i A_i B_i^T in the order of i, formed in float32 (float64 for such weights).
 
-    weight, out: [m, n] of one dtype, any strides; out is weight or shares no memory with it. left(first, count): rows
-    first .. first + count of A, float32 [count, k]. right: B, float32 [n, k]. coefs: [k].
+    weight, out: [m, n] of one dtype, any strides; out is weight or shares no memory with it. left(i, first, count):
+    rows first .. first + count of A_i, float32 [count, k_i], k_i at most COLUMNS. right: B_i, [n, k_i].
     """
     working = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    right, coefs = right.to(working), coefs.to(working)
+    right = [each.to(working) for each in right]
 
     def tile(first: int) -> None:
         rows = slice(first, min(first + ROWS, len(weight)))
-        if len(coefs) == 0:
-            out[rows] = scale * weight[rows].to(working)
-            return
-        factor = left(first, rows.stop - first).to(working) * coefs
         # always in row-major order, for a product's last bits may depend on the strides
         here, there = weight[rows].to("cpu", working).contiguous(), out[rows]
-        if len(coefs) <= FEW:
-            total = here if scale == 1 else here * scale
-            for i in range(len(coefs)):
-                total = torch.addcmul(total, factor[:, i : i + 1], right[:, i])
+        direct = there.dtype == working and there.device.type == "cpu" and there.is_contiguous()
+        total = there if direct else torch.empty_like(here)
+        torch.mul(here, scale, out=total)
+        for i, columns in enumerate(right):
+            factor = left(i, first, rows.stop - first).to(working)
+            if columns.shape[1] > FEW:
+                total.addmm_(factor, columns.T)
+            else:
+                for k in range(columns.shape[1]):
+                    total.addcmul_(factor[:, k : k + 1], columns[:, k])
+        if not direct:
             there.copy_(total)
-        elif there.dtype == working and there.device.type == "cpu" and there.is_contiguous():
-            torch.addmm(here, factor, right.T, beta=scale, out=there)
-        else:
-            there.copy_(torch.addmm(here, factor, right.T, beta=scale))
 
     one_thread_each([partial(tile, first) for first in range(0, len(weight), ROWS)])
 
