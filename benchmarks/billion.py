@@ -3,8 +3,9 @@
     python benchmarks/billion.py [--law gaussian|sign|lowrank] [--json FILE]
 
 One round of two clients, three steps each on 2 rows of 32 tokens, then the rebuild of the global model, then the second
-round's first client, who begins with a rebuild of its own. Each part runs in a process of its own, which loads the model,
-resets the peak, and does only that part's work: memory is its peak resident less what is resident after the imports.
+round's first client, who begins with a rebuild of its own. Each part runs in a process of its own, which loads the
+model, resets the peak, and does only that part's work: memory is its peak resident less what is resident after the
+imports.
 The reference is plain inference on the same rows (as many forward passes as a visit has), in a process of its own too.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -150,7 +151,12 @@ class Directions:
             return torch.from_numpy(signs.matrix(self.key, pid, seeds[columns], i * (m + n) + first, count))
 
         spread = torch.from_numpy((coefs.astype(np.float64) / math.sqrt(self.rank)).astype(coefs.dtype))
-        right = [factor(part, m, n) * spread[columns] for part, (_, columns) in enumerate(parts)]
+        right: list[Tensor] = [torch.empty(0)] * len(parts)
+
+        def spread_out(part: int) -> None:
+            right[part] = factor(part, m, n).to(spread.dtype).mul_(spread[parts[part][1]])
+
+        products.one_thread_each([partial(spread_out, part) for part in range(len(parts))])
         flat = weight.reshape(m, n)
         target = out.view(m, n) if out.is_contiguous() else torch.empty((m, n), dtype=out.dtype, device=out.device)
         products.accumulate(flat, target, factor, right, scale)

@@ -16,8 +16,8 @@ from thinwire.perturb.cpu import _pool
 
 FEW = 4
 """Up to so many columns, outer products one by one are faster than a matrix product."""
-ROWS, COLUMNS = 512, 1024
-"""Of a tile of A: its product with B is large enough for full speed, and it lies in the cache."""
+ROWS, COLUMNS = 384, 1024
+"""Of a tile of A at most: its product with B is large enough for full speed, and it lies in the cache."""
 
 
 def accumulate(
@@ -31,8 +31,8 @@ def accumulate(
     working = torch.float64 if weight.dtype == torch.float64 else torch.float32
     right = [each.to(working) for each in right]
 
-    def tile(first: int) -> None:
-        rows = slice(first, min(first + ROWS, len(weight)))
+    def tile(first: int, size: int) -> None:
+        rows = slice(first, min(first + size, len(weight)))
         # always in row-major order, for a product's last bits may depend on the strides
         here, there = weight[rows].to("cpu", working).contiguous(), out[rows]
         direct = there.dtype == working and there.device.type == "cpu" and there.is_contiguous()
@@ -48,7 +48,9 @@ def accumulate(
         if not direct:
             there.copy_(total)
 
-    one_thread_each([partial(tile, first) for first in range(0, len(weight), ROWS)])
+    # an even number of even tiles, whatever the threads: most matrices have few, and two threads then end together
+    size = -(-len(weight) // max(2, 2 * -(-len(weight) // (2 * ROWS))))
+    one_thread_each([partial(tile, first, size) for first in range(0, len(weight), size)])
 
 
 def one_thread_each(tasks: list[Callable[[], None]]) -> None:
