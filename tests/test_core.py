@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from federation import Federation, tiny_net
 from torch import Tensor
 
 from thinwire import wire
-from thinwire.core import Client, Method, Metrics, Server, StaleVersion, serve
+from thinwire.core import Client, Method, Metrics, Reply, Server, StaleVersion, _groups, serve
 from thinwire.model.flat import Net
 from thinwire.runtime.cohort import All, Cyclic, Uniform, cohort_of
 from thinwire.runtime.store import version_of
@@ -224,3 +224,22 @@ def test_a_damaged_down_frame_costs_that_client_its_round(net: Net, tmp_path: Pa
     (reply,) = transport.exchange([(0, good[:-1] + bytes([good[-1] ^ 1]))])
     assert reply.frame is None
     assert "Corrupt" in str(reply.error)
+
+
+def test_small_replies_come_by_the_dozen_and_large_ones_alone() -> None:
+    small, large = b"x" * wire.frame.SMALL, b"x" * (wire.frame.SMALL + 1)
+    frames = [small, None, large, large, *[small] * (2 * wire.frame.KEPT + 1), large]
+    asked = 0
+
+    def replies() -> Iterator[Reply]:
+        nonlocal asked
+        for asked, frame in enumerate(frames, 1):
+            yield Reply(asked, frame)
+
+    sizes, seen = [], []
+    for group in _groups(replies()):
+        sizes.append(len(group))
+        seen += [reply.client for reply in group]
+        assert asked <= seen[-1] + 1  # no more than one ahead
+    assert sizes == [2, 1, 1, wire.frame.KEPT, wire.frame.KEPT, 1, 1]
+    assert seen == list(range(1, len(frames) + 1))

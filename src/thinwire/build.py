@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from thinwire.data.packaged import PACKAGED
 from thinwire.data.tokenise import shuffle_answers, tokenise
 from thinwire.evaluate.evaluate import Split, answers, evaluate
 from thinwire.keys import Key
+from thinwire.model.adapters import add_lora
 from thinwire.model.flat import Net
 from thinwire.runtime.loop import Job, Watch
 
@@ -99,8 +101,12 @@ def _in_words(row: Row, words: Mapping[str, str]) -> Row:
 
 
 def net_of(run: Run, remember: bool = False) -> Net:
-    """The run's start model in memory; raises ModelError."""
-    return Net.open(run.model.path, run.model.dtype, remember=remember)
+    """The run's start model in memory, a LoRA view of it if the run says so; raises ModelError."""
+    model, adapt = run.model, None
+    if model.lora is not None:
+        key = Key.root(run.seed).fold("lora")
+        adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
+    return Net.open(model.path, model.dtype, remember=remember, device=model.device, adapt=adapt)
 
 
 def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Split]:

@@ -126,6 +126,8 @@ def evaluate(
             if not (path / "model").is_dir():
                 raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
             settings = config.load(path / "run.toml", [*(overrides or []), _model(path / "model")])
+            plain = settings.model.model_copy(update={"lora": None})  # the saved model has its factors merged in
+            settings = settings.model_copy(update={"model": plain})
             rows = build.rows_of(settings.data, _key(settings))
         elif path.is_dir():
             tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": {}}

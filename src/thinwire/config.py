@@ -42,11 +42,24 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class Lora(_Section):
+    """Factors of `rank` beside every linear layer whose name ends in one of `targets`, scaled by alpha / rank."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+
+
 class Model(_Section):
-    """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or smollm2-135m-instruct (packaged)."""
+    """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or smollm2-135m-instruct (packaged).
+
+    `device`: as torch calls it, such as cpu or cuda:0. With `lora` all methods train its factors in place of the model.
+    """
 
     path: str = "smollm2-135m-instruct"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    lora: Lora | None = None
 
 
 class Data(_Section):

@@ -67,14 +67,17 @@ def reduced(words: NDArray[np.uint64], bound: int) -> NDArray[np.int64]:
     if not 0 < bound < 1 << 63:
         raise ValueError(f"bound {bound} is not in [1, 2**63)")
     half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    found: NDArray[np.uint64]
     upper, lower = words >> half, words & low
     if bound < 1 << 32:
         small = np.uint64(bound)
-        return ((upper * small + (lower * small >> half)) >> half).astype(np.int64)
+        found = (upper * small + (lower * small >> half)) >> half
+        return found.astype(np.int64)
     head, tail = np.uint64(bound >> 32), np.uint64(bound & 0xFFFFFFFF)
     first, second = upper * tail, lower * head
     carried = (first & low) + (second & low) + (lower * tail >> half)
-    return (upper * head + (first >> half) + (second >> half) + (carried >> half)).astype(np.int64)
+    found = upper * head + (first >> half) + (second >> half) + (carried >> half)
+    return found.astype(np.int64)
 
 
 def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ import math
 import random
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from federation import Federation, tiny_net
 from thinwire import wire
 from thinwire.core import Method
 from thinwire.evaluate.loss import mean_loss
+from thinwire.keys import Key
 from thinwire.methods import METHODS
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.fedzo import FedZO
+from thinwire.model.adapters import add_lora
 from thinwire.model.flat import Net
 from thinwire.wire.payload import fields_of
 
@@ -29,23 +33,36 @@ SEEDS: dict[str, Any] = {"seeds": 64, "lr": 2e-4, "eps": 1e-3, "steps": 8, "batc
 ROWS: dict[str, tuple[Method, tuple[int, int]]] = {
     "fedavg": (FedAvg(lr=3e-3, steps=4, batch_size=4), (108_395, 108_397)),
     "fedavg-sgd": (FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), (108_395, 108_397)),
+    "fedit": (FedAvg(lr=1e-2, steps=4, batch_size=4), (4_096, 4_098)),
     "fedkseed": (FedKSeed(**SEEDS), (97, 100)),
+    "fedkseed-lora": (FedKSeed(**(SEEDS | {"lr": 3e-3})), (97, 100)),
     "fedkseed-pro": (FedKSeed(**SEEDS, pro=True), (116, 100)),
     "fedkseed-paper": (FedKSeed(**SEEDS, wire="paper"), (336, 117)),
     "fedkseed-paper-pro": (FedKSeed(**SEEDS, wire="paper", pro=True), (594, 117)),
     "fedkseed-sign": (FedKSeed(**SEEDS, law="sign", together=True), (97, 100)),
     "fedkseed-lowrank": (FedKSeed(**SEEDS, law="lowrank", rank=2, queries=2, scalars="float32"), (97, 148)),
+    "fedzo": (FedZO(**(SEEDS | {"seeds": 1 << 32}), queries=2), (108_411, 108_397)),
 }
 
 
+VIEWS = {"fedit", "fedkseed-lora"}  # rows that run on a LoRA view of the model
+
+
 @pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Net:
-    return tiny_net(tmp_path_factory.mktemp("model"))
+def nets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Net]:
+    folder = tmp_path_factory.mktemp("model")
+    adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
+    return tiny_net(folder), Net.open(str(folder), remember=True, adapt=adapt)
 
 
 @pytest.fixture(params=list(ROWS))
 def row(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def net(row: str, nets: tuple[Net, Net]) -> Net:
+    return nets[row in VIEWS]
 
 
 @pytest.fixture

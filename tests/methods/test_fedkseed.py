@@ -28,7 +28,6 @@ from thinwire.methods.fedkseed import (
     Gains,
     Steps,
     draws_key,
-    move,
     rebuild,
     rounded,
     seed_probabilities,
@@ -37,6 +36,7 @@ from thinwire.methods.fedkseed import (
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe
+from thinwire.perturb.zeroth import move, shrink_of
 from thinwire.train.objective import loss
 
 
@@ -131,7 +131,7 @@ def test_one_clients_weights_are_the_rebuild_from_its_scalars(
     # a client makes no last move, since nobody would see it
     pool, picks = Directions(federation.state.pool), method._draw(draws_key(server), [0], None)[0]
     last = -1e-4 / queries * up.scalars[-queries:].double().numpy()
-    move(net, pool, picks[-1], last, method._shrink(1e-4))
+    move(net, pool, picks[-1], last, shrink_of(1e-4, decay))
     local = weights(net)
     net.forget()
     state, _ = method.aggregate(federation.state, server, [(0, up)])
@@ -197,12 +197,12 @@ def test_scalars_survive_their_rounding(form: Any) -> None:
     method = FedKSeed(steps=50, queries=2, scalars=form)
     scalars = np.linspace(-30, 7, 100, dtype=np.float32)
     scalars[4:6] = np.nan
-    found = method._scalars([Steps(None, *rounded(scalars, form), 1, 0.5)]).ravel()
+    found = method._scalars([rounded(scalars, form)]).ravel()
     assert np.isnan(found).tolist() == np.isnan(scalars).tolist()
     bound = {"float32": 0.0, "float16": 30 * 2**-11, "int8": 30 / 254 * 1.0001}[form]
     assert np.nanmax(np.abs(found - scalars)) <= bound
     nothing = np.full(100, np.nan, np.float32)
-    assert np.isnan(method._scalars([Steps(None, *rounded(nothing, form), 1, 0.5)])).all()
+    assert np.isnan(method._scalars([rounded(nothing, form)])).all()
 
 
 def test_a_client_that_joins_last_rebuilds_the_same_bits(net: Net, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.fedzo import FedZO
 
-AnyMethod = Annotated[FedAvg | FedKSeed, Field(discriminator="name")]
-METHODS = {cls.model_fields["name"].default: cls for cls in (FedAvg, FedKSeed)}
+AnyMethod = Annotated[FedAvg | FedKSeed | FedZO, Field(discriminator="name")]
+METHODS = {cls.model_fields["name"].default: cls for cls in (FedAvg, FedKSeed, FedZO)}

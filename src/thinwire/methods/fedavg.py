@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -63,7 +63,7 @@ class FedAvg(Method):
         return Weights(state.weights, scheduled(self.schedule, self.lr, server.round, server.rounds))
 
     def client_update(self, down: Weights, client: Client) -> Trained:
-        _fill(client.net, down.weights)
+        fill(client.net, down.weights)
         batches = client.data.batches(client.key.fold("batches"), self.batch_size)
         loss, skipped = train_locally(
             client.net, batches, self.steps, self.optimiser, down.lr, self.weight_decay, self.clip
@@ -72,49 +72,63 @@ class FedAvg(Method):
         return Trained(weights, len(client.data), loss, skipped)
 
     def check(self, state: Weights, client_id: int, up: Trained) -> None:
-        if up.examples < 1:
-            raise Illegal(f"examples is {up.examples}")
-        if set(up.weights) != set(state.weights):
-            raise Illegal("the names of the weights are not the model's")
-        for name, tensor in up.weights.items():
-            mine = state.weights[name]
-            if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
-                raise Illegal(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {mine.dtype} {list(mine.shape)}")
-            if not torch.isfinite(tensor).all():
-                raise Illegal(f"{name} is not finite")
+        check_weights(state.weights, up)
 
     def aggregate(
         self, state: Weights, server: Server, replies: Iterable[tuple[int, Trained]]
     ) -> tuple[Weights, Metrics]:
-        # A running mean, m += (w - m) n_i / n: one client's tensor in memory at a time, in float32.
-        mean: dict[str, Tensor] = {}
-        total, loss, measured, skipped = 0, 0.0, 0, 0
-        for _, up in replies:
-            weight = up.examples if self.weighting == "examples" else 1
-            total += weight
-            share = weight / total
-            for name, tensor in up.weights.items():
-                if name in mean:
-                    mean[name].lerp_(tensor.float(), share)
-                else:
-                    mean[name] = tensor.to(torch.float32, copy=True)
-            if math.isfinite(up.loss):
-                measured += weight
-                loss += (up.loss - loss) * weight / measured
-            skipped += up.skipped
-        if total == 0:
-            return state, {}
-        dtypes = {name: tensor.dtype for name, tensor in state.weights.items()}
-        return Weights({n: t.to(dtypes[n]) for n, t in mean.items()}), {"loss": loss, "skipped": skipped}
+        weights, metrics = average(state.weights, replies, self.weighting)
+        return Weights(weights), metrics
 
     def materialise(self, state: Weights, net: Net) -> None:
-        _fill(net, state.weights)
+        fill(net, state.weights)
 
     def receive(self, down: Weights, client: Client) -> None:
-        _fill(client.net, down.weights)
+        fill(client.net, down.weights)
+
+
+def check_weights(known: Mapping[str, Tensor], up: Trained) -> None:
+    """Illegal unless the reply's weights have the names, shapes and dtypes of the known ones, and are finite."""
+    if up.examples < 1:
+        raise Illegal(f"examples is {up.examples}")
+    if set(up.weights) != set(known):
+        raise Illegal("the names of the weights are not the model's")
+    for name, tensor in up.weights.items():
+        mine = known[name]
+        if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
+            raise Illegal(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {mine.dtype} {list(mine.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise Illegal(f"{name} is not finite")
+
+
+def average(
+    known: Mapping[str, Tensor], replies: Iterable[tuple[int, Trained]], weighting: str
+) -> tuple[Mapping[str, Tensor], Metrics]:
+    """The mean of the replies' weights in the known ones' dtypes, and its metrics; the known ones without a reply."""
+    # A running mean, m += (w - m) n_i / n: one client's tensor in memory at a time, in float32.
+    mean: dict[str, Tensor] = {}
+    total, loss, measured, skipped = 0, 0.0, 0, 0
+    for _, up in replies:
+        weight = up.examples if weighting == "examples" else 1
+        total += weight
+        share = weight / total
+        for name, tensor in up.weights.items():
+            if name in mean:
+                mean[name].lerp_(tensor.float(), share)
+            else:
+                mean[name] = tensor.to(torch.float32, copy=True)
+        if math.isfinite(up.loss):
+            measured += weight
+            loss += (up.loss - loss) * weight / measured
+        skipped += up.skipped
+    if total == 0:
+        return known, {}
+    dtypes = {name: tensor.dtype for name, tensor in known.items()}
+    return {n: t.to(dtypes[n]) for n, t in mean.items()}, {"loss": loss, "skipped": skipped}
 
 
 @torch.no_grad()
-def _fill(net: Net, weights: Mapping[str, Any]) -> None:
+def fill(net: Net, weights: Mapping[str, Tensor]) -> None:
+    """Copy named weights into the net's parameters."""
     for name, parameter in net.parameters():
         parameter.copy_(weights[name])

@@ -20,7 +20,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -34,11 +33,10 @@ from thinwire.core import Client, Method, Metrics, Server, StaleVersion
 from thinwire.keys import Key, reduced, uniform
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions, Law
-from thinwire.perturb.probe import Probe
+from thinwire.perturb.zeroth import LARGEST, shrink_of, walk
 from thinwire.train.schedule import Schedule, scheduled
 from thinwire.wire import Illegal, raw
 
-LARGEST = 6e4  # a directional derivative beyond this is no measurement of a loss; float16 still holds it
 GRID = 4  # steps of the grid in the root mean square of the gains of the first round
 BLOCK = 128  # replies that the server adds up at a time
 SKIPPED = -128  # the int8 code of a skipped step; among floats it is NaN
@@ -151,24 +149,21 @@ class FedKSeed(Method):
     def client_update(self, down: Gains, client: Client) -> Steps:
         self.receive(down, client)
         directions = Directions(down.pool, self.law, self.rank)
-        batches = client.data.batches(client.key.fold("batches"), self.batch_size)
         picks = self._draw(down.draws, [client.id], self._shares(down))[0]
-        shrink = self._shrink(down.lr)
-        scalars, losses = np.full((self.steps, self.queries), np.nan, np.float32), []
-        with Probe(client.net, directions, self.together) as probe:
-            for step, batch in enumerate(islice(batches, self.steps)):
-                pairs = np.array(probe.losses(batch, picks[step].tolist(), self.eps))
-                with np.errstate(invalid="ignore"):
-                    # What travels is what is applied, so that a rebuild repeats the training; int8 alone is rounded
-                    # at the end, when its unit is known.
-                    found = ((pairs[:, 0] - pairs[:, 1]) / (2 * self.eps)).astype(np.float32)
-                if not (np.abs(found) <= LARGEST).all():
-                    continue
-                scalars[step] = found.astype(np.float16) if self._form == "float16" else found
-                losses.append(pairs.mean())
-                if step + 1 < self.steps:  # nobody would see the last move: the server makes it from the scalars
-                    move(client.net, directions, picks[step], -down.lr / self.queries * scalars[step], shrink)
-        loss = float(np.mean(losses)) if losses else math.nan
+        scalars, loss = walk(
+            client.net,
+            directions,
+            picks,
+            client.data.batches(client.key.fold("batches"), self.batch_size),
+            lr=down.lr,
+            eps=self.eps,
+            shrink=shrink_of(down.lr, self.weight_decay),
+            together=self.together,
+            # What travels is what is applied, so that a rebuild repeats the training; int8 alone is rounded at the
+            # end, when its unit is known. Nobody would see the last move: the server makes it from the scalars.
+            applied=lambda found: found.astype(np.float16) if self._form == "float16" else found,
+            last=False,
+        )
         seeds = torch.from_numpy(picks.ravel().astype(np.int32)) if self.wire == "paper" else None
         return Steps(seeds, *rounded(scalars.ravel(), self._form), len(client.data), loss)
 
@@ -188,7 +183,7 @@ class FedKSeed(Method):
         # Without their sign, the bits of floats are ordered as they are, NaN last: most replies need no closer look.
         bits = up.scalars.numpy().view(BITS[form])
         if form == "int8" or np.maximum.reduce(bits << 1) > BOUNDS[form]:
-            scalars = self._scalars([up])[0]
+            scalars = self._scalars([(up.scalars, up.unit)])[0]
             skipped = np.isnan(scalars)
             if not (np.abs(scalars[~skipped]) <= 1.001 * LARGEST).all():
                 raise Illegal(f"a scalar is beyond {LARGEST:g}")
@@ -201,22 +196,21 @@ class FedKSeed(Method):
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
     ) -> tuple[Accumulators, Metrics]:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        draws, decay = draws_key(server), self._shrink(lr)
+        draws, decay = draws_key(server), shrink_of(lr, self.weight_decay)
         shares = TILTS[seed_tilts(state.amplitude / state.visits)] if self.pro and self.wire == "thin" else None
         gains, shrink = np.zeros(self.seeds), 0.0
         amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
         examples, loss, measured, skipped = 0, 0.0, 0, 0
 
-        def add(block: list[tuple[int, int, Steps]]) -> None:
+        def add(block: list[tuple[int, int, tuple[Tensor, float], Tensor | None]]) -> None:
             """All replies of a block in one go, in their order: one by one they would cost far more."""
             nonlocal shrink, skipped
-            weights, ups = np.array([weight for _, weight, _ in block], np.float64), [up for _, _, up in block]
+            clients, each, told, seeds = zip(*block, strict=True)
+            weights, scalars = np.array(each, np.float64), self._scalars(told)
             if self.wire == "paper":
-                picks = torch.stack([up.seeds for up in ups if up.seeds is not None]).numpy()
-                picks = picks.reshape(len(ups), self.steps, self.queries)
+                picks = torch.stack(seeds).numpy().reshape(scalars.shape)
             else:
-                picks = self._draw(draws, [client_id for client_id, _, _ in block], shares)
-            scalars = self._scalars(ups)
+                picks = self._draw(draws, clients, shares)
             taken = ~np.isnan(scalars[..., 0])
             scalars[~taken] = 0.0
             taken = taken.astype(np.float64)
@@ -234,7 +228,7 @@ class FedKSeed(Method):
         block = []
         for client_id, up in replies:
             weight = up.examples if self.weighting == "examples" else 1
-            block.append((client_id, weight, up))
+            block.append((client_id, weight, (up.scalars, up.unit), up.seeds))
             examples += weight
             if math.isfinite(up.loss):
                 measured += weight
@@ -288,17 +282,13 @@ class FedKSeed(Method):
     def _levels(self, state: Accumulators) -> NDArray[np.int64]:
         return np.rint(state.gains.numpy() / (state.grid or 1.0)).astype(np.int64)
 
-    def _scalars(self, ups: Sequence[Steps]) -> NDArray[np.float64]:
-        """float64 [replies, steps, queries], NaN where skipped."""
-        scalars = torch.stack([up.scalars for up in ups]).double().numpy()
+    def _scalars(self, told: Sequence[tuple[Tensor, float]]) -> NDArray[np.float64]:
+        """From the scalars and the unit of each reply float64 [replies, steps, queries], NaN where skipped."""
+        scalars = torch.stack([scalars for scalars, _ in told]).double().numpy()
         if self._form == "int8":
             scalars[scalars == SKIPPED] = np.nan
-        scalars *= np.array([[up.unit] for up in ups])
-        return scalars.reshape(len(ups), self.steps, self.queries)
-
-    def _shrink(self, lr: float) -> float:
-        """What one step leaves of the weights; rounded as it is applied, or the roundings would add up."""
-        return float(np.float32(1.0 - lr * self.weight_decay))
+        scalars *= np.array([[unit] for _, unit in told])
+        return scalars.reshape(len(told), self.steps, self.queries)
 
     def _shares(self, down: Gains) -> NDArray[np.int64] | NDArray[np.float64] | None:
         """Pro's shares of the directions, none uniform: integers on the thin wire, floats in the paper's form."""
@@ -358,14 +348,6 @@ def unpacked(packed: bytes | None, count: int, name: str) -> NDArray[np.int64]:
         return integers.unpack(packed or b"", count)
     except ValueError as error:
         raise Illegal(f"{name}: {error}") from None
-
-
-def move(
-    net: Net, directions: Directions, seeds: NDArray[np.int64], coefs: NDArray[np.floating], shrink: float
-) -> None:
-    """weights := shrink weights + sum_k coefs_k z_k over the seeds."""
-    for name, parameter in net.parameters():
-        directions.apply(parameter.data, name, seeds, coefs, scale=shrink, out=parameter.data)
 
 
 def rebuild(net: Net, directions: Directions, gains: Tensor, shrink: float) -> None:

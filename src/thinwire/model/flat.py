@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from thinwire.model import adapters
 from thinwire.model.errors import ModelError
 from thinwire.model.load import cache_folder, first_line, load, quiet, shards, whole_folder
 
@@ -134,18 +135,27 @@ class Net:
         trainable: Callable[[str], bool] | None = None,
         remember: bool = False,
         device: str = "cpu",
+        adapt: Callable[[PreTrainedModel], None] | None = None,
     ) -> Net:
-        """Load the model at `path` (see load.resolve) onto `device` and wrap it. ModelError as there."""
+        """Load the model at `path` (see load.resolve) onto `device` and wrap it. ModelError as there.
+
+        `adapt` may add parameters to the model and freeze others, as adapters.add_lora does, before it is wrapped.
+        """
         model, tokenizer, folder = load(path, dtype)
-        model.to(device)
+        if adapt is not None:
+            adapt(model)
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
+            raise ModelError(f"model.device: {device}: {first_line(error)}") from None
         try:
             net = cls(model, tokenizer, folder, trainable, remember)
             if net.base.starts_like(dict(net.parameters())):
                 return net
         except ModelError:
-            pass  # the model did load, so its files only spell or shape the tensors otherwise
+            pass  # the model did load, so its files only spell or shape the tensors otherwise, or lack what was added
         # Some architectures fuse, split or rename what their files hold (mixtures of experts): write the
-        # start weights once more, under the model's own names, into a folder that goes with the net.
+        # trainable start weights once more, under the model's own names, into a folder that goes with the net.
         spool = _spool(model)
         try:
             net = cls(model, tokenizer, spool, trainable, remember)
@@ -219,7 +229,8 @@ class Net:
     def save(self, folder: Path | str) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer) that appears whole or not at all.
 
-        An older model folder of that name is replaced. ModelError: something else is there.
+        Of a LoRA view, the plain model with the factors merged in; and in its folder `adapter` the factors alone. An
+        older model folder of that name is replaced. ModelError: something else is there.
         """
         target = Path(folder)
         if (
@@ -232,7 +243,11 @@ class Net:
         cached, config.use_cache = config.use_cache, True  # off in training; who serves the folder wants the cache
         try:
             with quiet(), whole_folder(target, replace=True) as fresh:
-                self.model.save_pretrained(fresh)
+                if adapters.has_lora(self.model):
+                    self.model.save_pretrained(fresh, state_dict=adapters.merged(self.model))
+                    adapters.save_adapter(self.model, fresh / "adapter")
+                else:
+                    self.model.save_pretrained(fresh)
                 self.tokenizer.save_pretrained(fresh)
         finally:
             config.use_cache = cached
@@ -262,7 +277,7 @@ def _spool(model: PreTrainedModel) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="base-", dir=cache_folder()))
     try:
         save_file(
-            {name: p.detach().contiguous() for name, p in model.named_parameters()},
+            {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad},
             folder / "model.safetensors",
         )
     except BaseException:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.perturb import cpu, philox, products, signs
+from thinwire.perturb import anywhere, cpu, philox, products, signs
 
 TILE = 1 << 20
 """Elements of the float32 copy through which weights pass that the kernel cannot take as they are."""
@@ -30,7 +31,7 @@ class Directions:
     """The finite pool of directions of a run: z_s for every seed s in [0, 2^32), one array for each parameter name.
 
     `key` is the 64-bit run key. Element e of a direction belongs to the e-th element of the parameter in row-major
-    order, whatever the strides of the tensor that holds it.
+    order, whatever the strides of the tensor that holds it. gaussian and sign give the same bits on a CPU and on a GPU.
     """
 
     key: int
@@ -88,6 +89,17 @@ class Directions:
             self._multiply(source, target, name, seeds, coefs, scale)
             return out
         pid = philox.parameter_id(name)
+        kernels = _kernels(weight.device) if weight.dtype != torch.float64 else None
+        if kernels is not None:
+            law = "gaussian" if self.law == "gaussian" else "sign"
+            whole = source.is_contiguous() and target.is_contiguous()
+            for start, piece, place in [(0, source, target)] if whole else _tiles(source, target):
+                flat = piece.reshape(-1)
+                moved = place.view(-1) if place.is_contiguous() else torch.empty_like(flat)
+                kernels.accumulate(law, flat, moved, self.key, pid, seeds, coefs, float(scale), start)
+                if not place.is_contiguous():
+                    place.copy_(moved.view(place.shape))
+            return out
         direct = weight.dtype == torch.float32 and weight.device.type == "cpu"
         if direct and source.is_contiguous() and target.is_contiguous():
             self._accumulate(source.view(-1).numpy(), target.view(-1).numpy(), pid, seeds, coefs, scale, 0)
@@ -146,11 +158,17 @@ class Directions:
             for k in range(0, len(seeds), products.COLUMNS)
         ]
 
+        kernels = _kernels(weight.device)
+
         def factor(part: int, first: int, count: int) -> Tensor:
             i, columns = parts[part]
-            return torch.from_numpy(signs.matrix(self.key, pid, seeds[columns], i * (m + n) + first, count))
+            address = self.key, pid, seeds[columns], i * (m + n) + first, count
+            if kernels is not None:
+                return kernels.matrix(*address, device=weight.device)
+            return torch.from_numpy(signs.matrix(*address)).to(weight.device)
 
         spread = torch.from_numpy((coefs.astype(np.float64) / math.sqrt(self.rank)).astype(coefs.dtype))
+        spread = spread.to(weight.device)
         right: list[Tensor] = [torch.empty(0)] * len(parts)
 
         def spread_out(part: int) -> None:
@@ -185,6 +203,18 @@ class Directions:
         else:
             kernel = cpu if self.law == "gaussian" else signs
             kernel.accumulate(weight, out, self.key, pid, seeds, coefs, scale, start)
+
+
+def _kernels(device: torch.device) -> Any:
+    """What has `accumulate` and `matrix` for tensors there; None on the CPU, whose kernels take numpy's arrays."""
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):  # without Triton, plain torch does it
+            from thinwire.perturb import gpu
+
+            return gpu
+    return anywhere
 
 
 def _finite(name: str, what: str, values: object, precision: type[np.floating]) -> NDArray[np.floating]:

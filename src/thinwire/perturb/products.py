@@ -34,8 +34,8 @@ def accumulate(
     def tile(first: int, size: int) -> None:
         rows = slice(first, min(first + size, len(weight)))
         # always in row-major order, for a product's last bits may depend on the strides
-        here, there = weight[rows].to("cpu", working).contiguous(), out[rows]
-        direct = there.dtype == working and there.device.type == "cpu" and there.is_contiguous()
+        here, there = weight[rows].to(working).contiguous(), out[rows]
+        direct = there.dtype == working and there.is_contiguous()
         total = there if direct else torch.empty_like(here)
         torch.mul(here, scale, out=total)
         for i, columns in enumerate(right):

@@ -1,0 +1,94 @@
+"""FedZO (Fang et al., 2022): local zeroth-order steps, then the weighted mean of the clients' weights.
+
+Down: the global weights. Up: the client's weights after steps w := w - lr mean_q g_q z_q, with the g_q from two forward
+passes each. Memory as for inference, bytes as for FedAvg: the reference that shows what FedKSeed's wire saves. With the
+same pool of directions (`seeds`) both make the same weights, up to the rounding of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor
+
+from thinwire.core import Client, Method, Metrics, Server
+from thinwire.keys import Key, reduced
+from thinwire.methods.fedavg import Trained, average, check_weights, fill
+from thinwire.model.flat import Net
+from thinwire.perturb.directions import Directions, Law
+from thinwire.perturb.zeroth import shrink_of, walk
+from thinwire.train.schedule import Schedule, scheduled
+
+
+@dataclass(frozen=True)
+class Start:
+    """The global weights, the key of the directions, that of the clients' draws among them in this round, the rate.
+
+    Also the server's state, without the last two.
+    """
+
+    weights: Mapping[str, Tensor]
+    pool: int
+    draws: int = 0
+    lr: float = 0.0
+
+
+class FedZO(Method):
+    """Zeroth-order local steps; whole weights travel both ways."""
+
+    name: Literal["fedzo"] = "fedzo"
+    seeds: int = Field(1 << 32, ge=1, le=1 << 32)  # directions to draw from; by default practically always fresh ones
+    lr: float = Field(1e-5, gt=0, le=100)
+    schedule: Schedule = "constant"
+    eps: float = Field(5e-4, gt=0, le=100)
+    law: Law = "gaussian"
+    rank: int = Field(1, ge=1, le=1024)
+    queries: PositiveInt = 1
+    together: bool = False
+    weight_decay: NonNegativeFloat = 0.0
+    steps: PositiveInt = 200
+    batch_size: PositiveInt = 1
+    weighting: Literal["examples", "uniform"] = "examples"
+
+    Down, Up, State = Start, Trained, Start
+    paper: ClassVar[str] = "Fang et al. 2022, arXiv:2201.09531"
+
+    def init(self, server: Server) -> Start:
+        return Start({name: server.net.base[name] for name in server.net.names}, server.key.fold("directions").word())
+
+    def broadcast(self, state: Start, server: Server, client_id: int, held: str | None) -> Start:
+        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
+        return Start(state.weights, state.pool, server.key.fold("draws").word(), lr)
+
+    def client_update(self, down: Start, client: Client) -> Trained:
+        fill(client.net, down.weights)
+        words = Key.root(down.draws).fold(client.id).words(self.steps * self.queries)
+        scalars, loss = walk(
+            client.net,
+            Directions(down.pool, self.law, self.rank),
+            reduced(words, self.seeds).reshape(self.steps, self.queries),
+            client.data.batches(client.key.fold("batches"), self.batch_size),
+            lr=down.lr,
+            eps=self.eps,
+            shrink=shrink_of(down.lr, self.weight_decay),
+            together=self.together,
+        )
+        weights = {name: p.detach() for name, p in client.net.parameters()}
+        return Trained(weights, len(client.data), loss, int(np.isnan(scalars).any(axis=1).sum()))
+
+    def check(self, state: Start, client_id: int, up: Trained) -> None:
+        check_weights(state.weights, up)
+
+    def aggregate(self, state: Start, server: Server, replies: Iterable[tuple[int, Trained]]) -> tuple[Start, Metrics]:
+        weights, metrics = average(state.weights, replies, self.weighting)
+        return Start(weights, state.pool), metrics
+
+    def materialise(self, state: Start, net: Net) -> None:
+        fill(net, state.weights)
+
+    def receive(self, down: Start, client: Client) -> None:
+        fill(client.net, down.weights)

@@ -1,0 +1,102 @@
+"""A LoRA view of a model (Hu et al., 2022, arXiv:2106.09685): small factors beside chosen layers, all else frozen.
+
+W x becomes W x + (alpha / rank) B A x with A [rank, in] and B [out, rank]. Whatever trains a net's parameters then
+trains A and B, and sends no more than these.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from thinwire.keys import Key
+from thinwire.model.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"  # peft's name of an only adapter
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], key: Key) -> None:
+    """Put factors beside every linear layer whose name is, or ends with a dot and, one of `targets`; in place.
+
+    B is 0, A uniform on +-1 / sqrt(in) as peft has it, but drawn from `key`: a view is the same everywhere, and the
+    global generators stay as they are. Factors have the model's dtype. ModelError: a target that is no layer's name,
+    a rank above the smaller side of a layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    for target in targets:
+        if not any(_meant(name, target) for name in layers):
+            known = sorted({name.rpartition(".")[2] for name in layers})
+            raise ModelError(f"model.lora.targets: no linear layer is called {target}; there are: {', '.join(known)}")
+    chosen = {name: layer for name, layer in layers.items() if any(_meant(name, target) for target in targets)}
+    for name, layer in chosen.items():
+        if rank > min(layer.weight.shape):
+            shape = " x ".join(map(str, layer.weight.shape))
+            raise ModelError(f"model.lora.rank: {rank} is more than {name} has, which is {shape}")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen), bias="none")  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that layers of GPT-2 hold their weights transposed, which peft then minds
+        inject_adapter_in_model(config, model, ADAPTER)
+    for name, layer in _lora_layers(model):
+        left, right = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        uniform = torch.from_numpy(2 * key.fold(name).uniform(left.numel()) - 1).view_as(left)
+        dtype = layer.get_base_layer().weight.dtype
+        left.data = (uniform / math.sqrt(left.shape[1])).to(dtype)
+        right.data = torch.zeros_like(right, dtype=dtype)
+    model.eval()  # what has been added came in training mode
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether the model is a LoRA view."""
+    return next(_lora_layers(model), None) is not None
+
+
+def merged(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the plain model that computes what the view does: W + (alpha / rank) B A under W's own name."""
+    added = {f"{name}.base_layer.weight": layer for name, layer in _lora_layers(model)}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        if name in added:
+            delta = added[name].get_delta_weight(ADAPTER)
+            tensor = (tensor.float() + delta.float()).to(tensor.dtype)
+        state[name.replace(".base_layer.", ".")] = tensor
+    return state
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """The factors alone, as a folder that peft's PeftModel.from_pretrained puts on the start model."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = model.peft_config[ADAPTER]  # type: ignore[index]
+    config.inference_mode = True
+    factors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{name}": t.contiguous() for name, t in factors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config.save_pretrained(str(folder))
+
+
+def _meant(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))

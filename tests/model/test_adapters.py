@@ -1,0 +1,123 @@
+"""The LoRA view: what is trained, what it computes, what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from federation import closed_data
+from peft import PeftModel
+from tiny import tiny_folder, tiny_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from thinwire.keys import Key
+from thinwire.model.adapters import add_lora, has_lora, merged
+from thinwire.model.errors import ModelError
+from thinwire.model.flat import Net
+from thinwire.train.local import train_locally
+
+TARGETS = ("q_proj", "v_proj", "down_proj")
+
+
+def lora_net(folder: Path, seed: int = 0, dtype: str = "float32") -> Net:
+    if not (folder / "config.json").exists():
+        tiny_folder(folder)
+    adapt = partial(add_lora, rank=4, alpha=8.0, targets=TARGETS, key=Key.root(seed))
+    return Net.open(str(folder), dtype, adapt=adapt)
+
+
+def train(net: Net) -> None:
+    train_locally(net, closed_data(net, 16, 1).batches(Key.root(1), 4), 4, "adamw", 1e-2)
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Net:
+    return lora_net(tmp_path / "start")
+
+
+def test_only_the_factors_are_trained(net: Net) -> None:
+    assert len(net.names) == 2 * 2 * len(TARGETS)
+    assert all(".lora_A." in name or ".lora_B." in name for name in net.names)
+    assert all(p.requires_grad == (name in net.names) for name, p in net.model.named_parameters())
+
+
+def test_the_view_begins_as_the_model(net: Net) -> None:
+    ids = torch.arange(10)[None]
+    assert torch.equal(net.model(ids).logits, tiny_model()(ids).logits)
+
+
+def test_the_start_is_of_its_key_alone(tmp_path: Path, net: Net) -> None:
+    before = torch.random.get_rng_state()
+    torch.manual_seed(7)
+    again, other = lora_net(tmp_path / "start"), lora_net(tmp_path / "start", seed=1)
+    torch.random.set_rng_state(before)
+    for name in net.names:
+        assert torch.equal(net.base[name], again.base[name])
+        assert torch.equal(net.base[name], other.base[name]) == (".lora_B." in name)
+        if ".lora_A." in name:
+            bound = net.base[name].shape[1] ** -0.5
+            assert 0.5 * bound < net.base[name].abs().max() <= bound
+
+
+def test_the_global_generator_stays_untouched(tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    lora_net(tmp_path / "start")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_reset_brings_the_start_back(net: Net) -> None:
+    start = net.state_sha256()
+    train(net)
+    assert net.state_sha256() != start
+    net.reset()
+    assert net.state_sha256() == start
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_view_is_a_plain_model_and_an_adapter(tmp_path: Path, dtype: str) -> None:
+    net = lora_net(tmp_path / "start", dtype=dtype)
+    train(net)
+    net.save(tmp_path / "saved")
+    ids = torch.arange(12)[None]
+    logits = net.model(ids).logits.float()
+    kind = getattr(torch, dtype)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=kind)
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=kind)
+    assert not has_lora(plain)
+    close = 1e-5 if dtype == "float32" else 2e-2
+    assert (start(ids).logits.float() - logits).abs().max() > 3 * close
+    torch.testing.assert_close(plain(ids).logits.float(), logits, atol=close, rtol=0)
+    adapted = PeftModel.from_pretrained(start, tmp_path / "saved" / "adapter")
+    torch.testing.assert_close(adapted(ids).logits.float(), logits, atol=close, rtol=0)
+
+
+def test_saving_changes_nothing(net: Net, tmp_path: Path) -> None:
+    train(net)
+    before = net.state_sha256()
+    net.save(tmp_path / "saved")
+    assert net.state_sha256() == before
+
+
+def test_layers_that_hold_their_weights_transposed() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)).eval()
+    plain = GPT2LMHeadModel(model.config).eval()
+    add_lora(model, 4, 8.0, ["c_attn"], Key.root(0))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_B." in name:
+                p.fill_(0.05)
+    plain.load_state_dict(merged(model))
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits)
+
+
+def test_a_target_that_is_no_layer_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ModelError, match=r"no linear layer is called c_attn; there are: down_proj, .*, v_proj"):
+        add_lora(tiny_model(), 4, 8.0, ["q_proj", "c_attn"], Key.root(0))
+
+
+def test_a_rank_above_a_layers_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"model.lora.rank: 17 is more than .*v_proj has, which is 16 x 32"):
+        add_lora(tiny_model(), 17, 8.0, ["q_proj", "v_proj"], Key.root(0))
