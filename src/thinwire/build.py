@@ -72,9 +72,19 @@ def rows_of(data: config.Data, key: Key) -> Rows:
             raise DataError(f"{data.path}: client {name!r} has no rows")
     if splits.get("heldout") == []:
         raise ConfigError(f"data.heldout: {data.heldout} of each client's rows holds out none at all")
+    if data.validation:
+        # The held-out rows stay out of both, so that what is chosen here is chosen without them.
+        keys = key.fold("validation")
+        parts = {name: partition.holdout(held, data.validation, keys.fold(name)) for name, held in clients.items()}
+        clients = {name: kept for name, (kept, _) in parts.items()}
+        splits = {"validation": [row for _, held in parts.values() for row in held]}
+        if not splits["validation"]:
+            raise ConfigError(f"data.validation: {data.validation} of each client's rows holds out none at all")
     if data.shuffle_answers:
         # Within each client, so that its skew stays; the held-out rows keep their true answers.
         clients = {name: shuffle_answers(held, key.fold("shuffle", name)) for name, held in clients.items()}
+    if data.pooled:
+        clients = {"all": [row for held in clients.values() for row in held]}
     return Rows(clients, splits)
 
 

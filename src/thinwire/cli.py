@@ -147,6 +147,41 @@ def evaluate(
             print_scores(scores)
 
 
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A run file, with a table [compare] or without.")],
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="Names, with commas between them.")] = "base,fedavg,fedkseed",
+    out: Annotated[Path | None, typer.Option(help="The output's folder; runs/compare-NAME by default.")] = None,
+    control: Annotated[bool, typer.Option("--control", help="Run each on shuffled answers too.")] = False,
+    part: Annotated[str, typer.Option(metavar="I/N", help="Of N machines that share the work, this one's.")] = "1/1",
+) -> None:
+    """Run methods and references on the same model, data and cohorts, each with its rate tuned, and print the table."""
+    with _one_line():
+        _settle()
+        from thinwire import compare as comparison
+        from thinwire.show import print_comparison
+
+        tree, settings = comparison.load(file, overrides or [])
+        made = comparison.plans(tree, settings, [name.strip() for name in methods.split(",") if name.strip()], control)
+        mine = comparison.share(made, part)
+        folder = out if out is not None else Path("runs") / f"compare-{tree.get('name', 'run')}"
+        comparison.check_output(made, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        again = shlex.join(["thinwire", "compare", *sys.argv[2:]])
+        try:
+            for plan in mine:
+                comparison.execute(plan, made, folder, typer.echo)
+        except KeyboardInterrupt:
+            raise _Stopped(f"stopped; the same command goes on: {again}") from None
+        except RuntimeError as error:
+            raise _Stopped(str(error)) from None
+        comparison.recall(made, folder)
+        lines = [line for plan in made if (line := comparison.line(plan, made, folder, settings.target)) is not None]
+        comparison.write(lines, made, folder)
+        print_comparison(lines, made, folder)
+
+
 def main() -> None:
     """The entry point."""
     try:

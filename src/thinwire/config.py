@@ -92,6 +92,8 @@ class Data(_Section):
     max_length: int = Field(default=512, ge=2)  # prompt and answer have a token each at least
     too_long: Literal["cut", "drop"] = "cut"  # what is done with rows beyond max_length
     shuffle_answers: bool = False  # a control: what is learnt then is only format
+    pooled: bool = False  # a reference: all the clients' rows with one client
+    validation: float = Field(default=0.0, ge=0, lt=1)  # score on this share of the clients' rows, not on held-out ones
 
     @field_validator("heldout")
     @classmethod
@@ -204,6 +206,11 @@ def method_name(method: Method) -> str:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Run:
     """The run in a TOML file under `key=value` overrides; raises ConfigError with one line."""
+    return parse(read(path, overrides), str(path))
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree of plain values in a TOML file under `key=value` overrides; raises ConfigError with one line."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -211,7 +218,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Run:
     except (ValueError, RecursionError) as error:  # bad UTF-8 or TOML, dates that do not exist
         raise ConfigError(f"{path}: not TOML: {error}") from None
     override(tree, overrides)
-    return parse(tree, str(path))
+    return tree
 
 
 def parse(tree: dict[str, Any], source: str = "the run file") -> Run:
@@ -271,7 +278,7 @@ def _explain(error: ValidationError, prefix: tuple[str, ...], root: type[BaseMod
     if first["type"] == "missing":
         return f"{where}: missing"
     if first["type"] == "union_tag_not_found":
-        return f"{where}.kind: missing; known: all, uniform, cyclic"
+        return f"{where}.kind: missing; known: all, uniform, cyclic, only"
     if first["type"] == "union_tag_invalid":
         return f"{where}.kind: {first['ctx']['tag']!r} is not one of {first['ctx']['expected_tags']}"
     if first["type"] == "value_error":

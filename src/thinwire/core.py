@@ -11,6 +11,7 @@ state once its replies are exhausted. Replies come lazily, in cohort order, one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,10 @@ class Method(BaseModel):
 
     def check(self, state: Any, client_id: int, up: Any) -> None:
         """Raise Illegal if this client may not answer so. A bad reply drops the client for the round."""
+
+    def passes(self) -> float:
+        """Rows that a visit passes forward through the model, a backward pass counted as two; NaN if not known."""
+        return math.nan
 
     def receive(self, down: Any, client: Client) -> None:
         """Fill the client's net as `down` means it, without training: for evaluation at the clients."""

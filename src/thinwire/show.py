@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -17,6 +17,9 @@ from thinwire.build import Rows
 from thinwire.config import Run, method_name
 from thinwire.model.flat import Net
 from thinwire.runtime.loop import Record, Watch, read_records
+
+if TYPE_CHECKING:
+    from thinwire.compare import Line, Plan
 
 
 def size(count: float) -> str:
@@ -170,6 +173,45 @@ def print_methods(table: dict[str, Any]) -> None:
         console.print(f"  {method['paper']}", soft_wrap=True)
         for field, info in method["fields"].items():
             console.print(f"  {field} = {json.dumps(info['default'])}  ({info['type']})", soft_wrap=True)
+
+
+def print_comparison(lines: Sequence[Line], made: Sequence[Plan], folder: Path) -> None:
+    """The grids, the table, and what its marks mean."""
+    console = _console()
+    for plan in made:
+        if plan.tuned:
+            console.print(f"{plan.name}: validation loss by lr")
+            for lr, loss in plan.tuned.items():
+                mark = "  taken" + (", at the edge of the grid" if plan.edge else "") if lr == plan.lr else ""
+                console.print(f"  {lr:<10g} {loss:.4f}{mark}")
+    keys = list(dict.fromkeys(key for line in lines for key in line.scores))
+    scores = Table(Column("method", no_wrap=True), *(Column(key, justify="right") for key in (*keys, "lr")))
+    heads = ("steps", "a visit", "down", "up", "peak", "client s", "server s")
+    costs = Table(Column("method", no_wrap=True), *(Column(head, justify="right") for head in heads))
+    for line in lines:
+        name = line.name + (" *" if line.trained is False else "")
+        lr = "" if line.lr is None else f"{line.lr:g}{' (edge)' if line.edge else ''}"
+        scores.add_row(name, *(_spread(*line.scores[key]) if key in line.scores else "" for key in keys), lr)
+        if line.lr is not None:
+            sent = (size(line.bytes_round), size(line.bytes_down), size(line.bytes_up), size(line.peak_memory_bytes))
+            costs.add_row(
+                name, f"{line.steps:,.0f}", *sent, f"{line.client_seconds:,.0f}", f"{line.server_seconds:,.1f}"
+            )
+    console.print(scores)
+    console.print(costs)
+    for line in lines:
+        if line.target_round is not None and line.target_bytes is not None:
+            console.print(f"{line.name}: target loss after {line.target_round:.1f} rounds, {size(line.target_bytes)}")
+    if any(line.trained is False for line in lines):
+        console.print("* untrained: within two standard errors of the base model")
+    missing = [plan.name for plan in made if not plan.shuffled and plan.name not in {line.name for line in lines}]
+    if missing:
+        console.print(f"not run yet: {', '.join(missing)}")
+    console.print(f"the table is in {folder / 'table.csv'} and {folder / 'table.json'}", soft_wrap=True)
+
+
+def _spread(mean: float, deviation: float | None) -> str:
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"
 
 
 def print_scores(scores: Sequence[Record]) -> None:

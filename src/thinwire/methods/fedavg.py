@@ -83,6 +83,9 @@ class FedAvg(Method):
     def materialise(self, state: Weights, net: Net) -> None:
         fill(net, state.weights)
 
+    def passes(self) -> float:
+        return 3 * self.steps * self.batch_size
+
     def receive(self, down: Weights, client: Client) -> None:
         fill(client.net, down.weights)
 

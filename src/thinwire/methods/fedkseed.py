@@ -255,6 +255,9 @@ class FedKSeed(Method):
         gains = state.gains if self.wire == "paper" else torch.from_numpy(self._levels(state) * state.grid)
         rebuild(net, Directions(state.pool, self.law, self.rank), gains.float(), state.shrink)
 
+    def passes(self) -> float:
+        return 2 * self.queries * self.steps * self.batch_size
+
     def receive(self, down: Gains, client: Client) -> None:
         if self.wire == "paper":
             gains = down.gains

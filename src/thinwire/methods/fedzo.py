@@ -90,5 +90,8 @@ class FedZO(Method):
     def materialise(self, state: Start, net: Net) -> None:
         fill(net, state.weights)
 
+    def passes(self) -> float:
+        return 2 * self.queries * self.steps * self.batch_size
+
     def receive(self, down: Start, client: Client) -> None:
         fill(client.net, down.weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from thinwire.keys import Key
 
@@ -47,12 +47,22 @@ class Cyclic(_Cohort):
         return (clients[turn % len(clients)],)
 
 
-Cohort = Annotated[All | Uniform | Cyclic, Field(discriminator="kind")]
+class Only(_Cohort):
+    """These clients alone, every round; counted from 0 in the order of the run's clients."""
+
+    kind: Literal["only"] = "only"
+    clients: tuple[NonNegativeInt, ...] = Field(min_length=1)
+
+    def pick(self, clients: Sequence[int], turn: int, key: Key) -> tuple[int, ...]:
+        """Those of its clients that there are."""
+        return tuple(client for client in clients if client in self.clients)
 
 
-def cohort_of(
-    segments: Sequence[All | Uniform | Cyclic], clients: Sequence[int], round: int, key: Key
-) -> tuple[int, ...]:
+Segment = All | Uniform | Cyclic | Only
+Cohort = Annotated[Segment, Field(discriminator="kind")]
+
+
+def cohort_of(segments: Sequence[Segment], clients: Sequence[int], round: int, key: Key) -> tuple[int, ...]:
     """The clients of round `round` (from 1) under consecutive segments; the last one goes on for ever."""
     turn = round - 1
     for segment in segments[:-1]:

@@ -16,7 +16,7 @@ from thinwire.core import Client, Method, Metrics, Round, Server, Visit, run_rou
 from thinwire.keys import Key
 from thinwire.runtime import checkpoint, memory
 from thinwire.runtime.checkpoint import Progress
-from thinwire.runtime.cohort import All, Cyclic, Uniform, cohort_of
+from thinwire.runtime.cohort import Segment, cohort_of
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.store import ClientMemories, ClientMemory, VersionStore
 
@@ -55,7 +55,7 @@ class Job:
     run: int  # an id that frames carry
     key: Key
     rounds: int
-    segments: Sequence[All | Uniform | Cyclic]
+    segments: Sequence[Segment]
     evaluate: Callable[[], list[Record]]  # scores the weights in the net
     eval_every: int = 0  # 0: before the first and after the last round only
     public: Dataset | None = None

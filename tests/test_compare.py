@@ -1,0 +1,163 @@
+"""thinwire compare: what is planned, what is refused before anything runs, and one small comparison."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import refused, thinwire
+from tiny import tiny_folder, tiny_rows, write_jsonl
+
+from thinwire import compare
+from thinwire.compare import Plan, Settings
+from thinwire.config import ConfigError
+
+ALL = ["base", "local", "centralised", "fedavg", "fedit", "fedzo", "fedkseed", "fedkseed-pro"]
+TREE: dict[str, Any] = {
+    "rounds": 6,
+    "data": {"path": "rows.jsonl", "clients": 4},
+    "method": {"name": "fedkseed", "seeds": 64, "steps": 20, "batch_size": 2},
+    "cohort": {"kind": "uniform", "n": 3},
+}
+OWN: dict[str, Any] = {"fedavg": {"method": {"steps": 5, "batch_size": 2}}, "fedit": {"method": {"steps": 5}}}
+
+
+def plan(name: str, control: bool = False, **settings: Any) -> Plan:
+    return compare.plans(TREE, Settings(**{"methods": OWN} | settings), [name], control)[0]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, rows and compare.toml."""
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_folder(folder / "model")
+    write_jsonl(folder / "rows.jsonl", tiny_rows(60, closed=True))
+    (folder / "compare.toml").write_text(
+        f"""
+name = "tiny"
+rounds = 3
+[model]
+path = "{folder / "model"}"
+[data]
+path = "{folder / "rows.jsonl"}"
+clients = 2
+heldout = 10
+prompt = "{{input}}: it was"
+answer = " {{output}}"
+choices = ["great", "terrible"]
+[method]
+name = "fedavg"
+lr = 3e-3
+steps = 4
+batch_size = 4
+[compare]
+seeds = [0, 1]
+grid = [0.001, 1.0]
+target = 0.6
+validation = 0.3
+"""
+    )
+    return folder
+
+
+def test_every_name_is_a_run_of_the_same_data_and_cohorts() -> None:
+    made = compare.plans(TREE, Settings(methods=OWN), ALL, False)
+    assert [p.name for p in made] == ALL
+    runs = {p.name: p.run_of(0, None) for p in made}
+    for name, run in runs.items():
+        assert run.data.model_copy(update={"pooled": False}) == runs["fedkseed"].data, name
+        assert run.rounds == 6
+        assert run.cohort == runs["fedkseed"].cohort or name == "centralised"
+    assert runs["fedit"].model.lora is not None
+    assert runs["fedavg"].model.lora is None
+    assert runs["fedkseed-pro"].method.model_dump() == runs["fedkseed"].method.model_dump() | {"pro": True}
+
+
+def test_centralised_training_makes_as_many_steps_as_all_clients() -> None:
+    run = plan("centralised", methods={"centralised": {"method": {"steps": 5}}}).run_of(0, None)
+    assert run.data.pooled
+    assert run.method.model_dump()["steps"] == 3 * 5
+
+
+def test_alone_is_a_run_for_each_seed_and_client() -> None:
+    jobs = plan("local").final()
+    assert sorted(jobs) == [(seed, client) for seed in (0, 1, 2) for client in range(4)]
+    assert all(job.run.cohort[0].model_dump()["clients"] == (client,) for (_, client), job in jobs.items())
+
+
+def test_tuning_is_on_rows_that_are_not_held_out_ones() -> None:
+    jobs = plan("fedavg", grid=(3.0, 0.5)).tuning()
+    assert list(jobs) == [1e-5, 6e-5]
+    assert all(job.run.data.validation == 0.1 and job.run.seed == 0 for job in jobs.values())
+    assert all(job.run.data.validation == 0 for job in plan("fedavg").final().values())
+
+
+def test_a_budget_of_passes_buys_rounds_by_their_cost() -> None:
+    # FedAvg: 5 steps of 2 rows at 3 passes each; on factors alone the gradient of the weights falls away
+    rounds = {
+        name: plan(name, budget="passes", amount=320).run_of(0, None).rounds for name in ("fedavg", "fedit", "fedkseed")
+    }
+    assert rounds == {"fedavg": 320 // 30, "fedit": 320 // (2 * 5 * 8), "fedkseed": 320 // 80}
+
+
+def test_a_budget_that_buys_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"compare.amount: 70 passes buy fedkseed less than a round of 80 passes"):
+        plan("fedkseed", budget="passes", amount=70)
+
+
+def test_machines_share_the_names() -> None:
+    made = compare.plans(TREE, Settings(methods=OWN), ALL, True)
+    parts = [compare.share(made, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(p.name for part in parts for p in part) == sorted(p.name for p in made)
+    assert all({p.name for p in part} & {q.name for q in other} == set() for part, other in itertools.pairwise(parts))
+    for bad in ("0/2", "3/2", "x", "1"):
+        with pytest.raises(ConfigError, match="--part"):
+            compare.share(made, bad)
+
+
+def test_what_is_wrong_is_told_before_anything_runs(place: Path, tmp_path: Path) -> None:
+    file = place / "compare.toml"
+    assert "'fedprox' is not known; known: base, centralised, fedavg" in refused(
+        "compare", file, "--methods", "fedprox", "--out", tmp_path
+    )
+    assert "compare.seeds" in refused("compare", file, "compare.seeds=3", "--out", tmp_path)
+    assert "compare.grid" in refused("compare", file, "compare.grid=[0]", "--out", tmp_path)
+    assert "method.lrr: unknown field" in refused("compare", file, "method.lrr=3", "--out", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_comparison(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", place / "compare.toml", "--methods", "base,fedavg", "--control", "--out", out]
+    result = thinwire(*arguments)
+    assert result.code == 0, result.err
+    assert "3e-06" in result.out
+    assert "0.003" in result.out
+    assert "taken, at the edge of the grid" in result.out
+    assert "fedavg, shuffled" in result.out
+    table = json.loads((out / "table.json").read_text())
+    lines = {line["name"]: line for line in table["lines"]}
+    assert list(lines) == ["base", "fedavg", "fedavg, shuffled"]
+    base, fedavg, control = lines.values()
+    assert base["scores"]["heldout loss"][0] > fedavg["scores"]["heldout loss"][0]
+    assert fedavg["scores"]["heldout loss"][0] < control["scores"]["heldout loss"][0]
+    assert (fedavg["seeds"], fedavg["steps"], fedavg["passes"], fedavg["lr"]) == (2, 3 * 2 * 4, 3 * 2 * 4 * 4 * 3, 3e-3)
+    summaries = [json.loads((out / f"fedavg/final/seed-{seed}/summary.json").read_text()) for seed in (0, 1)]
+    assert fedavg["bytes_up"] == sum(summary["bytes_up"] for summary in summaries) / 2
+    assert fedavg["peak_memory_bytes"] > 0
+    assert list(table["grids"]["fedavg"]) == ["3e-06", "0.003"]
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert [row["name"] for row in rows] == list(lines)
+    assert float(rows[1]["heldout loss"]) == fedavg["scores"]["heldout loss"][0]
+
+    # again: nothing is run again, the table is the same; and other settings are refused
+    before = (out / "fedavg/final/seed-0/summary.json").stat().st_mtime_ns
+    again = thinwire(*arguments)
+    assert "running" not in again.out
+    assert json.loads((out / "table.json").read_text()) == table
+    assert (out / "fedavg/final/seed-0/summary.json").stat().st_mtime_ns == before
+    assert "holds another run: method.steps is 4 there, 5 here" in refused(*arguments, "method.steps=5")
