@@ -39,9 +39,9 @@ ROWS: dict[str, tuple[Method, tuple[int, int]]] = {
     "fedkseed-pro": (FedKSeed(**SEEDS, pro=True), (116, 100)),
     "fedkseed-paper": (FedKSeed(**SEEDS, wire="paper"), (336, 117)),
     "fedkseed-paper-pro": (FedKSeed(**SEEDS, wire="paper", pro=True), (594, 117)),
-    "fedkseed-sign": (FedKSeed(**SEEDS, law="sign", together=True), (97, 100)),
+    "fedkseed-gaussian": (FedKSeed(**SEEDS, law="gaussian", together=True), (97, 100)),
     "fedkseed-lowrank": (FedKSeed(**SEEDS, law="lowrank", rank=2, queries=2, scalars="float32"), (97, 148)),
-    "fedzo": (FedZO(**(SEEDS | {"seeds": 1 << 32}), queries=2), (108_411, 108_397)),
+    "fedzo": (FedZO(**(SEEDS | {"seeds": 1 << 32})), (108_411, 108_397)),
 }
 
 

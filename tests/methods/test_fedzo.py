@@ -13,7 +13,7 @@ from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.model.flat import Net
 
-SAME: dict[str, Any] = {"seeds": 32, "steps": 6, "batch_size": 4, "lr": 1e-4, "eps": 1e-3}
+SAME: dict[str, Any] = {"seeds": 32, "steps": 6, "batch_size": 4, "lr": 1e-4, "eps": 1e-3, "law": "gaussian"}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def weights_of(federation: Federation) -> torch.Tensor:
     ids=["plain", "queries", "sign", "lowrank"],
 )
 def test_fedkseeds_pool_makes_fedkseeds_weights(net: Net, tmp_path: Path, more: dict[str, Any]) -> None:
-    zo = Federation(FedZO(**SAME, **more), net, tmp_path / "zo", rounds=3).run()
-    seeds = Federation(FedKSeed(**SAME, **more, wire="paper"), net, tmp_path / "seeds", rounds=3).run()
+    zo = Federation(FedZO(**(SAME | more)), net, tmp_path / "zo", rounds=3).run()
+    seeds = Federation(FedKSeed(**(SAME | more), wire="paper"), net, tmp_path / "seeds", rounds=3).run()
     net.reset()
     start = torch.cat([p.detach().flatten().clone() for _, p in net.parameters()])
     moved = weights_of(zo) - start

@@ -106,7 +106,7 @@ class FedKSeed(Method):
     lr: float = Field(1e-5, gt=0, le=100)
     schedule: Schedule = "constant"
     eps: float = Field(5e-4, gt=0, le=100)
-    law: Law = "gaussian"  # of the directions; gaussian is the paper's
+    law: Law = "sign"  # of the directions; gaussian is the paper's
     rank: int = Field(1, ge=1, le=1024)  # of a matrix's direction, with law = "lowrank"
     queries: PositiveInt = 1  # directions a step
     together: bool = False  # all sides of a step's probes in one forward pass: faster on small batches, more memory
