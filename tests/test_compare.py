@@ -27,7 +27,7 @@ OWN: dict[str, Any] = {"fedavg": {"method": {"steps": 5, "batch_size": 2}}, "fed
 
 
 def plan(name: str, control: bool = False, **settings: Any) -> Plan:
-    return compare.plans(TREE, Settings(**{"methods": OWN} | settings), [name], control)[0]
+    return compare.plans(TREE, Settings(**{"methods": OWN} | settings), [name, "fedavg"], control)[0]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,7 @@ def test_what_is_wrong_is_told_before_anything_runs(place: Path, tmp_path: Path)
     assert "'fedprox' is not known; known: base, centralised, fedavg" in refused(
         "compare", file, "--methods", "fedprox", "--out", tmp_path
     )
+    assert "needs a method beside" in refused("compare", file, "--methods", "base", "--out", tmp_path)
     assert "compare.seeds" in refused("compare", file, "compare.seeds=3", "--out", tmp_path)
     assert "compare.grid" in refused("compare", file, "compare.grid=[0]", "--out", tmp_path)
     assert "method.lrr: unknown field" in refused("compare", file, "method.lrr=3", "--out", tmp_path)

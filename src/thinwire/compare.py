@@ -134,7 +134,9 @@ def load(path: Path, overrides: Sequence[str]) -> tuple[Tree, Settings]:
 def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -> list[Plan]:
     """What is to be run under each name, checked as far as it can be before anything runs; raises ConfigError."""
     known = sorted({*PRESETS, *METHODS, *settings.methods})
-    made = []
+    if not set(names) - {"base", "local"}:
+        raise ConfigError("--methods: needs a method beside the base model and local training, whose runs score it")
+    made: list[Plan] = []
     for name in names:
         if name not in known:
             raise ConfigError(f"--methods: {name!r} is not known; known: {', '.join(known)}")
