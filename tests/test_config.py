@@ -62,7 +62,7 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["method.name=7"], "method.name: 7 is not a method; known: "),
         (["roundz=3"], "roundz: unknown field (did you mean rounds?); known: cohort, data, environment, eval, method"),
         (["data.clientz=3"], "data.clientz: unknown field (did you mean clients?); known: alpha, answer"),
-        (["model.width=3"], "model.width: unknown field; known: dtype, path"),
+        (["model.width=3"], "model.width: unknown field; known: device, dtype, lora, path"),
         (["eval.evry=3"], "eval.evry: unknown field (did you mean every?); known: batch_size, every"),
         (["method.lrr=1e-3"], "method.lrr: unknown field (did you mean lr?); known: amplitude_clip, batch_size"),
         (["method.name=fedavg", "method.seeds=8"], "method.seeds: unknown field (did you mean steps?); known: "),

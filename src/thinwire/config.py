@@ -206,7 +206,9 @@ def method_name(method: Method) -> str:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Run:
     """The run in a TOML file under `key=value` overrides; raises ConfigError with one line."""
-    return parse(read(path, overrides), str(path))
+    tree = read(path, overrides)
+    tree.pop("compare", None)  # that table is for thinwire compare
+    return parse(tree, str(path))
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
