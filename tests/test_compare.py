@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,23 @@ def test_a_budget_of_passes_buys_rounds_by_their_cost() -> None:
 def test_a_budget_that_buys_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"compare.amount: 70 passes buy fedkseed less than a round of 80 passes"):
         plan("fedkseed", budget="passes", amount=70)
+
+
+def test_a_run_that_diverged_has_its_line(tmp_path: Path) -> None:
+    made = compare.plans(TREE, Settings(methods=OWN, grid=(), seeds=(0, 1)), ["base", "fedavg"], False)
+    for (seed, _), job in made[1].final().items():
+        folder = tmp_path / job.name
+        folder.mkdir(parents=True)
+        score = {"split": "heldout", "loss": 1.0, "accuracy": None, "rouge_l": None}
+        last = score | {"loss": None if seed else 0.5}
+        totals = {"bytes_down": 1, "bytes_up": 1, "peak_memory_bytes": 1}
+        (folder / "summary.json").write_text(json.dumps(totals | {"first": [score], "final": [last]}))
+        (folder / "evals.jsonl").write_text(json.dumps(last | {"round": 6}) + "\n")
+    lines = [compare.line(plan, made, tmp_path, target=0.6) for plan in made]
+    base, fedavg = (line for line in lines if line is not None)
+    assert base.scores == {"heldout loss": (1.0, 0.0)}
+    assert math.isnan(fedavg.scores["heldout loss"][0])
+    assert (fedavg.trained, fedavg.target_round) == (None, None)
 
 
 def test_machines_share_the_names() -> None:

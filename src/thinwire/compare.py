@@ -151,13 +151,14 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
             each = _cohort_size(config.parse(tree | {"seed": settings.seeds[0]}), clients)
             plan.tree = merge(mine, {"method": {"steps": run.method.model_dump()["steps"] * each}})
         if settings.amount is not None and name != "base":
-            rounds = settings.amount
-            if settings.budget == "passes":
-                rounds = settings.amount / (run.method.passes() * (1 if run.model.lora is None else 2 / 3))
+            cost = run.method.passes() * (1 if run.model.lora is None else 2 / 3)
+            if settings.budget == "passes" and math.isnan(cost):
+                raise ConfigError(f"compare.budget: the method of {name} does not say how many passes a visit takes")
+            rounds = settings.amount / (cost if settings.budget == "passes" else 1)
             if rounds < 1:
                 raise ConfigError(
                     f"compare.amount: {settings.amount:g} {settings.budget} buy {name} less than a round of "
-                    f"{run.method.passes():g} passes a client"
+                    f"{cost:g} passes a client"
                 )
             plan.tree = merge(plan.tree, {"rounds": int(rounds)})
         made.append(plan)
@@ -287,12 +288,15 @@ def line(plan: Plan, made: Sequence[Plan], out: Path, target: float | None) -> L
     seeds = {seed: [record for (s, _), record in done.items() if s == seed] for seed, _ in done}
     first = "first" if untouched else "final"
     scores: dict[str, tuple[float, float | None]] = {}
-    for key in next(iter(done.values()))["final"]:
-        values = [mean(record[first][key] for record in records) for records in seeds.values()]
-        scores[key] = (mean(values), stdev(values) if len(values) > 1 else None)
-    gains = [mean(r["first"]["heldout loss"] - r["final"]["heldout loss"] for r in rs) for rs in seeds.values()]
+    for key in dict.fromkeys(key for record in done.values() for key in record[first]):
+        # a run whose loss has left all numbers has none in its records: then neither has the mean
+        values = [mean(record[first].get(key, math.nan) for record in records) for records in seeds.values()]
+        scores[key] = (mean(values), stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None)
+    ends = {seed: [[r[end].get("heldout loss", math.nan) for end in ("first", "final")] for r in records]
+            for seed, records in seeds.items()}  # fmt: skip
+    gains = [mean(before - after for before, after in pairs) for pairs in ends.values()]
     trained = None
-    if len(gains) > 1:
+    if len(gains) > 1 and all(map(math.isfinite, gains)):
         trained = abs(mean(gains)) > 2 * stdev(gains) / math.sqrt(len(gains))
 
     def average(key: str) -> float:
@@ -336,7 +340,8 @@ def _record(folder: Path, run: Run, target: float | None) -> dict[str, Any]:
     sent, reached = 0, None
     after = {record["round"]: (sent := sent + record["bytes_down"] + record["bytes_up"]) for record in rounds}
     for score in read_records(folder / "evals.jsonl"):
-        if target is not None and reached is None and score["split"] == "heldout" and score["loss"] <= target:
+        loss = score["loss"] if score["split"] == "heldout" and score["loss"] is not None else math.nan
+        if target is not None and reached is None and loss <= target:
             reached = (score["round"], after.get(score["round"], 0))
     return {
         "first": _scores(summary["first"]),

@@ -6,7 +6,7 @@
     state -materialise-> net
 
 Hooks are pure at the boundary: randomness comes from a key, memory from the arguments. `aggregate` may consume its
-state once its replies are exhausted. Replies come lazily, in cohort order, one in memory at a time.
+state once its replies are exhausted. Replies come lazily, in cohort order, and large ones one at a time.
 """
 
 from __future__ import annotations
