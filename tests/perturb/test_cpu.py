@@ -91,3 +91,17 @@ def test_arrays_that_do_not_fit_are_refused():
         cpu.accumulate(weight, weight, 0, 0, [1, 2], [1.0])
     with pytest.raises(ValueError, match="start"):
         cpu.accumulate(weight, weight, 0, 0, [1], [1.0], start=-1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 200, 401])
+def test_words_are_those_of_the_specification(count: int) -> None:
+    key, streams = 0xFEDCBA9876543210, [0, 7, 2**32 - 1, 2**32, 2**64 - 1]
+    found = cpu.words(key, streams, count)
+    assert found.shape == (len(streams), count)
+    for row, stream in zip(found, streams, strict=True):
+        blocks = np.arange((count + 1) // 2, dtype=np.uint64)
+        counter = np.zeros((blocks.size, 4), np.uint64)
+        counter[:, 0], counter[:, 2], counter[:, 3] = blocks, stream % 2**32, stream // 2**32
+        drawn = philox.philox4x32(counter, [key % 2**32, key // 2**32]).astype(np.uint64)
+        pairs = drawn[:, ::2] | drawn[:, 1::2] << np.uint64(32)
+        assert row.tolist() == pairs.reshape(-1)[:count].tolist()

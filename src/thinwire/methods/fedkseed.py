@@ -30,8 +30,9 @@ from torch import Tensor
 
 from thinwire.compress import integers
 from thinwire.core import Client, Method, Metrics, Server, StaleVersion
-from thinwire.keys import Key, reduced, uniform
+from thinwire.keys import reduced, uniform
 from thinwire.model.flat import Net
+from thinwire.perturb import cpu
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.zeroth import LARGEST, shrink_of, walk
 from thinwire.train.schedule import Schedule, scheduled
@@ -313,8 +314,7 @@ class FedKSeed(Method):
         self, draws: int, clients: Sequence[int], shares: NDArray[np.int64] | NDArray[np.float64] | None
     ) -> NDArray[np.int64]:
         """The directions of each client's visit, in order: int64 [clients, steps, queries]."""
-        key, count = Key.root(draws), self.steps * self.queries
-        words = np.stack([key.fold(client).words(count) for client in clients]).reshape(-1, self.steps, self.queries)
+        words = cpu.words(draws, clients, self.steps * self.queries).reshape(-1, self.steps, self.queries)
         if shares is None:
             return reduced(words, self.seeds)
         cumulative = np.cumsum(shares)

@@ -16,9 +16,10 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from thinwire.core import Client, Method, Metrics, Server
-from thinwire.keys import Key, reduced
+from thinwire.keys import reduced
 from thinwire.methods.fedavg import Trained, average, check_weights, fill
 from thinwire.model.flat import Net
+from thinwire.perturb import cpu
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.zeroth import shrink_of, walk
 from thinwire.train.schedule import Schedule, scheduled
@@ -66,7 +67,7 @@ class FedZO(Method):
 
     def client_update(self, down: Start, client: Client) -> Trained:
         fill(client.net, down.weights)
-        words = Key.root(down.draws).fold(client.id).words(self.steps * self.queries)
+        words = cpu.words(down.draws, [client.id], self.steps * self.queries)
         scalars, loss = walk(
             client.net,
             Directions(down.pool, self.law, self.rank),

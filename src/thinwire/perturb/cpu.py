@@ -62,6 +62,31 @@ def _draw(block, blocks, high, pid, last, k0, k1, left, right):
 
 
 @njit(nogil=True, cache=True)
+def _fill(streams, key, out):
+    """Each row of out, uint64 [streams, words]: the words of a stream's blocks, as `words` says."""
+    k0, k1 = key & _LOW, key >> _32
+    count = out.shape[1]
+    blocks = (count + 1) // 2
+    room = 32 * ((blocks + 31) // 32)
+    left, right = np.empty(room, np.uint64), np.empty(room, np.uint64)
+    for i in range(streams.size):
+        _draw(np.uint64(0), blocks, np.uint64(0), streams[i] & _LOW, streams[i] >> _32, k0, k1, left, right)
+        for w in range(count):
+            out[i, w] = right[w // 2] if w % 2 else left[w // 2]
+
+
+def words(key: int, streams: ArrayLike, count: int) -> NDArray[np.uint64]:
+    """Uniform 64-bit words of numbered streams: uint64 [streams, count], the same on every machine.
+
+    Words 2 b and 2 b + 1 of stream s are the words w0 + 2^32 w1 and w2 + 2^32 w3 of philox4x32 at the counter
+    (b, 0, s mod 2^32, s div 2^32) under the 64-bit key. count is below 2^33, a stream's number below 2^64.
+    """
+    out = np.empty((len(np.asarray(streams)), count), np.uint64)
+    _fill(np.ascontiguousarray(streams, dtype=np.uint64), np.uint64(key), out)
+    return out
+
+
+@njit(nogil=True, cache=True)
 def _add(left, right, blocks, coef, total, table):
     """total[e] += coef * z[e] over the drawn blocks."""
     for b in range(blocks):
