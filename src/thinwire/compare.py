@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from thinwire import config
 from thinwire.config import ConfigError, Run
@@ -51,6 +51,8 @@ class Settings(BaseModel):
     budget: Literal["rounds", "passes"] = "rounds"
     amount: PositiveFloat | None = None  # of the budget; the run file's rounds where it is None
     grid: tuple[PositiveFloat, ...] = (0.3, 1.0, 3.0)  # times each method's lr; none: lr is taken as given
+    tuning_rounds: PositiveInt | None = None  # of the runs that tune; as many as the others where it is None
+    control_seeds: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)  # of the control; all where it is None
     validation: float = Field(0.1, gt=0, lt=1)  # the share of the clients' rows that rates are tuned on
     target: PositiveFloat | None = None  # a held-out loss; the table says when it was reached
     methods: dict[str, Tree] = {}
@@ -73,6 +75,7 @@ class Plan:
     seeds: tuple[int, ...]
     grid: tuple[float, ...]
     validation: float = 0.1
+    tuning_rounds: int | None = None
     clients: tuple[int, ...] = ()
     shuffled: bool = False
     lr: float | None = None
@@ -98,6 +101,8 @@ class Plan:
             return {}
         first, rates = self.seeds[0], [float(f"{base * factor:.3g}") for factor in sorted(self.grid)]
         changes: Tree = {"data": {"validation": self.validation}}
+        if self.tuning_rounds is not None:
+            changes["rounds"] = self.tuning_rounds
         if self.clients:
             changes["cohort"] = {"kind": "only", "clients": [self.clients[0]]}
         return {lr: Job(f"{self.name}/tune/lr-{lr:g}", self.run_of(first, lr, **changes)) for lr in rates}
@@ -142,7 +147,7 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
             raise ConfigError(f"--methods: {name!r} is not known; known: {', '.join(known)}")
         changes = PRESETS.get(name, {"method": {"name": name}} if name in METHODS else {})
         mine = merge(merge(tree, changes), settings.methods.get(name, {}))
-        plan = Plan(name, mine, settings.seeds, settings.grid, validation=settings.validation)
+        plan = Plan(name, mine, settings.seeds, settings.grid, settings.validation, settings.tuning_rounds)
         run = plan.run_of(settings.seeds[0], None)
         clients = _clients(run)
         if name == "local":
@@ -165,6 +170,7 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
         if control and name != "base":
             twin = copy.deepcopy(plan)
             twin.shuffled, twin.tree = True, merge(twin.tree, {"data": {"shuffle_answers": True}})
+            twin.seeds = settings.control_seeds or settings.seeds
             made.append(twin)
     return made
 
