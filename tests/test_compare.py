@@ -6,6 +6,9 @@ import csv
 import itertools
 import json
 import math
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ import pytest
 from test_cli import refused, thinwire
 from tiny import tiny_folder, tiny_rows, write_jsonl
 
-from thinwire import compare
+from thinwire import compare, standings
+from thinwire.apart import Cost
 from thinwire.compare import Plan, Settings
 from thinwire.config import ConfigError
+from thinwire.core import Method
+from thinwire.wire import Stale
 
 ALL = ["base", "local", "centralised", "fedavg", "fedit", "fedzo", "fedkseed", "fedkseed-pro"]
 TREE: dict[str, Any] = {
@@ -97,17 +103,72 @@ def test_tuning_is_on_rows_that_are_not_held_out_ones() -> None:
     assert all(job.run.data.validation == 0 for job in plan("fedavg").final().values())
 
 
-def test_a_budget_of_passes_buys_rounds_by_their_cost() -> None:
+def test_a_budget_of_passes_buys_rounds_by_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TREE, "rounds", 20)
     # FedAvg: 5 steps of 2 rows at 3 passes each; on factors alone the gradient of the weights falls away
     rounds = {
         name: plan(name, budget="passes", amount=320).run_of(0, None).rounds for name in ("fedavg", "fedit", "fedkseed")
     }
-    assert rounds == {"fedavg": 320 // 30, "fedit": 320 // (2 * 5 * 8), "fedkseed": 320 // 80}
+    assert rounds == {"fedavg": 320 // 30, "fedit": 320 // 80, "fedkseed": 320 // 80}
 
 
-def test_a_budget_that_buys_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"compare.amount: 70 passes buy fedkseed less than a round of 80 passes"):
-        plan("fedkseed", budget="passes", amount=70)
+def test_a_budget_that_buys_nobody_a_round_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"compare.amount: .* 15 passes buy less than a round, .* a client 80"):
+        compare.plans(TREE, Settings(methods=OWN, budget="passes", amount=15), ["fedkseed", "fedit"], False)
+
+
+COST = Cost(
+    newcomer_bytes=900, returning_bytes=300, client_seconds=4, server_seconds=1, client_memory=7, server_memory=8
+)
+
+
+def test_measured_budgets_buy_rounds_by_what_two_rounds_apart_cost() -> None:
+    rounds = {}
+    for budget, amount in (("seconds", 17.0), ("bytes", 1600.0), ("bytes", 1e9)):
+        settings = Settings(methods=OWN, budget=budget, amount=amount)
+        made = compare.plans(TREE, settings, ["local", "centralised", "fedkseed", "fedavg"], False)
+        assert {p.rounds for p in made if p.name not in compare.ALONE} == {None}  # not known before it is measured
+        assert made[2].final() == {}
+        for p in made:
+            p.cost = replace(COST, newcomer_bytes=10**7) if p.name == "fedavg" else COST
+        compare.settle(made, settings)
+        rounds[budget, amount] = {p.name: p.rounds for p in made}
+        notes = {p.name: p.note for p in made}
+    # a visit of centralised training makes the steps of three clients; alone and in one place no bytes need travel
+    assert rounds["seconds", 17.0] == {"local": 4, "centralised": 6, "fedkseed": 4, "fedavg": 4}
+    assert rounds["bytes", 1600.0] == {"local": 6, "centralised": 6, "fedkseed": 3, "fedavg": 0}
+    assert rounds["bytes", 1e9] == {"local": 6, "centralised": 6, "fedkseed": 6, "fedavg": 6}
+    assert notes["fedkseed"] == "the budget would buy 3,333,331 rounds"
+
+
+def test_a_method_that_cannot_afford_a_round_says_so_in_its_line(tmp_path: Path) -> None:
+    settings = Settings(methods=OWN, budget="bytes", amount=1600.0)
+    made = compare.plans(TREE, settings, ["fedavg", "fedkseed"], False)
+    for p in made:
+        p.cost = replace(COST, newcomer_bytes=10**7) if p.name == "fedavg" else COST
+    compare.settle(made, settings)
+    line = standings.line(made[0], made, tmp_path, None)
+    assert line is not None
+    assert line.note == "1600 bytes buy less than a round, which costs a client 1e+07"
+    assert made[0].tuning() == made[0].final() == {}
+
+
+def test_a_method_that_does_not_tell_its_passes_has_no_such_budget() -> None:
+    own = {"mine": {"method": {"path": "quiet:Quiet"}}}
+    with pytest.raises(ConfigError, match=r"compare.budget: the method of mine does not say how many passes"):
+        compare.plans(TREE, Settings(methods=own, budget="passes", amount=100), ["mine"], False)
+    made = compare.plans(TREE, Settings(methods=own), ["mine"], False)
+    assert made[0].rounds == 6
+    assert made[0].tuning() == {}  # it has no rate either
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's module with a method that says nothing of itself."""
+    module = types.ModuleType("quiet")
+    payloads = {"Down": Stale, "Up": Stale, "State": Stale}
+    module.Quiet = type("Quiet", (Method,), {"__module__": "quiet"} | payloads)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "quiet", module)
 
 
 def test_a_run_that_diverged_has_its_line(tmp_path: Path) -> None:
@@ -117,10 +178,10 @@ def test_a_run_that_diverged_has_its_line(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         score = {"split": "heldout", "loss": 1.0, "accuracy": None, "rouge_l": None}
         last = score | {"loss": None if seed else 0.5}
-        totals = {"bytes_down": 1, "bytes_up": 1, "peak_memory_bytes": 1}
+        totals = {"bytes_down": 1, "bytes_up": 1}
         (folder / "summary.json").write_text(json.dumps(totals | {"first": [score], "final": [last]}))
         (folder / "evals.jsonl").write_text(json.dumps(last | {"round": 6}) + "\n")
-    lines = [compare.line(plan, made, tmp_path, target=0.6) for plan in made]
+    lines = [standings.line(plan, made, tmp_path, target=0.6) for plan in made]
     base, fedavg = (line for line in lines if line is not None)
     assert base.scores == {"heldout loss": (1.0, 0.0)}
     assert math.isnan(fedavg.scores["heldout loss"][0])
@@ -167,7 +228,13 @@ def test_a_small_comparison(place: Path, tmp_path: Path) -> None:
     assert (fedavg["seeds"], fedavg["steps"], fedavg["passes"], fedavg["lr"]) == (2, 3 * 2 * 4, 3 * 2 * 4 * 4 * 3, 3e-3)
     summaries = [json.loads((out / f"fedavg/final/seed-{seed}/summary.json").read_text()) for seed in (0, 1)]
     assert fedavg["bytes_up"] == sum(summary["bytes_up"] for summary in summaries) / 2
-    assert fedavg["peak_memory_bytes"] > 0
+    # each side was measured in a process of its own, and neither held the other's work
+    assert fedavg["client_memory"] > 0
+    assert fedavg["server_memory"] > 0
+    assert fedavg["visit_seconds"] > 0
+    assert fedavg["curve"][0] == [0, 0, base["scores"]["heldout loss"][0]]
+    assert fedavg["curve"][-1][1:] == [fedavg["bytes_up"] + fedavg["bytes_down"], fedavg["scores"]["heldout loss"][0]]
+    assert not list(out.rglob("*.safetensors"))  # records, no weights
     assert list(table["grids"]["fedavg"]) == ["3e-06", "0.003"]
     rows = list(csv.DictReader((out / "table.csv").open()))
     assert [row["name"] for row in rows] == list(lines)

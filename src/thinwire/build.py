@@ -103,6 +103,12 @@ def dataset(data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBa
     return tokenise(rows, template, tokenizer, max_length=data.max_length, choices=data.choices, drop=drop)
 
 
+def client_data(run: Run, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """A client's rows as it trains on them; raises DataError."""
+    training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
+    return replace(dataset(training, rows, tokenizer), balanced=run.data.balanced)
+
+
 def _in_words(row: Row, words: Mapping[str, str]) -> Row:
     label = row.text("output")
     if label not in words:
@@ -155,14 +161,10 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     """The run, ready to go; raises DataError."""
     same = run.model_copy(update={"environment": {}, "threads": None})  # what does not make it another run
     identity = hashlib.sha256(same.to_toml().encode()).digest()
-    training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
     return Job(
         method=run.method,
         net=net,
-        clients=[
-            replace(dataset(training, held, net.tokenizer), balanced=run.data.balanced)
-            for held in rows.clients.values()
-        ],
+        clients=[client_data(run, held, net.tokenizer) for held in rows.clients.values()],
         names=list(rows.clients),
         folder=folder,
         run=int.from_bytes(identity[:4], "little"),

@@ -160,6 +160,7 @@ def compare(
     with _one_line():
         _settle()
         from thinwire import compare as comparison
+        from thinwire import standings
         from thinwire.show import print_comparison
 
         tree, settings = comparison.load(file, overrides or [])
@@ -171,14 +172,18 @@ def compare(
         again = shlex.join(["thinwire", "compare", *sys.argv[2:]])
         try:
             for plan in mine:
+                comparison.price(plan, folder, typer.echo)
+            comparison.settle(made, settings)
+            comparison.check_output(made, folder)
+            for plan in mine:
                 comparison.execute(plan, made, folder, typer.echo)
         except KeyboardInterrupt:
             raise _Stopped(f"stopped; the same command goes on: {again}") from None
         except RuntimeError as error:
             raise _Stopped(str(error)) from None
-        comparison.recall(made, folder)
-        lines = [line for plan in made if (line := comparison.line(plan, made, folder, settings.target)) is not None]
-        comparison.write(lines, made, folder)
+        comparison.recall(made, settings, folder)
+        lines = [line for plan in made if (line := standings.line(plan, made, folder, settings.target)) is not None]
+        standings.write(lines, made, folder)
         print_comparison(lines, made, folder)
 
 

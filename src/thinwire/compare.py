@@ -1,28 +1,29 @@
-"""Methods and references on the same model, data and cohorts, one process a run, and what came of it.
+"""Methods and references on the same model, data and cohorts, one process a run; thinwire.standings has the table.
 
 A comparison is a run file with a table [compare]. Every name of --methods stands for changes of that run: those of
-PRESETS, or a method's own name, and then those of [compare.methods.NAME]. Rates are tuned first, one seed each, on rows
-of the clients that no run trains on and that are not the held-out ones; then all seeds run with the best rate. Runs are
-folders below the output, each made by `thinwire run` in a process of its own; what is there already is not run again.
+PRESETS, or a method's own name, and then those of [compare.methods.NAME]. First two rounds of each are run apart, for
+what they cost either side. Then rates are tuned, one seed each, on rows of the clients that no run trains on and that
+are not the held-out ones; then all seeds run with the best rate. Runs are folders below the output, each made by
+`thinwire run` in a process of its own; what is there already is not run again. They keep their records, not weights.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from thinwire import config
+from thinwire import apart, config
+from thinwire.apart import Cost
 from thinwire.config import ConfigError, Run
 from thinwire.methods import METHODS
 
@@ -35,6 +36,7 @@ PRESETS: dict[str, Tree] = {
     "fedit": {"method": {"name": "fedavg"}, "model": {"lora": {}}},
     "fedkseed-pro": {"method": {"name": "fedkseed", "pro": True}},
 }
+ALONE = ("local", "centralised")
 ABOUT = {
     "base": "the untouched model",
     "local": "each client alone, mean over clients",
@@ -48,8 +50,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seeds: tuple[NonNegativeInt, ...] = Field((0, 1, 2), min_length=1)
-    budget: Literal["rounds", "passes"] = "rounds"
-    amount: PositiveFloat | None = None  # of the budget; the run file's rounds where it is None
+    budget: Literal["rounds", "passes", "seconds", "bytes"] = "rounds"
+    amount: PositiveFloat | None = None  # of it for each client; no budget but the run file's rounds where it is None
     grid: tuple[PositiveFloat, ...] = (0.3, 1.0, 3.0)  # times each method's lr; none: lr is taken as given
     tuning_rounds: PositiveInt | None = None  # of the runs that tune; as many as the others where it is None
     control_seeds: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)  # of the control; all where it is None
@@ -78,9 +80,19 @@ class Plan:
     tuning_rounds: int | None = None
     clients: tuple[int, ...] = ()
     shuffled: bool = False
+    cost: Cost | None = None
+    rounds: int | None = None  # that the budget buys; None where that is not known yet
+    note: str = ""  # what is to be said of them
+    most: int = 0  # rounds, whatever the budget buys: the run file's
+    steps_of: int = 1  # clients whose steps a visit makes
     lr: float | None = None
     edge: bool = False
     tuned: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        return f"{self.name}, shuffled" if self.shuffled else self.name
 
     def rate(self) -> float:
         """The rate that its file has."""
@@ -97,20 +109,25 @@ class Plan:
 
     def tuning(self) -> dict[float, Job]:
         """A job for each rate of the grid."""
-        if self.name == "base" or not self.grid or math.isnan(base := self.rate()):
+        if self.name == "base" or not self.grid or not self.rounds or math.isnan(base := self.rate()):
             return {}
         first, rates = self.seeds[0], [float(f"{base * factor:.3g}") for factor in sorted(self.grid)]
         changes: Tree = {"data": {"validation": self.validation}}
         if self.tuning_rounds is not None:
-            changes["rounds"] = self.tuning_rounds
+            changes["rounds"] = min(self.rounds, self.tuning_rounds)
         if self.clients:
             changes["cohort"] = {"kind": "only", "clients": [self.clients[0]]}
         return {lr: Job(f"{self.name}/tune/lr-{lr:g}", self.run_of(first, lr, **changes)) for lr in rates}
 
+    def priced(self) -> Run:
+        """The run that is measured for what it costs: rounds and rate do not matter for that."""
+        cohort = {"cohort": {"kind": "only", "clients": [self.clients[0]]}} if self.clients else {}
+        return self.run_of(self.seeds[0], None, **cohort, rounds=max(self.most, apart.ROUNDS))
+
     def final(self) -> dict[tuple[int, int], Job]:
         """A job for each seed, and client where each is alone."""
         where = "control" if self.shuffled else "final"
-        if self.name == "base":
+        if self.name == "base" or not self.rounds:
             return {}
         if self.clients:
             return {
@@ -149,41 +166,98 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
         mine = merge(merge(tree, changes), settings.methods.get(name, {}))
         plan = Plan(name, mine, settings.seeds, settings.grid, settings.validation, settings.tuning_rounds)
         run = plan.run_of(settings.seeds[0], None)
-        clients = _clients(run)
+        plan.most, clients = run.rounds, _clients(run)
         if name == "local":
             plan.clients = tuple(range(clients))
         elif name == "centralised":
-            each = _cohort_size(config.parse(tree | {"seed": settings.seeds[0]}), clients)
+            each = len(_cohort(config.parse(tree | {"seed": settings.seeds[0]}), clients))
             plan.tree = merge(mine, {"method": {"steps": run.method.model_dump()["steps"] * each}})
-        if settings.amount is not None and name != "base":
-            cost = run.method.passes() * (1 if run.model.lora is None else 2 / 3)
-            if settings.budget == "passes" and math.isnan(cost):
-                raise ConfigError(f"compare.budget: the method of {name} does not say how many passes a visit takes")
-            rounds = settings.amount / (cost if settings.budget == "passes" else 1)
-            if rounds < 1:
-                raise ConfigError(
-                    f"compare.amount: {settings.amount:g} {settings.budget} buy {name} less than a round of "
-                    f"{cost:g} passes a client"
-                )
-            plan.tree = merge(plan.tree, {"rounds": int(rounds)})
+            plan.steps_of = each
+        afford(plan, settings)
         made.append(plan)
         if control and name != "base":
             twin = copy.deepcopy(plan)
             twin.shuffled, twin.tree = True, merge(twin.tree, {"data": {"shuffle_answers": True}})
             twin.seeds = settings.control_seeds or settings.seeds
             made.append(twin)
+    _some(made)
     return made
+
+
+def afford(plan: Plan, settings: Settings) -> None:
+    """Set the rounds that the budget buys the plan, where that is known by now; raises ConfigError."""
+    run = plan.run_of(settings.seeds[0], None)
+    amount, unit, plan.note = settings.amount, settings.budget, ""
+    # Alone and in one place nothing need travel: there a budget of bytes says nothing.
+    if amount is None or plan.name == "base" or (unit == "bytes" and plan.name in ALONE):
+        plan.rounds = run.rounds
+    elif unit == "rounds":
+        plan.rounds = int(amount)
+        plan.note = "" if plan.rounds else f"{amount:g} rounds are none"
+    elif unit != "passes" and plan.cost is None:
+        plan.rounds = None  # to be measured
+    else:
+        first = each = _passes(run) / plan.steps_of
+        if unit == "passes" and math.isnan(each):
+            raise ConfigError(f"compare.budget: the method of {plan.name} does not say how many passes a visit takes")
+        if plan.cost is not None and unit == "seconds":
+            first = each = plan.cost.client_seconds / plan.steps_of
+        elif plan.cost is not None and unit == "bytes":
+            first, each = plan.cost.newcomer_bytes, plan.cost.returning_bytes
+        bought = 1 + int((amount - first) / each) if amount >= first else 0
+        plan.rounds = min(bought, plan.most)
+        if bought > plan.most:
+            plan.note = f"the budget would buy {bought:,} rounds"
+        elif not bought:
+            plan.note = f"{amount:g} {unit} buy less than a round, which costs a client {first:g}"
+    if plan.rounds:
+        plan.tree = merge(plan.tree, {"rounds": plan.rounds})
+
+
+def price(plan: Plan, out: Path, tell: Callable[[str], None]) -> None:
+    """Measure what the plan costs either side, or read what was measured; RuntimeError where its rounds fail."""
+    if plan.name == "base" or plan.shuffled:
+        return
+    run, folder = plan.priced(), out / plan.name / "cost"
+    plan.cost = apart.read(folder)
+    if plan.cost is None:
+        tell(f"measuring {plan.name}: two rounds, with a process for either side")
+        cohort = _cohort(run, 1 if run.data.pooled else _clients(run))
+        try:
+            plan.cost = apart.measure(run, cohort, folder)
+        except RuntimeError as error:
+            raise RuntimeError(f"{plan.name}, measured apart: {error}") from None
+
+
+def settle(made: Sequence[Plan], settings: Settings) -> None:
+    """Set all rounds anew, now that costs are known; raises ConfigError where the budget buys nobody a round."""
+    for plan in made:
+        if plan.shuffled:
+            plan.cost = next(other.cost for other in made if other.name == plan.name and not other.shuffled)
+        afford(plan, settings)
+    _some(made)
+
+
+def _some(made: Sequence[Plan]) -> None:
+    if all(plan.rounds == 0 for plan in made if plan.name != "base"):
+        raise ConfigError(f"compare.amount: it buys nobody a round: {made[-1].name}: {made[-1].note}")
+
+
+def _passes(run: Run) -> float:
+    # on factors alone the gradient of the weights falls away, a third of a step
+    return run.method.passes() * (1 if run.model.lora is None else 2 / 3)
 
 
 def check_output(made: Sequence[Plan], out: Path) -> None:
     """ConfigError where the output holds a run of another configuration, but for its tuned rate."""
     for plan in made:
-        for job in [*plan.tuning().values(), *plan.final().values()]:
+        priced = [Job(f"{plan.name}/cost", plan.priced())] if plan.name != "base" and not plan.shuffled else []
+        for job in [*priced, *plan.tuning().values(), *plan.final().values()]:
             file = out / job.name / "run.toml"
             if not file.exists():
                 continue
             there = config.load(file)
-            if plan.lr is None and "tune/" not in job.name and plan.grid:
+            if plan.lr is None and "/tune/" not in job.name and plan.grid:
                 same = there.method.model_copy(update={"lr": job.run.method.model_dump().get("lr")})
                 there = there.model_copy(update={"method": same})
             if (difference := job.run.first_difference(there)) is not None:
@@ -202,8 +276,11 @@ def share(made: Sequence[Plan], part: str) -> list[Plan]:
     return [plan for plan in made if names.index(plan.name) % n == i - 1]
 
 
-def recall(made: Sequence[Plan], out: Path) -> None:
-    """Fill in what other machines have tuned, as far as their runs are in the output."""
+def recall(made: Sequence[Plan], settings: Settings, out: Path) -> None:
+    """Fill in what other machines have measured and tuned, as far as it is in the output."""
+    for plan in made:
+        plan.cost = apart.read(out / plan.name / "cost")
+    settle(made, settings)
     for plan in made:
         if not plan.shuffled and not plan.tuned:
             jobs = plan.tuning()
@@ -229,8 +306,9 @@ def tune(plan: Plan, out: Path, tell: Callable[[str], None]) -> None:
     """Find the best rate on the validation rows."""
     for lr, job in plan.tuning().items():
         run(job, out, tell)
-        loss = _score(_summary(out / job.name)["final"], "validation", "loss")
-        plan.tuned[lr] = loss if math.isfinite(loss) else math.inf
+        scores = json.loads((out / job.name / "summary.json").read_text())["final"]
+        loss = next(row["loss"] for row in scores if row["split"] == "validation")
+        plan.tuned[lr] = math.inf if loss is None else float(loss)
     if plan.tuned:
         plan.lr = min(plan.tuned, key=lambda lr: plan.tuned[lr])
         plan.edge = plan.lr in (min(plan.tuned), max(plan.tuned)) and len(plan.tuned) > 1
@@ -256,148 +334,17 @@ def run(job: Job, out: Path, tell: Callable[[str], None]) -> None:
     if status:
         last = (log.read_text().strip().splitlines() or [f"exit status {status}"])[-1]
         raise RuntimeError(f"{job.name}: {last.removeprefix('thinwire: ')}")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One name's line of the table; means over seeds, spreads as standard deviations, None where not known."""
-
-    name: str
-    seeds: int
-    lr: float | None
-    edge: bool
-    trained: bool | None
-    steps: float
-    passes: float
-    bytes_down: float
-    bytes_up: float
-    bytes_round: float
-    peak_memory_bytes: float
-    client_seconds: float
-    server_seconds: float
-    target_round: float | None
-    target_bytes: float | None
-    scores: Mapping[str, tuple[float, float | None]]
-
-
-def line(plan: Plan, made: Sequence[Plan], out: Path, target: float | None) -> Line | None:
-    """The line of what has been run; None where something is missing. The base model's scores are any run's first."""
-    untouched = plan.name == "base"
-    runs = next((other for other in made if other.name not in ("base", "local")), plan) if untouched else plan
-    done = {}
-    for (seed, client), job in runs.final().items():
-        if not (out / job.name / "summary.json").exists():
-            return None
-        done[seed, client] = _record(out / job.name, job.run, target)
-    if not done:
-        return None
-    seeds = {seed: [record for (s, _), record in done.items() if s == seed] for seed, _ in done}
-    first = "first" if untouched else "final"
-    scores: dict[str, tuple[float, float | None]] = {}
-    for key in dict.fromkeys(key for record in done.values() for key in record[first]):
-        # a run whose loss has left all numbers has none in its records: then neither has the mean
-        values = [mean(record[first].get(key, math.nan) for record in records) for records in seeds.values()]
-        scores[key] = (mean(values), stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None)
-    ends = {seed: [[r[end].get("heldout loss", math.nan) for end in ("first", "final")] for r in records]
-            for seed, records in seeds.items()}  # fmt: skip
-    gains = [mean(before - after for before, after in pairs) for pairs in ends.values()]
-    trained = None
-    if len(gains) > 1 and all(map(math.isfinite, gains)):
-        trained = abs(mean(gains)) > 2 * stdev(gains) / math.sqrt(len(gains))
-
-    def average(key: str) -> float:
-        return 0.0 if untouched else mean(record[key] for record in done.values())
-
-    reached = [record["target"] for record in done.values()]
-    all_reached = bool(reached) and all(at is not None for at in reached) and not untouched
-    name = f"{plan.name}, shuffled" if plan.shuffled else plan.name
-    return Line(
-        name=name,
-        seeds=len(seeds),
-        lr=None if untouched else (plan.lr or plan.rate()),
-        edge=plan.edge,
-        trained=None if untouched else trained,
-        **{key: average(key) for key in RECORDED},
-        target_round=mean(at[0] for at in reached) if all_reached else None,
-        target_bytes=mean(at[1] for at in reached) if all_reached else None,
-        scores=scores,
-    )
-
-
-RECORDED = (
-    "steps",
-    "passes",
-    "bytes_down",
-    "bytes_up",
-    "bytes_round",
-    "peak_memory_bytes",
-    "client_seconds",
-    "server_seconds",
-)
-
-
-def _record(folder: Path, run: Run, target: float | None) -> dict[str, Any]:
-    from thinwire.runtime.loop import read_records
-
-    summary, rounds = _summary(folder), read_records(folder / "rounds.jsonl")
-    visits = [visit for record in rounds for visit in record["clients"] if "error" not in visit]
-    client_seconds = sum(visit["seconds"] for visit in visits)
-    total = summary["bytes_down"] + summary["bytes_up"]
-    sent, reached = 0, None
-    after = {record["round"]: (sent := sent + record["bytes_down"] + record["bytes_up"]) for record in rounds}
-    for score in read_records(folder / "evals.jsonl"):
-        loss = score["loss"] if score["split"] == "heldout" and score["loss"] is not None else math.nan
-        if target is not None and reached is None and loss <= target:
-            reached = (score["round"], after.get(score["round"], 0))
-    return {
-        "first": _scores(summary["first"]),
-        "final": _scores(summary["final"]),
-        "steps": len(visits) * run.method.model_dump().get("steps", math.nan),
-        "passes": len(visits) * run.method.passes(),
-        "bytes_down": summary["bytes_down"],
-        "bytes_up": summary["bytes_up"],
-        "bytes_round": total / max(1, len(visits)),
-        "peak_memory_bytes": summary["peak_memory_bytes"],
-        "client_seconds": client_seconds,
-        "server_seconds": sum(record["seconds"] for record in rounds) - client_seconds,
-        "target": reached,
-    }
-
-
-def _scores(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    fields = ("loss", "accuracy", "rouge_l")
-    return {f"{row['split']} {name}": row[name] for row in evals for name in fields if row[name] is not None}
-
-
-def _score(evals: Sequence[Mapping[str, Any]], split: str, name: str) -> float:
-    return next((float(row[name]) for row in evals if row["split"] == split and row[name] is not None), math.nan)
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "summary.json").read_text()))
-
-
-def write(lines: Sequence[Line], made: Sequence[Plan], out: Path) -> None:
-    """table.json and table.csv in the output; the grids are in the former."""
-    grids = {plan.name: {f"{lr:g}": loss for lr, loss in plan.tuned.items()} for plan in made if plan.tuned}
-    (out / "table.json").write_text(json.dumps({"lines": [asdict(x) for x in lines], "grids": grids}, indent=2) + "\n")
-    keys = list(dict.fromkeys(key for x in lines for key in x.scores))
-    with (out / "table.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        plain = [name for name in Line.__dataclass_fields__ if name != "scores"]
-        rows.writerow([*plain, *(part for key in keys for part in (key, f"{key} sd"))])
-        for x in lines:
-            scores = [part for key in keys for part in x.scores.get(key, (None, None))]
-            rows.writerow([*(getattr(x, name) for name in plain), *scores])
+    for weights in ("state", "model"):  # the records are what a comparison is made of
+        shutil.rmtree(folder / weights, ignore_errors=True)
 
 
 def merge(tree: Tree, changes: Tree) -> Tree:
     """A copy of the tree under the changes; another method or cohort first drops the fields of the old one."""
     found = dict(tree)
     for key, value in changes.items():
-        old = found.get(key)
+        old: Any = found.get(key)
         whole = not isinstance(value, dict) or not isinstance(old, dict) or key == "cohort"
-        if whole or (key == "method" and value.get("name", old.get("name")) != old.get("name")):
+        if whole or (key == "method" and any(value.get(k, old.get(k)) != old.get(k) for k in ("name", "path"))):
             found[key] = copy.deepcopy(value)
         else:
             found[key] = merge(old, value)
@@ -415,9 +362,9 @@ def _clients(run: Run) -> int:
     return len(build.rows_of(plain, Key.root(run.seed)).clients)
 
 
-def _cohort_size(run: Run, clients: int) -> int:
+def _cohort(run: Run, clients: int) -> list[int]:
     """The clients of a first round."""
     from thinwire.keys import Key
     from thinwire.runtime.cohort import cohort_of
 
-    return len(cohort_of(run.cohort, range(clients), 1, Key.root(run.seed)))
+    return list(cohort_of(run.cohort, range(clients), 1, Key.root(run.seed)))

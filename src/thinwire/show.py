@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from thinwire.build import Rows
+from thinwire.compare import ABOUT, Plan
 from thinwire.config import Run, method_name
 from thinwire.model.flat import Net
 from thinwire.runtime.loop import Record, Watch, read_records
 
 if TYPE_CHECKING:
-    from thinwire.compare import Line, Plan
+    from thinwire.standings import Line
 
 
 def size(count: float) -> str:
@@ -181,33 +182,47 @@ def print_comparison(lines: Sequence[Line], made: Sequence[Plan], folder: Path) 
     for plan in made:
         if plan.tuned:
             console.print(f"{plan.name}: validation loss by lr")
-            for lr, loss in plan.tuned.items():
-                mark = "  taken" + (", at the edge of the grid" if plan.edge else "") if lr == plan.lr else ""
-                console.print(f"  {lr:<10g} {loss:.4f}{mark}")
+            for rate, loss in plan.tuned.items():
+                mark = "  taken" + (", at the edge of the grid" if plan.edge else "") if rate == plan.lr else ""
+                console.print(f"  {rate:<10g} {loss:.4f}{mark}")
     keys = list(dict.fromkeys(key for line in lines for key in line.scores))
-    scores = Table(Column("method", no_wrap=True), *(Column(key, justify="right") for key in (*keys, "lr")))
-    heads = ("steps", "a visit", "down", "up", "peak", "client s", "server s")
+    scores = Table(Column("method", no_wrap=True), *(Column(key, justify="right") for key in (*keys, "lr", "steps")))
+    heads = ("bytes a visit", "down", "up", "client", "server", "a visit", "a round")
     costs = Table(Column("method", no_wrap=True), *(Column(head, justify="right") for head in heads))
     for line in lines:
         name = line.name + (" *" if line.trained is False else "")
         lr = "" if line.lr is None else f"{line.lr:g}{' (edge)' if line.edge else ''}"
-        scores.add_row(name, *(_spread(*line.scores[key]) if key in line.scores else "" for key in keys), lr)
+        steps = "" if line.steps is None else f"{line.steps:,.0f}"
+        scores.add_row(name, *(_spread(*line.scores[key]) if key in line.scores else "" for key in keys), lr, steps)
+        sizes = (line.bytes_visit, line.bytes_down, line.bytes_up, line.client_memory, line.server_memory)
+        times = (line.visit_seconds, line.round_seconds)
         if line.lr is not None:
-            sent = (size(line.bytes_round), size(line.bytes_down), size(line.bytes_up), size(line.peak_memory_bytes))
-            costs.add_row(
-                name, f"{line.steps:,.0f}", *sent, f"{line.client_seconds:,.0f}", f"{line.server_seconds:,.1f}"
-            )
+            cells = [*(_or(size, value) for value in sizes), *(_or(span, value) for value in times)]
+            costs.add_row(name, *cells)
     console.print(scores)
     console.print(costs)
+    console.print(
+        "client, server: peak memory of either, in a process of its own; their seconds there, two clients a round"
+    )
     for line in lines:
-        if line.target_round is not None and line.target_bytes is not None:
-            console.print(f"{line.name}: target loss after {line.target_round:.1f} rounds, {size(line.target_bytes)}")
+        if line.target_round is not None:
+            sent = "" if line.target_bytes is None else f", {size(line.target_bytes)}"
+            console.print(f"{line.name}: target loss after {line.target_round:.1f} rounds{sent}")
+        if line.note:
+            console.print(f"{line.name}: {line.note}")
+        if line.name in ABOUT:
+            console.print(f"{line.name}: {ABOUT[line.name]}")
     if any(line.trained is False for line in lines):
         console.print("* untrained: within two standard errors of the base model")
-    missing = [plan.name for plan in made if not plan.shuffled and plan.name not in {line.name for line in lines}]
+    there = {line.name for line in lines}
+    missing = [plan.title for plan in made if plan.title not in there]
     if missing:
         console.print(f"not run yet: {', '.join(missing)}")
     console.print(f"the table is in {folder / 'table.csv'} and {folder / 'table.json'}", soft_wrap=True)
+
+
+def _or(form: Callable[[float], str], value: float | None) -> str:
+    return "-" if value is None else form(value)
 
 
 def _spread(mean: float, deviation: float | None) -> str:

@@ -1,0 +1,179 @@
+"""Two rounds of a run with a process for the server and one for each visit of a client: what each side costs.
+
+In a run one process does both sides' work, so its peak memory is nobody's. Here each side has its own, and the memory
+is what DESIGN says: after the imports and the model's loading the peak is reset; the peak then, less what the imports
+took. The first round is a newcomer's; bytes and seconds of the second are those of one that returns.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from thinwire import wire
+from thinwire.config import Run
+from thinwire.core import Client, Reply, Round, Server, run_round, serve
+from thinwire.keys import Key
+from thinwire.wire import Frame, Spooled, WireError
+
+CLIENTS = 2  # of the cohort that take part; a mean needs two
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a client and round, a mean over clients: bytes both ways, seconds; of either side: peak memory in bytes."""
+
+    newcomer_bytes: float
+    returning_bytes: float
+    client_seconds: float
+    server_seconds: float  # of a round with CLIENTS clients
+    client_memory: int
+    server_memory: int
+
+
+def measure(run: Run, cohort: Sequence[int], folder: Path) -> Cost:
+    """What the run costs either side, kept in the folder as cost.json; RuntimeError with its last line if one fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.toml").write_text(run.to_toml(), encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        shutil.copy(folder / "run.toml", place)
+        found = _ask("server", Path(place), ",".join(map(str, cohort[:CLIENTS])))
+    partial = folder / "cost.json.part"
+    partial.write_text(json.dumps(found, indent=2) + "\n")
+    partial.replace(folder / "cost.json")
+    return Cost(**found)
+
+
+def read(folder: Path) -> Cost | None:
+    """What `measure` left in a folder, if it did."""
+    file = folder / "cost.json"
+    return Cost(**json.loads(file.read_text())) if file.exists() else None
+
+
+class Processes:
+    """A transport to clients that have a process each, for the time of a visit."""
+
+    def __init__(self, folder: Path, held: dict[int, str]) -> None:
+        self.folder, self.held = folder, held
+        self.peak, self.waited = 0, 0.0  # bytes, of the largest client; seconds that the server had nothing to do
+
+    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
+        """See core.Transport."""
+        down, up = self.folder / "down", self.folder / "up"
+        for client, frame in frames:
+            if isinstance(frame, Spooled):
+                frame.path.replace(down)
+            else:
+                down.write_bytes(frame)
+            began = time.perf_counter()
+            done = _ask("client", self.folder, str(client), self.held.get(client, ""))
+            self.waited += time.perf_counter() - began
+            self.peak = max(self.peak, done["peak"])
+            down.unlink(missing_ok=True)
+            yield Reply(client, _frame(up) if done["error"] is None else None, done["seconds"], done["error"])
+
+
+def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
+    """The server's side: a process that holds no client's rows."""
+    from thinwire import build, config
+    from thinwire.runtime import memory
+    from thinwire.runtime.store import VersionStore
+
+    run = config.load(folder / "run.toml")
+    _threads(run)
+    before = memory.resident()
+    net = build.net_of(run, remember=True)
+    memory.reset()
+    held: dict[int, str] = {}
+    versions, transport = VersionStore(folder / "server"), Processes(folder, held)
+
+    def at(round: int) -> Server:
+        key = Key.root(run.seed).fold("server", round)
+        return Server(net, key, round, run.rounds, cohort if round else (), versions)
+
+    state = run.method.init(at(0))
+    sent, clients, alone = [], 0.0, 0.0
+    for number in range(1, ROUNDS + 1):
+        round, waited, began = Round(0, at(number), transport, held, folder), transport.waited, time.perf_counter()
+        state, _ = run_round(run.method, state, round)
+        alone = time.perf_counter() - began - (transport.waited - waited)
+        visits = list(round.visits.values())
+        for visit in visits:
+            if visit.error is not None:
+                raise RuntimeError(f"client {visit.client}: {visit.error}")
+        clients = fmean(visit.seconds for visit in visits)
+        sent.append(fmean(visit.bytes_down + visit.bytes_up for visit in visits))
+    run.method.materialise(state, net)
+    newcomer, returning = sent
+    return asdict(Cost(newcomer, returning, clients, alone, transport.peak, memory.peak() - before))
+
+
+def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
+    """One visit: a process that holds the client's rows, its model and its frame."""
+    from thinwire import build, config
+    from thinwire.runtime import memory
+    from thinwire.runtime.store import ClientMemory, VersionStore
+
+    run = config.load(folder / "run.toml")
+    _threads(run)
+    rows = build.rows_of(run.data, Key.root(run.seed))
+    before = memory.resident()
+    net = build.net_of(run, remember=True)
+    data = build.client_data(run, list(rows.clients.values())[id], net.tokenizer)
+    frame = _frame(folder / "down")
+    number = wire.peek(frame).round
+    own = ClientMemory(folder / "clients" / str(id), number)
+    key = Key.root(run.seed).fold("client", id, "round", number)
+    client = Client(id, net, data, key, own, VersionStore(folder / "versions" / str(id)), held or None)
+    memory.reset()
+    began, error = time.perf_counter(), None
+    try:
+        up = serve(run.method, frame, client, folder)
+        own.commit()
+        if isinstance(up, Spooled):
+            up.path.replace(folder / "up")
+        else:
+            (folder / "up").write_bytes(up)
+    except WireError as wrong:
+        error = f"{type(wrong).__name__}: {wrong}"
+    return {"peak": memory.peak() - before, "seconds": time.perf_counter() - began, "error": error}
+
+
+def _frame(path: Path) -> Frame:
+    size = path.stat().st_size
+    return Spooled(path, size) if size > wire.frame.SPOOL_ABOVE else path.read_bytes()
+
+
+def _threads(run: Run) -> None:
+    import torch
+
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+
+
+def _ask(side: str, folder: Path, *args: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "thinwire.apart", side, str(folder), *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[2])
+    if sys.argv[1] == "server":
+        answer = _server(place, tuple(map(int, sys.argv[3].split(","))))
+    else:
+        answer = _client(place, int(sys.argv[3]), sys.argv[4])
+    sys.stdout.write(json.dumps(answer) + "\n")
