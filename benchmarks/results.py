@@ -1,0 +1,128 @@
+"""The tables of docs/results.md from the folders of comparisons: python benchmarks/results.py NAME=FOLDER ...
+
+NAME is that of a pair of marks in the page, `<!-- NAME -->` and `<!-- /NAME -->`; what is between them is made anew:
+scores, costs, tuned rates, and a picture of the held-out loss against bytes (docs/results-NAME.svg). The rest is
+written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    return next((f"{count / unit:.1f} {name}" for unit, name in UNITS if count >= 0.9995 * unit), f"{count:.0f} B")
+
+
+def seconds(count: float) -> str:
+    """Seconds for people."""
+    return f"{count:.0f} s" if count >= 9.95 else f"{count:.2f} s"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def known(form: Callable[[float], str], value: float | None) -> str:
+    """The value in its form, a dash where there is none."""
+    return "-" if value is None else form(value)
+
+
+def spread(score: Sequence[float | None] | None) -> str:
+    """Mean and standard deviation."""
+    if score is None or score[0] is None:
+        return "-"
+    return f"{score[0]:.3f}" if score[1] is None else f"{score[0]:.3f} ± {score[1]:.3f}"
+
+
+def tables(found: Mapping[str, Any], name: str) -> str:
+    """All that stands between the marks."""
+    lines = found["lines"]
+    keys = list(dict.fromkeys(key for line in lines for key in line["scores"]))
+    scores, costs = [], []
+    for line in lines:
+        mark = " (untrained)" if line["trained"] is False else ""
+        lr = known(lambda value: f"{value:g}", line["lr"]) + (" (edge)" if line["edge"] else "")
+        target = known(lambda value: f"{value:.1f}", line["target_round"])
+        target += "" if line["target_bytes"] is None else f", {size(line['target_bytes'])}"
+        cells = [spread(line["scores"].get(key)) for key in keys]
+        counts = [str(line["seeds"]), known("{:.0f}".format, line["rounds"]), known("{:.0f}".format, line["steps"])]
+        scores.append([line["name"] + mark, *cells, lr, *counts, target])
+        if line["client_memory"] is not None and "shuffled" not in line["name"]:
+            sizes = ("bytes_visit", "bytes_down", "bytes_up", "client_memory", "server_memory")
+            times = ("visit_seconds", "round_seconds")
+            costs.append(
+                [
+                    line["name"],
+                    *(known(size, line[key]) for key in sizes),
+                    *(known(seconds, line[key]) for key in times),
+                ]
+            )
+    heads = ["method", *keys, "lr", "seeds", "rounds", "client steps", "target reached (rounds, bytes)"]
+    heads_of_costs = ["method", "bytes of a visit", "all down", "all up", "client's memory", "server's memory"]
+    heads_of_costs += ["a visit", "the server, a round of two"]
+    rates = []
+    for method, losses in found["grids"].items():
+        best = min((loss for loss in losses.values() if loss is not None), default=math.nan)
+        cells = [f"{lr}: {known('{:.4f}'.format, loss)}{' ←' if loss == best else ''}" for lr, loss in losses.items()]
+        rates.append([method, *cells])
+    width = max(map(len, rates), default=1)
+    grid = table(["method", *["lr: validation loss"] * (width - 1)], [row + [""] * (width - len(row)) for row in rates])
+    picture = f"![Held-out loss against bytes sent in all, both ways](results-{name}.svg)"
+    return "\n\n".join([table(heads, scores), table(heads_of_costs, costs), grid, picture])
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Held-out loss against bytes, one curve a method; a method through which nothing travels is a level line."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "thinwire"  # the same bytes for the same table
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for line in found["lines"]:
+        curve = [(sent, loss) for _, sent, loss in line["curve"] if loss is not None]
+        if "shuffled" in line["name"] or (not curve and line["name"] != "base"):
+            continue
+        if line["name"] == "base" or line["bytes_down"] is None:
+            level = line["scores"]["heldout loss"][0]
+            axes.axhline(level, color="0.6", linewidth=1, linestyle="--")
+            axes.annotate(line["name"], (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        else:
+            sent, losses = zip(*curve[1:], strict=True)
+            axes.plot(sent, losses, marker="o", markersize=3, label=line["name"])
+    axes.set(xscale="log", xlabel="bytes in all, both ways", ylabel="held-out loss, mean over seeds")
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Fill the page in."""
+    page = PAGE.read_text()
+    for argument in arguments:
+        name, _, folder = argument.partition("=")
+        found = json.loads((Path(folder) / "table.json").read_text())
+        marks = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)"
+        if not re.search(marks, page, re.DOTALL):
+            sys.exit(f"{PAGE} has no marks for {name}")
+        page = re.sub(marks, lambda m: f"{m[1]}\n{tables(found, name)}\n\n{m[2]}", page, flags=re.DOTALL)  # noqa: B023
+        draw(found, PAGE.with_name(f"results-{name}.svg"))
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
