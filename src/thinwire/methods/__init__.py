@@ -7,6 +7,7 @@ from pydantic import Field
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
+from thinwire.methods.gradualdiff import GradualDiff
 
-AnyMethod = Annotated[FedAvg | FedKSeed | FedZO, Field(discriminator="name")]
-METHODS = {cls.model_fields["name"].default: cls for cls in (FedAvg, FedKSeed, FedZO)}
+AnyMethod = Annotated[FedAvg | FedKSeed | FedZO | GradualDiff, Field(discriminator="name")]
+METHODS = {cls.model_fields["name"].default: cls for cls in (FedAvg, FedKSeed, FedZO, GradualDiff)}

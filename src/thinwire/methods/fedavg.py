@@ -108,7 +108,15 @@ def average(
     known: Mapping[str, Tensor], replies: Iterable[tuple[int, Trained]], weighting: str
 ) -> tuple[Mapping[str, Tensor], Metrics]:
     """The mean of the replies' weights in the known ones' dtypes, and its metrics; the known ones without a reply."""
-    # A running mean, m += (w - m) n_i / n: one client's tensor in memory at a time, in float32.
+    mean, metrics = running_mean(replies, weighting)
+    return {name: tensor.to(known[name].dtype) for name, tensor in mean.items()} or known, metrics
+
+
+def running_mean(replies: Iterable[tuple[int, Trained]], weighting: str) -> tuple[dict[str, Tensor], Metrics]:
+    """The weighted mean of what the replies hold, float32, and its metrics; nothing at all without a reply.
+
+    m += (w - m) n_i / n: one client's tensor in memory at a time.
+    """
     mean: dict[str, Tensor] = {}
     total, loss, measured, skipped = 0, 0.0, 0, 0
     for _, up in replies:
@@ -124,10 +132,7 @@ def average(
             measured += weight
             loss += (up.loss - loss) * weight / measured
         skipped += up.skipped
-    if total == 0:
-        return known, {}
-    dtypes = {name: tensor.dtype for name, tensor in known.items()}
-    return {n: t.to(dtypes[n]) for n, t in mean.items()}, {"loss": loss, "skipped": skipped}
+    return mean, {"loss": loss, "skipped": skipped} if total else {}
 
 
 @torch.no_grad()

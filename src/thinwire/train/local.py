@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from thinwire.data.batch import Batch
 from thinwire.model.flat import Net
@@ -24,14 +25,17 @@ def train_locally(
     lr: float,
     weight_decay: float = 0.0,
     clip: float = 0.0,
+    masters: list[Tensor] | None = None,
 ) -> tuple[float, int]:
     """`steps` steps on the net's parameters, in place; returns (mean loss of the steps taken, steps skipped).
 
     The optimiser is fresh. A step whose loss or gradient is not finite is skipped and counted. bf16 and fp16 weights
     are trained through a float32 copy, and rounded once a step. `clip` bounds the gradient's norm, 0: nothing does.
+    An empty list for `masters` then holds those copies as the last step left them, one a parameter, in order.
     """
     parameters = [p for _, p in net.parameters()]
-    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
+    masters = [] if masters is None else masters
+    masters += [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
     if optimiser == "adamw":
         rule: torch.optim.Optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=weight_decay)
     else:

@@ -1,0 +1,359 @@
+"""GradualDiff-Fed (Faiyaz and Salman, 2025): only differences travel; in exact arithmetic it is FedAvg.
+
+    d_i = w_i - w        D = sum_i (n_i / n) d_i        w <- w + s(D)
+
+Lossless (the default): both ends hold the same low-precision tensors, and what travels is how many values of the dtype
+each weight has moved by, entropy-coded (compress.ulp). A client says which version it holds, and is told the difference
+to the current one, or the whole model once, coded too; a hash of the result rides in each frame, so that all peers hold
+the same bits for ever. What rounding would lose is kept in the mean by a keyed draw (`rounding = "stochastic"`), or
+kept by the one who rounds (`residue`), or lost as in FedAvg (`nearest`).
+
+Lossy (`codec`): c = Q(d + e) travels, e <- d + e - c stays (error feedback), at the clients and at the server. The
+server applies exactly what it tells.
+
+The server's step s is the mean itself, or momentum, Adam or Yogi on it (Reddi et al. 2020, without bias correction):
+
+    m <- b1 m + (1 - b1) D        s = eta m / (sqrt(v) + tau)
+    v <- b2 v + (1 - b2) D^2      Yogi: v <- v - (1 - b2) D^2 sign(v - D^2)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from thinwire.compress import ulp
+from thinwire.compress.quantise import Blocks
+from thinwire.compress.rotate import Eden
+from thinwire.compress.rounding import moves, stochastic
+from thinwire.compress.sparsify import TopK
+from thinwire.core import Client, Method, Metrics, Server, StaleVersion
+from thinwire.methods.fedavg import Trained, fill, running_mean
+from thinwire.model.flat import Net
+from thinwire.perturb import cpu
+from thinwire.train.local import Optimiser, train_locally
+from thinwire.train.schedule import Schedule, scheduled
+from thinwire.wire import Illegal, LazyTensors
+from thinwire.wire.payload import Spec, specs_of
+
+Tensors = Mapping[str, Tensor]
+START = "start"  # in place of a version: the start model, which every site has
+
+
+@dataclass(frozen=True)
+class State:
+    """The weights that all peers hold, their version, and how they came of the version before.
+
+    `step` has each tensor's coded change from the version `prior`, uint8, under `key`; the others are float32: the
+    server's momentum and second moment, and what it has still to tell.
+    """
+
+    weights: Tensors
+    version: str
+    prior: str | None = None
+    step: Tensors | None = None
+    key: int = 0
+    first: Tensors | None = None
+    second: Tensors | None = None
+    residue: Tensors | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """How to come from the version `base` to `version`: a coded tensor each, uint8; none where they are one version.
+
+    `base` is START for the start model that all sites have, and None where the whole model is told. `model` says whose
+    weights they are. Exact changes are coded by ulp, others by the method's codec under `key`.
+    """
+
+    model: str
+    base: str | None
+    version: str
+    exact: bool
+    key: int
+    changes: Tensors
+    lr: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A client's coded difference to the version `base`, under a key; examples, loss, skipped steps as in FedAvg."""
+
+    base: str = field(metadata={"release": True})
+    key: int = field(metadata={"release": True})
+    changes: Tensors = field(metadata={"release": True})
+    examples: int = field(metadata={"release": True})
+    loss: float = field(metadata={"release": True})
+    skipped: int = field(metadata={"release": True})
+
+
+class GradualDiff(Method):
+    """Local first-order steps; coded differences of weights travel both ways."""
+
+    name: Literal["gradualdiff"] = "gradualdiff"
+    lr: float = Field(2e-5, gt=0, le=100)
+    schedule: Schedule = "constant"
+    optimiser: Optimiser = "adamw"
+    weight_decay: NonNegativeFloat = 0.0
+    steps: PositiveInt = 10
+    batch_size: PositiveInt = 8
+    clip: NonNegativeFloat = 1.0  # of the gradient's norm; 0: none
+    weighting: Literal["examples", "uniform"] = "examples"
+    codec: Literal["lossless", "blocks", "eden", "topk"] = "lossless"
+    bits: float = 4  # a value: blocks 8, 4, 2 or 1 (signs); eden 4, 3, 2, 1 or 0.5; topk 16, 8, 4 or 2
+    share: float = Field(0.03, gt=0, le=1)  # of the weights, that topk tells
+    feedback: bool = True  # what the codec loses is kept, and added to the next difference
+    gate: bool = False  # what cannot change a weight as it is rounded is not told, but kept
+    rounding: Literal["stochastic", "residue", "nearest"] = "stochastic"  # of what is told without loss
+    dtype: Literal["model", "bfloat16", "float16"] = (
+        "model"  # of the weights that peers hold; the model trains in its own
+    )
+    start: Literal["sent", "shared"] = "sent"  # shared: every site has the start model, newcomers are told a difference
+    server: Literal["average", "momentum", "adam", "yogi"] = "average"
+    server_lr: PositiveFloat = 1.0
+    momentum: float = Field(0.9, ge=0, lt=1)  # b1
+    second_moment: float = Field(0.99, ge=0, lt=1)  # b2
+    tau: PositiveFloat = 1e-5  # differences of fine-tuning are of this size; far above it Adam is but momentum
+
+    Down, Up, State = Change, Difference, State
+    paper: ClassVar[str] = "Faiyaz and Salman 2025, arXiv:2506.19164"
+
+    @model_validator(mode="after")
+    def _known_code(self) -> GradualDiff:
+        if self.codec != "lossless":
+            self._code()  # raises ValueError for bits that it does not have
+        return self
+
+    def init(self, server: Server) -> State:
+        weights = {name: self._start(server.net, name) for name in server.net.names}
+        return State(weights, server.versions.put(weights))
+
+    def broadcast(self, state: State, server: Server, client_id: int, held: str | None) -> Change:
+        known = server.versions.get(held) if held is not None else None
+        base, exact, changes = held if known is not None else None, True, state.step
+        if held == state.version:
+            changes = {}
+        elif held is not None and held == state.prior and changes is not None:
+            base, exact = held, self.codec == "lossless"
+        else:
+            shared = known is None and self.start == "shared"
+            base = START if shared else base
+            changes = {
+                name: _coded(new, self._start(server.net, name) if shared else known and known[name])
+                for name, new in state.weights.items()
+            }
+        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
+        return Change(layout(specs_of(state.weights)), base, state.version, exact, state.key, changes, lr)
+
+    def client_update(self, down: Change, client: Client) -> Difference:
+        self.receive(down, client)
+        masters: list[Tensor] = []
+        batches = client.data.batches(client.key.fold("batches"), self.batch_size)
+        loss, skipped = train_locally(
+            client.net, batches, self.steps, self.optimiser, down.lr, self.weight_decay, self.clip, masters
+        )
+        key, changes, held = client.key.fold("code").word(), {}, client.versions.get(down.version)
+        assert held is not None  # `receive` has put it there
+        for i, (name, trained) in enumerate(zip(client.net.names, masters, strict=True)):
+            old, target = held[name], trained.detach().float()
+            if name in client.memory:
+                target = target + client.memory[name]
+            if not torch.isfinite(target).all():
+                raise Illegal(f"the update of {name} is not finite")
+            if self.codec == "lossless":
+                new = self._rounded(target, old.dtype, key, i)
+                changes[name], left = _coded(new, old), target - new.float()
+            else:
+                wanted = target - old.float()
+                changes[name], told = self._lossy(old, wanted, key, i)
+                left = wanted - told
+            if self._keeps:
+                client.memory[name] = left
+        return Difference(down.version, key, changes, len(client.data), loss, skipped)
+
+    def check(self, state: State, client_id: int, up: Difference) -> None:
+        if up.examples < 1:
+            raise Illegal(f"examples is {up.examples}")
+        if up.base != state.version:
+            raise Illegal(f"a difference to the version {up.base:.12}, not to {state.version:.12}")
+        if list(up.changes) != list(state.weights):
+            raise Illegal("the names of the differences are not the model's")
+        # All is decoded twice, here and for the mean, a tensor at a time: kept in between it would be a model a client.
+        for name, change in self._differences(state, up).items():
+            if not torch.isfinite(change).all():
+                raise Illegal(f"the difference of {name} is not finite")
+
+    def aggregate(
+        self, state: State, server: Server, replies: Iterable[tuple[int, Difference]]
+    ) -> tuple[State, Metrics]:
+        told = ((id, Trained(self._differences(state, up), up.examples, up.loss, up.skipped)) for id, up in replies)
+        mean, metrics = running_mean(told, self.weighting)
+        if not mean:
+            return state, {}
+        key, weights, step = server.key.fold("code").word(), {}, {}
+        kept: dict[str, dict[str, Tensor]] = {"first": {}, "second": {}, "residue": {}}
+        for i, (name, old) in enumerate(state.weights.items()):
+            move = self._server_step(state, name, mean.pop(name), kept)
+            target = old.float() + move
+            if state.residue is not None:
+                target += state.residue[name]
+            if self.codec == "lossless":
+                weights[name] = self._rounded(target, old.dtype, key, i)
+                step[name] = _coded(weights[name], old)
+            else:
+                step[name], told_here = self._lossy(old, target - old.float(), key, i)
+                weights[name] = (old.float() + told_here).to(old.dtype)  # exactly what the peers make of it
+            if self._keeps:
+                kept["residue"][name] = target - weights[name].float()
+        after = State(weights, server.versions.put(weights), state.version, step, key)
+        return replace(after, **{name: tensors or None for name, tensors in kept.items()}), metrics
+
+    def materialise(self, state: State, net: Net) -> None:
+        fill(net, state.weights)
+
+    def passes(self) -> float:
+        return 3 * self.steps * self.batch_size
+
+    def receive(self, down: Change, client: Client) -> None:
+        net = client.net
+        mine = layout({name: Spec(self._held(p.dtype), tuple(p.shape)) for name, p in net.parameters()})
+        if down.model != mine:
+            raise Illegal(f"the server's model is {down.model}, this client's {mine}")
+        known = client.versions.get(down.base) if down.base not in (None, START) else None
+        if known is None and down.base not in (None, START):
+            raise StaleVersion
+        if list(down.changes) != list(net.names) and (len(down.changes) or down.base != down.version):
+            raise Illegal("the names of the changes are not the model's")
+
+        @torch.no_grad()
+        def build() -> None:
+            for i, (name, parameter) in enumerate(net.parameters()):
+                old = self._start(net, name) if down.base == START else known and known[name]
+                spec = Spec(self._held(parameter.dtype), tuple(parameter.shape))
+                if down.exact and len(down.changes):
+                    old = _decoded(down.changes[name], name, old, spec)
+                elif len(down.changes):
+                    if old is None:
+                        raise Illegal("a lossy change needs a version to build on")
+                    told = self._undone(down.changes[name], name, spec, down.key, i)
+                    old = (old.float() + told).to(old.dtype)
+                parameter.copy_(old)
+            if self._keep(client) != down.version:
+                raise Illegal(f"the changes do not make the version {down.version:.12}")
+
+        net.rebuild(down.version.encode(), build)
+        if client.versions.get(down.version) is None:  # a simulation has kept the weights longer than the store did
+            self._keep(client)
+        client.held = down.version
+
+    def _held(self, own: torch.dtype) -> torch.dtype:
+        """The dtype of what peers hold of a parameter."""
+        return own if self.dtype == "model" else getattr(torch, self.dtype)
+
+    def _start(self, net: Net, name: str) -> Tensor:
+        weights = net.base[name]
+        return weights.to(self._held(weights.dtype))
+
+    def _keep(self, client: Client) -> str:
+        """The version of the weights in the client's net, which is then in its store."""
+        return client.versions.put({name: p.detach().to(self._held(p.dtype)) for name, p in client.net.parameters()})
+
+    @property
+    def _keeps(self) -> bool:
+        return self.rounding == "residue" if self.codec == "lossless" else self.feedback
+
+    def _code(self) -> Blocks | Eden | TopK:
+        if self.codec == "eden":
+            return Eden(self.bits)
+        bits = int(self.bits)
+        if bits != self.bits:
+            raise ValueError(f"bits {self.bits} is not a whole number")
+        return Blocks(bits) if self.codec == "blocks" else TopK(self.share, bits=bits)
+
+    def _rounded(self, target: Tensor, dtype: torch.dtype, key: int, stream: int) -> Tensor:
+        return stochastic(target, dtype, key, stream) if self.rounding == "stochastic" else target.to(dtype)
+
+    def _lossy(self, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
+        """The code of what is wanted of this tensor, and what it says, float32."""
+        told = torch.where(moves(old, wanted), wanted, 0.0) if self.gate else wanted
+        code, own = self._code(), _below(key, stream)
+        data = code.encode(told, own)
+        return _octets(data), code.decode(data, old.shape, own)
+
+    def _undone(self, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
+        try:
+            return self._code().decode(_bytes(change), like.shape, _below(key, stream))
+        except ValueError as error:
+            raise Illegal(f"{name}: {error}") from None
+
+    def _differences(self, state: State, up: Difference) -> LazyTensors:
+        """What the reply says of each tensor, float32, decoded when asked for."""
+        specs = specs_of(state.weights)
+        order = {name: i for i, name in enumerate(specs)}
+
+        def read(name: str) -> Tensor:
+            if self.codec != "lossless":
+                return self._undone(up.changes[name], name, specs[name], up.key, order[name])
+            old = state.weights[name]
+            return _decoded(up.changes[name], name, old, specs[name]).float() - old.float()
+
+        return LazyTensors({name: Spec(torch.float32, spec.shape) for name, spec in specs.items()}, read)
+
+    def _server_step(self, state: State, name: str, mean: Tensor, kept: dict[str, dict[str, Tensor]]) -> Tensor:
+        """s(D) for one tensor; what it remembers goes into `kept`."""
+        if self.server == "average":
+            return self.server_lr * mean
+        share = 1.0 if self.server == "momentum" else 1 - self.momentum
+        first = share * mean if state.first is None else self.momentum * state.first[name] + share * mean
+        kept["first"][name] = first
+        if self.server == "momentum":
+            return self.server_lr * first
+        square = mean.square()
+        second = torch.full_like(mean, self.tau**2) if state.second is None else state.second[name]
+        if self.server == "adam":
+            second = self.second_moment * second + (1 - self.second_moment) * square
+        else:
+            second = second - (1 - self.second_moment) * square * torch.sign(second - square)
+        kept["second"][name] = second
+        return self.server_lr * first / (second.sqrt() + self.tau)
+
+
+def layout(specs: Mapping[str, Spec]) -> str:
+    """Whose weights they are, for people and to be compared: names, shapes and dtypes."""
+    digest = hashlib.sha256(repr([(name, *spec.packed()) for name, spec in specs.items()]).encode()).hexdigest()
+    dtypes = " and ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs.values()}))
+    count = sum(math.prod(spec.shape) for spec in specs.values())
+    return f"{count:,} {dtypes} weights in {len(specs)} tensors ({digest[:8]})"
+
+
+def _coded(new: Tensor, old: Tensor | None) -> Tensor:
+    return _octets(ulp.encode(new, old))
+
+
+def _decoded(change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor:
+    try:
+        return ulp.decode(_bytes(change), old, like.dtype, like.shape)
+    except ValueError as error:
+        raise Illegal(f"{name}: {error}") from None
+
+
+def _below(key: int, stream: int) -> int:
+    """A key for each tensor below the one that travels."""
+    return int(cpu.words(key, [stream], 1)[0, 0])
+
+
+def _octets(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes(change: Tensor) -> memoryview:
+    if change.dtype != torch.uint8 or change.dim() != 1:
+        raise ValueError(f"a coded tensor is {change.dtype} {list(change.shape)}, not bytes")
+    return change.contiguous().numpy().data
