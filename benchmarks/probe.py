@@ -2,7 +2,7 @@
 
     python benchmarks/probe.py [--json FILE]
 
-Time: against two plain passes, each measured five times, in turn; the shortest time counts. `together`: both signs in
+Time: against two plain passes, each measured twelve times, in turn; the median counts. `together`: both signs in
 one forward pass. The rebuild is that of the whole model from 4,096 seeds of the low-rank law, against one pass; once.
 Memory: each in a process of its own, its peak resident less what is resident after the imports,
 against the same of two plain passes.
