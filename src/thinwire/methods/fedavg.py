@@ -40,10 +40,10 @@ class Trained:
     skipped: int = field(metadata={"release": True})
 
 
-class FedAvg(Method):
-    """Local first-order steps on all parameters, then the weighted mean of the clients' weights."""
+class FirstOrder(Method):
+    """What methods of local first-order steps on all parameters have in common."""
 
-    name: Literal["fedavg"] = "fedavg"
+    name: str
     lr: float = Field(2e-5, gt=0, le=100)
     schedule: Schedule = "constant"
     optimiser: Optimiser = "adamw"
@@ -52,6 +52,20 @@ class FedAvg(Method):
     batch_size: PositiveInt = 8
     clip: NonNegativeFloat = 1.0  # of the gradient's norm; 0: none
     weighting: Literal["examples", "uniform"] = "examples"
+
+    def train(self, client: Client, lr: float, masters: list[Tensor] | None = None) -> tuple[float, int]:
+        """The local steps on the client's net, in place; see train_locally."""
+        batches = client.data.batches(client.key.fold("batches"), self.batch_size)
+        return train_locally(client.net, batches, self.steps, self.optimiser, lr, self.weight_decay, self.clip, masters)
+
+    def passes(self) -> float:
+        return 3 * self.steps * self.batch_size
+
+
+class FedAvg(FirstOrder):
+    """Local first-order steps on all parameters, then the weighted mean of the clients' weights."""
+
+    name: Literal["fedavg"] = "fedavg"
 
     Down, Up, State = Weights, Trained, Weights
     paper: ClassVar[str] = "McMahan et al. 2017, arXiv:1602.05629"
@@ -64,10 +78,7 @@ class FedAvg(Method):
 
     def client_update(self, down: Weights, client: Client) -> Trained:
         fill(client.net, down.weights)
-        batches = client.data.batches(client.key.fold("batches"), self.batch_size)
-        loss, skipped = train_locally(
-            client.net, batches, self.steps, self.optimiser, down.lr, self.weight_decay, self.clip
-        )
+        loss, skipped = self.train(client, down.lr)
         weights = {name: p.detach() for name, p in client.net.parameters()}
         return Trained(weights, len(client.data), loss, skipped)
 
@@ -82,9 +93,6 @@ class FedAvg(Method):
 
     def materialise(self, state: Weights, net: Net) -> None:
         fill(net, state.weights)
-
-    def passes(self) -> float:
-        return 3 * self.steps * self.batch_size
 
     def receive(self, down: Weights, client: Client) -> None:
         fill(client.net, down.weights)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from thinwire.compress import ulp
@@ -34,16 +34,16 @@ from thinwire.compress.quantise import Blocks
 from thinwire.compress.rotate import Eden
 from thinwire.compress.rounding import moves, stochastic
 from thinwire.compress.sparsify import TopK
-from thinwire.core import Client, Method, Metrics, Server, StaleVersion
-from thinwire.methods.fedavg import Trained, fill, running_mean
+from thinwire.core import Client, Metrics, Server, StaleVersion
+from thinwire.methods.fedavg import FirstOrder, Trained, fill, running_mean
 from thinwire.model.flat import Net
 from thinwire.perturb import cpu
-from thinwire.train.local import Optimiser, train_locally
-from thinwire.train.schedule import Schedule, scheduled
+from thinwire.train.schedule import scheduled
 from thinwire.wire import Illegal, LazyTensors
 from thinwire.wire.payload import Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
+LARGEST = 6e4  # a change of a weight beyond this is no training; float16 still holds it
 START = "start"  # in place of a version: the start model, which every site has
 
 
@@ -94,18 +94,10 @@ class Difference:
     skipped: int = field(metadata={"release": True})
 
 
-class GradualDiff(Method):
+class GradualDiff(FirstOrder):
     """Local first-order steps; coded differences of weights travel both ways."""
 
     name: Literal["gradualdiff"] = "gradualdiff"
-    lr: float = Field(2e-5, gt=0, le=100)
-    schedule: Schedule = "constant"
-    optimiser: Optimiser = "adamw"
-    weight_decay: NonNegativeFloat = 0.0
-    steps: PositiveInt = 10
-    batch_size: PositiveInt = 8
-    clip: NonNegativeFloat = 1.0  # of the gradient's norm; 0: none
-    weighting: Literal["examples", "uniform"] = "examples"
     codec: Literal["lossless", "blocks", "eden", "topk"] = "lossless"
     bits: float = 4  # a value: blocks 8, 4, 2 or 1 (signs); eden 4, 3, 2, 1 or 0.5; topk 16, 8, 4 or 2
     share: float = Field(0.03, gt=0, le=1)  # of the weights, that topk tells
@@ -139,7 +131,7 @@ class GradualDiff(Method):
         known = server.versions.get(held) if held is not None else None
         base, exact, changes = held if known is not None else None, True, state.step
         if held == state.version:
-            changes = {}
+            base, changes = held, {}
         elif held is not None and held == state.prior and changes is not None:
             base, exact = held, self.codec == "lossless"
         else:
@@ -155,10 +147,7 @@ class GradualDiff(Method):
     def client_update(self, down: Change, client: Client) -> Difference:
         self.receive(down, client)
         masters: list[Tensor] = []
-        batches = client.data.batches(client.key.fold("batches"), self.batch_size)
-        loss, skipped = train_locally(
-            client.net, batches, self.steps, self.optimiser, down.lr, self.weight_decay, self.clip, masters
-        )
+        loss, skipped = self.train(client, down.lr, masters)
         key, changes, held = client.key.fold("code").word(), {}, client.versions.get(down.version)
         assert held is not None  # `receive` has put it there
         for i, (name, trained) in enumerate(zip(client.net.names, masters, strict=True)):
@@ -187,8 +176,8 @@ class GradualDiff(Method):
             raise Illegal("the names of the differences are not the model's")
         # All is decoded twice, here and for the mean, a tensor at a time: kept in between it would be a model a client.
         for name, change in self._differences(state, up).items():
-            if not torch.isfinite(change).all():
-                raise Illegal(f"the difference of {name} is not finite")
+            if not (change.abs() <= LARGEST).all():
+                raise Illegal(f"the difference of {name} is beyond {LARGEST:g} or not finite")
 
     def aggregate(
         self, state: State, server: Server, replies: Iterable[tuple[int, Difference]]
@@ -217,9 +206,6 @@ class GradualDiff(Method):
 
     def materialise(self, state: State, net: Net) -> None:
         fill(net, state.weights)
-
-    def passes(self) -> float:
-        return 3 * self.steps * self.batch_size
 
     def receive(self, down: Change, client: Client) -> None:
         net = client.net
