@@ -36,13 +36,12 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+BENCHMARKS := frames memory_client memory_clients replay probe server
+
 bench: venv
-	$(BIN)/python benchmarks/frames.py
-	$(BIN)/python benchmarks/memory_client.py
-	$(BIN)/python benchmarks/memory_clients.py
-	$(BIN)/python benchmarks/replay.py
-	$(BIN)/python benchmarks/probe.py
-	$(BIN)/python benchmarks/server.py
+	mkdir -p runs/bench-$(STAMP)
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json runs/bench-$(STAMP)/$$name.json; done
+	$(BIN)/python benchmarks/rows.py runs/bench-$(STAMP)
 
 clean:
 	rm -rf $(VENV)
