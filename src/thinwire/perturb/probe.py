@@ -37,6 +37,7 @@ class Probe:
         self._names = {id(parameter): name for name, parameter in net.parameters()}
         self._met: set[str] = set()
         self._steps: list[tuple[int, float]] = []  # (seed, step) of each group of rows in the present pass
+        self._scales = torch.ones(0)  # of each group's added outputs: its step over sqrt(r)
         self._rows = 0
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}  # of the directions of the present pass, by parameter
         self._factors_of: list[int] = []
@@ -70,6 +71,7 @@ class Probe:
         found: list[float] = []
         for group in [steps] if self.together else [[step] for step in steps]:
             self._steps = group
+            self._scales = torch.tensor([step for _, step in group]).view(-1, 1, 1) / self.directions.rank**0.5
             self._draw([seed for seed, _ in group])
             found += losses(self.net.model, batch, len(group)).tolist()
         if len(self._met) < len(self._names):
@@ -142,9 +144,8 @@ class Probe:
                     y[g].add_(self.directions.direction(name, parameter.shape, seed).to(y), alpha=step)
                 continue
             left, right = (factor.to(y) for factor in self._factors[name])
-            steps = torch.tensor([step for _, step in self._steps]).to(y).view(-1, 1, 1) / self.directions.rank**0.5
             rows = x.reshape(groups, -1, *x.shape[x.dim() - x.is_floating_point() :])
-            added(rows, left, right * steps, y)
+            added(rows, left, right * self._scales.to(y), y)
         return out
 
     def _draw(self, seeds: list[int]) -> None:
@@ -175,7 +176,7 @@ Added = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 
 def _linear(x: Tensor, left: Tensor, right: Tensor, y: Tensor) -> None:
     """y += (x B) A^T: x [groups, n, in], A = left [groups, out, r], B = right [groups, in, r]."""
-    y.baddbmm_(torch.bmm(x, right), left.transpose(1, 2))
+    _added(torch.bmm(x, right), left.transpose(1, 2), y)
 
 
 def _transposed(x: Tensor, left: Tensor, right: Tensor, y: Tensor) -> None:
@@ -186,7 +187,15 @@ def _transposed(x: Tensor, left: Tensor, right: Tensor, y: Tensor) -> None:
 def _embedding(ids: Tensor, left: Tensor, right: Tensor, y: Tensor) -> None:
     """y += A[ids] B^T: ids [groups, n]."""
     picked = torch.stack([table[row] for table, row in zip(left, ids, strict=True)])
-    y.baddbmm_(picked, right.transpose(1, 2))
+    _added(picked, right.transpose(1, 2), y)
+
+
+def _added(u: Tensor, v: Tensor, y: Tensor) -> None:
+    """y += u v, in place; at rank one by elements, which takes half the time of a product with one inner element."""
+    if u.shape[-1] == 1:
+        y.addcmul_(u, v)
+    else:
+        y.baddbmm_(u, v)
 
 
 # by exact type: a subclass may do more with its weight than this
