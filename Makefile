@@ -1,4 +1,4 @@
-# make demo [METHOD=fedkseed|fedavg|fedkseed-pro]   set up, and run the main job
+# make demo [METHOD=fedkseed|fedkseed-pro|fedavg|fedit|gradualdiff]   set up, and run the main job
 # make test                                         set up, and pass the tests
 PYTHON ?= python3
 METHOD ?= fedkseed

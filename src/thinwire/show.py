@@ -118,7 +118,7 @@ class Live(Watch):
         parts += [f"down {size(record['bytes_down'])}", f"up {size(record['bytes_up'])}", span(record["seconds"])]
         if left > 0:
             parts.append(f"{span(left)} left")
-        self.console.print(f"round {record['round']}/{self.rounds}: {', '.join(parts)}")
+        self.console.print(f"round {record['round']}/{self.rounds}: {', '.join(parts)}", soft_wrap=True)
         for client in lost:
             self.console.print(f"  {client['name']} dropped: {client['error']}")
 
