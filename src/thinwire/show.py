@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from thinwire import config
 from thinwire.build import Rows
 from thinwire.compare import ABOUT, Plan
 from thinwire.config import Run, method_name
@@ -81,7 +82,8 @@ class Live(Watch):
         self.note, self.rounds = "", run.rounds
         held = sum(len(rows) for rows in rows.clients.values())
         self.console.print(f"{run.name}: {method_name(run.method)} on {run.model.path}", soft_wrap=True)
-        self.console.print(f"  all {number(net.size)} parameters are trained, over {_many(run.rounds, 'round')}")
+        what = f"all {number(net.size)} parameters" if run.model.lora is None else f"{number(net.size)} LoRA factors"
+        self.console.print(f"  {what} are trained, over {_many(run.rounds, 'round')}")
         self.console.print(f"  {_many(held, 'row')} stay where they are, with {_many(len(rows.clients), 'client')}")
         if resume:
             self.console.print(f"  going on from the last checkpoint in {folder}", soft_wrap=True)
@@ -141,7 +143,9 @@ def print_summary(folder: Path) -> None:
                 if final[field] is not None:
                     table.add_row(f"{first['split']} {name}", f"{first[field]:.3f}", f"{final[field]:.3f}")
         console.print(table)
-    table = Table("one client, one round", *(Column(h, justify="right") for h in ("bytes", "whole model", "ratio")))
+    file = folder / "run.toml"
+    whole = "all factors" if file.exists() and config.load(file).model.lora is not None else "whole model"
+    table = Table("one client, one round", *(Column(h, justify="right") for h in ("bytes", whole, "ratio")))
     for way in ("down", "up"):
         sent = [c[f"bytes_{way}"] for record in rounds for c in record["clients"] if c[f"bytes_{way}"]]
         mean = sum(sent) / max(1, len(sent))
