@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,10 +115,11 @@ def main(arguments: Sequence[str]) -> None:
     for argument in arguments:
         name, _, folder = argument.partition("=")
         found = json.loads((Path(folder) / "table.json").read_text())
-        marks = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)"
-        if not re.search(marks, page, re.DOTALL):
+        before, begin, rest = page.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if not begin or not end:
             sys.exit(f"{PAGE} has no marks for {name}")
-        page = re.sub(marks, lambda m: f"{m[1]}\n{tables(found, name)}\n\n{m[2]}", page, flags=re.DOTALL)  # noqa: B023
+        page = f"{before}{begin}\n{tables(found, name)}\n\n{end}{after}"
         draw(found, PAGE.with_name(f"results-{name}.svg"))
     PAGE.write_text(page)
 

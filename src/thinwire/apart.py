@@ -90,7 +90,7 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     from thinwire.runtime.store import VersionStore
 
     run = config.load(folder / "run.toml")
-    _threads(run)
+    build.use_threads(run)
     before = memory.resident()
     net = build.net_of(run, remember=True)
     memory.reset()
@@ -125,7 +125,7 @@ def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
     from thinwire.runtime.store import ClientMemory, VersionStore
 
     run = config.load(folder / "run.toml")
-    _threads(run)
+    build.use_threads(run)
     rows = build.rows_of(run.data, Key.root(run.seed))
     before = memory.resident()
     net = build.net_of(run, remember=True)
@@ -152,13 +152,6 @@ def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
 def _frame(path: Path) -> Frame:
     size = path.stat().st_size
     return Spooled(path, size) if size > wire.frame.SPOOL_ABOVE else path.read_bytes()
-
-
-def _threads(run: Run) -> None:
-    import torch
-
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
 
 
 def _ask(side: str, folder: Path, *args: str) -> dict[str, Any]:

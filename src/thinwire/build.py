@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from thinwire import config
 from thinwire.config import ConfigError, Run
 from thinwire.data import partition, templates
@@ -123,6 +125,12 @@ def net_of(run: Run, remember: bool = False) -> Net:
         key = Key.root(run.seed).fold("lora")
         adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
     return Net.open(model.path, model.dtype, remember=remember, device=model.device, adapt=adapt)
+
+
+def use_threads(run: Run) -> None:
+    """Let torch, and the kernels with it, use as many threads as the run says."""
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
 
 
 def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Split]:

@@ -68,7 +68,7 @@ def run(
             typer.echo(f"{folder}: this run is complete")
             print_summary(folder)
             return
-        _threads(settings)
+        build.use_threads(settings)
         rows = build.rows_of(settings.data, _key(settings))
         before = memory.resident()
         net = build.net_of(settings, remember=True)
@@ -138,7 +138,7 @@ def evaluate(
             rows = build.Rows(rows.clients, {"data": next(iter(rows.clients.values()))} | rows.splits)
         else:
             raise config.ConfigError(f"{path}: not a folder")
-        _threads(settings)
+        build.use_threads(settings)
         net = build.net_of(settings)
         scores = build.scorer(settings, net, build.splits_of(settings, rows, net.tokenizer))()
         if as_json:
@@ -279,13 +279,6 @@ def _key(settings: Run) -> Any:
     from thinwire.keys import Key
 
     return Key.root(settings.seed)
-
-
-def _threads(settings: Run) -> None:
-    import torch
-
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
 
 
 def _settle() -> None:

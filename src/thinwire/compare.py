@@ -239,8 +239,9 @@ def settle(made: Sequence[Plan], settings: Settings) -> None:
 
 
 def _some(made: Sequence[Plan]) -> None:
-    if all(plan.rounds == 0 for plan in made if plan.name != "base"):
-        raise ConfigError(f"compare.amount: it buys nobody a round: {made[-1].name}: {made[-1].note}")
+    trained = [plan for plan in made if plan.name != "base"]
+    if all(plan.rounds == 0 for plan in trained):
+        raise ConfigError(f"compare.amount: it buys nobody a round: {trained[-1].name}: {trained[-1].note}")
 
 
 def _passes(run: Run) -> float:

@@ -16,6 +16,7 @@ from thinwire import wire
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.gradualdiff import START, GradualDiff, layout
 from thinwire.model.flat import Net
+from thinwire.runtime.store import VersionStore
 from thinwire.wire.payload import specs_of
 
 LOCAL: dict[str, Any] = {"lr": 3e-3, "steps": 3, "batch_size": 4}
@@ -65,13 +66,14 @@ def test_one_client_nearest_is_fedavg_bit_for_bit(net: Net, tmp_path: Path) -> N
 @pytest.mark.parametrize("codec", ["lossless", "eden"])
 def test_who_joins_late_and_who_missed_rounds_hold_the_same_bits(codec: str, net: Net, tmp_path: Path) -> None:
     federation = Federation(method(codec=codec, bits=2), net, tmp_path, rounds=5)
+    federation.versions, start = VersionStore(tmp_path / "versions", 5), federation.state.version
     held = []
     for _ in range(5):
         federation.step()
         held.append(federation.state.version)
-    cases = {"newcomer": None, "missed one": held[3], "missed three": held[1], "missed too many": held[0]}
-    bases = {"newcomer": None, "missed one": held[3], "missed three": held[2], "missed too many": None}
-    cases["missed three"] = held[2]  # the store of this federation keeps three versions
+    # round 5 told held[3], round 2 held[0]; the store keeps five versions
+    cases = {"newcomer": None, "missed none": held[3], "missed three": held[0], "missed too many": start}
+    bases = cases | {"missed too many": None}
     federation.method.materialise(federation.state, net)
     mine = net.state_sha256()
     for name, version in cases.items():
@@ -159,14 +161,14 @@ def test_what_was_not_told_is_told_later(fields: dict[str, Any], net: Net, tmp_p
 
 @pytest.mark.parametrize("rule", ["average", "momentum", "adam", "yogi"])
 def test_the_servers_step_is_its_equation(rule: str, net: Net, tmp_path: Path) -> None:
-    federation = Federation(method(server=rule, server_lr=0.3, tau=1e-3), net, tmp_path, rounds=1)
+    rules = method(server=rule, server_lr=0.3, tau=1e-3)
     generator, name = torch.Generator().manual_seed(0), "model.norm.weight"
     m, v = torch.zeros(32, dtype=torch.float64), torch.full((32,), 1e-6, dtype=torch.float64)
-    state = federation.state
+    state = Federation(rules, net, tmp_path, rounds=1).state
     for _ in range(3):
         mean = torch.randn(32, generator=generator) * 1e-3
         kept: dict[str, dict[str, Tensor]] = {"first": {}, "second": {}}
-        ours = federation.method._server_step(state, name, mean, kept)  # type: ignore[attr-defined]
+        ours = rules._server_step(state, name, mean, kept)
         state = dataclasses.replace(state, **{key: value or None for key, value in kept.items()})
         d = mean.double()
         if rule == "average":
@@ -219,8 +221,9 @@ def test_changes_that_do_not_make_the_version_are_refused(net: Net, tmp_path: Pa
 @pytest.mark.parametrize("codec", ["lossless", "blocks"])
 def test_an_update_that_is_no_number_is_refused_and_the_round_goes_on(codec: str, net: Net, tmp_path: Path) -> None:
     federation = Federation(method(codec=codec, rounding="residue"), net, tmp_path, rounds=2)
-    federation.client(1, 0).memory["model.norm.weight"] = torch.full((32,), math.inf)
-    federation.client(1, 0).memory.commit()  # type: ignore[attr-defined]
+    memory = federation.memories.of(1, 0)
+    memory["model.norm.weight"] = torch.full((32,), math.inf)
+    memory.commit()
     at = federation.step()
     assert "is not finite" in str(at.visits[1].error)
     assert at.visits[0].error is None
