@@ -29,7 +29,7 @@ class Row:
 def finish(rows: Sequence[Row]) -> None:
     """Print the rows, and write them where --json says."""
     for row in rows:
-        print(f"{row.name}: {row.ours:,.4g} {row.unit}, reference {row.reference:,.4g}, ratio {row.ratio:.3f}")  # noqa: T201
+        print(f"{row.name}: {row.ours:,.4g} {row.unit}, reference {row.reference:,.4g}, ratio {row.ratio:.3g}")  # noqa: T201
     if "--json" in sys.argv:
         path = Path(sys.argv[sys.argv.index("--json") + 1])
         path.write_text(json.dumps([{**asdict(row), "ratio": row.ratio} for row in rows], indent=2) + "\n")
@@ -45,9 +45,9 @@ def table(folder: Path) -> None:
     )
     for path in sorted(folder.glob("*.json")):
         for row in json.loads(path.read_text()):
-            numbers = (f"{row['ours']:,.4g}", f"{row['reference']:,.4g}", row["unit"], f"{row['ratio']:.3f}")
+            numbers = (f"{row['ours']:,.4g}", f"{row['reference']:,.4g}", row["unit"], f"{row['ratio']:.3g}")
             whole.add_row(path.stem, row["name"], *numbers)
-    Console().print(whole)
+    Console(width=None if sys.stdout.isatty() else 140).print(whole)
 
 
 if __name__ == "__main__":

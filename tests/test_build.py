@@ -82,6 +82,13 @@ def test_columns_are_clients(place: Path) -> None:
     assert rows.splits == {}
 
 
+def test_of_a_column_the_named_values_alone_are_clients(place: Path) -> None:
+    whole = build.rows_of(data_of(place, partition="column", column="task", heldout=0.1), KEY)
+    rows = build.rows_of(data_of(place, partition="column", column="task", values=("south",), heldout=0.1), KEY)
+    assert rows.clients == {"south": whole.clients["south"]}
+    assert {row.fields["task"] for row in rows.splits["heldout"]} == {"south"}
+
+
 def test_files_of_their_own_are_held_out_whole(place: Path) -> None:
     held = str(place / "held.jsonl")
     rows = build.rows_of(data_of(place, clients=4, heldout=held, heldout_tasks=held), KEY)
@@ -121,6 +128,11 @@ def test_shuffled_answers_leave_prompts_counts_and_held_out_rows(place: Path) ->
         ("rows.jsonl", {"heldout": 40}, "{place}/rows.jsonl: holding out 40 of 40 rows leaves none to train on"),
         ("rows.jsonl", {"clients": 37}, "{place}/rows.jsonl: 37 clients are more than the 36 rows"),
         ("rows.jsonl", {"partition": "column", "column": "site"}, "{place}/rows.jsonl:1: field 'site' is missing"),
+        (
+            "rows.jsonl",
+            {"partition": "column", "column": "task", "values": ["south", "east"]},
+            "data.values: 'east' is not in column 'task' of {place}/rows.jsonl",
+        ),
         ("lonely", {"partition": "files"}, "data.heldout: 0.1 of each client's rows holds out none at all"),
         ("hollow", {"partition": "files"}, "{place}/hollow/a.jsonl: the file holds no row"),
         ("torn.jsonl", {}, "{place}/torn.jsonl:2: the line is not JSON ("),

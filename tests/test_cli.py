@@ -210,7 +210,7 @@ def test_a_run_leaves_the_folder_of_the_contract(place: Path, done: Done, name: 
     evals = records(folder / "evals.jsonl")
     assert [record["round"] for record in evals] == ([0, 3] if name == "pro" else [0, 1, 2, 3])
     for record in evals:
-        assert {"split", "loss", "perplexity", "rouge_l", "accuracy"} <= set(record)
+        assert {"split", "loss", "perplexity", "rouge_l", "bleu", "accuracy"} <= set(record)
         assert (record["split"], record["rows"]) == ("heldout", 5)
 
     total = summary(folder)

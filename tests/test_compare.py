@@ -176,7 +176,7 @@ def test_a_run_that_diverged_has_its_line(tmp_path: Path) -> None:
     for (seed, _), job in made[1].final().items():
         folder = tmp_path / job.name
         folder.mkdir(parents=True)
-        score = {"split": "heldout", "loss": 1.0, "accuracy": None, "rouge_l": None}
+        score = {"split": "heldout", "loss": 1.0, "accuracy": None, "rouge_l": None, "bleu": None}
         last = score | {"loss": None if seed else 0.5}
         totals = {"bytes_down": 1, "bytes_up": 1}
         (folder / "summary.json").write_text(json.dumps(totals | {"first": [score], "final": [last]}))

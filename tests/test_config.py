@@ -76,6 +76,7 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["cohort={}"], "cohort.kind: missing; known: all, uniform, cyclic"),
         (['data.prompt="{a}"'], "data.answer: missing; it goes together with data.prompt"),
         (['data.answer="{a}"'], "data.prompt: missing; it goes together with data.answer"),
+        (['data.values=["a"]'], 'data.values: goes with data.partition = "column" only'),
         # types
         (["rounds=many"], "rounds: must be a valid integer, got 'many'"),
         (['rounds="3"'], "rounds: must be a valid integer, got '3'"),

@@ -75,7 +75,15 @@ def test_share(part: float, whole: float, text: str) -> None:
 def run_folder(folder: Path, *, splits: bool = True, answer: str = "great") -> Path:
     """The records of a run of one round, of two clients of which one was dropped."""
     samples = [{"prompt": "a [bold]sentence[/bold] :smile:", "expected": "great", "answer": answer}]
-    score = {"split": "heldout", "loss": 1.25, "perplexity": 3.5, "accuracy": 0.5, "rouge_l": None, "samples": samples}
+    score = {
+        "split": "heldout",
+        "loss": 1.25,
+        "perplexity": 3.5,
+        "accuracy": 0.5,
+        "rouge_l": None,
+        "bleu": None,
+        "samples": samples,
+    }
     totals = {"bytes_down": 400, "bytes_up": 100, "seconds": 61.0, "peak_memory_bytes": 2e8, "model_bytes": 100_000}
     evals = {"first": [score] if splits else [], "final": [score | {"loss": 1.0}] if splits else []}
     clients = [{"id": 0, "bytes_down": 200, "bytes_up": 100}, {"id": 1, "bytes_down": 200, "bytes_up": 0, "error": "x"}]
@@ -117,8 +125,9 @@ def test_a_run_without_held_out_rows_has_no_empty_table(tmp_path: Path, capsys: 
 
 
 def test_scores_and_methods_are_lines_of_any_length(capsys: pytest.CaptureFixture[str]) -> None:
-    print_scores([{"split": "data", "loss": 1.0, "perplexity": 2.7, "accuracy": None, "rouge_l": 0.25, "rows": 1}])
-    assert capsys.readouterr().out == "data: loss 1.0000, perplexity 2.700, Rouge-L 0.250 (1 row)\n"
+    score = {"split": "data", "loss": 1.0, "perplexity": 2.7, "accuracy": None, "rouge_l": 0.25, "bleu": 12.5}
+    print_scores([score | {"rows": 1}])
+    assert capsys.readouterr().out == "data: loss 1.0000, perplexity 2.700, Rouge-L 0.250, BLEU 12.5 (1 row)\n"
     fields = {"order": {"type": "a" * 90, "default": [1]}, "lr": {"type": "float | None", "default": None}}
     print_methods({"own": {"about": "b" * 90, "paper": "", "fields": fields}})
     out = capsys.readouterr().out

@@ -53,6 +53,10 @@ def rows_of(data: config.Data, key: Key) -> Rows:
         if data.rows is not None and data.rows < len(rows):
             rows = [rows[i] for i in sorted(key.fold("rows").permutation(len(rows))[: data.rows].tolist())]
         clients = partition.by_column(rows, data.column) if data.partition == "column" else {"": rows}
+        if data.values is not None:
+            if unknown := set(data.values) - set(clients):
+                raise ConfigError(f"data.values: {min(unknown)!r} is not in column {data.column!r} of {data.path}")
+            clients = {name: held for name, held in clients.items() if name in data.values}
     splits = {}
     if isinstance(data.heldout, str):
         splits["heldout"] = _read(data.heldout)

@@ -108,8 +108,8 @@ class Plan:
         return config.parse(tree, f"compare, {self.name}")
 
     def tuning(self) -> dict[float, Job]:
-        """A job for each rate of the grid."""
-        if self.name == "base" or not self.grid or not self.rounds or math.isnan(base := self.rate()):
+        """A job for each rate of the grid; none for a control, which has the rate of what it controls."""
+        if self.shuffled or self.name == "base" or not self.grid or not self.rounds or math.isnan(base := self.rate()):
             return {}
         first, rates = self.seeds[0], [float(f"{base * factor:.3g}") for factor in sorted(self.grid)]
         changes: Tree = {"data": {"validation": self.validation}}
@@ -283,10 +283,9 @@ def recall(made: Sequence[Plan], settings: Settings, out: Path) -> None:
         plan.cost = apart.read(out / plan.name / "cost")
     settle(made, settings)
     for plan in made:
-        if not plan.shuffled and not plan.tuned:
-            jobs = plan.tuning()
-            if jobs and all((out / job.name / "summary.json").exists() for job in jobs.values()):
-                tune(plan, out, lambda text: None)
+        jobs = plan.tuning()
+        if jobs and not plan.tuned and all((out / job.name / "summary.json").exists() for job in jobs.values()):
+            tune(plan, out, lambda text: None)
     for plan in made:
         if plan.shuffled:
             plan.lr = next(other.lr for other in made if other.name == plan.name and not other.shuffled)

@@ -66,16 +66,18 @@ class Data(_Section):
     """The clients' rows, and how they are shown to the model.
 
     `path`: a folder (one .jsonl a client), one .jsonl file to be partitioned, or the name of a packaged set.
-    `partition`: files, iid, dirichlet (skew of `column`) or column (a client a value of `column`). `template` names a
-    prompt template; `prompt` and `answer` are format strings over the columns, instead of it. With `choices` the
-    answers are a closed set, scored against each other; `loss = "answer"` trains on the answer's tokens all the same.
-    `words` replaces the values of the column `output`, such as labels by the words that stand for them. `balanced`: a
-    client's batches hold the answers of a closed set in equal numbers, however skewed its rows are.
+    `partition`: files, iid, dirichlet (skew of `column`) or column (a client a value of `column`, all or those in
+    `values`). `template` names a prompt template; `prompt` and `answer` are format strings over the columns, instead
+    of it. With `choices` the answers are a closed set, scored against each other; `loss = "answer"` trains on the
+    answer's tokens all the same. `words` replaces the values of the column `output`, such as labels by the words that
+    stand for them. `balanced`: a client's batches hold the answers of a closed set in equal numbers, however skewed
+    its rows are.
     """
 
     path: str
     partition: Literal["files", "iid", "dirichlet", "column"] = "iid"
     column: str = "output"
+    values: tuple[str, ...] | None = Field(None, min_length=1)  # of the column that are clients; all where it is None
     clients: PositiveInt = 8
     alpha: PositiveFloat = 1.0
     minimum: PositiveInt = 1  # rows that each client gets at least, under dirichlet
@@ -114,6 +116,8 @@ class Data(_Section):
         for lacking, other in (("prompt", "answer"), ("answer", "prompt")):
             if getattr(self, lacking) is None and getattr(self, other) is not None:
                 raise ConfigError(f"data.{lacking}: missing; it goes together with data.{other}")
+        if self.values is not None and self.partition != "column":
+            raise ConfigError('data.values: goes with data.partition = "column" only')
         return self
 
 

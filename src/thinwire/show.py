@@ -139,8 +139,8 @@ def print_summary(folder: Path) -> None:
     if evals:
         table = Table("score", Column("before", justify="right"), Column("after", justify="right"))
         for first, final in evals:
-            for field, name in (("loss", "loss"), ("accuracy", "accuracy"), ("rouge_l", "Rouge-L")):
-                if final[field] is not None:
+            for field, name in (("loss", "loss"), ("accuracy", "accuracy"), ("rouge_l", "Rouge-L"), ("bleu", "BLEU")):
+                if final.get(field) is not None:
                     table.add_row(f"{first['split']} {name}", f"{first[field]:.3f}", f"{final[field]:.3f}")
         console.print(table)
     file = folder / "run.toml"
@@ -256,6 +256,8 @@ def _score(record: Record) -> str:
         parts.append(f"accuracy {record['accuracy']:.3f}")
     if record["rouge_l"] is not None:
         parts.append(f"Rouge-L {record['rouge_l']:.3f}")
+    if record["bleu"] is not None:
+        parts.append(f"BLEU {record['bleu']:.1f}")
     return ", ".join(parts)
 
 

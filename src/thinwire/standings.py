@@ -15,7 +15,7 @@ from thinwire.compare import ALONE, Plan
 from thinwire.config import Run
 from thinwire.runtime.loop import read_records
 
-SCORES = ("loss", "accuracy", "rouge_l")
+SCORES = ("loss", "accuracy", "rouge_l", "bleu")
 TRAVEL = {"bytes_down", "bytes_up", "bytes_visit", "server_memory", "server_seconds", "round_seconds"}
 
 
@@ -134,7 +134,7 @@ def _record(folder: Path, run: Run) -> Record:
 
 
 def _flat(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {f"{row['split']} {score}": row[score] for row in evals for score in SCORES if row[score] is not None}
+    return {f"{row['split']} {score}": row[score] for row in evals for score in SCORES if row.get(score) is not None}
 
 
 def _loss(scores: Mapping[str, float]) -> float:

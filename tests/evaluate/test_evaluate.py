@@ -18,7 +18,7 @@ from thinwire.data.batch import Dataset, Example, collate
 from thinwire.evaluate.choice import accuracy
 from thinwire.evaluate.evaluate import Score, Split, answers, evaluate
 from thinwire.evaluate.loss import mean_loss
-from thinwire.evaluate.rouge import generate, rouge_l
+from thinwire.evaluate.text import bleu, generate, references, rouge_l
 from thinwire.model.flat import Net
 from thinwire.train.objective import loss, scores
 
@@ -103,20 +103,39 @@ def test_a_forced_answer_stops_at_the_end_token(parrot: Net) -> None:
         ),
         pad=PAD,
     )
-    score, found = rouge_l(parrot.model, parrot.tokenizer, data, 10, 2)
-    assert (score, found) == (1.0, ["bcde", "e"])
-    # At most three tokens fit: "bcd" is another word than "bcde".
-    assert rouge_l(parrot.model, parrot.tokenizer, data, 3, 2) == (0.5, ["bcd", "e"])
-    unknown = replace(data, examples=tuple(replace(e, references=()) for e in data.examples))
-    assert rouge_l(parrot.model, parrot.tokenizer, unknown, 10, 2)[0] == 0.5
-    nothing = replace(data, examples=(Example(tokens("e"), tokens("b"), references=("b",)),))
-    assert rouge_l(parrot.model, parrot.tokenizer, nothing, 10, 2) == (0.0, [""])
+    assert generate(parrot.model, parrot.tokenizer, data, 10, 2) == ["bcde", "e"]
+    assert generate(parrot.model, parrot.tokenizer, data, 3, 2) == ["bcd", "e"]
+    nothing = replace(data, examples=(Example(tokens("e"), tokens("b")),))
+    assert generate(parrot.model, parrot.tokenizer, nothing, 10, 2) == [""]
+
+
+def test_what_is_accepted_is_the_references_or_the_answer(parrot: Net) -> None:
+    examples = (Example(tokens("x"), tokens("bcde"), references=("one", "two")), Example(tokens("x"), tokens("bc")))
+    assert references(parrot.tokenizer, examples) == [("one", "two"), ("bc",)]
+
+
+def test_rouge_is_of_the_best_reference_and_of_whole_words() -> None:
+    assert rouge_l(["bcde", "e"], [("nothing", "BCDE"), ("e",)]) == 1.0
+    assert rouge_l(["bcd", "e"], [("nothing", "BCDE"), ("e",)]) == 0.5
+    assert rouge_l([""], [("b",)]) == 0.0
+    assert rouge_l(["a b c"], [("a c",)]) == pytest.approx(0.8)  # 2 of 3 words, 2 of 2: 2 * 2/3 / (5/3)
+
+
+def test_bleu_is_of_all_answers_at_once() -> None:
+    text = "the cat sat on the mat today"
+    assert bleu([text], [(text,)]) == pytest.approx(100)
+    # 7, 6, 5 and 4 of as many n-grams, then half of each beside an answer of which nothing is right
+    assert bleu([text, "x y z u v w q"], [(text,), ("some other words that never match here",)]) == pytest.approx(50)
+    assert bleu([text, text], [("nothing", text), (text,)]) == pytest.approx(100)
+    # a brevity penalty: every n-gram is right, and a half is missing
+    assert bleu(["the cat sat on"], [("the cat sat on the mat today sir",)]) == pytest.approx(100 * math.exp(-1))
+    assert bleu([""], [("b",)]) == 0
 
 
 def test_a_right_model_has_perfect_scores(parrot: Net) -> None:
     data = Dataset((Example(tokens("a"), (*tokens("bcde"), EOS), references=("bcde",)),), pad=PAD)
     score = evaluate(parrot, Split("heldout", data, generate=5), max_new_tokens=8)
-    assert score == Score("heldout", score.loss, math.exp(score.loss), None, 1.0, 1)
+    assert score == Score("heldout", score.loss, math.exp(score.loss), None, 1.0, 0.0, 1)
     assert score.loss == pytest.approx(0.0, abs=1e-6)
     closed = Dataset(
         (Example(tokens("a"), (), choice=1), Example(tokens("xm"), (), choice=0)),
@@ -125,7 +144,7 @@ def test_a_right_model_has_perfect_scores(parrot: Net) -> None:
         choices=("no", "bc"),
     )
     score = evaluate(parrot, Split("train", closed, generate=5))
-    assert (score.accuracy, score.rouge_l, score.rows) == (1.0, None, 2)
+    assert (score.accuracy, score.rouge_l, score.bleu, score.rows) == (1.0, None, None, 2)
     assert score.loss == pytest.approx(0.0, abs=1e-6)
     assert answers(parrot, closed, 2) == ["bc", "no"]
     assert answers(parrot, replace(closed, choices=()), 1) == ["bc"]
@@ -181,6 +200,8 @@ def test_nothing_to_evaluate_is_refused(net: Net) -> None:
         with pytest.raises(ValueError, match=r"no answer tokens|at least one"):
             evaluate(net, Split("empty", data))
     with pytest.raises(ValueError, match="at least one"):
-        rouge_l(net.model, net.tokenizer, OPEN, 5, 2, limit=0)
+        rouge_l([], [])
+    with pytest.raises(ValueError, match="at least one"):
+        bleu([], [])
     with pytest.raises(ValueError, match="closed"):
         accuracy(net.model, OPEN, 2)

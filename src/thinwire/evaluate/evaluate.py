@@ -13,13 +13,13 @@ from torch import nn
 from thinwire.data.batch import Dataset
 from thinwire.evaluate.choice import accuracy, predict
 from thinwire.evaluate.loss import mean_loss
-from thinwire.evaluate.rouge import generate, rouge_l
+from thinwire.evaluate.text import bleu, generate, references, rouge_l
 from thinwire.model.flat import Net
 
 
 @dataclass(frozen=True)
 class Split:
-    """A data set under its name; `generate` is how many of its first rows are answered for Rouge-L, 0 for none."""
+    """A data set under its name; `generate` is how many of its first rows are answered in text, 0 for none."""
 
     name: str
     data: Dataset
@@ -28,32 +28,35 @@ class Split:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found; accuracy is None for open answers, rouge_l where nothing was generated."""
+    """What an evaluation found; accuracy is None for open answers, rouge_l and bleu where nothing was generated."""
 
     split: str
     loss: float
     perplexity: float
     accuracy: float | None
     rouge_l: float | None
+    bleu: float | None
     rows: int
 
 
 @torch.inference_mode()
 def evaluate(net: Net, split: Split, batch_size: int = 8, max_new_tokens: int = 64) -> Score:
-    """Loss and perplexity of the net's present weights, accuracy over a closed set, Rouge-L over open answers.
+    """Loss and perplexity of the net's present weights, accuracy over a closed set, Rouge-L and BLEU over open ones.
 
     Perplexity is the exponential of the loss, infinite where that overflows. ValueError: the split has
     nothing to evaluate.
     """
-    right, rouge = None, None
+    right, rouge, blue = None, None, None
     with _eval_mode(net.model):
         if split.data.candidates is not None:
             right, loss, _ = accuracy(net.model, split.data, batch_size)
         else:
             loss, _ = mean_loss(net.model, split.data, batch_size)
             if split.generate > 0:
-                rouge, _ = rouge_l(net.model, net.tokenizer, split.data, max_new_tokens, batch_size, split.generate)
-    return Score(split.name, loss, _exp(loss), right, rouge, len(split.data))
+                found = generate(net.model, net.tokenizer, split.data, max_new_tokens, batch_size, split.generate)
+                accepted = references(net.tokenizer, split.data.examples[: split.generate])
+                rouge, blue = rouge_l(found, accepted), bleu(found, accepted)
+    return Score(split.name, loss, _exp(loss), right, rouge, blue, len(split.data))
 
 
 @torch.inference_mode()

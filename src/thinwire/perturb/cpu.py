@@ -28,6 +28,8 @@ TILE_BLOCKS = 256
 TILE = TILE_BLOCKS * BLOCK
 CHUNK = 32 * TILE
 """Elements that a thread takes at a time; chunks begin at multiples of it from element 0 of the parameter."""
+ALONE = 1 << 20
+"""Elements times seeds below which a second thread takes more than it gives."""
 
 # every integer in the kernel is uint64: numba turns a mix of signed and unsigned into float64
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
@@ -156,6 +158,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+def _threads_for(size: int, seeds: int) -> int:
+    """How many threads share the work where nobody says: torch's, but one alone where there is little of it.
+
+    torch's own threads spin for a while after each of its operations, and one of ours that wakes then has to wait.
+    """
+    return torch.get_num_threads() if size * seeds >= ALONE else 1
+
+
 def _share(sweep: Callable[[int, int], None], start: int, size: int, threads: int) -> None:
     """sweep(low, high) over slices that make up 0 .. size, cut where start + low is a multiple of CHUNK."""
     if size <= CHUNK or threads <= 1:
@@ -202,7 +212,8 @@ def accumulate(
     """out = scale * weight + sum_k coefs[k] * z_{seeds[k]}, to the bit what `philox.accumulate` gives.
 
     weight, out: contiguous float32 [n]; out is weight itself or shares no memory with it. seeds: integers [k] below
-    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to torch's. ValueError on anything else.
+    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to torch's, or
+    to one where there is little to do. ValueError on anything else.
     """
     _check_array("weight", weight)
     _check_array("out", out)
@@ -219,7 +230,7 @@ def accumulate(
     # numba compiles once more for every further type, and mixes uint64 and int64 into float64
     start = int(start)
     key, parameter, factor, table = np.uint64(run_key), np.uint64(pid), np.float32(scale), quantiles()
-    threads = torch.get_num_threads() if threads is None else threads
+    threads = _threads_for(weight.size, seeds.size) if threads is None else threads
 
     def sweep(low: int, high: int) -> None:
         _sweep(weight[low:high], out[low:high], start + low, key, parameter, seeds, coefs, factor, table)

@@ -15,11 +15,10 @@ The kernels give the same bits for any thread count and on any CPU, as those of 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from thinwire.perturb.cpu import _LOW, TILE, _check_array, _draw, _share
+from thinwire.perturb.cpu import _LOW, TILE, _check_array, _draw, _share, _threads_for
 from thinwire.perturb.philox import check_address, check_seeds, philox4x32
 
 BLOCK = 4
@@ -179,7 +178,8 @@ def accumulate(
     """out = scale * weight + sum_k coefs[k] * z_{seeds[k]}, to the bit what `reference` gives.
 
     weight, out: contiguous float32 [n]; out is weight itself or shares no memory with it. seeds: integers [k] below
-    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to torch's. ValueError on anything else.
+    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to torch's, or
+    to one where there is little to do. ValueError on anything else.
     """
     _check_array("weight", weight)
     _check_array("out", out)
@@ -206,7 +206,7 @@ def accumulate(
     def sweep(low: int, high: int) -> None:
         _sweep(weight[low:high], out[low:high], start + low, key, parameter, groups, tables, bit, factor)
 
-    _share(sweep, start, weight.size, torch.get_num_threads() if threads is None else threads)
+    _share(sweep, start, weight.size, _threads_for(weight.size, seeds.size) if threads is None else threads)
 
 
 @njit(inline="always")

@@ -1,15 +1,15 @@
-"""Greedy answers to open questions, and their Rouge-L.
+"""Greedy answers to open questions, their Rouge-L and their BLEU.
 
-The score is that of the package rouge-score, without stemming: words are runs of ASCII letters and digits, in
+Rouge-L is that of the package rouge-score, without stemming: words are runs of ASCII letters and digits, in
 lower case, so that text in other scripts scores 0. FedKSeed's authors used the package `rouge`, whose words
 are what lies between spaces and which weighs precision and recall otherwise: scores of the two are not
-comparable to the digit.
+comparable to the digit. BLEU is sacrebleu's, of the whole set at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,31 +20,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def rouge_l(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    max_new_tokens: int,
-    batch_size: int,
-    limit: int | None = None,
-) -> tuple[float, list[str]]:
-    """The mean, over the first `limit` examples (None: all), of the best Rouge-L F1 of any reference; and the answers.
+def references(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    """What each example accepts as an answer: its references, or without any the text of its answer."""
+    return [example.references or (tokenizer.decode(example.answer, skip_special_tokens=True),) for example in examples]
 
-    An empty answer scores 0. An example without references is compared with its answer's text. ValueError: no
-    example.
+
+def rouge_l(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
+    """The mean over answers of the best Rouge-L F1 against any that is accepted, 0 to 1; an empty answer scores 0.
+
+    ValueError: no answer.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    found = generate(model, tokenizer, dataset, max_new_tokens, batch_size, limit)
-    if not found:
-        raise ValueError("Rouge-L needs at least one example")
+    if not answers:
+        raise ValueError("Rouge-L needs at least one answer")
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    total = 0.0
-    for example, answer in zip(dataset.examples, found, strict=False):
-        references = example.references or (tokenizer.decode(example.answer, skip_special_tokens=True),)
-        if answer:
-            total += max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in references)
-    return total / len(found), found
+    best = (
+        max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in several) if answer else 0.0
+        for answer, several in zip(answers, accepted, strict=True)
+    )
+    return float(sum(best) / len(answers))
+
+
+def bleu(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
+    """BLEU of all answers together, 0 to 100, with sacrebleu's tokens and smoothing. ValueError: no answer."""
+    from sacrebleu.metrics import BLEU
+
+    if not answers:
+        raise ValueError("BLEU needs at least one answer")
+    most = max(map(len, accepted))
+    streams = [[several[i] if i < len(several) else None for several in accepted] for i in range(most)]
+    return float(BLEU().corpus_score(answers, streams).score)
 
 
 @torch.inference_mode()
