@@ -48,7 +48,8 @@ def differences() -> Iterator[tuple[float, Weights, Weights]]:
         with torch.no_grad():
             for name, parameter in net.parameters():
                 parameter.copy_(old[name])
-        train_locally(net, data.batches(Key.root(0).fold("batches"), BATCH), STEPS, "adamw", rate, 0.0, 1.0)
+        batches = data.batches(Key.root(0).fold("batches"), BATCH)
+        train_locally(net.model, [p for _, p in net.parameters()], batches, STEPS, "adamw", rate, 0.0, 1.0)
         yield rate, old, {name: p.detach().bfloat16() for name, p in net.parameters()}
 
 

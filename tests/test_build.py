@@ -172,6 +172,16 @@ def test_a_closed_set_can_be_trained_on_as_text(place: Path, net: Net, tmp_path:
         assert list(job.names) == ["client-0", "client-1"]
 
 
+def test_the_server_holds_its_own_rows_alone(place: Path, net: Net, tmp_path: Path) -> None:
+    tree = {"method": {"name": "fedavg"}, "data": {"path": str(place / "rows.jsonl"), "clients": 2}}
+    for public, count in ((None, None), (str(place / "held.jsonl"), 5)):
+        tree["data"] |= {"public": public} if public else {}
+        run = config.parse(tree)
+        job = build.job(run, build.rows_of(run.data, KEY), net, tmp_path, 0, build.Watch())
+        assert (job.public and len(job.public)) == count
+        assert sum(map(len, job.clients)) == 36
+
+
 def test_splits_are_the_same_few_rows_every_time(place: Path, net: Net) -> None:
     tree = {"method": {"name": "fedavg"}, "data": {"path": str(place / "rows.jsonl"), "heldout": 20}}
     run = config.parse(tree | {"eval": {"rows": 6}})

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -86,3 +87,45 @@ def test_kill_9_on_the_real_model_and_resume(method: str, tmp_path: Path) -> Non
     assert start("killed", "--resume").wait(1200) == 0
     ends = [json.loads((tmp_path / out / "summary.json").read_text())["sha256"] for out in ("whole", "killed")]
     assert ends[0] == ends[1]
+
+
+@real
+@pytest.mark.long
+@pytest.mark.parametrize("code", [[], ["method.codec=topk", "method.bits=4"]], ids=["lossless", "topk"])
+def test_peers_hold_the_same_bits_after_ten_real_rounds(code: list[str], tmp_path: Path) -> None:
+    """Twenty AdamW steps a visit; the third client joins in round 5, the second misses rounds 4 to 6."""
+    from thinwire import build, config
+    from thinwire.core import Client, Round, Server, run_round
+    from thinwire.keys import Key
+    from thinwire.runtime.inprocess import InProcess
+    from thinwire.runtime.store import VersionStore, version_of
+
+    run = config.load(RECIPES / "demo-gradualdiff.toml", ["method.steps=20", "method.batch_size=4", *code])
+    net, key = build.net_of(run), Key.root(0)
+    data = [build.client_data(run, held, net.tokenizer) for held in build.rows_of(run.data, key).clients.values()]
+    stores = [VersionStore(tmp_path / f"client-{id}", 1) for id in range(3)]  # each has its own, of one version
+    memories: list[dict[str, Any]] = [{}, {}, {}]
+    held: dict[int, str] = {}
+
+    def client(id: int, round: int) -> Client:
+        keys = key.fold("client", id, "round", round)
+        return Client(id, net, data[id], keys, memories[id], stores[id], held.get(id))
+
+    def server(round: int, cohort: tuple[int, ...]) -> Server:
+        return Server(net, key.fold("server", round), round, 10, cohort, versions)
+
+    versions = VersionStore(tmp_path / "server", 8)
+    state = run.method.init(server(0, ()))
+    start, transport = state.version, InProcess(run.method, client, spool=tmp_path)
+    for round in range(1, 11):
+        cohort = tuple(id for id in range(3) if not (id == 1 and 4 <= round <= 6) and not (id == 2 and round < 5))
+        at = Round(1, server(round, cohort), transport, held, tmp_path)
+        state, _ = run_round(run.method, state, at)
+        assert not [visit.error for visit in at.visits.values() if visit.error]
+    assert state.version == version_of(state.weights) != start
+    for id in range(3):
+        last = client(id, 11)
+        run.method.receive(run.method.broadcast(state, server(11, (0, 1, 2)), id, last.held), last)
+        mine = stores[id].get(state.version)
+        assert mine is not None
+        assert version_of(mine) == state.version

@@ -93,13 +93,14 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     build.use_threads(run)
     before = memory.resident()
     net = build.net_of(run, remember=True)
+    public = build.public_data(run, net.tokenizer)
     memory.reset()
     held: dict[int, str] = {}
     versions, transport = VersionStore(folder / "server"), Processes(folder, held)
 
     def at(round: int) -> Server:
         key = Key.root(run.seed).fold("server", round)
-        return Server(net, key, round, run.rounds, cohort if round else (), versions)
+        return Server(net, key, round, run.rounds, cohort if round else (), versions, public)
 
     state = run.method.init(at(0))
     sent, clients, alone = [], 0.0, 0.0
@@ -128,7 +129,7 @@ def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
     build.use_threads(run)
     rows = build.rows_of(run.data, Key.root(run.seed))
     before = memory.resident()
-    net = build.net_of(run, remember=True)
+    net = build.net_of(run, remember=True, hollow=run.method.hollow)
     data = build.client_data(run, list(rows.clients.values())[id], net.tokenizer)
     frame = _frame(folder / "down")
     number = wire.peek(frame).round

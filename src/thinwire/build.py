@@ -115,6 +115,11 @@ def client_data(run: Run, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -
     return replace(dataset(training, rows, tokenizer), balanced=run.data.balanced)
 
 
+def public_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+    """The rows that the server holds, if the run names any; raises DataError."""
+    return None if run.data.public is None else client_data(run, _read(run.data.public), tokenizer)
+
+
 def _in_words(row: Row, words: Mapping[str, str]) -> Row:
     label = row.text("output")
     if label not in words:
@@ -122,13 +127,13 @@ def _in_words(row: Row, words: Mapping[str, str]) -> Row:
     return Row({**row.fields, "output": words[label]}, row.source, row.line)
 
 
-def net_of(run: Run, remember: bool = False) -> Net:
-    """The run's start model in memory, a LoRA view of it if the run says so; raises ModelError."""
+def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
+    """The run's start model in memory (unless hollow), a LoRA view of it if the run says so; raises ModelError."""
     model, adapt = run.model, None
     if model.lora is not None:
         key = Key.root(run.seed).fold("lora")
         adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
-    return Net.open(model.path, model.dtype, remember=remember, device=model.device, adapt=adapt)
+    return Net.open(model.path, model.dtype, remember=remember, device=model.device, adapt=adapt, hollow=hollow)
 
 
 def use_threads(run: Run) -> None:
@@ -185,6 +190,8 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         segments=run.cohort,
         evaluate=scorer(run, net, splits_of(run, rows, net.tokenizer)),
         eval_every=run.eval.every,
+        public=public_data(run, net.tokenizer),
+        keep_versions=8 + run.method.versions_each * len(rows.clients),
         memory_before_model=memory_before_model,
         watch=watch,
     )

@@ -95,6 +95,7 @@ class Data(_Section):
     too_long: Literal["cut", "drop"] = "cut"  # what is done with rows beyond max_length
     shuffle_answers: bool = False  # a control: what is learnt then is only format
     pooled: bool = False  # a reference: all the clients' rows with one client
+    public: str | None = None  # a .jsonl file whose rows the server holds, for checks and calibration
     validation: float = Field(default=0.0, ge=0, lt=1)  # score on this share of the clients' rows, not on held-out ones
 
     @field_validator("heldout")

@@ -88,6 +88,8 @@ class Method(BaseModel):
     Up: ClassVar[type]
     State: ClassVar[type]
     paper: ClassVar[str] = ""
+    hollow: ClassVar[bool] = False  # the client half needs the net's names, config and base, and not its weights
+    versions_each: ClassVar[int] = 0  # versions of their own that the server keeps for each client
 
     def init(self, server: Server) -> Any:
         """The state before the first round."""

@@ -29,7 +29,8 @@ def lora_net(folder: Path, seed: int = 0, dtype: str = "float32") -> Net:
 
 
 def train(net: Net) -> None:
-    train_locally(net, closed_data(net, 16, 1).batches(Key.root(1), 4), 4, "adamw", 1e-2)
+    batches = closed_data(net, 16, 1).batches(Key.root(1), 4)
+    train_locally(net.model, [p for _, p in net.parameters()], batches, 4, "adamw", 1e-2)
 
 
 @pytest.fixture

@@ -305,3 +305,18 @@ def test_the_hash_is_of_names_and_values_alone(tmp_path: Path, net: Net) -> None
         weight = net.parameter("model.norm.weight")
         weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
     assert net.state_sha256() != before
+
+
+@pytest.mark.parametrize("make", [tiny_model, gpt2, qwen2, lambda: qwen2(tied=False)])
+def test_a_hollow_net_is_the_net_without_memory(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    whole, hollow = Net.open(str(tmp_path), "bfloat16"), Net.open(str(tmp_path), "bfloat16", hollow=True)
+    assert all(p.is_meta for p in hollow.model.parameters())
+    assert not any(b.is_meta for b in hollow.model.buffers())
+    assert {n: (p.shape, p.dtype) for n, p in hollow.parameters()} == {
+        n: (p.shape, p.dtype) for n, p in whole.parameters()
+    }
+    assert hollow.names == whole.names
+    for name in whole.names:
+        assert torch.equal(hollow.base[name], whole.base[name]), name

@@ -7,13 +7,13 @@ examples. The reference that the thin methods are measured against.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from thinwire.core import Client, Method, Metrics, Server
 from thinwire.model.flat import Net
@@ -52,11 +52,30 @@ class FirstOrder(Method):
     batch_size: PositiveInt = 8
     clip: NonNegativeFloat = 1.0  # of the gradient's norm; 0: none
     weighting: Literal["examples", "uniform"] = "examples"
+    recompute: bool = False  # what is within a layer is computed again on the way back: less memory, more time
 
-    def train(self, client: Client, lr: float, masters: list[Tensor] | None = None) -> tuple[float, int]:
-        """The local steps on the client's net, in place; see train_locally."""
+    def train(
+        self,
+        client: Client,
+        lr: float,
+        masters: list[Tensor] | None = None,
+        model: nn.Module | None = None,
+        parameters: Sequence[nn.Parameter] | None = None,
+    ) -> tuple[float, int]:
+        """The local steps on the client's net, or on these parameters of a model, in place; see train_locally."""
         batches = client.data.batches(client.key.fold("batches"), self.batch_size)
-        return train_locally(client.net, batches, self.steps, self.optimiser, lr, self.weight_decay, self.clip, masters)
+        return train_locally(
+            model if model is not None else client.net.model,
+            parameters if parameters is not None else [p for _, p in client.net.parameters()],
+            batches,
+            self.steps,
+            self.optimiser,
+            lr,
+            self.weight_decay,
+            self.clip,
+            masters,
+            self.recompute,
+        )
 
     def passes(self) -> float:
         return 3 * self.steps * self.batch_size

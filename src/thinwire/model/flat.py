@@ -67,7 +67,7 @@ class Base(Mapping[str, Tensor]):
         file, key = self._places[name]
         # Opened anew each time: the pages of one map would stay resident, all of the model's in the end.
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(key).to(parameter.device, parameter.dtype)
+            return opened.get_tensor(key).to("cpu" if parameter.is_meta else parameter.device, parameter.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
@@ -136,12 +136,17 @@ class Net:
         remember: bool = False,
         device: str = "cpu",
         adapt: Callable[[PreTrainedModel], None] | None = None,
+        hollow: bool = False,
     ) -> Net:
         """Load the model at `path` (see load.resolve) onto `device` and wrap it. ModelError as there.
 
         `adapt` may add parameters to the model and freeze others, as adapters.add_lora does, before it is wrapped.
+        A `hollow` net has names, shapes, config, tokenizer and base, and no weights in memory: for a client half that
+        builds a smaller model of its own.
         """
-        model, tokenizer, folder = load(path, dtype)
+        model, tokenizer, folder = load(path, dtype, hollow)
+        if hollow:
+            return cls(model, tokenizer, folder)
         if adapt is not None:
             adapt(model)
         try:

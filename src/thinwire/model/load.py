@@ -66,8 +66,10 @@ def resolve(path: str) -> Path:
     return folder
 
 
-def load(path: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """The model, its tokenizer and its folder.
+def load(
+    path: str, dtype: str = "float32", hollow: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """The model, its tokenizer and its folder; where it is to be hollow, its parameters have no memory (device meta).
 
     `dtype` is float32, bfloat16 or float16. The model is in eval mode (no dropout), on the CPU, does not
     build a key-value cache unless it generates, and uses fused attention where its architecture has it (the
@@ -78,7 +80,7 @@ def load(path: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrained
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")
     folder = resolve(path)
     with quiet():
-        model = _read_model(folder, DTYPES[dtype])
+        model = (_hollow_model if hollow else _read_model)(folder, DTYPES[dtype])
         tokenizer = _read_tokenizer(folder)
     _own(model)
     model.eval()
@@ -282,6 +284,20 @@ def _read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"the weights in {folder} lack {len(absent)} tensors that the model needs, such as {absent[0]}"
         )
     return model
+
+
+def _hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.tie_weights()  # emptied one by one, tied parameters have become two
+        return model
+    except Exception as error:  # as above
+        raise ModelError(f"cannot read the model's config in {folder}: {first_line(error)}") from error
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
