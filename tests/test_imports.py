@@ -19,7 +19,7 @@ ALLOWED = {
     "model": {"keys", "data"},
     "train": {"keys", "data", "model"},
     "perturb": {"keys", "data", "model", "train"},
-    "compress": {"perturb"},
+    "compress": {"perturb", "model"},
     "methods": {"core", "wire", "keys", "data"} | PARTS,
     "evaluate": {"keys", "data", "model", "train"},
     "runtime": {"core", "wire", "keys"},

@@ -5,9 +5,10 @@ from typing import Annotated
 from pydantic import Field
 
 from thinwire.methods.fedavg import FedAvg
+from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
 
-AnyMethod = Annotated[FedAvg | FedKSeed | FedZO | GradualDiff, Field(discriminator="name")]
-METHODS = {cls.model_fields["name"].default: cls for cls in (FedAvg, FedKSeed, FedZO, GradualDiff)}
+AnyMethod = Annotated[FedAvg | FedCyBGD | FedKSeed | FedZO | GradualDiff, Field(discriminator="name")]
+METHODS = {cls.model_fields["name"].default: cls for cls in (FedAvg, FedCyBGD, FedKSeed, FedZO, GradualDiff)}

@@ -94,7 +94,30 @@ class Difference:
     skipped: int = field(metadata={"release": True})
 
 
-class GradualDiff(FirstOrder):
+class Exact(FirstOrder):
+    """What methods have in common whose peers hold the same low-precision weights and tell exact differences."""
+
+    rounding: Literal["stochastic", "residue", "nearest"] = "stochastic"  # of what is told without loss
+    dtype: Literal["model", "bfloat16", "float16"] = (
+        "model"  # of the weights that peers hold; the model trains in its own
+    )
+    start: Literal["sent", "shared"] = "sent"  # shared: every site has the start model, newcomers are told a difference
+
+    def held_dtype(self, own: torch.dtype) -> torch.dtype:
+        """The dtype of what peers hold of a parameter."""
+        return own if self.dtype == "model" else getattr(torch, self.dtype)
+
+    def start_of(self, net: Net, name: str) -> Tensor:
+        """A tensor of the start model as peers hold it."""
+        weights = net.base[name]
+        return weights.to(self.held_dtype(weights.dtype))
+
+    def rounded(self, target: Tensor, dtype: torch.dtype, key: int, stream: int) -> Tensor:
+        """A float32 target in the dtype that is held."""
+        return stochastic(target, dtype, key, stream) if self.rounding == "stochastic" else target.to(dtype)
+
+
+class GradualDiff(Exact):
     """Local first-order steps; coded differences of weights travel both ways."""
 
     name: Literal["gradualdiff"] = "gradualdiff"
@@ -103,11 +126,6 @@ class GradualDiff(FirstOrder):
     share: float = Field(0.03, gt=0, le=1)  # of the weights, that topk tells
     feedback: bool = True  # what the codec loses is kept, and added to the next difference
     gate: bool = False  # what cannot change a weight as it is rounded is not told, but kept
-    rounding: Literal["stochastic", "residue", "nearest"] = "stochastic"  # of what is told without loss
-    dtype: Literal["model", "bfloat16", "float16"] = (
-        "model"  # of the weights that peers hold; the model trains in its own
-    )
-    start: Literal["sent", "shared"] = "sent"  # shared: every site has the start model, newcomers are told a difference
     server: Literal["average", "momentum", "adam", "yogi"] = "average"
     server_lr: PositiveFloat = 1.0
     momentum: float = Field(0.9, ge=0, lt=1)  # b1
@@ -124,7 +142,7 @@ class GradualDiff(FirstOrder):
         return self
 
     def init(self, server: Server) -> State:
-        weights = {name: self._start(server.net, name) for name in server.net.names}
+        weights = {name: self.start_of(server.net, name) for name in server.net.names}
         return State(weights, server.versions.put(weights))
 
     def broadcast(self, state: State, server: Server, client_id: int, held: str | None) -> Change:
@@ -138,7 +156,7 @@ class GradualDiff(FirstOrder):
             shared = known is None and self.start == "shared"
             base = START if shared else base
             changes = {
-                name: _coded(new, self._start(server.net, name) if shared else known and known[name])
+                name: coded(new, self.start_of(server.net, name) if shared else known and known[name])
                 for name, new in state.weights.items()
             }
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
@@ -157,8 +175,8 @@ class GradualDiff(FirstOrder):
             if not torch.isfinite(target).all():
                 raise Illegal(f"the update of {name} is not finite")
             if self.codec == "lossless":
-                new = self._rounded(target, old.dtype, key, i)
-                changes[name], left = _coded(new, old), target - new.float()
+                new = self.rounded(target, old.dtype, key, i)
+                changes[name], left = coded(new, old), target - new.float()
             else:
                 wanted = target - old.float()
                 changes[name], told = self._lossy(old, wanted, key, i)
@@ -194,8 +212,8 @@ class GradualDiff(FirstOrder):
             if state.residue is not None:
                 target += state.residue[name]
             if self.codec == "lossless":
-                weights[name] = self._rounded(target, old.dtype, key, i)
-                step[name] = _coded(weights[name], old)
+                weights[name] = self.rounded(target, old.dtype, key, i)
+                step[name] = coded(weights[name], old)
             else:
                 step[name], told_here = self._lossy(old, target - old.float(), key, i)
                 weights[name] = (old.float() + told_here).to(old.dtype)  # exactly what the peers make of it
@@ -209,7 +227,7 @@ class GradualDiff(FirstOrder):
 
     def receive(self, down: Change, client: Client) -> None:
         net = client.net
-        mine = layout({name: Spec(self._held(p.dtype), tuple(p.shape)) for name, p in net.parameters()})
+        mine = layout({name: Spec(self.held_dtype(p.dtype), tuple(p.shape)) for name, p in net.parameters()})
         if down.model != mine:
             raise Illegal(f"the server's model is {down.model}, this client's {mine}")
         known = client.versions.get(down.base) if down.base not in (None, START) else None
@@ -221,10 +239,10 @@ class GradualDiff(FirstOrder):
         @torch.no_grad()
         def build() -> None:
             for i, (name, parameter) in enumerate(net.parameters()):
-                old = self._start(net, name) if down.base == START else known and known[name]
-                spec = Spec(self._held(parameter.dtype), tuple(parameter.shape))
+                old = self.start_of(net, name) if down.base == START else known and known[name]
+                spec = Spec(self.held_dtype(parameter.dtype), tuple(parameter.shape))
                 if down.exact and len(down.changes):
-                    old = _decoded(down.changes[name], name, old, spec)
+                    old = decoded(down.changes[name], name, old, spec)
                 elif len(down.changes):
                     if old is None:
                         raise Illegal("a lossy change needs a version to build on")
@@ -239,17 +257,10 @@ class GradualDiff(FirstOrder):
             self._keep(client)
         client.held = down.version
 
-    def _held(self, own: torch.dtype) -> torch.dtype:
-        """The dtype of what peers hold of a parameter."""
-        return own if self.dtype == "model" else getattr(torch, self.dtype)
-
-    def _start(self, net: Net, name: str) -> Tensor:
-        weights = net.base[name]
-        return weights.to(self._held(weights.dtype))
-
     def _keep(self, client: Client) -> str:
         """The version of the weights in the client's net, which is then in its store."""
-        return client.versions.put({name: p.detach().to(self._held(p.dtype)) for name, p in client.net.parameters()})
+        weights = {name: p.detach().to(self.held_dtype(p.dtype)) for name, p in client.net.parameters()}
+        return client.versions.put(weights)
 
     @property
     def _keeps(self) -> bool:
@@ -262,9 +273,6 @@ class GradualDiff(FirstOrder):
         if bits != self.bits:
             raise ValueError(f"bits {self.bits} is not a whole number")
         return Blocks(bits) if self.codec == "blocks" else TopK(self.share, bits=bits)
-
-    def _rounded(self, target: Tensor, dtype: torch.dtype, key: int, stream: int) -> Tensor:
-        return stochastic(target, dtype, key, stream) if self.rounding == "stochastic" else target.to(dtype)
 
     def _lossy(self, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
         """The code of what is wanted of this tensor, and what it says, float32."""
@@ -288,7 +296,7 @@ class GradualDiff(FirstOrder):
             if self.codec != "lossless":
                 return self._undone(up.changes[name], name, specs[name], up.key, order[name])
             old = state.weights[name]
-            return _decoded(up.changes[name], name, old, specs[name]).float() - old.float()
+            return decoded(up.changes[name], name, old, specs[name]).float() - old.float()
 
         return LazyTensors({name: Spec(torch.float32, spec.shape) for name, spec in specs.items()}, read)
 
@@ -319,11 +327,13 @@ def layout(specs: Mapping[str, Spec]) -> str:
     return f"{count:,} {dtypes} weights in {len(specs)} tensors ({digest[:8]})"
 
 
-def _coded(new: Tensor, old: Tensor | None) -> Tensor:
+def coded(new: Tensor, old: Tensor | None) -> Tensor:
+    """The exact difference of two tensors, or without `old` the new one: uint8."""
     return _octets(ulp.encode(new, old))
 
 
-def _decoded(change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor:
+def decoded(change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor:
+    """The inverse; Illegal, with the tensor's name, for what is none."""
     try:
         return ulp.decode(_bytes(change), old, like.dtype, like.shape)
     except ValueError as error:

@@ -12,6 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from thinwire.model.errors import ModelError
+from thinwire.model.hollow import hollow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,9 +69,9 @@ def resolve(path: str) -> Path:
 
 
 def load(
-    path: str, dtype: str = "float32", hollow: bool = False
+    path: str, dtype: str = "float32", empty: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """The model, its tokenizer and its folder; where it is to be hollow, its parameters have no memory (device meta).
+    """The model, its tokenizer and its folder; if it is to be empty, its parameters have no memory (device meta).
 
     `dtype` is float32, bfloat16 or float16. The model is in eval mode (no dropout), on the CPU, does not
     build a key-value cache unless it generates, and uses fused attention where its architecture has it (the
@@ -80,9 +82,10 @@ def load(
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")
     folder = resolve(path)
     with quiet():
-        model = (_hollow_model if hollow else _read_model)(folder, DTYPES[dtype])
+        model = (_hollow_model if empty else _read_model)(folder, DTYPES[dtype])
         tokenizer = _read_tokenizer(folder)
-    _own(model)
+    if not empty:
+        _own(model)
     model.eval()
     model.config.use_cache = False
     _settle_pad(model, tokenizer, folder)
@@ -287,15 +290,11 @@ def _read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        model.tie_weights()  # emptied one by one, tied parameters have become two
-        return model
+        return hollow(partial(AutoModelForCausalLM.from_config, dtype=dtype, trust_remote_code=False), config)
     except Exception as error:  # as above
         raise ModelError(f"cannot read the model's config in {folder}: {first_line(error)}") from error
 

@@ -1,0 +1,396 @@
+"""FedCyBGD (Wang, Wang and Tang, 2024): clients take turns, and each trains one block of layers in a smaller model.
+
+    a cycle visits D blocks of consecutive layers, in an order; in a turn, for the next block j and the next client i:
+    client   downloads a proxy of the model around block j, trains block j alone, uploads w_j' - w_j
+    server   w_j <- w_j + a (w_j' - w_j);    the next client starts from there
+
+The proxy (the paper's hybrid compression, section 3.3) is a real smaller model: block j as it is; blocks that this
+cycle has not updated yet lose their least important layers; blocks that it has updated stay, with fewer heads and
+channels. What the client has seen of a tensor before, or has with the start model, is told as an exact difference.
+
+Variants: several clients in a turn train the same block, and the server takes their mean (`relay` with more than one
+client a round); or each another one, damped by a (`parallel`); or each the whole model in its turn (`full`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from thinwire.compress import importance, shrink
+from thinwire.compress.shrink import Cut, Width
+from thinwire.core import Client, Metrics, Server, StaleVersion
+from thinwire.methods.fedavg import fill
+from thinwire.methods.gradualdiff import LARGEST, Exact, coded, decoded, layout
+from thinwire.model.blocks import blocks_of, layer_of, layers_of
+from thinwire.model.errors import ModelError
+from thinwire.model.flat import Net
+from thinwire.train.objective import loss as batch_loss
+from thinwire.train.schedule import scheduled
+from thinwire.wire import Illegal
+from thinwire.wire.payload import Spec, specs_of
+
+Tensors = Mapping[str, Tensor]
+STEPS = (1.0, 0.5, 0.25, 0.0)  # of which a server that checks takes the best
+ROWS, LENGTH = 8, 128  # of the text that importance is measured on, where the server has no rows of its own
+
+
+@dataclass(frozen=True)
+class State:
+    """The weights, and how far the cycle is: blocks that are left, layers that it has updated, layers ever updated.
+
+    `member` says for each tensor which block it belongs to, -1 for none. `scores` is each layer's importance; `parts`
+    has that of each layer's heads and channels, "heads.3", float32.
+    """
+
+    weights: Tensors
+    member: list[int]
+    left: list[int]
+    updated: list[int]
+    ever: list[int]
+    scores: list[float]
+    parts: Tensors
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A smaller model around a block: what is left of each tensor, coded (uint8) or raw, by the whole model's names.
+
+    `cut` says which layers, heads and channels those are. `base` is the version of an earlier proxy that the client
+    holds: tensors that have their shape in it are told as differences to it. `model` says whose weights they are.
+    """
+
+    model: str
+    block: int
+    cut: Tensors
+    base: str | None
+    version: str
+    changes: Tensors
+    lr: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A client's difference to the block that it was told, coded or raw; examples, loss, skipped as in FedAvg."""
+
+    block: int = field(metadata={"release": True})
+    changes: Tensors = field(metadata={"release": True})
+    examples: int = field(metadata={"release": True})
+    loss: float = field(metadata={"release": True})
+    skipped: int = field(metadata={"release": True})
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where a model's layers are, and what layers and parameters each block has: runs of layers, then extra ones."""
+
+    layout: shrink.Layout
+    layers: tuple[tuple[int, ...], ...]
+    names: tuple[tuple[str, ...], ...]
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return len(self.layout.layers)
+
+    def layer(self, name: str) -> int | None:
+        """Which layer a parameter belongs to."""
+        return layer_of(name, self.layout.path)
+
+
+class FedCyBGD(Exact):
+    """Clients take turns; each trains one block, in a smaller model around it."""
+
+    name: Literal["fedcybgd"] = "fedcybgd"
+    lr: float = Field(1e-5, gt=0, le=100)
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    blocks: PositiveInt = 10
+    order: Literal["ascending", "descending", "random", "importance"] = "ascending"
+    extra: tuple[Literal["embeddings", "head"], ...] = ()  # blocks of their own for what is in no layer
+    variant: Literal["relay", "parallel", "full"] = "relay"
+    damping: float = Field(1.0, gt=0, le=1)  # a
+    drop: float = Field(0.3, ge=0, lt=1)  # of all layers, of those that are not updated yet
+    prune: float = Field(0.1, ge=0, lt=1)  # of the heads and channels of updated layers
+    importance: Literal["influence", "perplexity", "taylor"] = "influence"
+    spared: tuple[NonNegativeInt, NonNegativeInt] = (4, 2)  # first and last layers that are never dropped
+    shown: float = Field(
+        1.0, ge=0, le=1
+    )  # the published code's stand-in: this share of updated layers is told as it is
+    coded: bool = True
+    choose_step: bool = False  # take the best of steps 1, 1/2, 1/4 and 0 by the loss on the server's rows
+    layers: str | None = None  # where the model's layers are; found where it is None
+
+    Down, Up, State = Proxy, Trained, State
+    paper: ClassVar[str] = "Wang, Wang and Tang 2024, arXiv:2406.11187"
+    hollow: ClassVar[bool] = True
+    versions_each: ClassVar[int] = 1
+
+    def init(self, server: Server) -> State:
+        if self.choose_step and server.data is None:
+            raise ModelError("method.choose_step: needs rows at the server, data.public")
+        weights = {name: self.start_of(server.net, name) for name in server.net.names}
+        names = self._blocks(server.net).names
+        member = [next((b for b, own in enumerate(names) if name in own), -1) for name in weights]
+        return self._cycle(State(weights, member, [], [], [], [], {}), server)
+
+    def broadcast(self, state: State, server: Server, client_id: int, held: str | None) -> Proxy:
+        net, at = server.net, self._blocks(server.net)
+        block = state.left[client_id % len(state.left) if self.variant == "parallel" else 0]
+        cut, hidden = self._cut(state, at, block), self._hidden(state, at, block, server)
+        told: dict[str, Tensor] = {}
+        for name, weights in state.weights.items():
+            source = self.start_of(net, name) if at.layer(name) in hidden else weights
+            if (part := shrink.sliced(name, source, cut, at.layout)) is not None:
+                told[name] = part
+        known = server.versions.get(held) if held is not None else None
+        changes = {
+            name: coded(part, self._base(net, known, name, Spec.of(part), cut, at)) if self.coded else part
+            for name, part in told.items()
+        }
+        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
+        base = held if known is not None else None
+        version = server.versions.put(told)  # only now: what is put may push out what is known
+        return Proxy(layout(specs_of(state.weights)), block, cut.packed(), base, version, changes, lr)
+
+    def client_update(self, down: Proxy, client: Client) -> Trained:
+        net, at = client.net, self._blocks(client.net)
+        mine = layout({name: Spec(self.held_dtype(p.dtype), tuple(p.shape)) for name, p in net.parameters()})
+        if down.model != mine:
+            raise Illegal(f"the server's model is {down.model}, this client's {mine}")
+        if not 0 <= down.block < len(at.names):
+            raise Illegal(f"there is no block {down.block}")
+        known = client.versions.get(down.base) if down.base is not None else None
+        if down.base is not None and known is None:
+            raise StaleVersion
+        told = self._told(down, net, known, at)
+        if client.versions.put(told) != down.version:
+            raise Illegal(f"the changes do not make the version {down.version:.12}")
+        client.held = down.version
+        cut, own = Cut.unpacked(down.cut, at.layout), at.names[down.block]
+        start = {name: told[name] for name in own}
+        place = "cpu" if net.device.type == "meta" else net.device
+        given = {}
+        for name in list(
+            told
+        ):  # one by one, or there would be twice as much; copies, which lie in memory as torch likes
+            given[shrink.renamed(name, cut, at.layout)] = told.pop(name).to(place, net.parameter(name).dtype, copy=True)
+        model = shrink.proxy(type(net.model), net.model.config, cut, given, at.layout.path)
+        weights = dict(model.named_parameters())
+        trained = [weights[shrink.renamed(name, cut, at.layout)] for name in own]
+        for parameter in weights.values():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        masters: list[Tensor] = []
+        loss, skipped = self.train(client, down.lr, masters, model, trained)
+        key, changes = client.key.fold("code").word(), {}
+        for i, (name, master) in enumerate(zip(own, masters, strict=True)):
+            target = master.detach().float().cpu()
+            if not torch.isfinite(target).all():
+                raise Illegal(f"the update of {name} is not finite")
+            new = self.rounded(target, start[name].dtype, key, i)
+            changes[name] = coded(new, start[name]) if self.coded else new
+        return Trained(down.block, changes, len(client.data), loss, skipped)
+
+    def check(self, state: State, client_id: int, up: Trained) -> None:
+        if up.examples < 1:
+            raise Illegal(f"examples is {up.examples}")
+        if up.block not in state.left:
+            raise Illegal(f"block {up.block} is not one that this cycle has left")
+        if list(up.changes) != [
+            name for name, block in zip(state.weights, state.member, strict=True) if block == up.block
+        ]:
+            raise Illegal(f"the names of the changes are not those of block {up.block}")
+        for name, new in self._answered(state, up):
+            if not ((new.float() - state.weights[name].float()).abs() <= LARGEST).all():
+                raise Illegal(f"the difference of {name} is beyond {LARGEST:g} or not finite")
+
+    def aggregate(self, state: State, server: Server, replies: Iterable[tuple[int, Trained]]) -> tuple[State, Metrics]:
+        at, weights = self._blocks(server.net), dict(state.weights)
+        means: dict[str, Tensor] = {}
+        totals: dict[int, int] = {}
+        loss, measured, skipped = 0.0, 0, 0
+        for _, up in replies:
+            weight = up.examples if self.weighting == "examples" else 1
+            totals[up.block] = totals.get(up.block, 0) + weight
+            for name, new in self._answered(state, up):
+                if name in means:
+                    means[name].lerp_(new.float(), weight / totals[up.block])
+                else:
+                    means[name] = new.to(torch.float32, copy=True)
+            if math.isfinite(up.loss):
+                measured += weight
+                loss += (up.loss - loss) * weight / measured
+            skipped += up.skipped
+        if not totals:
+            return state, {}  # the block is the next client's
+        key, order = server.key.fold("code").word(), {name: i for i, name in enumerate(weights)}
+
+        def moved(step: float) -> dict[str, Tensor]:
+            return {  # a whole step ends where the mean is, to the bit
+                name: self.rounded(
+                    weights[name].float().lerp(mean, step * self.damping), weights[name].dtype, key, order[name]
+                )
+                for name, mean in means.items()
+            }
+
+        step, after = 1.0, moved(1.0)
+        if self.choose_step:
+            fill(server.net, weights)
+            losses = {step: self._loss(server, moved(step)) for step in STEPS}
+            step = min(STEPS, key=lambda step: losses[step] if math.isfinite(losses[step]) else math.inf)
+            after = moved(step)
+        layers = {layer for block in totals if block < len(at.layers) for layer in at.layers[block]}
+        state = replace(
+            state,
+            weights=weights | after,
+            left=[block for block in state.left if block not in totals],
+            updated=sorted(layers.union(state.updated)),
+            ever=sorted(layers.union(state.ever)),
+        )
+        metrics = {"loss": loss, "skipped": skipped, "block": float(min(totals)), "step": step * self.damping}
+        return (state if state.left else self._cycle(state, server)), metrics
+
+    def materialise(self, state: State, net: Net) -> None:
+        fill(net, state.weights)
+
+    def passes(self) -> float:
+        return math.nan  # a pass through a proxy is not one through the model
+
+    def _blocks(self, net: Net) -> Blocks:
+        """Of the net's parameters; ModelError where it has no layers, or fewer than there are to be blocks."""
+        path = layers_of(net.model, self.layers)
+        layout = shrink.Layout.of(net.model, path)
+        depth, of = len(layout.layers), {name: layer_of(name, path) for name in net.names}
+        if self.variant == "full":
+            return Blocks(layout, (tuple(range(depth)),), (net.names,))
+        try:
+            runs = tuple(tuple(run) for run in blocks_of(depth, self.blocks))
+        except ValueError as error:
+            raise ModelError(f"method.blocks: {error}") from None
+        names = [tuple(name for name in net.names if of[name] in run) for run in runs]
+        first = next(i for i, name in enumerate(net.names) if of[name] is not None)
+        for extra in self.extra:
+            outside = net.names[:first] if extra == "embeddings" else net.names[first:]
+            names.append(tuple(name for name in outside if of[name] is None))
+            if not names[-1]:
+                raise ModelError(f"method.extra: the model has no parameters that are its {extra} alone")
+        return Blocks(layout, runs, tuple(names))
+
+    def _cycle(self, state: State, server: Server) -> State:
+        """The state at the start of a cycle: importance measured on the weights as they are now, and an order."""
+        at, net = self._blocks(server.net), server.net
+        scores, parts = state.scores, dict(state.parts)
+        if (self.drop and self.variant != "full") or self.order == "importance":
+            fill(net, state.weights)
+            scores = getattr(importance, self.importance)(net.model, at.layout.path, self._text(server))
+        if self.prune and self.variant != "full":
+            fill(net, state.weights)
+            try:
+                worth = importance.groups(net.model, at.layout.path, self._text(server))
+            except ValueError as error:
+                raise ModelError(f"method.prune: {error}") from None
+            for layer, (heads, channels) in enumerate(worth):
+                parts |= {f"heads.{layer}": heads, f"channels.{layer}": channels}
+        left = list(range(len(at.names)))
+        if self.order == "descending":
+            left.reverse()
+        elif self.order == "random":
+            left = server.key.fold("order").permutation(len(left)).tolist()
+        elif self.order == "importance":
+            means = [sum(scores[layer] for layer in run) / len(run) for run in at.layers]
+            left.sort(key=lambda block: -means[block] if block < len(means) else 0.0)
+        return replace(state, left=left, updated=[], scores=scores, parts=parts)
+
+    def _cut(self, state: State, at: Blocks, block: int) -> Cut:
+        """What is left of the model around a block."""
+        own = at.layers[block] if block < len(at.layers) else ()
+        updated, (first, last) = set(state.updated) - {*own}, self.spared
+        free = [n for n in range(first, at.depth - last) if n not in own and n not in updated]
+        count = min(round(self.drop * at.depth), len(free)) if self.variant != "full" else 0
+        gone = importance.drop(state.scores, free, count) if count else ()
+        widths = {}
+        if self.prune and self.variant != "full":
+            heads, channels = ({n: state.parts[f"{what}.{n}"] for n in updated} for what in ("heads", "channels"))
+            widths = {
+                n: Width(importance.keep(heads[n], self.prune), importance.keep(channels[n], self.prune))
+                for n in updated
+            }
+        return Cut(tuple(n for n in range(at.depth) if n not in gone), widths)
+
+    def _hidden(self, state: State, at: Blocks, block: int, server: Server) -> set[int]:
+        """Updated layers that the client is told as they were at the start."""
+        own = at.layers[block] if block < len(at.layers) else ()
+        others = [n for n in state.ever if n not in own]
+        count = len(others) - math.ceil(self.shown * len(others))
+        order = server.key.fold("shown").permutation(len(others)).tolist()
+        return {others[i] for i in order[:count]}
+
+    def _base(self, net: Net, known: Tensors | None, name: str, like: Spec, cut: Cut, at: Blocks) -> Tensor | None:
+        """What both ends hold of a tensor that is to be told, if anything."""
+        if known is not None and name in known and specs_of(known)[name] == like:
+            return known[name]
+        return shrink.sliced(name, self.start_of(net, name), cut, at.layout) if self.start == "shared" else None
+
+    def _told(self, down: Proxy, net: Net, known: Tensors | None, at: Blocks) -> dict[str, Tensor]:
+        """The tensors of the proxy, by their names in the whole model."""
+        try:
+            cut = Cut.unpacked(down.cut, at.layout)
+        except ValueError as error:
+            raise Illegal(str(error)) from None
+        if not {at.layer(name) for name in at.names[down.block]} - {None} <= {*cut.layers} - {*cut.widths}:
+            raise Illegal(f"the cut leaves block {down.block} not whole")
+        specs = {
+            name: Spec(self.held_dtype(p.dtype), shape)
+            for name, p in net.parameters()
+            if (shape := shrink.shape_of(name, p.shape, cut, at.layout)) is not None
+        }
+        if list(down.changes) != list(specs):
+            raise Illegal("the names of the changes are not those of the proxy")
+        return {
+            name: self._read(down.changes[name], name, self._base(net, known, name, spec, cut, at), spec)
+            for name, spec in specs.items()
+        }
+
+    def _read(self, change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor:
+        """A tensor as it was told; Illegal where it is not what it should be."""
+        if self.coded:
+            return decoded(change, name, old, like)
+        if Spec.of(change) != like:
+            raise Illegal(f"{name} is {change.dtype} {list(change.shape)}, not {like.dtype} {list(like.shape)}")
+        return change
+
+    def _answered(self, state: State, up: Trained) -> Iterable[tuple[str, Tensor]]:
+        """The block's tensors as the client has trained them, one after another."""
+        for name, change in up.changes.items():
+            old = state.weights[name]
+            yield name, self._read(change, name, old, Spec.of(old))
+
+    def _loss(self, server: Server, weights: Tensors) -> float:
+        """The mean loss of the net on the server's rows, with these weights in it."""
+        assert server.data is not None  # `init` has seen to it
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                server.net.parameter(name).copy_(tensor)
+            losses = (
+                len(examples) * batch_loss(server.net.model, batch).item()
+                for batch, examples in server.data.in_order(self.batch_size)
+            )
+            return sum(losses) / len(server.data)
+
+    def _text(self, server: Server) -> list[Tensor]:
+        """What importance is measured on: the server's rows, or a public text."""
+        if server.data is not None:
+            rows = [[*e.prompt, *e.answer][:LENGTH] for e in server.data.examples[:ROWS]]
+        else:
+            text = resources.files("thinwire.model").joinpath("calibration.txt").read_text(encoding="utf-8")
+            tokens = server.net.tokenizer(text)["input_ids"][: ROWS * LENGTH]
+            rows = [tokens[low : low + LENGTH] for low in range(0, len(tokens), LENGTH)]
+        return [torch.tensor([row], device=server.net.device) for row in rows if len(row) > 1]
