@@ -120,9 +120,7 @@ class FedCyBGD(Exact):
     prune: float = Field(0.1, ge=0, lt=1)  # of the heads and channels of updated layers
     importance: Literal["influence", "perplexity", "taylor"] = "influence"
     spared: tuple[NonNegativeInt, NonNegativeInt] = (4, 2)  # first and last layers that are never dropped
-    shown: float = Field(
-        1.0, ge=0, le=1
-    )  # the published code's stand-in: this share of updated layers is told as it is
+    shown: float = Field(1.0, ge=0, le=1)  # of updated layers; the others are told as at the start (the published code)
     coded: bool = True
     choose_step: bool = False  # take the best of steps 1, 1/2, 1/4 and 0 by the loss on the server's rows
     layers: str | None = None  # where the model's layers are; found where it is None
@@ -177,9 +175,8 @@ class FedCyBGD(Exact):
         start = {name: told[name] for name in own}
         place = "cpu" if net.device.type == "meta" else net.device
         given = {}
-        for name in list(
-            told
-        ):  # one by one, or there would be twice as much; copies, which lie in memory as torch likes
+        for name in list(told):  # one by one, or there would be twice as much
+            # a copy, for torch's own memory is aligned, and a product's rounding may depend on that
             given[shrink.renamed(name, cut, at.layout)] = told.pop(name).to(place, net.parameter(name).dtype, copy=True)
         model = shrink.proxy(type(net.model), net.model.config, cut, given, at.layout.path)
         weights = dict(model.named_parameters())
@@ -204,9 +201,8 @@ class FedCyBGD(Exact):
             raise Illegal(f"examples is {up.examples}")
         if up.block not in state.left:
             raise Illegal(f"block {up.block} is not one that this cycle has left")
-        if list(up.changes) != [
-            name for name, block in zip(state.weights, state.member, strict=True) if block == up.block
-        ]:
+        own = [name for name, block in zip(state.weights, state.member, strict=True) if block == up.block]
+        if list(up.changes) != own:
             raise Illegal(f"the names of the changes are not those of block {up.block}")
         for name, new in self._answered(state, up):
             if not ((new.float() - state.weights[name].float()).abs() <= LARGEST).all():
