@@ -218,6 +218,24 @@ def test_of_updated_layers_a_share_is_shown(net: Net, tmp_path: Path) -> None:
     assert down.block == 0
 
 
+def test_behind_a_veil_a_client_never_sees_some_layers_but_as_its_block(net: Net, tmp_path: Path) -> None:
+    """Two clients take turns over three blocks, so that each trains all of them; for three cycles."""
+    federation = Federation(method(shown=0.5, veiled=True, coded=False, **WHOLE), net, tmp_path, rounds=9, seed=1)
+    seen: list[set[int]] = [set(), set()]
+    for turn in range(9):
+        client = turn % 2
+        down, own = told(federation, client), {2 * (turn % 3), 2 * (turn % 3) + 1}
+        for name in net.names:
+            number = layer(name)
+            if number is not None and number not in own and name.endswith("q_proj.weight"):
+                now, old = federation.state.weights[name], net.base[name]
+                if torch.equal(down.changes[name], now) and not torch.equal(now, old):
+                    seen[client].add(number)
+        federation.step((client,))
+    assert [len(layers) for layers in seen] == [3, 3]
+    assert seen[0] != seen[1]
+
+
 @pytest.mark.parametrize(
     ("fields", "line"),
     [

@@ -27,6 +27,7 @@ from torch import Tensor
 from thinwire.compress import importance, shrink
 from thinwire.compress.shrink import Cut, Width
 from thinwire.core import Client, Metrics, Server, StaleVersion
+from thinwire.keys import Key
 from thinwire.methods.fedavg import fill
 from thinwire.methods.gradualdiff import LARGEST, Exact, coded, decoded, layout
 from thinwire.model.blocks import blocks_of, layer_of, layers_of
@@ -46,11 +47,12 @@ ROWS, LENGTH = 8, 128  # of the text that importance is measured on, where the s
 class State:
     """The weights, and how far the cycle is: blocks that are left, layers that it has updated, layers ever updated.
 
-    `member` says for each tensor which block it belongs to, -1 for none. `scores` is each layer's importance; `parts`
-    has that of each layer's heads and channels, "heads.3", float32.
+    `key` draws what clients are not shown. `member` says for each tensor which block it belongs to, -1 for none.
+    `scores` is each layer's importance; `parts` has that of each layer's heads and channels, "heads.3", float32.
     """
 
     weights: Tensors
+    key: int
     member: list[int]
     left: list[int]
     updated: list[int]
@@ -121,6 +123,9 @@ class FedCyBGD(Exact):
     importance: Literal["influence", "perplexity", "taylor"] = "influence"
     spared: tuple[NonNegativeInt, NonNegativeInt] = (4, 2)  # first and last layers that are never dropped
     shown: float = Field(1.0, ge=0, le=1)  # of updated layers; the others are told as at the start (the published code)
+    veiled: bool = (
+        False  # which layers are not shown is drawn once a client: those it sees only when they are its block
+    )
     coded: bool = True
     choose_step: bool = False  # take the best of steps 1, 1/2, 1/4 and 0 by the loss on the server's rows
     layers: str | None = None  # where the model's layers are; found where it is None
@@ -136,12 +141,12 @@ class FedCyBGD(Exact):
         weights = {name: self.start_of(server.net, name) for name in server.net.names}
         names = self._blocks(server.net).names
         member = [next((b for b, own in enumerate(names) if name in own), -1) for name in weights]
-        return self._cycle(State(weights, member, [], [], [], [], {}), server)
+        return self._cycle(State(weights, server.key.fold("shown").word(), member, [], [], [], [], {}), server)
 
     def broadcast(self, state: State, server: Server, client_id: int, held: str | None) -> Proxy:
         net, at = server.net, self._blocks(server.net)
         block = state.left[client_id % len(state.left) if self.variant == "parallel" else 0]
-        cut, hidden = self._cut(state, at, block), self._hidden(state, at, block, server)
+        cut, hidden = self._cut(state, at, block), self._hidden(state, at, block, server, client_id)
         told: dict[str, Tensor] = {}
         for name, weights in state.weights.items():
             source = self.start_of(net, name) if at.layer(name) in hidden else weights
@@ -321,13 +326,17 @@ class FedCyBGD(Exact):
             }
         return Cut(tuple(n for n in range(at.depth) if n not in gone), widths)
 
-    def _hidden(self, state: State, at: Blocks, block: int, server: Server) -> set[int]:
+    def _hidden(self, state: State, at: Blocks, block: int, server: Server, client_id: int) -> set[int]:
         """Updated layers that the client is told as they were at the start."""
         own = at.layers[block] if block < len(at.layers) else ()
-        others = [n for n in state.ever if n not in own]
-        count = len(others) - math.ceil(self.shown * len(others))
-        order = server.key.fold("shown").permutation(len(others)).tolist()
-        return {others[i] for i in order[:count]}
+        if self.veiled:
+            order = Key.root(state.key).fold("client", client_id).permutation(at.depth).tolist()
+            others = [n for n in order[: at.depth - math.ceil(self.shown * at.depth)] if n in state.ever]
+        else:
+            others = [n for n in state.ever if n not in own]
+            order = server.key.fold("shown").permutation(len(others)).tolist()
+            others = [others[i] for i in order[: len(others) - math.ceil(self.shown * len(others))]]
+        return {*others} - {*own}
 
     def _base(self, net: Net, known: Tensors | None, name: str, like: Spec, cut: Cut, at: Blocks) -> Tensor | None:
         """What both ends hold of a tensor that is to be told, if anything."""
