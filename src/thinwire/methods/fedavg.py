@@ -142,24 +142,24 @@ def average(
 def running_mean(replies: Iterable[tuple[int, Trained]], weighting: str) -> tuple[dict[str, Tensor], Metrics]:
     """The weighted mean of what the replies hold, float32, and its metrics; nothing at all without a reply.
 
-    m += (w - m) n_i / n: one client's tensor in memory at a time.
+    m += (w - m) n_i / n: one client's tensor in memory at a time. A tensor's mean is over those that hold it.
     """
     mean: dict[str, Tensor] = {}
-    total, loss, measured, skipped = 0, 0.0, 0, 0
+    totals: dict[str, int] = {}
+    loss, measured, skipped = 0.0, 0, 0
     for _, up in replies:
         weight = up.examples if weighting == "examples" else 1
-        total += weight
-        share = weight / total
         for name, tensor in up.weights.items():
+            totals[name] = totals.get(name, 0) + weight
             if name in mean:
-                mean[name].lerp_(tensor.float(), share)
+                mean[name].lerp_(tensor.float(), weight / totals[name])
             else:
                 mean[name] = tensor.to(torch.float32, copy=True)
         if math.isfinite(up.loss):
             measured += weight
             loss += (up.loss - loss) * weight / measured
         skipped += up.skipped
-    return mean, {"loss": loss, "skipped": skipped} if total else {}
+    return mean, {"loss": loss, "skipped": skipped} if mean else {}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ client a round); or each another one, damped by a (`parallel`); or each the whol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import ClassVar, Literal
@@ -28,7 +28,7 @@ from thinwire.compress import importance, shrink
 from thinwire.compress.shrink import Cut, Width
 from thinwire.core import Client, Metrics, Server, StaleVersion
 from thinwire.keys import Key
-from thinwire.methods.fedavg import fill
+from thinwire.methods.fedavg import Trained, fill, running_mean
 from thinwire.methods.gradualdiff import LARGEST, Exact, coded, decoded, layout
 from thinwire.model.blocks import blocks_of, layer_of, layers_of
 from thinwire.model.errors import ModelError
@@ -79,7 +79,7 @@ class Proxy:
 
 
 @dataclass(frozen=True)
-class Trained:
+class Block:
     """A client's difference to the block that it was told, coded or raw; examples, loss, skipped as in FedAvg."""
 
     block: int = field(metadata={"release": True})
@@ -130,7 +130,7 @@ class FedCyBGD(Exact):
     choose_step: bool = False  # take the best of steps 1, 1/2, 1/4 and 0 by the loss on the server's rows
     layers: str | None = None  # where the model's layers are; found where it is None
 
-    Down, Up, State = Proxy, Trained, State
+    Down, Up, State = Proxy, Block, State
     paper: ClassVar[str] = "Wang, Wang and Tang 2024, arXiv:2406.11187"
     hollow: ClassVar[bool] = True
     versions_each: ClassVar[int] = 1
@@ -162,7 +162,7 @@ class FedCyBGD(Exact):
         version = server.versions.put(told)  # only now: what is put may push out what is known
         return Proxy(layout(specs_of(state.weights)), block, cut.packed(), base, version, changes, lr)
 
-    def client_update(self, down: Proxy, client: Client) -> Trained:
+    def client_update(self, down: Proxy, client: Client) -> Block:
         net, at = client.net, self._blocks(client.net)
         mine = layout({name: Spec(self.held_dtype(p.dtype), tuple(p.shape)) for name, p in net.parameters()})
         if down.model != mine:
@@ -199,9 +199,9 @@ class FedCyBGD(Exact):
                 raise Illegal(f"the update of {name} is not finite")
             new = self.rounded(target, start[name].dtype, key, i)
             changes[name] = coded(new, start[name]) if self.coded else new
-        return Trained(down.block, changes, len(client.data), loss, skipped)
+        return Block(down.block, changes, len(client.data), loss, skipped)
 
-    def check(self, state: State, client_id: int, up: Trained) -> None:
+    def check(self, state: State, client_id: int, up: Block) -> None:
         if up.examples < 1:
             raise Illegal(f"examples is {up.examples}")
         if up.block not in state.left:
@@ -213,24 +213,16 @@ class FedCyBGD(Exact):
             if not ((new.float() - state.weights[name].float()).abs() <= LARGEST).all():
                 raise Illegal(f"the difference of {name} is beyond {LARGEST:g} or not finite")
 
-    def aggregate(self, state: State, server: Server, replies: Iterable[tuple[int, Trained]]) -> tuple[State, Metrics]:
-        at, weights = self._blocks(server.net), dict(state.weights)
-        means: dict[str, Tensor] = {}
-        totals: dict[int, int] = {}
-        loss, measured, skipped = 0.0, 0, 0
-        for _, up in replies:
-            weight = up.examples if self.weighting == "examples" else 1
-            totals[up.block] = totals.get(up.block, 0) + weight
-            for name, new in self._answered(state, up):
-                if name in means:
-                    means[name].lerp_(new.float(), weight / totals[up.block])
-                else:
-                    means[name] = new.to(torch.float32, copy=True)
-            if math.isfinite(up.loss):
-                measured += weight
-                loss += (up.loss - loss) * weight / measured
-            skipped += up.skipped
-        if not totals:
+    def aggregate(self, state: State, server: Server, replies: Iterable[tuple[int, Block]]) -> tuple[State, Metrics]:
+        at, weights, blocks = self._blocks(server.net), dict(state.weights), set[int]()
+
+        def told() -> Iterator[tuple[int, Trained]]:
+            for id, up in replies:
+                blocks.add(up.block)
+                yield id, Trained(dict(self._answered(state, up)), up.examples, up.loss, up.skipped)
+
+        means, metrics = running_mean(told(), self.weighting)
+        if not means:
             return state, {}  # the block is the next client's
         key, order = server.key.fold("code").word(), {name: i for i, name in enumerate(weights)}
 
@@ -248,15 +240,15 @@ class FedCyBGD(Exact):
             losses = {step: self._loss(server, moved(step)) for step in STEPS}
             step = min(STEPS, key=lambda step: losses[step] if math.isfinite(losses[step]) else math.inf)
             after = moved(step)
-        layers = {layer for block in totals if block < len(at.layers) for layer in at.layers[block]}
+        layers = {layer for block in blocks if block < len(at.layers) for layer in at.layers[block]}
         state = replace(
             state,
             weights=weights | after,
-            left=[block for block in state.left if block not in totals],
+            left=[block for block in state.left if block not in blocks],
             updated=sorted(layers.union(state.updated)),
             ever=sorted(layers.union(state.ever)),
         )
-        metrics = {"loss": loss, "skipped": skipped, "block": float(min(totals)), "step": step * self.damping}
+        metrics |= {"block": float(min(blocks)), "step": step * self.damping}
         return (state if state.left else self._cycle(state, server)), metrics
 
     def materialise(self, state: State, net: Net) -> None:
@@ -372,7 +364,7 @@ class FedCyBGD(Exact):
             raise Illegal(f"{name} is {change.dtype} {list(change.shape)}, not {like.dtype} {list(like.shape)}")
         return change
 
-    def _answered(self, state: State, up: Trained) -> Iterable[tuple[str, Tensor]]:
+    def _answered(self, state: State, up: Block) -> Iterable[tuple[str, Tensor]]:
         """The block's tensors as the client has trained them, one after another."""
         for name, change in up.changes.items():
             old = state.weights[name]
