@@ -1,13 +1,16 @@
-"""Low-rank directions: their law, and their replay as matrix products against a sum over seeds in float64."""
+"""Low-rank directions: their law, and their replay, by tables or products, against a sum over seeds in float64."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from thinwire.perturb import products
+from thinwire.perturb import lowrank, philox, products
 from thinwire.perturb.directions import Directions
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -29,6 +32,7 @@ def oracle(pool: Directions, weight: torch.Tensor, scale: float = 1.0) -> torch.
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "ROWS", 8)
+    monkeypatch.setattr(lowrank, "ROWS", 8)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -116,6 +120,38 @@ def test_the_bits_do_not_depend_on_the_threads(rank: int) -> None:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 40),
+    n=st.integers(1, 3 * lowrank.COLUMNS // 2),
+    rank=st.integers(1, 3),
+    seeds=st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 70), min_size=1, max_size=12),
+    cut=st.floats(0, 1),
+)
+def test_tables_give_the_bits_of_the_specification(
+    height: int, n: int, rank: int, seeds: list[int], cut: float
+) -> None:
+    """Also with seeds that come again, and for some rows of a matrix."""
+    weight, coefs = draw(height, n).numpy(), draw(len(seeds)).numpy()
+    expected = lowrank.reference(weight, 7, 11, seeds, coefs, 0.9, rank)
+    out, start = np.empty_like(weight), int(cut * (height - 1))
+    lowrank.accumulate(weight, out, 7, 11, seeds, coefs, 0.9, rank)
+    assert np.array_equal(out, expected)
+    rows = weight[start:].copy()
+    lowrank.accumulate(rows, rows, 7, 11, seeds, coefs, 0.9, rank, start, height)
+    assert np.array_equal(rows, expected[start:])
+
+
+def test_products_agree_with_tables() -> None:
+    """What a GPU does, within the rounding of a product."""
+    pool, weight, coefs = Directions(7, "lowrank", 2), draw(300, 200), draw(100).tolist()
+    mine = pool.apply(weight, NAME, range(100), coefs)
+    theirs = torch.empty_like(weight)
+    spread = torch.tensor(coefs) / math.sqrt(2)
+    pool._products(weight, theirs, philox.parameter_id(f"{NAME}#factors"), philox.check_seeds(range(100)), spread, 1.0)
+    torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)
 
 
 def test_a_rank_below_1_is_refused() -> None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.perturb import anywhere, cpu, philox, products, signs
+from thinwire.perturb import anywhere, cpu, lowrank, philox, products, signs
 
 TILE = 1 << 20
 """Elements of the float32 copy through which weights pass that the kernel cannot take as they are."""
@@ -147,11 +147,48 @@ class Directions:
         coefs: NDArray[np.floating],
         scale: float,
     ) -> None:
-        """The low-rank replay, by rows and last dimension; rank by rank in the columns of one product."""
+        """The low-rank replay, by rows and last dimension: by tables on a CPU, as matrix products elsewhere."""
         n = weight.shape[-1]
         m = weight.numel() // n
         pid = philox.parameter_id(f"{name}#factors")
+        flat = weight.reshape(m, n)
+        target = out.view(m, n) if out.is_contiguous() else torch.empty((m, n), dtype=out.dtype, device=out.device)
+        spread = (coefs.astype(np.float64) / math.sqrt(self.rank)).astype(coefs.dtype)
+        if weight.device.type == "cpu" and weight.dtype != torch.float64:
+            self._look_up(flat, target, pid, seeds, spread, scale)
+        else:
+            self._products(flat, target, pid, seeds, torch.from_numpy(spread).to(weight.device), scale)
+        if not out.is_contiguous():
+            out.copy_(target.view(out.shape))
 
+    def _look_up(
+        self,
+        weight: Tensor,
+        out: Tensor,
+        pid: int,
+        seeds: NDArray[np.uint64],
+        spread: NDArray[np.floating],
+        scale: float,
+    ) -> None:
+        """By tables, in float32; what is in another dtype passes through a copy of some rows."""
+        m, n = weight.shape
+        direct = weight.dtype == torch.float32 and weight.is_contiguous()
+        rows = m if direct else max(1, TILE // n)
+        with torch.no_grad():
+            for first in range(0, m, rows):
+                piece, place = weight[first : first + rows], out[first : first + rows]
+                tile = piece if direct else torch.empty(piece.shape).copy_(piece)
+                into = place if direct else tile
+                address = self.key, pid, seeds, spread
+                lowrank.accumulate(tile.numpy(), into.numpy(), *address, scale, self.rank, first, m)
+                if not direct:
+                    place.copy_(tile)
+
+    def _products(
+        self, weight: Tensor, out: Tensor, pid: int, seeds: NDArray[np.uint64], spread: Tensor, scale: float
+    ) -> None:
+        """Rank by rank in the columns of one product."""
+        m, n = weight.shape
         parts = [
             (i, slice(k, k + products.COLUMNS))
             for i in range(self.rank)
@@ -167,19 +204,13 @@ class Directions:
                 return kernels.matrix(*address, device=weight.device)
             return torch.from_numpy(signs.matrix(*address)).to(weight.device)
 
-        spread = torch.from_numpy((coefs.astype(np.float64) / math.sqrt(self.rank)).astype(coefs.dtype))
-        spread = spread.to(weight.device)
         right: list[Tensor] = [torch.empty(0)] * len(parts)
 
         def spread_out(part: int) -> None:
             right[part] = factor(part, m, n).to(spread.dtype).mul_(spread[parts[part][1]])
 
         products.one_thread_each([partial(spread_out, part) for part in range(len(parts))])
-        flat = weight.reshape(m, n)
-        target = out.view(m, n) if out.is_contiguous() else torch.empty((m, n), dtype=out.dtype, device=out.device)
-        products.accumulate(flat, target, factor, right, scale)
-        if not out.is_contiguous():
-            out.copy_(target.view(out.shape))
+        products.accumulate(weight, out, factor, right, scale)
 
     def _accumulate(
         self,
