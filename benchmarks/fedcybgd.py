@@ -1,17 +1,19 @@
-"""A FedCyBGD client against one that trains the whole model: memory, bytes and seconds of a visit, over whole cycles.
+"""A FedCyBGD client against one that trains the whole model: memory, seconds and bytes of a visit, over whole cycles.
 
     python benchmarks/fedcybgd.py [--json FILE] [method.drop=0.3 ...]
 
-SmolLM2-135M in bfloat16, trained through float32 copies of what is trained, by AdamW, activations recomputed on both
-sides, 4 x 128 tokens a step. Ten clients visit ten blocks, twice over, each visit in a process of its own that does not
-hold the whole model: in the first cycle all are newcomers, in the second all return. Bytes are those of frames, against
-whole bfloat16 weights both ways. Memory is the peak less what is resident after the imports.
+SmolLM2-135M, AdamW on float32 copies of what is trained, activations recomputed on both sides, 4 x 128 tokens a step.
+Ten clients visit ten blocks, each in a process of its own that does not hold the whole model. Memory: one step in
+bfloat16, the peak less what is resident after the imports. Seconds: two steps in float32, decoding included. Bytes: the
+demo's clients and rows, twenty steps a visit, for two cycles; all are newcomers in the first and return in the second;
+against whole bfloat16 weights both ways.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,13 +28,13 @@ from thinwire import apart, build, config, wire
 from thinwire.core import Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
+from thinwire.runtime.loop import read_records
 from thinwire.runtime.store import VersionStore
 
-CLIENTS, STEPS, ROWS, LENGTH = 10, 2, 4, 128
+CLIENTS, ROWS, LENGTH = 10, 4, 128
+DEMO = Path(__file__).parent.parent / "recipes" / "demo-fedcybgd.toml"
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they"
 RUN = f"""
-[model]
-dtype = "bfloat16"
 [data]
 path = "{{rows}}"
 clients = {CLIENTS}
@@ -40,7 +42,7 @@ heldout = 0
 template = "completion"
 max_length = {LENGTH}
 """
-LOCAL = [f"method.steps={STEPS}", f"method.batch_size={ROWS}", "method.lr=1e-5", "method.recompute=true"]
+LOCAL = [f"method.batch_size={ROWS}", "method.lr=1e-5", "method.recompute=true"]
 
 
 @dataclass(frozen=True)
@@ -90,30 +92,36 @@ def cycles(turns: int, *settings: str) -> list[Visit]:
         shutil.rmtree(folder)
 
 
+def sent(turns: int, settings: Sequence[str]) -> list[int]:
+    """Bytes down and up of each turn of the demo."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        changes = [f"rounds={turns}", "eval.rows=8", *settings]
+        command = [sys.executable, "-m", "thinwire.cli", "run", str(DEMO), *changes, "--out", str(folder / "run")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return [turn["bytes_down"] + turn["bytes_up"] for turn in read_records(folder / "run" / "rounds.jsonl")]
+    finally:
+        shutil.rmtree(folder)
+
+
 def main() -> None:
     """All rows."""
     settings = [argument for argument in sys.argv[1:] if "=" in argument]
-    plain = cycles(1, "method.name=fedavg")[0]
+    relay, rows = ["method.name=fedcybgd", *settings], []
+    small = ["model.dtype=bfloat16", "method.steps=1"]
+    plain, cycle = cycles(1, "method.name=fedavg", *small)[0], cycles(CLIENTS, *relay, *small)
+    for name, peak in (("mean over a cycle", fmean(v.peak for v in cycle)), ("worst", max(v.peak for v in cycle))):
+        rows.append(Row(f"peak memory of a client, {name}", peak / 1e6, plain.peak / 1e6, "MB"))
+    steps = ["method.steps=2"]
+    plain, cycle = cycles(1, "method.name=fedavg", *steps)[0], cycles(CLIENTS, *relay, *steps)
+    rows.append(Row("a visit, mean over a cycle", fmean(v.seconds for v in cycle), plain.seconds, "s"))
+    rows.append(Row("the server, a turn", fmean(v.server for v in cycle), plain.server, "s"))
     weights = build.net_of(config.parse({"method": {"name": "fedavg"}, "data": {"path": "x"}})).base
-    whole = 2 * len(wire.encode(Weights({name: tensor.bfloat16() for name, tensor in weights.items()})))
-    relay = ["method.name=fedcybgd", *settings]
-    raw, coded = cycles(CLIENTS, *relay, "method.coded=false"), cycles(2 * CLIENTS, *relay)
-    first, second = coded[:CLIENTS], coded[CLIENTS:]
-    rows = [
-        Row("peak memory of a client, mean over a cycle", fmean(v.peak for v in first) / 1e6, plain.peak / 1e6, "MB"),
-        Row("peak memory of a client, worst block", max(v.peak for v in first) / 1e6, plain.peak / 1e6, "MB"),
-        *(
-            Row(
-                f"bytes down and up, {name}, mean over a cycle",
-                fmean(v.down + v.up for v in cycle) / 1e6,
-                whole / 1e6,
-                "MB",
-            )
-            for name, cycle in (("newcomer, raw", raw), ("newcomer, coded", first), ("returning, coded", second))
-        ),
-        Row("a visit, mean over a cycle", fmean(v.seconds for v in first), plain.seconds, "s"),
-        Row("the server, a turn", fmean(v.server for v in first), plain.server, "s"),
-    ]
+    whole = 2 * len(wire.encode(Weights({name: tensor.bfloat16() for name, tensor in weights.items()}))) / 1e6
+    raw = sent(CLIENTS, [*settings, "method.start=sent", "method.coded=false"])
+    coded = sent(2 * CLIENTS, [*settings, "method.start=sent"])
+    for name, turns in (("newcomer, raw", raw), ("newcomer", coded[:CLIENTS]), ("returning", coded[CLIENTS:])):
+        rows.append(Row(f"bytes down and up, {name}, mean over a cycle", fmean(turns) / 1e6, whole, "MB"))
     finish(rows)
 
 
