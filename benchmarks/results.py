@@ -80,7 +80,8 @@ def tables(found: Mapping[str, Any], name: str) -> str:
     width = max(map(len, rates), default=1)
     grid = table(["method", *["lr: validation loss"] * (width - 1)], [row + [""] * (width - len(row)) for row in rates])
     picture = f"![Held-out loss against bytes sent in all, both ways](results-{name}.svg)"
-    return "\n\n".join([table(heads, scores), table(heads_of_costs, costs), grid, picture])
+    priced = [table(heads_of_costs, costs)] if costs else []  # none was measured apart
+    return "\n\n".join([table(heads, scores), *priced, grid, picture])
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
