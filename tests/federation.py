@@ -48,6 +48,7 @@ class Federation:
     tamper: Tamper | None = None  # changes a reply's frame on its way, None: loses it
     before_client: Callable[[Net], None] = lambda net: None
     spool: Path | None = None
+    public: Dataset | None = None  # the server's own rows
     state: Any = None
     round: int = 0
     held: dict[int, str] = field(default_factory=dict)
@@ -64,7 +65,8 @@ class Federation:
 
     def server(self, round: int, cohort: Iterable[int]) -> Server:
         """The server half's context in that round."""
-        return Server(self.net, self.key.fold("server", round), round, self.rounds, tuple(cohort), self.versions)
+        key = self.key.fold("server", round)
+        return Server(self.net, key, round, self.rounds, tuple(cohort), self.versions, self.public)
 
     def client(self, id: int, round: int) -> Client:
         """The client half's context in that round."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from federation import Federation, closed_data, tiny_net
 from torch import Tensor
 
 from thinwire import wire
-from thinwire.core import Client, Server, StaleVersion
+from thinwire.core import Client, StaleVersion
 from thinwire.methods.fedavg import FedAvg, fill
 from thinwire.methods.fedcybgd import FedCyBGD, Proxy
 from thinwire.model.errors import ModelError
@@ -191,14 +190,9 @@ def test_a_client_without_the_model_in_memory_answers_the_same(folder: Path, net
 
 def test_a_server_that_checks_takes_no_step_that_harms(net: Net, tmp_path: Path) -> None:
     for lr, step in ((3e-3, 1.0), (30.0, 0.0)):
-        federation = Federation(method(lr=lr, choose_step=False, **WHOLE), net, tmp_path / str(lr), sizes=(12,))
-        federation.method = method(lr=lr, choose_step=True, **WHOLE)
-        before, server = federation.state, federation.server
-
-        def with_rows(turn: int, cohort: Iterable[int], make: Callable[..., Server] = server) -> Server:
-            return replace(make(turn, cohort), data=closed_data(net, 16, 7))
-
-        federation.server = with_rows  # type: ignore[method-assign]
+        checking = method(lr=lr, choose_step=True, **WHOLE)
+        federation = Federation(checking, net, tmp_path / str(lr), sizes=(12,), public=closed_data(net, 16, 7))
+        before = federation.state
         federation.step()
         assert federation.metrics["step"] == step
         same = all(torch.equal(w, before.weights[name]) for name, w in federation.state.weights.items())

@@ -162,7 +162,7 @@ def _products(model: PreTrainedModel, layers: str, batches: Sequence[Tensor]) ->
 
 def _loss(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, int]:
     """The summed cross-entropy of all tokens but a row's first, float32 scalar, and how many they are."""
-    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+    if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} predicts no tokens, so it has no loss of a next one")
     ids = ids.to(model.device)
     logits = model(input_ids=ids).logits[:, :-1].float()
