@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from thinwire import wire
 from thinwire.core import Client, StaleVersion
+from thinwire.keys import Key
 from thinwire.methods.fedavg import FedAvg, fill
 from thinwire.methods.fedcybgd import FedCyBGD, Proxy
+from thinwire.model.adapters import add_lora
 from thinwire.model.errors import ModelError
 from thinwire.model.flat import Net
 from thinwire.runtime.store import VersionStore
@@ -243,6 +246,12 @@ def test_what_cannot_be_is_told_before_anything_runs(
 ) -> None:
     with pytest.raises(ModelError, match=line):
         Federation(method(**fields), net, tmp_path)
+
+
+def test_adapters_are_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
+    adapt = partial(add_lora, rank=2, alpha=4.0, targets=["q_proj"], key=Key.root(0))
+    with pytest.raises(ModelError, match=r"model\.lora: fedcybgd"):
+        Federation(method(), Net.open(str(folder), adapt=adapt), tmp_path)
 
 
 def test_a_proxy_that_is_none_is_refused(net: Net, tmp_path: Path) -> None:
