@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from thinwire.model.blocks import layer_of
 from thinwire.model.hollow import hollow
 
 if TYPE_CHECKING:
@@ -106,10 +107,8 @@ class Layout:
 
     def place(self, name: str) -> tuple[int, str] | None:
         """The layer of the parameter of that name, and its name in the layer; None if it is in none."""
-        number, dot, rest = name.removeprefix(f"{self.path}.").partition(".")
-        if not (name.startswith(f"{self.path}.") and dot and number.isdecimal()):
-            return None
-        return int(number), rest
+        layer = layer_of(name, self.path)
+        return None if layer is None else (layer, name.removeprefix(f"{self.path}.{layer}."))
 
 
 @dataclass(frozen=True)
