@@ -139,9 +139,7 @@ class FedCyBGD(Exact):
         if self.choose_step and server.data is None:
             raise ModelError("method.choose_step: needs rows at the server, data.public")
         if len(server.net.names) < sum(1 for _ in server.net.model.parameters()):
-            raise ModelError(
-                "model.lora: fedcybgd builds smaller models of plain layers, without adapters"
-            )
+            raise ModelError("model.lora: fedcybgd builds smaller models of plain layers, without adapters")
         weights = {name: self.start_of(server.net, name) for name in server.net.names}
         names = self._blocks(server.net).names
         member = [next((b for b, own in enumerate(names) if name in own), -1) for name in weights]
