@@ -6,8 +6,6 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
+from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -28,8 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich would be half of its time
     pretty_exceptions_enable=False,
 )
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -52,8 +49,8 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
 ) -> None:
     """Run the rounds of a run file, with progress, and leave a model that transformers loads."""
-    with _one_line():
-        _settle()
+    with one_line():
+        settle()
         from safetensors import SafetensorError
 
         from thinwire import build, config
@@ -79,16 +76,16 @@ def run(
             try:
                 train(job)
             except KeyboardInterrupt:
-                raise _Stopped(f"stopped; go on from the last whole round with: {again}") from None
+                raise Stopped(f"stopped; go on from the last whole round with: {again}") from None
             except (OSError, SafetensorError) as error:
-                raise _Stopped(f"{_cause(error)}; go on from the last whole round with: {again}") from None
+                raise Stopped(f"{cause(error)}; go on from the last whole round with: {again}") from None
         print_summary(folder)
 
 
 @app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the methods, their papers, their fields and defaults."""
-    with _one_line():
+    with one_line():
         from thinwire.methods import METHODS
         from thinwire.show import print_methods
 
@@ -117,8 +114,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Evaluate a run on its held-out rows, or any Hugging Face folder on data.path=FILE."""
-    with _one_line():
-        _settle()
+    with one_line():
+        settle()
         from thinwire import build, config
         from thinwire.show import print_scores
 
@@ -157,8 +154,8 @@ def compare(
     part: Annotated[str, typer.Option(metavar="I/N", help="Of N machines that share the work, this one's.")] = "1/1",
 ) -> None:
     """Run methods and references on the same model, data and cohorts, each with its rate tuned, and print the table."""
-    with _one_line():
-        _settle()
+    with one_line():
+        settle()
         from thinwire import compare as comparison
         from thinwire import standings
         from thinwire.show import print_comparison
@@ -178,9 +175,9 @@ def compare(
             for plan in mine:
                 comparison.execute(plan, made, folder, typer.echo)
         except KeyboardInterrupt:
-            raise _Stopped(f"stopped; the same command goes on: {again}") from None
+            raise Stopped(f"stopped; the same command goes on: {again}") from None
         except RuntimeError as error:
-            raise _Stopped(str(error)) from None
+            raise Stopped(str(error)) from None
         comparison.recall(made, settings, folder)
         lines = [line for plan in made if (line := standings.line(plan, made, folder, settings.target)) is not None]
         standings.write(lines, made, folder)
@@ -201,37 +198,6 @@ def main() -> None:
         typer.echo(f"thinwire: {error.format_message()} (thinwire --help says more)", err=True)  # a wrong option
         status = 2
     sys.exit(status)
-
-
-class _Stopped(Exception):
-    """The run did not end; the message says why, and how to go on."""
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn what the user can mend into one line on stderr and exit status 2, a known stop into 1."""
-    try:
-        yield
-    except _Stopped as stop:
-        typer.echo(f"thinwire: {stop}", err=True)
-        raise typer.Exit(1) from None
-    except ValueError as error:
-        from thinwire.config import ConfigError
-        from thinwire.data.errors import DataError
-        from thinwire.model.errors import ModelError
-
-        if not isinstance(error, ConfigError | DataError | ModelError):
-            raise
-        typer.echo(f"thinwire: {error}".replace("\n", " "), err=True)
-        raise typer.Exit(2) from None
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        typer.echo(f"thinwire: {_cause(error)}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("thinwire: stopped", err=True)
-        raise typer.Exit(1) from None
 
 
 def _claim(folder: Path, settings: Run, resume: bool) -> None:
@@ -265,12 +231,6 @@ def _record(folder: Path, settings: Run) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _cause(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
-
-
 def _model(path: Path) -> str:
     return f"model.path={json.dumps(str(path), ensure_ascii=False)}"  # quoted: a folder may be called 2024
 
@@ -279,18 +239,6 @@ def _key(settings: Run) -> Any:
     from thinwire.keys import Key
 
     return Key.root(settings.seed)
-
-
-def _settle() -> None:
-    """What libraries must find in the environment before they are imported.
-
-    No progress bars and advice within our own progress. And OpenMP's threads sleep while they wait: on a machine that
-    does other work too, threads that spin hold each other up tenfold.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _environment() -> dict[str, str]:
