@@ -59,6 +59,10 @@ ROWS: dict[str, tuple[Method, tuple[int | range, int | range]]] = {
         GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="blocks", bits=4),
         (range(100_000), range(20_000)),
     ),
+    "gradualdiff-lowrank": (
+        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="lowrank", rank=4),
+        (range(60_000), range(12_000)),
+    ),
     "gradualdiff-eden": (
         GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="eden", bits=1),
         (range(100_000), range(6_000)),
@@ -94,7 +98,7 @@ ROWS: dict[str, tuple[Method, tuple[int | range, int | range]]] = {
 
 
 VIEWS = {"fedit", "fedkseed-lora", "gradualdiff-lora"}  # rows that run on a LoRA view of the model
-HALVES = {"gradualdiff-bf16", "gradualdiff-residue", "gradualdiff-topk"}  # rows in bfloat16
+HALVES = {"gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"}  # rows in bfloat16
 
 
 @pytest.fixture(scope="module")
