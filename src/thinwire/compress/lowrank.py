@@ -4,8 +4,8 @@
     powersgd   P <- x Q, its columns made orthonormal, Q <- x^T P; Q starts from what the last update ended with (warm
                start), so that one step a round is enough. Exact for a matrix of rank k after two steps
 
-Both halves travel in 8 bits an element with a bfloat16 scale a column, at 1 % of error, far below what the rank loses: a
-quarter of the bytes of the published float32. Biased: use them with error feedback.
+Both halves travel in 8 bits an element with a bfloat16 scale a column, at 1 % of error, far below what the rank loses:
+a quarter of the bytes of the published float32. Biased: use them with error feedback.
 """
 
 from __future__ import annotations
