@@ -11,11 +11,17 @@ the size 1e-4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from thinwire.compress.codes import check_key, flatten
+from thinwire.compress.image import Image
 
 CHANNELS = (1, 2, 4, 8, 16, 32, 64)
 HALVINGS = 6
@@ -103,3 +109,56 @@ def fit(
         losses.append(loss.item())
     model.eval()
     return losses
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The autoencoder as a codec of images like `image`: the latent travels as float32, 1/64 of the bytes.
+
+    `tables`: the weights of both halves under encoder. and decoder., as trained; `scale`, float32 [1]: what
+    an image is multiplied by first; `range`, float32 [2]: the smallest and the largest number in a latent of TGAP.
+    """
+
+    image: Image
+    tables: Mapping[str, Tensor]
+
+    @cached_property
+    def _model(self) -> AutoEncoder:
+        model = AutoEncoder.drawn(0)
+        model.load_state_dict({n: t for n, t in self.tables.items() if n.startswith(("encoder.", "decoder."))})
+        return model.eval()
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, key: int) -> bytes:
+        """Float32 [height, width] as the bytes of its latent; the key does not matter. ValueError unless finite."""
+        check_key(key)
+        flatten(x)
+        latent = self._model.encoder((x * self.tables["scale"])[None, None])
+        return latent.numpy().astype("<f4").tobytes()
+
+    @torch.no_grad()
+    def decode(self, data: bytes | memoryview, shape: Sequence[int], key: int) -> Tensor:
+        """The image back; ValueError for a latent of another size, not finite, or beyond twice the trained range."""
+        check_key(key)
+        if tuple(shape) != (self.image.height, self.image.width):
+            raise ValueError(f"an image of {list(shape)}, not [{self.image.height}, {self.image.width}]")
+        sides = latent_shape(self.image.height, self.image.width)
+        if len(data) != self.image.count // 16:
+            raise ValueError(f"a latent of {len(data)} bytes, not {self.image.count // 16}")
+        latent = torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32)).reshape(1, *sides)
+        low, high = self.tables["range"].tolist()
+        if not bool(((latent >= 2 * min(low, 0)) & (latent <= 2 * max(high, 0))).all()):
+            raise ValueError(f"a latent beyond what was trained on, {low:.3g} to {high:.3g}, or not finite")
+        return self._model.decoder(latent)[0, 0] / self.tables["scale"]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def tables_of(model: AutoEncoder, images: Sequence[Tensor], scale: Tensor) -> dict[str, Tensor]:
+    """What `Latents` needs of a trained model: its weights, the scale, and the range of the latents of these images."""
+    model.eval()
+    low, high = 0.0, 0.0
+    for x in images:
+        latent = model.encoder((x * scale)[None, None])
+        low, high = min(low, float(latent.min())), max(high, float(latent.max()))
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return weights | {"scale": scale, "range": torch.tensor([low, high])}
