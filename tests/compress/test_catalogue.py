@@ -15,7 +15,12 @@ SHAPES = {f"{i}.{f}": (8, 512) if f == "A" else (512, 8) for i in range(8) for f
 IMAGE = Image.packed(SHAPES)
 
 
+NEEDS = ("components", "resnet", "learned")
+
+
 def learnt(name: Name) -> dict[str, torch.Tensor]:
+    if name == "components":
+        return components.untaught()
     if name == "learned":
         return components.fit(IMAGE, [update(IMAGE, 0)], most=1 << 12, rounds=1)
     x = update(IMAGE, 0)
@@ -23,13 +28,13 @@ def learnt(name: Name) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ratio", [16, 32, 64])
-@pytest.mark.parametrize("name", ["eden", "powersgd", "topk", "qsgd", "sign", "svd", "resnet", "learned"])
+@pytest.mark.parametrize("name", ["eden", "powersgd", "topk", "qsgd", "sign", "svd", *NEEDS])
 def test_bytes_are_those_of_the_ratio(name: Name, ratio: int) -> None:
     if (name, ratio) in {("sign", 16), ("resnet", 16), ("resnet", 32)}:
         with pytest.raises(ValueError, match="ratio"):
             code_of(name, ratio, IMAGE, {"scale": torch.ones(1)})
         return
-    code = code_of(name, ratio, IMAGE, learnt(name) if name in ("resnet", "learned") else None)
+    code = code_of(name, ratio, IMAGE, learnt(name) if name in NEEDS else None)
     x = update(IMAGE, 1)
     data = code.encode(x, 5)
     assert 0.8 < len(data) / (4 * IMAGE.count / ratio) < 1.05
@@ -68,9 +73,9 @@ def test_what_does_not_exist() -> None:
 
 
 def test_every_code_refuses_what_it_did_not_make() -> None:
-    names: tuple[Name, ...] = ("none", "eden", "powersgd", "topk", "qsgd", "sign", "svd", "resnet", "learned")
+    names: tuple[Name, ...] = ("none", "eden", "powersgd", "topk", "qsgd", "sign", "svd", *NEEDS)
     for name in names:
-        code: Code = code_of(name, 64, IMAGE, learnt(name) if name in ("resnet", "learned") else None)
+        code: Code = code_of(name, 64, IMAGE, learnt(name) if name in NEEDS else None)
         data = code.encode(update(IMAGE, 1), 0)
         with pytest.raises(ValueError, match=r"."):
             code.decode(data[: len(data) // 2], (IMAGE.height, IMAGE.width), 0)

@@ -39,6 +39,12 @@ def test_within_the_budget_and_better_than_eden(ratio: int) -> None:
     assert mine > cosine(x, eden.decode(eden.encode(x, 0), x.shape, 0)) + 0.03
 
 
+def test_tables_that_know_nothing_serve_too() -> None:
+    plain, x = Components(IMAGE, 4 * IMAGE.count // 64, components.untaught()), update(IMAGE, 100)
+    untaught = cosine(x, plain.decode(plain.encode(x, 0), x.shape, 0))
+    assert 0.6 < untaught < cosine(x, code(64).decode(code(64).encode(x, 0), x.shape, 0)) + 0.02
+
+
 def test_it_carries_this_update_and_no_other() -> None:
     """The shifted-pair control: what client 2 sent says nothing of client 1's update."""
     codec, x, y = code(64), update(IMAGE, 100), update(IMAGE, 101)

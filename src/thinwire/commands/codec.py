@@ -24,7 +24,7 @@ def fit_codec(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The codec's file; method.artefact by default.")] = None,
     local: Annotated[bool, typer.Option("--local", help="Without federation: each client goes on by itself.")] = False,
-    snapshots: Annotated[Path | None, typer.Option(help="A folder for the gathered updates.")] = None,
+    snapshots: Annotated[Path | None, typer.Option(help="A folder for the gathered updates, a file a round.")] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Of the training of resnet.")] = 3000,
     scaling: Annotated[Literal["none", "largest"], typer.Option(help="Of resnet's images, before its Tanh.")] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -42,7 +42,7 @@ def fit_codec(
         method = settings.method
         if not isinstance(method, CGFed):
             raise config.ConfigError(f"method.name: fit-codec is for cgfed, not {config.method_name(method)}")
-        if method.artefact is None:
+        if method.codec not in ("resnet", "learned") or method.artefact is None:
             raise config.ConfigError('method.codec: fit-codec is for "resnet" and "learned", with method.artefact')
         if not method.spared:
             raise config.ConfigError("method.spared: 0 leaves no rows to fit a codec on")
@@ -166,20 +166,20 @@ def _gather(
             reply: Reply
             for reply in self.inner.exchange(frames):
                 if reply.frame is not None:
-                    told = wire.decode(tgap.Up, reply.frame)
-                    seen[reply.client] = image.stack(told.update)
+                    seen[reply.client] = dict(wire.decode(tgap.Up, reply.frame).update)
                 yield reply
 
     state = tgap.init(server(0))
     for round in range(1, settings.rounds + 1):
-        seen: dict[int, Tensor] = {}
+        seen: dict[int, dict[str, Tensor]] = {}
         transport = Tee(InProcess(tgap, client, lambda c: c.memory.commit()))  # type: ignore[attr-defined]
         at = Round(0, server(round), transport, held)
         state, _ = run_round(tgap, state, at)
         up, down = up + at.ledger.bytes_up, down + at.ledger.bytes_down
-        rounds.append([x for id, x in sorted(seen.items()) if at.visits[id].error is None])
+        rounds.append([image.stack(x) for id, x in sorted(seen.items()) if at.visits[id].error is None])
         if kept is not None:
             kept.mkdir(parents=True, exist_ok=True)
-            save_file({str(id): x.contiguous() for id, x in seen.items()}, kept / f"round-{round:04d}.safetensors")
+            named = {f"{id}/{name}": tensor for id, told in seen.items() for name, tensor in told.items()}
+            save_file(named, kept / f"round-{round:04d}.safetensors")
         typer.echo(f"round {round} of {settings.rounds}: {len(seen)} updates", err=True)
     return rounds, (up, down)

@@ -19,7 +19,7 @@ from thinwire.compress.qsgd import Qsgd, Signs
 from thinwire.compress.rotate import Eden
 from thinwire.compress.sparsify import TopK
 
-Name = Literal["none", "eden", "powersgd", "topk", "qsgd", "sign", "svd", "resnet", "learned"]
+Name = Literal["none", "eden", "powersgd", "topk", "qsgd", "sign", "svd", "components", "resnet", "learned"]
 LEARNT = ("resnet", "learned")  # which need an artefact of `thinwire fit-codec`
 BUCKETS = {16: (7, 128), 32: (1, 72), 64: (1, 224)}
 """QSGD's levels and bucket by ratio, where updates take at most those bytes."""
@@ -78,13 +78,14 @@ def code_of(
 ) -> Code:
     """The codec of that name for images like `image`, in about 4 / `ratio` bytes a number.
 
-    `tables`: of a learnt codec. `contract`: for error feedback. ValueError where there is none at that ratio.
+    `tables`: of a learnt codec, or of `components.untaught`. `contract`: for error feedback. ValueError where there is
+    no such codec at that ratio.
     """
     bits = 32 / ratio
     size = 4 * image.count // ratio
     shape = (image.height, image.width)
-    if name in LEARNT and tables is None:
-        raise ValueError(f"the codec {name} needs an artefact, which thinwire fit-codec makes")
+    if name in (*LEARNT, "components") and not tables:
+        raise ValueError(f"the codec {name} needs tables; for a learnt one thinwire fit-codec makes them")
     if name == "none":
         return Plain()
     if name == "eden":

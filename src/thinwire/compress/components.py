@@ -295,6 +295,19 @@ def _padded(x: Array, width: int) -> Array:
     return np.pad(x, (0, -x.size % width))
 
 
+def untaught(seed: int = 0) -> dict[str, Tensor]:
+    """Tables that know nothing of updates: Gaussian codewords, for components of any scale."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    white = draw.standard_normal(1 << 12).astype(np.float32)
+    tables, distortion = {}, np.ones((KINDS, len(RATES)), np.float32)
+    for rate, (k, width) in enumerate(RATES[1:], 1):
+        near = math.sqrt(1 - 4.0 ** (-k / width))  # of the codewords that reach the rate-distortion bound
+        book = (draw.standard_normal((STATES, width)) * near).astype(np.float16)
+        distortion[:, rate] = _left(white, book, k)
+        tables.update({f"book.{kind}.{rate}": torch.from_numpy(book) for kind in range(KINDS)})
+    return _finished(tables, distortion, 1e-12, 1e3)
+
+
 def fit(
     image: Image, updates: Sequence[Tensor], seed: int = 0, most: int = 1 << 17, rounds: int = 3
 ) -> dict[str, Tensor]:
@@ -323,11 +336,17 @@ def fit(
             near = math.sqrt(1 - 4.0 ** (-k / width))
             book = (draw.standard_normal((STATES, width)) * near).astype(np.float32)
             book = trellis.fit(learn, book, k, rounds).astype(np.float16)
-            y = trellis.decode(trellis.encode(check, book.astype(np.float32), k), book.astype(np.float32), k)
-            distortion[kind, rate] = min(
-                np.square(check - y).mean() / np.square(check).mean(), distortion[kind, rate - 1]
-            )
+            distortion[kind, rate] = min(_left(check, book, k), distortion[kind, rate - 1])
             tables[f"book.{kind}.{rate}"] = torch.from_numpy(book)
-    tables["distortion"] = torch.from_numpy(distortion)
-    tables["range"] = torch.tensor([min(scales), max(scales)])
-    return tables
+    return _finished(tables, distortion, min(scales), max(scales))
+
+
+def _left(x: Array, book: NDArray[np.float16], k: int) -> float:
+    """The share of |x|^2 that a trellis leaves."""
+    wide = book.astype(np.float32)
+    y = trellis.decode(trellis.encode(x, wide, k), wide, k)
+    return float(np.square(x - y).mean() / np.square(x).mean())
+
+
+def _finished(tables: dict[str, Tensor], distortion: Array, low: float, high: float) -> dict[str, Tensor]:
+    return tables | {"distortion": torch.from_numpy(distortion), "range": torch.tensor([low, high])}

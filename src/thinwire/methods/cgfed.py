@@ -6,9 +6,9 @@
 
 Phi stacks all factors into one image (compress.image). The paper leaves open whether X is the state, the increment or
 the gradient: `encode` says; it writes a plain sum where its base takes the weighted mean: `average` says. Its
-autoencoder is the codec "resnet"; "learned" is ours (compress.components); the others are classical, EDEN the default.
-The learnt ones come from an artefact of `thinwire fit-codec`, which is delivered to each newcomer and counted; what it
-was made from are the replies of `Tgap`.
+autoencoder is the codec "resnet"; "learned" is ours (compress.components), and "components" the same with Gaussian
+tables that know nothing of updates; the others are classical. The learnt ones come from an artefact of `thinwire
+fit-codec`, which is delivered to each newcomer and counted; what it was made from are the replies of `Tgap`.
 
 Down: the factors, or the coded step to them, and the codec for who has none. Up: the code and its key, the cosine of
 the update with its decoding, examples, loss. Where that cosine is below `gate` the reply is coded by EDEN at the same
@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor
 
-from thinwire.compress import artefact
+from thinwire.compress import artefact, components
 from thinwire.compress.catalogue import LEARNT, Code, Name, code_of
 from thinwire.compress.image import SIDE, Image
 from thinwire.compress.lowrank import LowRank
@@ -217,7 +217,7 @@ class CGFed(OnFactors):
     name: Literal["cgfed"] = "cgfed"
     codec: Name = "eden"
     ratio: Literal[16, 32, 64] = 64  # float32 bytes to coded ones
-    artefact: str | None = None  # a file of thinwire fit-codec, for the codecs resnet and learned
+    artefact: str | None = None  # a file of thinwire fit-codec; read by the codecs resnet and learned alone
     average: Literal["mean", "sum"] = "mean"  # sum: the paper's letter, which grows with the clients
     feedback: bool = False  # what the codec loses is kept, and added to the next update
     gate: float = Field(0.0, ge=0, le=1)  # a lower cosine than this: EDEN instead
@@ -229,9 +229,8 @@ class CGFed(OnFactors):
 
     @model_validator(mode="after")
     def _fits(self) -> CGFed:
-        if (self.codec in LEARNT) != (self.artefact is not None):
-            needs = "needs" if self.codec in LEARNT else "takes no"
-            raise ValueError(f"artefact: the codec {self.codec} {needs} file of thinwire fit-codec")
+        if self.codec in LEARNT and self.artefact is None:
+            raise ValueError(f"artefact: missing; the codec {self.codec} needs a file of thinwire fit-codec")
         if self.codec == "resnet" and self.ratio != 64:
             raise ValueError(f"ratio: the codec resnet has 64 and no other, not {self.ratio}")
         if self.codec == "sign" and self.ratio < 32:
@@ -244,8 +243,8 @@ class CGFed(OnFactors):
 
     def init(self, server: Server) -> State:
         image = self._image(server.net)
-        codec: Tensors = {}
-        if self.artefact is not None:
+        codec: Tensors = components.untaught() if self.codec == "components" else {}
+        if self.codec in LEARNT and self.artefact is not None:
             try:
                 found = artefact.read(Path(self.artefact))
             except ValueError as error:
