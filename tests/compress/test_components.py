@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,7 +113,19 @@ def test_scales_beyond_those_trained_on_are_refused() -> None:
         codec.decode(codec.encode(1e4 * x, 0), x.shape, 0)
     with pytest.raises(ValueError, match="not"):
         codec.decode(codec.encode(x, 0), (3, 3), 0)
-    assert replace(codec, size=8).size == 8
+
+
+@pytest.mark.parametrize("size", [8, 40, 60, 80, 150, 400])
+def test_small_budgets_are_kept_or_refused(size: int) -> None:
+    x = update(IMAGE, 1)
+    try:
+        codec = Components(IMAGE, size, TABLES)
+    except ValueError:
+        assert size < 60
+        return
+    data = codec.encode(x, 0)
+    assert len(data) <= size
+    assert codec.decode(data, x.shape, 0).shape == x.shape
 
 
 def test_the_tables_travel_in_few_bytes() -> None:

@@ -90,7 +90,8 @@ ROWS: dict[str, tuple[Method, tuple[int | range, int | range]]] = {
         (range(130_000), range(60_000)),
     ),
     "fedcybgd-full": (FedCyBGD(lr=3e-3, steps=4, batch_size=4, variant="full"), (range(110_000), range(110_000))),
-    "cgfed": (CGFed(lr=1e-2, steps=4, batch_size=4, ratio=16), (range(4_300), range(400))),
+    "cgfed": (CGFed(lr=1e-2, steps=4, batch_size=4, ratio=16), (range(60_000), range(400))),
+    "cgfed-eden": (CGFed(lr=1e-2, steps=4, batch_size=4, codec="eden", ratio=32), (range(4_300), range(300))),
     "cgfed-coded": (
         CGFed(lr=1e-2, steps=4, batch_size=4, codec="powersgd", ratio=16, feedback=True, gate=0.2, downlink="coded"),
         (range(4_300), range(400)),
@@ -106,6 +107,7 @@ ROWS: dict[str, tuple[Method, tuple[int | range, int | range]]] = {
 VIEWS = {
     "cgfed",
     "cgfed-coded",
+    "cgfed-eden",
     "cgfed-state",
     "fedit",
     "fedkseed-lora",

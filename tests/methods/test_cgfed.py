@@ -95,7 +95,7 @@ def test_the_literal_sum_moves_by_the_clients_times_the_mean(net: Net, tmp_path:
 def test_each_codec_moves_the_factors_the_right_way(codec: Any, net: Net, tmp_path: Path) -> None:
     start = torch.cat([net.base[n].flatten() for n in net.names])
     plain = Federation(CGFed(**LOCAL, codec="none"), net, tmp_path / "plain").run(1)
-    coded = Federation(CGFed(**LOCAL, codec=codec, ratio=32), net, tmp_path / "coded")
+    coded = Federation(CGFed(**LOCAL, codec=codec, ratio=32, gate=0), net, tmp_path / "coded")
     at = coded.step()
     assert alike(factors(plain) - start, factors(coded) - start) > 0.3
     raw = 4 * start.numel()
@@ -103,7 +103,7 @@ def test_each_codec_moves_the_factors_the_right_way(codec: Any, net: Net, tmp_pa
 
 
 def test_the_learned_codec_and_its_delivery(net: Net, file: Path, tmp_path: Path) -> None:
-    method = CGFed(**LOCAL, codec="learned", artefact=str(file), spared=0.5)
+    method = CGFed(**LOCAL, codec="learned", artefact=str(file), spared=0.5, gate=0)
     federation = Federation(method, net, tmp_path)
     first, second = federation.step((0, 1)), federation.step((0, 2))
     tables = sum(t.numel() * t.element_size() for t in artefact.read(file).tensors.values())
@@ -129,7 +129,7 @@ def test_a_client_that_lost_the_codec_is_asked_once_more(net: Net, file: Path, t
 def test_below_the_gate_eden_travels_at_the_same_bytes(net: Net, tmp_path: Path) -> None:
     shut = Federation(CGFed(**LOCAL, codec="topk", gate=1.0), net, tmp_path / "shut")
     at = shut.step()
-    eden = Federation(CGFed(**LOCAL, codec="eden"), net, tmp_path / "eden")
+    eden = Federation(CGFed(**LOCAL, codec="eden", gate=0), net, tmp_path / "eden")
     other = eden.step()
     assert shut.metrics["spared"] == 3
     assert eden.metrics["spared"] == 0
@@ -141,7 +141,7 @@ def test_below_the_gate_eden_travels_at_the_same_bytes(net: Net, tmp_path: Path)
 @pytest.mark.parametrize("codec", ["eden", "powersgd", "sign"])
 def test_error_feedback_at_the_clients(codec: Any, net: Net, tmp_path: Path) -> None:
     """What was sent and what is kept add up to what was learnt: on fixed factors, over rounds."""
-    method = CGFed(**LOCAL, codec=codec, ratio=32, feedback=True)
+    method = CGFed(**LOCAL, codec=codec, ratio=32, feedback=True, gate=0)
     federation, image = Federation(method, net, tmp_path), method.image(net)
     sent, wanted = torch.zeros(image.height, image.width), torch.zeros(image.height, image.width)
     for round in range(1, 5):
@@ -156,7 +156,7 @@ def test_error_feedback_at_the_clients(codec: Any, net: Net, tmp_path: Path) -> 
 
 
 def test_powersgd_starts_where_it_ended(net: Net, tmp_path: Path) -> None:
-    federation = Federation(CGFed(**LOCAL, codec="powersgd", ratio=32), net, tmp_path)
+    federation = Federation(CGFed(**LOCAL, codec="powersgd", ratio=32, gate=0), net, tmp_path)
     federation.run(1)
     basis = federation.client(0, 2).memory["basis"]
     assert basis.shape[0] == federation.method.image(net).width  # type: ignore[attr-defined]

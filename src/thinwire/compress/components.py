@@ -62,6 +62,11 @@ class Components:
     size: int
     tables: Mapping[str, Tensor]
 
+    def __post_init__(self) -> None:
+        least = 8 + len(_coded(np.zeros((len(self._shapes), max(rank for rank, _ in self._shapes)), np.uint8)))
+        if self.size < least:
+            raise ValueError(f"{self.size} bytes are too few for {len(self._shapes)} factors, which take {least}")
+
     def encode(self, x: Tensor, key: int) -> bytes:
         """Float32 [height, width] as at most `size` bytes; the key does not matter. ValueError unless x is finite."""
         check_key(key)

@@ -215,12 +215,12 @@ class CGFed(OnFactors):
     """Stage 2: local first-order steps on the factors of a LoRA view; codes of what they changed travel up."""
 
     name: Literal["cgfed"] = "cgfed"
-    codec: Name = "eden"
+    codec: Name = "components"
     ratio: Literal[16, 32, 64] = 64  # float32 bytes to coded ones
     artefact: str | None = None  # a file of thinwire fit-codec; read by the codecs resnet and learned alone
     average: Literal["mean", "sum"] = "mean"  # sum: the paper's letter, which grows with the clients
     feedback: bool = False  # what the codec loses is kept, and added to the next update
-    gate: float = Field(0.0, ge=0, le=1)  # a lower cosine than this: EDEN instead
+    gate: float = Field(0.5, ge=0, le=1)  # a lower cosine than this: EDEN instead, which has 0.56 at 1/64
     downlink: Literal["raw", "coded"] = "raw"  # coded: EDEN at the same ratio, with feedback at the server
     bound: NonNegativeFloat = 0.0  # of the update's norm, before it is encoded; 0: none
 
