@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
+from thinwire.commands import codec
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich would be half of its time
     pretty_exceptions_enable=False,
 )
+
+app.command(name="fit-codec")(codec.fit_codec)
 
 
 @app.callback(invoke_without_command=True)
