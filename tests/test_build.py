@@ -121,7 +121,11 @@ def test_shuffled_answers_leave_prompts_counts_and_held_out_rows(place: Path) ->
     ("path", "fields", "line"),
     [
         ("none.jsonl", {}, "{place}/none.jsonl: cannot be read (No such file or directory)"),
-        ("silos", {}, '{place}/silos: is a folder, not a .jsonl file; a folder goes with data.partition = "files"'),
+        (
+            "silos",
+            {},
+            "{place}/silos: is a folder, not a .jsonl, .csv, .tsv or .parquet file; a folder goes with data.",
+        ),
         ("rows.jsonl", {"partition": "files"}, "data.partition: 'files' needs data.path to be a folder"),
         ("rows.jsonl", {"heldout": "no.jsonl"}, "no.jsonl: cannot be read"),
         ("rows.jsonl", {"heldout_tasks": "no.jsonl"}, "no.jsonl: cannot be read"),

@@ -17,8 +17,8 @@ from thinwire.config import ConfigError, Run
 from thinwire.data import partition, templates
 from thinwire.data.batch import Dataset
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row, read_clients, read_jsonl
-from thinwire.data.packaged import PACKAGED
+from thinwire.data.load import Row
+from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
 from thinwire.data.tokenise import shuffle_answers, tokenise
 from thinwire.evaluate.evaluate import Split, answers, evaluate
 from thinwire.keys import Key
@@ -43,10 +43,8 @@ class Rows:
 def rows_of(data: config.Data, key: Key) -> Rows:
     """Read, hold out, partition; raises DataError or ConfigError. Needs no model."""
     if data.partition == "files":
-        if data.path in PACKAGED or not Path(data.path).is_dir():
-            raise ConfigError(
-                f"data.partition: 'files' needs data.path to be a folder of .jsonl files, got {data.path}"
-            )
+        if not is_folder_of_files(data.path):
+            raise ConfigError(f"data.partition: 'files' needs data.path to be a folder of files, got {data.path}")
         clients = read_clients(data.path)
     else:
         rows = _read(data.path)
@@ -198,8 +196,6 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
 
 
 def _read(path: str) -> list[Row]:
-    if path in PACKAGED:
-        return PACKAGED[path]()
-    if Path(path).is_dir():
-        raise ConfigError(f'{path}: is a folder, not a .jsonl file; a folder goes with data.partition = "files"')
-    return read_jsonl(path)
+    if is_folder_of_files(path):
+        raise ConfigError(f'{path}: is a folder, not a {KINDS} file; a folder goes with data.partition = "files"')
+    return read(path)
