@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
+from thinwire.commands import data as data_command
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def run(
         from safetensors import SafetensorError
 
         from thinwire import build, config
+        from thinwire.data.description import shortened
         from thinwire.runtime import memory
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
@@ -71,6 +73,7 @@ def run(
         net = build.net_of(settings, remember=True)
         with Live(settings, rows, net, folder, resume) as watch:
             job = build.job(settings, rows, net, folder, before, watch)
+            watch.rows_shortened(shortened(job.names, job.clients, settings.data.max_length))
             _record(folder, settings)
             again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
             try:
@@ -182,6 +185,9 @@ def compare(
         lines = [line for plan in made if (line := standings.line(plan, made, folder, settings.target)) is not None]
         standings.write(lines, made, folder)
         print_comparison(lines, made, folder)
+
+
+app.command(name="data")(data_command.data)
 
 
 def main() -> None:
