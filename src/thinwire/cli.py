@@ -14,6 +14,8 @@ import typer
 
 from thinwire import __version__
 from thinwire.commands import data as data_command
+from thinwire.commands import init as init_command
+from thinwire.commands import schema as schema_command
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="thinwire",
     help="Fine-tune every parameter of a language model across clients whose data cannot move, over kilobytes.",
-    add_completion=False,
     rich_markup_mode=None,  # plain help: rich would be half of its time
     pretty_exceptions_enable=False,
 )
@@ -188,6 +189,8 @@ def compare(
 
 
 app.command(name="data")(data_command.data)
+app.command(name="init")(init_command.init)
+app.command(name="schema")(schema_command.schema)
 
 
 def main() -> None:
