@@ -121,7 +121,11 @@ def test_shuffled_answers_leave_prompts_counts_and_held_out_rows(place: Path) ->
     ("path", "fields", "line"),
     [
         ("none.jsonl", {}, "{place}/none.jsonl: cannot be read (No such file or directory)"),
-        ("silos", {}, '{place}/silos: is a folder, not a .jsonl file; a folder goes with data.partition = "files"'),
+        (
+            "silos",
+            {},
+            "{place}/silos: is a folder, not a .jsonl, .csv, .tsv or .parquet file; a folder goes with data.",
+        ),
         ("rows.jsonl", {"partition": "files"}, "data.partition: 'files' needs data.path to be a folder"),
         ("rows.jsonl", {"heldout": "no.jsonl"}, "no.jsonl: cannot be read"),
         ("rows.jsonl", {"heldout_tasks": "no.jsonl"}, "no.jsonl: cannot be read"),
@@ -206,3 +210,89 @@ def test_label_words_replace_the_answers_and_an_unknown_label_is_named(tmp_path:
     bad = Row({**rows[0].fields, "output": "fine"}, "x.jsonl", 9)
     with pytest.raises(DataError, match=r"x.jsonl:9: the answer 'fine' is not among data.words: great, terrible"):
         build.dataset(data, [bad], tiny_tokenizer())
+
+
+def test_clients_by_size_and_by_task(place: Path) -> None:
+    rows = build.rows_of(data_of(place, clients=4, partition="size", alpha=0.5, minimum=2, heldout=0), KEY)
+    assert sum(sizes(rows)) == 40
+    assert min(sizes(rows)) >= 2
+    rows = build.rows_of(data_of(place, clients=2, partition="task", column="task", heldout=0), KEY)
+    assert [{row.fields["task"] for row in held} for held in rows.clients.values()] in (
+        [{"north"}, {"south"}],
+        [{"south"}, {"north"}],
+    )
+
+
+def test_words_and_shuffled_answers_are_of_the_answers_column(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,verdict\n" + "".join(f"t{i},{'yn'[i % 2]}\n" for i in range(12)))
+    fields = {"prompt": "{text}:", "answer": " {verdict}", "words": {"y": "yes", "n": "no"}, "clients": 1, "heldout": 0}
+    data = Data(path=str(tmp_path / "rows.csv"), shuffle_answers=True, **fields)
+    (mixed,) = build.rows_of(data, KEY).clients.values()
+    verdicts = [row.fields["verdict"] for row in mixed]
+    assert verdicts != list("yn" * 6)
+    assert sorted(verdicts) == ["n"] * 6 + ["y"] * 6
+    found = build.dataset(data, mixed, tiny_tokenizer())
+    assert [e.references for e in found.examples] == [({"y": "yes", "n": "no"}[v],) for v in verdicts]
+
+
+def test_a_jinja_template_of_the_run_file(place: Path) -> None:
+    rows = build.rows_of(data_of(place), KEY).splits["heldout"]
+    jinja = {"template": "jinja", "prompt": "{{ input | upper }}:", "answer": " {{ output }}"}
+    found = build.dataset(data_of(place, **jinja), rows, tiny_tokenizer())
+    assert [e.text for e in found.examples] == [f"{row.fields['input'].upper()}:" for row in rows]
+    with pytest.raises(ConfigError, match=r"^data\.prompt, data\.answer: the Jinja template .* cannot be read"):
+        build.dataset(data_of(place, **{**jinja, "prompt": "{{ input"}), rows, tiny_tokenizer())
+
+
+def job_of(place: Path, net: Net, folder: Path, **data: Any) -> build.Job:
+    """The job of a run on rows.jsonl, or what else `data` says."""
+    tree = {"path": str(place / "rows.jsonl"), "prompt": "{input}: it was", "answer": " {output}", "clients": 2} | data
+    run = config.parse({"method": {"name": "fedavg"}, "data": tree, "model": {"path": "tiny"}})
+    return build.job(run, build.rows_of(run.data, KEY), net, folder, 0, build.Watch())
+
+
+def test_packed_batches_are_made_of_the_same_rows(place: Path, net: Net, tmp_path: Path) -> None:
+    packed, plain = (job_of(place, net, tmp_path, pack=pack, max_length=128).clients[0] for pack in (True, False))
+    assert packed.examples == plain.examples
+    assert (packed.pack, plain.pack) == (128, 0)
+    assert next(packed.batches(KEY, 2)).examples > 4
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"choices": ["great", "terrible", "fine"]}, "data.choices: no client's row has the answer 'fine'"),
+        ({"max_length": 20}, "{place}/rows.jsonl:"),
+        ({"max_length": 8, "too_long": "drop"}, "client 'client-0' is empty: {place}/rows.jsonl: none of 18 rows fits"),
+        ({"max_length": 2048, "prompt": "{input}" * 60}, "{place}/rows.jsonl:"),
+    ],
+)
+def test_what_a_run_cannot_use_is_one_line(
+    place: Path, net: Net, tmp_path: Path, data: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        job_of(place, net, tmp_path, **data)
+    assert str(caught.value).startswith(line.format(place=place))
+    if "prompt" in data:
+        assert "and the context of tiny is 1024; set data.max_length to 1024 or less" in str(caught.value)
+    elif data.get("max_length") == 20:
+        assert "tokens, which leaves no room for the answer within data.max_length 20" in str(caught.value)
+
+
+def test_a_class_that_only_held_out_rows_have_is_named(place: Path, net: Net, tmp_path: Path) -> None:
+    held = tmp_path / "held.csv"
+    held.write_text("input,output\nfine,great\nso so,middling\n")
+    with pytest.raises(DataError) as caught:
+        job_of(place, net, tmp_path, heldout=str(held), choices=["great", "terrible", "middling"])
+    problem = f"data.choices: no client's row has the answer 'middling'; {held}:3 holds it out"
+    assert str(caught.value) == problem
+
+
+def test_a_model_without_positions_cannot_have_packed_rows(
+    place: Path, net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(net.model, "forward", lambda input_ids: None)
+    with pytest.raises(
+        ConfigError, match=r"^data\.pack: tiny does not keep the examples of a row apart; leave it out$"
+    ):
+        job_of(place, net, tmp_path, pack=True)

@@ -320,7 +320,7 @@ def test_a_method_of_the_user_own(place: Path, tmp_path: Path, monkeypatch: pyte
         (["fast"], "'fast' is not key=value"),
         (["method.path=nowhere:Own"], "{run}: method.path: cannot import nowhere:Own: ModuleNotFoundError: "),
         (["data.path=none.jsonl"], "none.jsonl: cannot be read (No such file or directory)"),
-        (["data.partition=files"], "data.partition: 'files' needs data.path to be a folder of .jsonl files, got "),
+        (["data.partition=files"], "data.partition: 'files' needs data.path to be a folder of files, got "),
         (["data.clients=19"], "{rows}: 19 clients are more than the 18 rows"),
         (["data.path={torn}"], "{torn}:2: the line is not JSON ("),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,17 @@ import torch
 from thinwire import config
 from thinwire.config import ConfigError, Run
 from thinwire.data import partition, templates
-from thinwire.data.batch import Dataset
-from thinwire.data.errors import DataError
-from thinwire.data.load import Row, read_clients, read_jsonl
-from thinwire.data.packaged import PACKAGED
+from thinwire.data.batch import Dataset, Example
+from thinwire.data.errors import DataError, NoRowsLeft
+from thinwire.data.load import Row
+from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
 from thinwire.data.tokenise import shuffle_answers, tokenise
 from thinwire.evaluate.evaluate import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.model.adapters import add_lora
 from thinwire.model.flat import Net
 from thinwire.runtime.loop import Job, Watch
+from thinwire.train.objective import keeps_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,10 +44,8 @@ class Rows:
 def rows_of(data: config.Data, key: Key) -> Rows:
     """Read, hold out, partition; raises DataError or ConfigError. Needs no model."""
     if data.partition == "files":
-        if data.path in PACKAGED or not Path(data.path).is_dir():
-            raise ConfigError(
-                f"data.partition: 'files' needs data.path to be a folder of .jsonl files, got {data.path}"
-            )
+        if not is_folder_of_files(data.path):
+            raise ConfigError(f"data.partition: 'files' needs data.path to be a folder of files, got {data.path}")
         clients = read_clients(data.path)
     else:
         rows = _read(data.path)
@@ -70,6 +69,11 @@ def rows_of(data: config.Data, key: Key) -> Rows:
         splits["heldout_tasks"] = _read(data.heldout_tasks)
     if data.partition == "iid":
         clients = partition.iid(clients[""], data.clients, key.fold("partition"))
+    elif data.partition == "size":
+        split = key.fold("partition")
+        clients = partition.by_size(clients[""], data.clients, data.alpha, split, minimum=data.minimum)
+    elif data.partition == "task":
+        clients = partition.by_task(clients[""], data.column, data.clients, key.fold("partition"))
     elif data.partition == "dirichlet":
         split = key.fold("partition")
         clients = partition.dirichlet(clients[""], data.column, data.clients, data.alpha, split, minimum=data.minimum)
@@ -88,31 +92,93 @@ def rows_of(data: config.Data, key: Key) -> Rows:
             raise ConfigError(f"data.validation: {data.validation} of each client's rows holds out none at all")
     if data.shuffle_answers:
         # Within each client, so that its skew stays; the held-out rows keep their true answers.
-        clients = {name: shuffle_answers(held, key.fold("shuffle", name)) for name, held in clients.items()}
+        template = template_of(data)
+        for name, held in clients.items():
+            column = None if isinstance(template, templates.Chat) else templates.answer_column(held[0], template)
+            clients[name] = shuffle_answers(held, key.fold("shuffle", name), column)
     if data.pooled:
         clients = {"all": [row for held in clients.values() for row in held]}
     return Rows(clients, splits)
 
 
+def template_of(data: config.Data) -> templates.AnyTemplate:
+    """The prompt template that the run file says; raises ConfigError."""
+    if data.prompt is None or data.answer is None:
+        return templates.named(data.template)
+    kind = templates.Jinja if data.template == "jinja" else templates.Template
+    try:
+        return kind(data.prompt, data.answer)
+    except DataError as error:
+        raise ConfigError(f"data.prompt, data.answer: {error}") from None
+
+
+def in_words(data: config.Data, rows: list[Row]) -> list[Row]:
+    """The rows with their answers put into data.words, if there are any; raises DataError."""
+    if data.words is None:
+        return rows
+    template = template_of(data)
+    return [_in_words(row, templates.answer_column(row, template), data.words) for row in rows]
+
+
 def dataset(data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The rows under the run's template; raises DataError."""
-    if data.prompt is not None and data.answer is not None:
-        try:
-            template: templates.Template | templates.Chat = templates.Template(data.prompt, data.answer)
-        except DataError as error:
-            raise ConfigError(f"data.prompt, data.answer: {error}") from None
-    else:
-        template = templates.named(data.template)
-    if data.words is not None:
-        rows = [_in_words(row, data.words) for row in rows]
-    drop = data.too_long == "drop"
-    return tokenise(rows, template, tokenizer, max_length=data.max_length, choices=data.choices, drop=drop)
+    return tokenise(
+        in_words(data, rows),
+        template_of(data),
+        tokenizer,
+        max_length=data.max_length,
+        choices=data.choices,
+        too_long=data.too_long,
+    )
 
 
 def client_data(run: Run, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """A client's rows as it trains on them; raises DataError."""
     training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
-    return replace(dataset(training, rows, tokenizer), balanced=run.data.balanced)
+    pack = run.data.max_length if run.data.pack else 0
+    return replace(dataset(training, rows, tokenizer), balanced=run.data.balanced, pack=pack)
+
+
+def clients_data(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
+    """The data set of each client, in order; raises DataError, also for a client that is left with nothing."""
+    found = []
+    for name, held in rows.clients.items():
+        try:
+            found.append(client_data(run, held, tokenizer))
+        except NoRowsLeft as error:
+            raise DataError(f"client {name!r} is empty: {error}") from None
+    return found
+
+
+def check_answers(data: config.Data, rows: Rows) -> None:
+    """Raise DataError for a closed set of answers of which one is never seen in training."""
+    template = template_of(data)
+
+    def answer(row: Row) -> str:
+        return templates.answer_value(row, template)
+
+    trained = {answer(row) for held in rows.clients.values() for row in in_words(data, held)}
+    for choice in data.choices or ():
+        if choice not in trained:
+            others = [row for held in rows.splits.values() for row in in_words(data, held) if answer(row) == choice]
+            where = f"; {others[0].source}:{others[0].line} holds it out" if others else ""
+            raise DataError(f"data.choices: no client's row has the answer {choice!r}{where}")
+
+
+def check_context(context: int | None, model: str, examples: Iterable[Example]) -> None:
+    """Raise DataError for an example that is longer than the model's context."""
+    for example in examples:
+        if context is not None and len(example) > context:
+            raise DataError(
+                f"{example.place}: the row has {len(example)} tokens, and the context of {model} is {context}; "
+                f"set data.max_length to {context} or less"
+            )
+
+
+def context_of(net: Net) -> int | None:
+    """The most tokens that the model can read, None where its config does not say."""
+    found = getattr(net.model.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def public_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
@@ -120,11 +186,11 @@ def public_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
     return None if run.data.public is None else client_data(run, _read(run.data.public), tokenizer)
 
 
-def _in_words(row: Row, words: Mapping[str, str]) -> Row:
-    label = row.text("output")
+def _in_words(row: Row, column: str, words: Mapping[str, str]) -> Row:
+    label = row.text(column)
     if label not in words:
         raise row.error(f"the answer {label!r} is not among data.words: {', '.join(words)}")
-    return Row({**row.fields, "output": words[label]}, row.source, row.line)
+    return Row({**row.fields, column: words[label]}, row.source, row.line)
 
 
 def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
@@ -154,7 +220,12 @@ def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[str, Any]]]:
-    """A function that scores the weights in the net: one record a split, with the answers to a few rows."""
+    """A function that scores the weights in the net: one record a split, with the answers to a few rows.
+
+    Raises DataError for rows beyond the model's context.
+    """
+    for split in splits:
+        check_context(context_of(net), run.model.path, split.data.examples)
 
     def score() -> list[dict[str, Any]]:
         records = []
@@ -178,17 +249,24 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     """The run, ready to go; raises DataError."""
     same = run.model_copy(update={"environment": {}, "threads": None})  # what does not make it another run
     identity = hashlib.sha256(same.to_toml().encode()).digest()
+    clients = clients_data(run, rows, net.tokenizer)
+    check_context(context_of(net), run.model.path, (e for data in clients for e in data.examples))
+    score = scorer(run, net, splits_of(run, rows, net.tokenizer))
+    if run.data.choices is not None:
+        check_answers(run.data, rows)
+    if run.data.pack:
+        _check_packing(net, run.model.path, clients)
     return Job(
         method=run.method,
         net=net,
-        clients=[client_data(run, held, net.tokenizer) for held in rows.clients.values()],
+        clients=clients,
         names=list(rows.clients),
         folder=folder,
         run=int.from_bytes(identity[:4], "little"),
         key=Key.root(run.seed),
         rounds=run.rounds,
         segments=run.cohort,
-        evaluate=scorer(run, net, splits_of(run, rows, net.tokenizer)),
+        evaluate=score,
         eval_every=run.eval.every,
         public=public_data(run, net.tokenizer),
         keep_versions=8 + run.method.versions_each * len(rows.clients),
@@ -197,9 +275,13 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     )
 
 
+def _check_packing(net: Net, model: str, clients: list[Dataset]) -> None:
+    few = sorted((e for data in clients for e in data.examples), key=len)[:2]
+    if len(few) == 2 and not keeps_apart(net.model, *few):
+        raise ConfigError(f"data.pack: {model} does not keep the examples of a row apart; leave it out")
+
+
 def _read(path: str) -> list[Row]:
-    if path in PACKAGED:
-        return PACKAGED[path]()
-    if Path(path).is_dir():
-        raise ConfigError(f'{path}: is a folder, not a .jsonl file; a folder goes with data.partition = "files"')
-    return read_jsonl(path)
+    if is_folder_of_files(path):
+        raise ConfigError(f'{path}: is a folder, not a {KINDS} file; a folder goes with data.partition = "files"')
+    return read(path)

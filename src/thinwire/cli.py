@@ -14,6 +14,9 @@ import typer
 
 from thinwire import __version__
 from thinwire.commands import codec
+from thinwire.commands import data as data_command
+from thinwire.commands import init as init_command
+from thinwire.commands import schema as schema_command
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="thinwire",
     help="Fine-tune every parameter of a language model across clients whose data cannot move, over kilobytes.",
-    add_completion=False,
     rich_markup_mode=None,  # plain help: rich would be half of its time
     pretty_exceptions_enable=False,
 )
@@ -57,6 +59,7 @@ def run(
         from safetensors import SafetensorError
 
         from thinwire import build, config
+        from thinwire.data.description import shortened
         from thinwire.runtime import memory
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
@@ -74,6 +77,7 @@ def run(
         net = build.net_of(settings, remember=True)
         with Live(settings, rows, net, folder, resume) as watch:
             job = build.job(settings, rows, net, folder, before, watch)
+            watch.rows_shortened(shortened(job.names, job.clients, settings.data.max_length))
             _record(folder, settings)
             again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
             try:
@@ -185,6 +189,11 @@ def compare(
         lines = [line for plan in made if (line := standings.line(plan, made, folder, settings.target)) is not None]
         standings.write(lines, made, folder)
         print_comparison(lines, made, folder)
+
+
+app.command(name="data")(data_command.data)
+app.command(name="init")(init_command.init)
+app.command(name="schema")(schema_command.schema)
 
 
 def main() -> None:

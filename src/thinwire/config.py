@@ -65,26 +65,29 @@ class Model(_Section):
 class Data(_Section):
     """The clients' rows, and how they are shown to the model.
 
-    `path`: a folder (one .jsonl a client), one .jsonl file to be partitioned, or the name of a packaged set.
-    `partition`: files, iid, dirichlet (skew of `column`) or column (a client a value of `column`, all or those in
-    `values`). `template` names a prompt template; `prompt` and `answer` are format strings over the columns, instead
-    of it. With `choices` the answers are a closed set, scored against each other; `loss = "answer"` trains on the
-    answer's tokens all the same. `words` replaces the values of the column `output`, such as labels by the words that
-    stand for them. `balanced`: a client's batches hold the answers of a closed set in equal numbers, however skewed
-    its rows are.
+    A source is a .jsonl, .csv, .tsv or .parquet file, a packaged set, or a Hugging Face data set: a folder that
+    save_to_disk wrote, or a name such as nyu-mll/glue:sst2@validation (subset and split may be left out). `path`: a
+    source to be partitioned, or a folder of files, one a client. `partition`: files, iid, size (sizes follow
+    Dirichlet(alpha)), dirichlet (skew of `column`), column (a client a value of `column`, all or those in `values`) or
+    task (the values of `column` dealt whole to `clients`). `template` names a prompt template; `prompt` and `answer`
+    are format strings over the columns instead of it, with `template = "jinja"` Jinja templates. With `choices` the
+    answers are a closed set, scored against each other; `loss = "answer"` trains on the answer's tokens all the same.
+    `words` replaces the values of the answer's column, such as labels by the words that stand for them. `balanced`: a
+    client's batches hold the answers of a closed set in equal numbers, however skewed its rows are. `pack`: short
+    examples share a row of up to max_length tokens, and do not see each other; batch_size then counts such rows.
     """
 
     path: str
-    partition: Literal["files", "iid", "dirichlet", "column"] = "iid"
+    partition: Literal["files", "iid", "size", "dirichlet", "column", "task"] = "iid"
     column: str = "output"
     values: tuple[str, ...] | None = Field(None, min_length=1)  # of the column that are clients; all where it is None
     clients: PositiveInt = 8
     alpha: PositiveFloat = 1.0
-    minimum: PositiveInt = 1  # rows that each client gets at least, under dirichlet
+    minimum: PositiveInt = 1  # rows that each client gets at least, under dirichlet and size
     rows: PositiveInt | None = None  # use that many rows at most (all clients together), drawn at random
-    heldout: float | int | str = 0.1  # a share or a number of the rows, or a .jsonl file
-    heldout_tasks: str | None = None  # a .jsonl file of tasks that no client holds
-    template: Literal["plain", "alpaca", "chat", "completion"] = "plain"
+    heldout: float | int | str = 0.1  # a share or a number of the rows, or a source
+    heldout_tasks: str | None = None  # a source: tasks that no client holds
+    template: Literal["plain", "alpaca", "chat", "completion", "jinja"] = "plain"
     prompt: str | None = None
     answer: str | None = None
     choices: tuple[str, ...] | None = None
@@ -92,17 +95,18 @@ class Data(_Section):
     words: dict[str, str] | None = None
     balanced: bool = False
     max_length: int = Field(default=512, ge=2)  # prompt and answer have a token each at least
-    too_long: Literal["cut", "drop"] = "cut"  # what is done with rows beyond max_length
+    too_long: Literal["answer", "cut", "drop"] = "answer"  # of rows beyond max_length cut the answer, or prompts too
+    pack: bool = False
     shuffle_answers: bool = False  # a control: what is learnt then is only format
     pooled: bool = False  # a reference: all the clients' rows with one client
-    public: str | None = None  # a .jsonl file whose rows the server holds, for checks and calibration
+    public: str | None = None  # a source whose rows the server holds, for checks and calibration
     validation: float = Field(default=0.0, ge=0, lt=1)  # score on this share of the clients' rows, not on held-out ones
 
     @field_validator("heldout")
     @classmethod
     def _heldout(cls, value: float | int | str) -> float | int | str:
         if not isinstance(value, str) and (value < 0 or (isinstance(value, float) and value >= 1)):
-            raise ValueError(f"{value} is neither a share below 1, a number of rows nor a .jsonl file")
+            raise ValueError(f"{value} is neither a share below 1, a number of rows nor a source")
         return value
 
     @field_validator("choices")
@@ -117,6 +121,14 @@ class Data(_Section):
         for lacking, other in (("prompt", "answer"), ("answer", "prompt")):
             if getattr(self, lacking) is None and getattr(self, other) is not None:
                 raise ConfigError(f"data.{lacking}: missing; it goes together with data.{other}")
+        if self.template == "jinja" and self.prompt is None:
+            raise ConfigError('data.prompt: missing; with data.template = "jinja" it is a Jinja template')
+        if self.pack and self.choices is not None and self.loss == "choice":
+            raise ConfigError(
+                'data.pack: goes with open answers, or data.loss = "answer"; choices are scored a row each'
+            )
+        if self.pack and self.balanced:
+            raise ConfigError("data.pack: does not go with data.balanced")
         if self.values is not None and self.partition != "column":
             raise ConfigError('data.values: goes with data.partition = "column" only')
         return self

@@ -88,6 +88,11 @@ class Live(Watch):
         if resume:
             self.console.print(f"  going on from the last checkpoint in {folder}", soft_wrap=True)
 
+    def rows_shortened(self, line: str | None) -> None:
+        """How many rows were cut or left out, if any."""
+        if line is not None:
+            self.console.print(f"  {line}", soft_wrap=True)
+
     def __enter__(self) -> Live:
         self.progress.start()
         return self

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHOICES, PAD, tiny_model, tiny_rows, tiny_tokenizer
 
-from thinwire.data.batch import IGNORE, Batch, Dataset, Example, collate
+from thinwire.data.batch import IGNORE, Batch, Dataset, Example, collate, collate_packed
 from thinwire.data.templates import NAMED, Template
 from thinwire.data.tokenise import tokenise
 from thinwire.keys import Key
@@ -27,6 +27,42 @@ def test_open_answers_end_at_the_last_position() -> None:
     assert batch.labels.tolist() == [[4, 5], [IGNORE, 7]]
     assert (batch.examples, batch.candidates, batch.choice, batch.candidate_ids) == (2, 1, None, None)
     assert {t.dtype for t in (batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels)} == {torch.int64}
+
+
+def test_packed_examples_stand_one_after_the_other() -> None:
+    c = Example((8,), (7, 6, 5))
+    batch = collate_packed([[A, B], [c]], pad=9)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7], [9, 9, 9, 8, 7, 6, 5]]
+    assert batch.attention_mask.tolist() == [[1] * 7, [0, 0, 0, 1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 0, 1, 2, 3]]
+    assert batch.labels.tolist() == [[4, 5, IGNORE, 7], [IGNORE, 7, 6, 5]]
+    assert (batch.examples, batch.packed, batch.repeated(2).packed) == (3, True, True)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=30), st.integers(1, 4))
+def test_a_packed_pass_holds_every_example_once(lengths: list[tuple[int, int]], size: int) -> None:
+    # the first token of an example is its number, and no other token is above 99
+    examples = tuple(
+        Example((100 + i,) + (1,) * (prompt - 1), (2,) * answer) for i, (prompt, answer) in enumerate(lengths)
+    )
+    batches = Dataset(examples, pad=0, pack=16).batches(Key.root(1), size)
+    for _ in range(2):
+        seen: list[int] = []
+        while len(seen) < len(examples):
+            batch = next(batches)
+            starts = batch.input_ids >= 100
+            assert batch.input_ids.shape[0] <= size
+            assert batch.input_ids.shape[1] <= 16
+            assert int(starts.sum()) == batch.examples
+            assert (batch.position_ids[starts] == 0).all()
+            seen += (batch.input_ids[starts] - 100).tolist()
+        assert sorted(seen) == list(range(len(examples)))
+
+
+def test_packed_rows_are_filled() -> None:
+    examples = tuple(Example((1,) * 3, (2,)) for _ in range(40))
+    first = next(Dataset(examples, pack=16).batches(Key.root(0), 5))
+    assert (tuple(first.input_ids.shape), first.examples, int(first.attention_mask.sum())) == ((5, 16), 20, 80)
 
 
 def test_candidates_of_several_tokens_take_a_row_each() -> None:

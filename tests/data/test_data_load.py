@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_rows, write_jsonl
 
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row, read_clients, read_jsonl
+from thinwire.data.load import Row, read_jsonl
 
 GOOD = b'{"a": 1}\n'
 
@@ -69,38 +69,6 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     for content in (b"", b"\n \r\n", b"\xef\xbb\xbf"):
         path = put(tmp_path, content)
         assert complaint(path) == f"{path}: the file holds no row"
-
-
-def test_a_folder_is_one_client_a_file(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a-1.jsonl", "a.jsonl", "ward.7.jsonl"):
-        (tmp_path / name).write_bytes(GOOD)
-    (tmp_path / "notes.txt").write_text("not data")
-    (tmp_path / "._a.jsonl").write_bytes(b"\x00\x05")
-    clients = read_clients(tmp_path)
-    assert list(clients) == ["a", "a-1", "b", "ward.7"]
-    assert all(len(rows) == 1 for rows in clients.values())
-
-
-def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
-    file = put(tmp_path, GOOD)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    for folder, problem in (
-        (tmp_path / "none", "the folder does not exist"),
-        (file, "is not a folder"),
-        (empty, "the folder holds no .jsonl file (one is expected for each client)"),
-    ):
-        with pytest.raises(DataError) as caught:
-            read_clients(folder)
-        assert str(caught.value) == f"{folder}: {problem}"
-
-
-def test_a_client_without_rows_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(GOOD)
-    (tmp_path / "b.jsonl").write_bytes(b"\n")
-    with pytest.raises(DataError) as caught:
-        read_clients(tmp_path)
-    assert str(caught.value) == f"{tmp_path / 'b.jsonl'}: the file holds no row"
 
 
 def test_a_column_as_text() -> None:

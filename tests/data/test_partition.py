@@ -15,7 +15,7 @@ from tiny import tiny_rows
 
 from thinwire.data.errors import DataError
 from thinwire.data.load import Row
-from thinwire.data.partition import Clients, by_column, dirichlet, holdout, iid
+from thinwire.data.partition import Clients, by_column, by_size, by_task, dirichlet, holdout, iid
 from thinwire.keys import Key
 
 SEEDS = st.integers(0, 2**32)
@@ -169,3 +169,46 @@ def test_complaints(call: Callable[[], object], message: str) -> None:
     with pytest.raises(DataError) as caught:
         call()
     assert str(caught.value) == message
+
+
+@given(st.integers(1, 80), st.integers(1, 8), st.floats(1e-3, 1e3), st.integers(1, 3), SEEDS)
+def test_by_size(count: int, clients: int, alpha: float, minimum: int, seed: int) -> None:
+    rows = labelled(range(count))
+    if clients * minimum > count:
+        with pytest.raises(DataError, match="more than the"):
+            by_size(rows, clients, alpha, Key.root(seed), minimum=minimum)
+        return
+    found = by_size(rows, clients, alpha, Key.root(seed), minimum=minimum)
+    assert_whole(found, rows)
+    assert len(found) == clients
+    assert min(len(held) for held in found.values()) >= minimum
+    assert found == by_size(rows, clients, alpha, Key.root(seed), minimum=minimum)
+
+
+def test_sizes_are_more_alike_with_a_larger_alpha_and_rows_are_mixed() -> None:
+    rows = labelled(range(1000))
+    spread = []
+    for alpha in (0.3, 3.0, 300.0):
+        draws = [by_size(rows, 10, alpha, Key.root(seed)) for seed in range(20)]
+        spread.append(np.mean([np.std([len(held) for held in found.values()]) for found in draws]))
+    assert spread[0] > 2 * spread[1] > 4 * spread[2]
+    means = [np.mean(part) for part in lines(by_size(rows, 4, 300.0, Key.root(0)))]
+    assert max(means) - min(means) < 150  # contiguous parts would be 750 apart
+    one = by_size(rows, 3, 1e-300, Key.root(0))
+    assert sorted(len(held) for held in one.values()) == [1, 1, 998]
+    with pytest.raises(DataError, match="alpha is 0; it must be a positive number"):
+        by_size(rows, 3, 0, Key.root(0))
+
+
+@given(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=40), st.integers(1, 7), SEEDS)
+def test_by_task(labels: list[str], clients: int, seed: int) -> None:
+    rows = labelled(labels)
+    if clients > len(set(labels)):
+        with pytest.raises(DataError, match=f"{clients} clients are more than the "):
+            by_task(rows, "label", clients, Key.root(seed))
+        return
+    found = by_task(rows, "label", clients, Key.root(seed))
+    assert_whole(found, rows)
+    tasks = [{row.fields["label"] for row in held} for held in found.values()]
+    assert sum(map(len, tasks)) == len(set(labels))  # none with two clients
+    assert max(map(len, tasks)) - min(map(len, tasks)) <= 1

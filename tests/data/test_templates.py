@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 
 from thinwire.data.errors import DataError
 from thinwire.data.load import Row
-from thinwire.data.templates import NAMED, Chat, Rendered, Template, named, references, render
+from thinwire.data.templates import NAMED, Chat, Jinja, Rendered, Template, answer_text, named, references, render
 
 TOKENIZER = tiny_tokenizer()
 SENTIMENT = Template("{input} It was", " {output}")
@@ -154,3 +154,47 @@ def test_references_are_rendered_as_answers_are_and_start_with_the_one_trained_o
         with pytest.raises(DataError) as caught:
             references(row(references=value), template, " a.")
         assert str(caught.value) == f"train.jsonl:17: {problem}"
+
+
+LIST = Jinja(
+    "{% if hint is defined %}({{ hint }}) {% endif %}{{ question }}\n{% for o in options %}- {{ o }}\n{% endfor %}",
+    " {{ answer }}",
+)
+
+
+def test_jinja_takes_lists_and_columns_that_may_be_absent() -> None:
+    fields = {"question": "Which {one}?", "options": ["a", "b{{c}}"], "answer": 3}
+    plain = Row(fields, "train.jsonl", 17)
+    assert render(plain, LIST, tiny_tokenizer()) == Rendered("Which {one}?\n- a\n- b{{c}}\n", " 3")
+    for hint, start in ((None, "Which"), ("sums", "(sums) Which")):
+        row = Row({**fields, "hint": hint}, "train.jsonl", 17)
+        assert render(row, LIST, tiny_tokenizer()).prompt.startswith(start)
+    assert answer_text(LIST, "4") == " 4"
+    assert references(Row({**fields, "references": ["three"]}, "x", 1), LIST, " 3") == ("3", "three")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"answer": "x", "options": []}, "the Jinja template uses what the row lacks: 'question' is undef"),
+        ({"question": "q", "options": 3, "answer": "x"}, "the Jinja template fails on the row ('int' object is"),
+        ({"question": "q", "options": [], "answer": " "}, "the answer is empty: there is no answer to learn"),
+        ({"question": "\ud83d", "options": [], "answer": "x"}, "field 'question' holds one half of a surrogate pair"),
+    ],
+)  # fmt: skip
+def test_jinja_complaints_name_the_row(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DataError) as caught:
+        render(Row(fields, "train.jsonl", 17), LIST, tiny_tokenizer())
+    assert str(caught.value).startswith(f"train.jsonl:17: {problem}")
+
+
+def test_jinja_templates_that_cannot_be_used() -> None:
+    with pytest.raises(DataError, match=r"^the Jinja template '\{% if x %\}' cannot be read \(line 1: Unexpected end"):
+        Jinja("{% if x %}", "{{ y }}")
+    with pytest.raises(DataError, match=r"^the answer template 'yes' uses no column$"):
+        Jinja("{{ x }}", "yes")
+    with pytest.raises(DataError, match=r"must name one \{column\} here, not 2$"):
+        answer_text(Jinja("{{ x }}", "{{ y }}{{ z }}"), "a")
+    # templates are sandboxed: what stands behind an object is out of their reach
+    with pytest.raises(DataError, match=r"^a:1: the Jinja template fails on the row \(access to attribute"):
+        render(Row({"x": "a", "y": "b"}, "a", 1), Jinja("{{ x.__class__.__mro__ }}", "{{ y }}"), tiny_tokenizer())

@@ -186,7 +186,28 @@ def test_answers_are_shuffled_in_every_shape() -> None:
 def test_rows_that_are_too_long_are_dropped_on_demand() -> None:
     rows = [Row({"input": "x" * n, "output": "y"}, "a.jsonl", n) for n in (3, 30, 5)]
     template = Template("{input}", "{output}")
-    data = tokenise(rows, template, tiny_tokenizer(), max_length=10, drop=True)
+    data = tokenise(rows, template, tiny_tokenizer(), max_length=10, too_long="drop")
     assert [len(e.prompt) for e in data.examples] == [3, 5]
+    assert [e.place for e in data.examples] == ["a.jsonl:3", "a.jsonl:5"]
+    assert (data.cut, data.dropped) == (0, 1)
     with pytest.raises(DataError, match=r"a.jsonl: none of 1 rows fits into 10 tokens"):
-        tokenise(rows[1:2], template, tiny_tokenizer(), max_length=10, drop=True)
+        tokenise(rows[1:2], template, tiny_tokenizer(), max_length=10, too_long="drop")
+
+
+def test_rows_that_are_cut_are_counted() -> None:
+    rows = [Row({"input": "x" * n, "output": "y" * n}, "a.jsonl", n) for n in (3, 9, 5, 4)]
+    data = tokenise(rows, JOINED, PLAIN, max_length=10)
+    assert (data.cut, data.dropped, len(data)) == (2, 0, 4)
+    assert tokenise(rows[:1], JOINED, PLAIN, max_length=10).cut == 0
+
+
+def test_the_answer_alone_may_be_cut() -> None:
+    cut = one("01234567", "abc", max_length=10, too_long="answer")
+    assert (cut.prompt, cut.answer) == (ids("01234567"), ids("ab"))
+    assert one("012345678", "abc", max_length=10, too_long="answer").answer == ids("a")
+    for prompt, options in (("0123456789", {}), ("0123456", {"choices": ["a", "abcd"]})):
+        with pytest.raises(DataError) as caught:
+            one(prompt, "a", max_length=10, too_long="answer", **options)
+        room = f"the prompt has {len(prompt)} tokens, which leaves no room for the answer within data.max_length 10"
+        assert str(caught.value).startswith(f"train.jsonl:17: {room} (")
+    assert one("012345", "a", max_length=10, too_long="answer", choices=["a", "abcd"]).prompt == ids("012345")

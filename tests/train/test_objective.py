@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import EOS, PAD, VOCABULARY, tiny_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from thinwire.data.batch import IGNORE, Batch, Example, collate
-from thinwire.train.objective import loss, scores, token_losses
+from thinwire.data.batch import IGNORE, Batch, Example, collate, collate_packed
+from thinwire.train.objective import keeps_apart, loss, losses, scores, token_losses
 
 OPEN = [
     Example((1, 2, 3), (4, 5, EOS)),
@@ -161,3 +174,62 @@ def test_low_precision_logits_are_reduced_in_float32() -> None:
     value = loss(model.to(torch.bfloat16), collate(OPEN, PAD))
     assert value.dtype == torch.float32
     assert abs(value.item() - exact.item()) < 0.05
+
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+def neox() -> nn.Module:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, num_attention_heads=4))
+
+
+def qwen() -> nn.Module:
+    return Qwen2ForCausalLM(Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2))
+
+
+def gemma() -> nn.Module:
+    # its first layer sees a window of four tokens only, which packing must leave as it is
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
+    layers = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, **heads, **layers))
+
+
+def eager() -> nn.Module:
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_model, eager, gpt2, neox, qwen, gemma])
+def test_packed_examples_do_not_see_each_other(make: Callable[[], nn.Module]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = make().eval()
+    rows = [OPEN[:2], OPEN[2:3], OPEN[3:]]
+    packed, apart = collate_packed(rows, PAD), collate(OPEN, PAD)
+    sums, counts = token_losses(model, packed)
+    expected = [[oracle(model, e.prompt, e.answer) for e in row] for row in rows]
+    for found, count, row in zip(sums, counts, expected, strict=True):
+        assert int(count) == sum(map(len, row))
+        torch.testing.assert_close(found.double(), torch.cat(row).sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss(model, packed), loss(model, apart))
+    torch.testing.assert_close(losses(model, packed, 2), loss(model, apart).expand(2))
+    gradients = [torch.autograd.grad(loss(model, batch), [*model.parameters()]) for batch in (packed, apart)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert keeps_apart(model, OPEN[0], OPEN[1])
+
+
+def test_a_model_that_would_mix_packed_examples_is_known() -> None:
+    class Mixing(nn.Module):
+        """Takes positions, and attends to all that stands before."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model()
+
+        def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+            return self.inner(input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids)
+
+    assert not keeps_apart(Mixing(), OPEN[0], OPEN[1])
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)).eval()
+    assert not keeps_apart(bloom, OPEN[0], OPEN[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +28,7 @@ class Example:
     choice: int | None = None
     references: tuple[str, ...] = ()
     text: str = ""  # the rendered prompt, for people
+    place: str = field(default="", compare=False)  # file and line of the row
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -41,6 +43,10 @@ class Batch:
     for each (example, candidate), candidates fastest, `candidates` of them, and `choice` int64 [examples]; otherwise
     candidates is 1 and choice is None. Where each candidate is one token, `candidate_ids` int64 [candidates] has them,
     the rows are the bare prompts, one an example, and labels is int64 [rows, 0].
+
+    In a `packed` batch several examples stand in a row one after the other, and labels reaches back to the first
+    answer of any row. position_ids begins at 0 with each example, and with the padding: by that alone a model must keep
+    the examples of a row apart, so attention_mask, which tells padding from tokens, is not for the model.
     """
 
     input_ids: Tensor
@@ -51,6 +57,7 @@ class Batch:
     candidates: int = 1
     choice: Tensor | None = None
     candidate_ids: Tensor | None = None
+    packed: bool = False
 
     def repeated(self, times: int) -> Batch:
         """The batch's rows `times` times over."""
@@ -95,6 +102,27 @@ def collate(examples: Sequence[Example], pad: int, candidates: Sequence[tuple[in
     return Batch(input_ids, attention, positions, labels, len(examples), count, choice, single)
 
 
+def collate_packed(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
+    """One batch whose rows hold several examples of open answers each."""
+    length = max(sum(map(len, row)) for row in rows)
+    width = max(sum(map(len, row)) - len(row[0].prompt) for row in rows)
+    input_ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+    attention = torch.zeros((len(rows), length), dtype=torch.int64)
+    positions = torch.arange(length).repeat(len(rows), 1)
+    labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        at = length - sum(map(len, row))
+        attention[i, at:] = 1
+        for example in row:
+            answer, end = at + len(example.prompt), at + len(example)
+            input_ids[i, at:end] = torch.tensor((*example.prompt, *example.answer), dtype=torch.int64)
+            positions[i, at:end] = torch.arange(len(example))
+            labels[i, answer:end] = torch.tensor(example.answer, dtype=torch.int64)
+            at = end
+    examples = sum(map(len, rows))
+    return Batch(input_ids, attention, positions, labels[:, length - width :], examples, packed=True)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A client's examples, or a held-out split. `candidates` is set where answers are a closed set that is scored."""
@@ -104,6 +132,9 @@ class Dataset:
     candidates: tuple[tuple[int, ...], ...] | None = None
     choices: tuple[str, ...] = field(default=())
     balanced: bool = False  # of a closed set: batches hold the answers in equal numbers
+    pack: int = 0  # of open answers: the tokens of a row into which batches pack short examples; 0: they don't
+    cut: int = 0  # rows that lost tokens, to be short enough
+    dropped: int = 0  # rows that were left out as too long
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -113,7 +144,10 @@ class Dataset:
 
         Within a window of WINDOW batches, examples of like length share a batch: padding costs as much as tokens do.
         With `balanced` each batch holds as many of each answer that is here; the rarer ones come round more often.
+        With `pack` a batch is up to `size` rows of up to `pack` tokens, filled with examples in random order.
         """
+        if self.pack:
+            yield from self._packed(key, size)
         groups = self._groups()
         share = max(1, size // len(groups))
         longest = max(len(group) for group in groups)
@@ -131,6 +165,24 @@ class Dataset:
                     picked = [example for window in windows for example in window[b * share : (b + 1) * share]]
                     yield collate(picked, self.pad, self.candidates)
             turn += 1
+
+    def _packed(self, key: Key, size: int) -> Iterator[Batch]:
+        for turn in itertools.count():
+            rows: list[list[Example]] = []
+            free: list[int] = []
+            for i in key.fold("pass", turn, "order", 0).permutation(len(self.examples)):
+                example = self.examples[i]
+                at = next((at for at, room in enumerate(free) if room >= len(example)), None)
+                if at is None:
+                    if len(rows) == size:
+                        yield collate_packed(rows, self.pad)
+                        rows, free = [], []
+                    at = len(rows)
+                    rows.append([])
+                    free.append(self.pack)
+                rows[at].append(example)
+                free[at] -= len(example)
+            yield collate_packed(rows, self.pad)
 
     def _groups(self) -> list[list[Example]]:
         if not self.balanced:

@@ -3,3 +3,7 @@
 
 class DataError(ValueError):
     """The user's data cannot be used; the message is one line, with the file and the line where it can."""
+
+
+class NoRowsLeft(DataError):
+    """All rows of a set were left out: none fits."""

@@ -1,4 +1,4 @@
-"""Rows from JSONL files: one JSON object a line, one file a client.
+"""A row, and rows from JSONL files: one JSON object a line.
 
 Three shapes are understood by the named templates, and any other columns may stand beside them:
 
@@ -99,21 +99,6 @@ def read_jsonl(path: str | Path) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: the file holds no row")
     return rows
-
-
-def read_clients(folder: str | Path) -> dict[str, list[Row]]:
-    """The rows of every client: a *.jsonl each, the client named as its file without the ending; sorted by name.
-
-    DataError where the folder is missing or holds no such file, and for what `read_jsonl` refuses.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: is not a folder" if folder.exists() else f"{folder}: the folder does not exist")
-    # Hidden files are left out: some systems put "._name.jsonl" beside every file that they copy.
-    files = {path.stem: path for path in folder.glob("*.jsonl") if not path.name.startswith(".")}
-    if not files:
-        raise DataError(f"{folder}: the folder holds no .jsonl file (one is expected for each client)")
-    return {name: read_jsonl(files[name]) for name in sorted(files)}
 
 
 def _parse(content: bytes, source: str, line: int) -> Row:

@@ -46,8 +46,7 @@ def dirichlet(rows: Sequence[Row], column: str, clients: int, alpha: float, key:
     TRIES draws, says what to change.
     """
     _need(rows, clients, minimum)
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise DataError(f"alpha is {alpha}; it must be a positive number")
+    _check_alpha(alpha)
     groups = list(_groups(rows, column).values())
     sizes = np.array([len(group) for group in groups])
     for attempt in range(TRIES):
@@ -65,6 +64,37 @@ def dirichlet(rows: Sequence[Row], column: str, clients: int, alpha: float, key:
         f"gave every client {minimum} rows in {TRIES} tries; "
         "ask for fewer clients, a larger alpha or a smaller minimum"
     )
+
+
+def by_size(rows: Sequence[Row], clients: int, alpha: float, key: Key, *, minimum: int = 1) -> Clients:
+    """The rows dealt at random to clients whose shares of them follow Dirichlet(alpha): small alpha, unlike sizes.
+
+    Each client gets `minimum` rows, and its share of what is left. The draw is numpy's: it repeats with one version.
+    """
+    _need(rows, clients, minimum)
+    _check_alpha(alpha)
+    weights = key.fold("draw").numpy().dirichlet(np.full(clients, alpha))
+    if not weights.sum() > 0:  # a tiny alpha underflows: one client has it all
+        weights = np.eye(clients)[0]
+    rest = len(rows) - clients * minimum
+    cuts = np.rint(np.cumsum(weights) / weights.sum() * rest).astype(np.int64)
+    cuts[-1] = rest
+    cuts = np.concatenate([[0], cuts]) + minimum * np.arange(clients + 1)
+    order = key.fold("order").permutation(len(rows))
+    return _named(rows, [order[cuts[i] : cuts[i + 1]] for i in range(clients)])
+
+
+def by_task(rows: Sequence[Row], column: str, clients: int, key: Key) -> Clients:
+    """Each value of `column` with one client, whole; the values dealt at random, to each as many, give or take one.
+
+    DataError for a row whose value is missing, blank or no text, and for fewer values than clients.
+    """
+    _need(rows, clients)
+    groups = list(_groups(rows, column).values())
+    if clients > len(groups):
+        raise DataError(f"{rows[0].source}: {clients} clients are more than the {len(groups)} values of '{column}'")
+    order = key.permutation(len(groups))
+    return _named(rows, [[i for g in order[client::clients] for i in groups[g]] for client in range(clients)])
 
 
 def holdout(rows: Sequence[Row], share: float, key: Key) -> tuple[list[Row], list[Row]]:
@@ -118,6 +148,11 @@ def _named(rows: Sequence[Row], parts: Sequence[Iterable[int]]) -> Clients:
     """Clients numbered with leading zeros, so that the order of the names is that of the numbers."""
     width = len(str(len(parts) - 1))
     return {f"client-{n:0{width}d}": [rows[i] for i in sorted(part)] for n, part in enumerate(parts)}
+
+
+def _check_alpha(alpha: float) -> None:
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise DataError(f"alpha is {alpha}; it must be a positive number")
 
 
 def _need(rows: Sequence[Row], clients: int = 1, minimum: int = 1) -> None:

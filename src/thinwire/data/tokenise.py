@@ -9,41 +9,43 @@ the answer too. The name of a special token ("</s>") in the data becomes that to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from thinwire.data import templates
 from thinwire.data.batch import Dataset, Example
-from thinwire.data.errors import DataError
+from thinwire.data.errors import DataError, NoRowsLeft
 from thinwire.data.load import Row
-from thinwire.data.templates import Chat, Template
+from thinwire.data.templates import AnyTemplate
 from thinwire.keys import Key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[int, ...]
+TooLong = Literal["answer", "cut", "drop"]
 
 
 def tokenise(
     rows: Sequence[Row],
-    template: Template | Chat,
+    template: AnyTemplate,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     choices: Sequence[str] | None = None,
     eos: bool = True,
-    drop: bool = False,
+    too_long: TooLong = "cut",
 ) -> Dataset:
     """The rows as examples of at most `max_length` tokens, prompt and answer together.
 
-    Too long a prompt loses its beginning (but not the bos token), too long an answer its end; where both are
-    too long each gets half. Neither is ever empty. The prompt starts with bos where the tokenizer puts it
+    Of a row that is too long, with "cut" too long a prompt loses its beginning (but not the bos token), too long an
+    answer its end; where both are too long each gets half. With "answer" the answer alone is cut, and a prompt that
+    leaves no room for it is an error. With "drop" the row is left out. How many were cut or left out is counted in the
+    data set. Neither prompt nor answer is ever empty. The prompt starts with bos where the tokenizer puts it
     there by default. Open answers end in the eos token with `eos`, unless they were cut. With `choices` the
-    bare answer of every row must be one of them, and their tokens, without eos, are the candidates. With `drop` a
-    row that would have to be cut is left out instead.
+    bare answer of every row must be one of them, and their tokens, without eos, are the candidates.
 
-    DataError for no rows, for rows that the template refuses, an answer that is not among the choices,
-    choices that cannot be told apart, and a tokenizer without the tokens that this needs.
+    DataError for no rows, for rows that the template refuses, an answer that is not among the choices, rows of which
+    none fits (NoRowsLeft), choices that cannot be told apart, and a tokenizer without the tokens that this needs.
     """
     if not rows:
         raise DataError("there are no rows")
@@ -63,14 +65,20 @@ def tokenise(
         indices = [_choice(row, template, choices) for row in rows]
         picked, answers = list(indices), [candidates[i] for i in indices]
     longest = 0 if candidates is None else max(len(tokens) for tokens in candidates)
-    examples = []
+    examples, cut = [], 0
     for row, text, prompt, answer, choice in zip(rows, rendered, prompts, answers, picked, strict=True):
         if not answer:
             raise row.error("the answer has no tokens")
         # Every candidate has to fit behind the same prompt.
-        if drop and len(prompt) + (longest or len(answer)) > max_length:
-            continue
-        room = longest or min(len(answer), max(max_length - len(prompt), max_length // 2))
+        room = longest or len(answer)
+        if len(prompt) + room > max_length:
+            if too_long == "drop":
+                continue
+            if too_long == "answer":
+                _check_room(row, len(prompt), longest or 1, max_length)
+            cut += 1
+            kept = 1 if too_long == "answer" else max_length // 2
+            room = longest or min(room, max(max_length - len(prompt), kept))
         examples.append(
             Example(
                 prompt=_cut_left(prompt, max_length - room, tokenizer.bos_token_id),
@@ -78,11 +86,21 @@ def tokenise(
                 choice=choice,
                 references=templates.references(row, template, text.answer),
                 text=text.prompt,
+                place=f"{row.source}:{row.line}",
             )
         )
     if not examples:
-        raise DataError(f"{rows[0].source}: none of {len(rows)} rows fits into {max_length} tokens")
-    return Dataset(tuple(examples), _pad(tokenizer), candidates, tuple(choices or ()))
+        raise NoRowsLeft(f"{rows[0].source}: none of {len(rows)} rows fits into {max_length} tokens")
+    dropped = len(rows) - len(examples)
+    return Dataset(tuple(examples), _pad(tokenizer), candidates, tuple(choices or ()), cut=cut, dropped=dropped)
+
+
+def _check_room(row: Row, prompt: int, answer: int, max_length: int) -> None:
+    if prompt + answer > max_length:
+        raise row.error(
+            f"the prompt has {prompt} tokens, which leaves no room for the answer within data.max_length {max_length} "
+            '(data.too_long = "cut" cuts such prompts, "drop" leaves such rows out)'
+        )
 
 
 def shuffle_answers(rows: Sequence[Row], key: Key, column: str | None = None) -> list[Row]:
@@ -144,7 +162,7 @@ def _cut_left(prompt: Tokens, room: int, bos: int | None) -> Tokens:
 
 
 def _candidates(
-    choices: Sequence[str], template: Template | Chat, tokenizer: PreTrainedTokenizerBase, max_length: int
+    choices: Sequence[str], template: AnyTemplate, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Tokens, ...]:
     """The tokens of each choice; DataError where two are alike, or one is empty or too long."""
     if len(choices) < 2:
@@ -162,7 +180,7 @@ def _candidates(
     return tuple(encoded)
 
 
-def _choice(row: Row, template: Template | Chat, choices: Sequence[str]) -> int:
+def _choice(row: Row, template: AnyTemplate, choices: Sequence[str]) -> int:
     value = templates.answer_value(row, template)
     if value not in choices:
         shown = value if len(value) <= 40 else value[:40] + "..."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinwire.data.batch import IGNORE, Batch
+from thinwire.data.batch import IGNORE, Batch, Example, collate, collate_packed
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -64,6 +66,22 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return losses.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
 
 
+@torch.inference_mode()
+def keeps_apart(model: nn.Module, first: Example, second: Example) -> bool:
+    """Whether the loss of `second`, packed behind `first`, is what it is alone, and whatever `first` holds.
+
+    transformers builds a block-diagonal mask from positions that begin again; a model that ignores them would let one
+    example see another, and say nothing.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    tokens = (*first.prompt, *first.answer)
+    unlearnt, other = (replace(first, prompt=ids, answer=()) for ids in (tokens, second.answer[:1] * len(tokens)))
+    alone = token_losses(model, collate([second], 0))[0].item()
+    behind, disturbed = (token_losses(model, collate_packed([[e, second]], 0))[0].item() for e in (unlearnt, other))
+    return math.isclose(behind, disturbed, rel_tol=1e-6) and math.isclose(behind, alone, rel_tol=1e-2)
+
+
 def _logits(model: nn.Module, batch: Batch, count: int, before: int = 0) -> Tensor:
     """The logits [rows, count, vocabulary] of the last `count` positions, or of those that end `before` earlier.
 
@@ -75,15 +93,15 @@ def _logits(model: nn.Module, batch: Batch, count: int, before: int = 0) -> Tens
     length = batch.input_ids.shape[1]
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
+    if not batch.packed:  # else position_ids says it all, and a mask would hide from the model what it says
+        options["attention_mask"] = batch.attention_mask.to(device)
     if "position_ids" in accepted:  # models without positions (ALiBi) have no such argument
         options["position_ids"] = batch.position_ids.to(device)
     if "use_cache" in accepted:
         options["use_cache"] = False
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = torch.arange(length - before - count, length - before, device=device)
-    logits: Tensor = model(
-        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), **options
-    ).logits
+    logits: Tensor = model(input_ids=batch.input_ids.to(device), **options).logits
     if logits.shape[1] != count:
         logits = logits[:, length - before - count : length - before]
     return logits

@@ -1,0 +1,209 @@
+"""thinwire data: who holds what, how long it is, and what the model will see of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thinwire.terminal import Overrides, one_line, settle
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from thinwire.build import Rows
+    from thinwire.config import Run
+    from thinwire.data.batch import Dataset
+    from thinwire.data.description import Description
+    from thinwire.data.load import Row
+
+EXAMPLES = 3
+LISTED = 30  # clients that the table lists
+COLUMNS = 5  # labels that the table lists
+FEW = 20  # answers that are labels, without the run file's saying so
+LONG = 1500  # characters of a prompt or answer that are shown
+
+
+def data(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file.")],
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the partition into this .svg, .png or .pdf file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show a run's clients: their rows, lengths, labels, what is cut, and examples as the model reads them."""
+    with one_line():
+        settle()
+        from thinwire import build, config
+        from thinwire.data import picture
+        from thinwire.data.description import describe, filled, shortened, skew
+        from thinwire.keys import Key
+
+        if plot is not None:
+            picture.check(plot)
+        settings = config.load(file, overrides or [])
+        rows = build.rows_of(settings.data, Key.root(settings.seed))
+        plain = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None})})
+        net = build.net_of(plain, hollow=True)  # the tokenizer and the config are all that is needed
+        clients = build.clients_data(settings, rows, net.tokenizer)
+        splits = {name: build.dataset(settings.data, held, net.tokenizer) for name, held in rows.splits.items()}
+        for each in (*clients, *splits.values()):
+            build.check_context(build.context_of(net), settings.model.path, each.examples)
+        if settings.data.choices is not None:
+            build.check_answers(settings.data, rows)
+
+        column, labels = _labels(settings, rows)
+        held_out = [describe(name, each, labels.get(name, ())) for name, each in splits.items()]
+        held = [describe(n, d, labels.get(n, ())) for n, d in zip(rows.clients, clients, strict=True)]
+        found = {
+            "clients": [asdict(each) for each in held],
+            "splits": [asdict(each) for each in held_out],
+            "max_length": settings.data.max_length,
+            "label": column,
+            "skew": skew([each.labels for each in held]) if column is not None else None,
+            "packed": [dict(zip(("rows", "filled"), filled(each), strict=True)) for each in clients if each.pack],
+            "examples": _examples(list(rows.clients), clients, net.tokenizer),
+        }
+        if plot is not None:
+            title = f"{settings.name}: the rows of each client" + (f", by {column}" if column else "")
+            picture.draw(held, title, settings.data.max_length, plot)
+        if as_json:
+            typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+            return
+        line = shortened(list(rows.clients), clients, settings.data.max_length)
+        _print(settings, found, held, line, held_out)
+        if plot is not None:
+            typer.echo(f"the picture is in {plot}")
+
+
+def _labels(run: Run, rows: Rows) -> tuple[str | None, dict[str, list[str]]]:
+    """What the labels are called, and each client's and split's; None where the rows have none.
+
+    The closed set of answers; else the column that the partition goes by; else the answers, where they are few.
+    """
+    from thinwire import build
+    from thinwire.data import templates
+    from thinwire.data.errors import DataError
+
+    template, everyone = build.template_of(run.data), {**rows.clients, **rows.splits}
+    by = run.data.column
+    if run.data.choices is None and run.data.partition in ("dirichlet", "task"):
+        return by, {name: [row.text(by) for row in held] for name, held in everyone.items()}
+
+    def answers(held: list[Row]) -> list[str]:
+        return [templates.answer_value(row, template) for row in build.in_words(run.data, held)]
+
+    try:
+        labels = {name: answers(held) for name, held in everyone.items()}
+        first = next(iter(rows.clients.values()))[0]
+        column = templates.answer_column(first, template)
+    except DataError:  # an answer made of several columns is no label
+        return None, {}
+    every = [label for name in rows.clients for label in labels[name]]
+    if run.data.choices is None and not (len(set(every)) <= FEW and 4 * len(set(every)) <= len(every)):
+        return None, {}
+    return column, labels
+
+
+def _examples(names: list[str], clients: list[Dataset], tokenizer: Any) -> list[dict[str, Any]]:
+    """A few examples from as many clients as there are for them, as text: what is read, and what is trained."""
+    picked = [(n % len(clients), n // len(clients)) for n in range(EXAMPLES * len(clients))]
+    found = []
+    for client, i in picked:
+        if i < len(clients[client]) and len(found) < EXAMPLES:
+            example = clients[client].examples[i]
+            found.append(
+                {
+                    "client": names[client],
+                    "place": example.place,
+                    "tokens": len(example),
+                    "trained_tokens": len(example.answer),
+                    "masked": tokenizer.decode(example.prompt, clean_up_tokenization_spaces=False),
+                    "trained": tokenizer.decode(example.answer, clean_up_tokenization_spaces=False),
+                    "choices": list(clients[client].choices),
+                }
+            )
+    return found
+
+
+def _print(
+    run: Run, found: dict[str, Any], clients: list[Description], line: str | None, splits: list[Description]
+) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    total = sum(client.rows for client in clients)
+    held = "".join(f", {split.rows:,} in {split.name}" for split in splits)
+    console.print(
+        f"{run.name}: {total:,} rows with {len(clients):,} clients{held}; at most {found['max_length']} tokens"
+    )
+    lost = [name for name in ("cut", "dropped") if any(getattr(each, name) for each in (*clients, *splits))]
+    heads = ("rows", *lost, "tokens", "95 %", "max", "answer")
+    labels: dict[str, int] = {}
+    for client in clients:
+        for label, count in client.labels.items():
+            labels[label] = labels.get(label, 0) + count
+    shown = sorted(labels, key=lambda label: -labels[label])
+    shown = shown if len(shown) <= COLUMNS else shown[: COLUMNS - 1]
+    more = ["others"] if len(shown) < len(labels) else []
+    table = Table("client", *(Column(head, justify="right") for head in (*heads, *map(_short, shown), *more)))
+    for each in [*clients[:LISTED], *splits]:
+        tokens = each.tokens
+        counts = [str(each.labels.get(label, 0)) for label in shown] if each.labels else [""] * len(shown)
+        if more:
+            counts.append(str(sum(n for label, n in each.labels.items() if label not in shown)) if each.labels else "")
+        gone = [f"{getattr(each, name):,}" for name in lost]
+        cells = (
+            f"{each.rows:,}",
+            *gone,
+            f"{tokens.median:g}",
+            f"{tokens.p95:.0f}",
+            str(tokens.max),
+            f"{tokens.answer:g}",
+        )
+        last = each is clients[:LISTED][-1]
+        table.add_row(each.name, *cells, *counts, end_section=last)
+    console.print(table)
+    if len(clients) > LISTED:
+        console.print(f"{len(clients) - LISTED:,} clients more are not listed; --json has all")
+    console.print(
+        "tokens: median an example; answer: median of the answer alone, which is what is trained on", soft_wrap=True
+    )
+    console.print(line or f"no row is longer than {found['max_length']} tokens: none is cut", soft_wrap=True)
+    if found["skew"] is not None:
+        what = f"label skew ({found['label']}): {found['skew']:.2f}"
+        console.print(f"{what} (0: all clients alike, 1: each has one label only)", soft_wrap=True)
+    if found["packed"]:
+        rows = sum(each["rows"] for each in found["packed"])
+        share = sum(each["rows"] * each["filled"] for each in found["packed"]) / rows
+        console.print(f"packed into {rows:,} rows of {found['max_length']} tokens, {share:.0%} filled")
+    for number, example in enumerate(found["examples"], 1):
+        _print_example(console, number, example)
+
+
+def _print_example(console: Console, number: int, example: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    console.print()
+    head = f"example {number}, {example['client']}, {example['place']}: {example['tokens']} tokens"
+    kind = "the answer is scored against " + ", ".join(example["choices"]) if example["choices"] else ""
+    kind = f"; {kind}" if kind else ""
+    console.print(f"{head}  | read, not trained on  > trained on{kind}", soft_wrap=True)
+    for mark, part, style in (("|", "masked", "dim"), (">", "trained", "bold green")):
+        for text in _middle(example[part]).split("\n"):
+            console.print(Text(f"  {mark} {text}", style=style), soft_wrap=True)
+
+
+def _middle(text: str) -> str:
+    if len(text) <= LONG:
+        return text
+    left = len(text) - LONG
+    return f"{text[: LONG // 2]}\n[{left:,} characters are not shown]\n{text[-LONG // 2 :]}"
+
+
+def _short(label: str) -> str:
+    label = " ".join(label.split())
+    return label if len(label) <= 12 else label[:9] + "..."

@@ -1,0 +1,154 @@
+"""thinwire init: a commented run file for the user's own data."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thinwire.terminal import one_line
+
+if TYPE_CHECKING:
+    from thinwire.data.proposal import Proposal
+
+CLIENTS = 4  # where the data does not say who they are
+
+FILE = """\
+# A run of thinwire. Show the data:  thinwire data {file}
+# Train:                             thinwire run {file}
+# Any field can also be set on the command line, as key=value: rounds=5, method.lr=1e-4, data.clients=8.
+{name}
+seed = 0
+rounds = 3
+
+[model]
+path = "smollm2-135m-instruct"     # or a Hugging Face folder, a name on the hub, a .gguf file
+dtype = "float32"                  # or bfloat16, float16
+device = "cpu"                     # or cuda
+
+[model.lora]                       # small factors are trained in place of all parameters; without this table, all are
+rank = 8
+alpha = 16.0
+
+[data]
+{data}
+# A row that is longer loses the end of its answer. "cut" cuts prompts too, at their beginning; "drop" leaves rows out.
+too_long = "answer"
+heldout = 0.1                      # the share of each client's rows that is scored, not trained on; or a file
+# pack = true                      # short examples share a row, which is faster where lengths differ much
+
+[method]                           # thinwire methods lists them all, with their fields
+name = "fedavg"                    # what is trained travels whole: a few MB a client and round with [model.lora]
+lr = 5e-4                          # without [model.lora], rather 2e-5
+steps = 12                         # of a client in a round
+batch_size = 8
+# name = "fedkseed"                # all parameters for about 1 kB a client and round; learns far more slowly. Leave
+#                                  # [model.lora] out, and lr, steps and batch_size to their defaults at first
+
+[cohort]
+kind = "all"                       # all clients in every round; or kind = "uniform" with n = 4 of them
+
+[eval]
+every = 1                          # rounds
+rows = 100                         # held-out rows that are scored
+"""
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE.toml]", help="The run file to write.")] = Path("run.toml"),
+    data: Annotated[
+        str | None, typer.Option(help="Your data: a .jsonl, .csv, .tsv or .parquet file, or a folder of them.")
+    ] = None,
+) -> None:
+    """Write a commented run file for your data; it looks at the columns and proposes prompt and answer."""
+    with one_line():
+        from thinwire.config import ConfigError
+
+        if file.suffix != ".toml":
+            raise ConfigError(f"{file}: a run file ends in .toml")
+        if not file.parent.is_dir():
+            raise ConfigError(f"{file}: {file.parent} is not a folder")
+        lines, told = _placeholder() if data is None else _own(data)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "run"
+        text = FILE.format(file=file, name=_line("name", name), data="\n".join(lines))
+        try:
+            with open(file, "x", encoding="utf-8") as out:
+                out.write(text)
+        except FileExistsError:
+            raise ConfigError(f"{file}: exists already; choose another name") from None
+        typer.echo(f"wrote {file}")
+        for line in told:
+            typer.echo(f"  {line}")
+        typer.echo(f"look at it, then: thinwire data {file}")
+
+
+def _placeholder() -> tuple[list[str], list[str]]:
+    lines = [
+        _line("path", "rows.jsonl", "your file: .jsonl, .csv, .tsv or .parquet; or a folder, one file a client"),
+        _line("partition", "iid", "dealt at random; or size, dirichlet, column, task; files for a folder"),
+        f"clients = {CLIENTS}",
+        "# A row is {instruction, input, output}, {prompt, completion} or {messages}; of other columns, say instead:",
+        '# prompt = "question: {question}\\nanswer:"',
+        '# answer = " {answer}"',
+        _line("template", "chat", "the tokenizer's own; or plain, alpaca, completion"),
+        _line("max_length", 512, "tokens, prompt and answer together"),
+    ]
+    return lines, ["data.path is a placeholder; thinwire init --data FILE looks at your columns"]
+
+
+def _own(data: str) -> tuple[list[str], list[str]]:
+    from thinwire.data import source
+    from thinwire.data.proposal import propose
+
+    folder = source.is_folder_of_files(data)
+    clients = source.read_clients(data) if folder else {"": source.read(data)}
+    rows = [row for held in clients.values() for row in held]
+    found = propose(rows)
+    lines = [_line("path", data)]
+    told = [f"{len(rows):,} rows, with the columns {', '.join(found.columns)}"]
+    if folder:
+        lines.append(_line("partition", "files", "a client a file"))
+        told.append(f"clients: the {len(clients)} files of {data}")
+    elif found.client is not None:
+        lines.append(_line("partition", "column", "a client for each value of the column"))
+        lines.append(_line("column", found.client))
+        told.append(f"clients: the values of {found.client}")
+    else:
+        count = max(1, min(CLIENTS, len(rows) // 2))
+        lines.append(_line("partition", "iid", "dealt at random; or size, dirichlet, column, task"))
+        lines.append(_line("clients", count))
+        told.append(f"clients: {count}, dealt at random, as no column seems to name them")
+    shown, how = _template(found)
+    lines += [*shown, _line("max_length", found.max_length, "tokens, prompt and answer together")]
+    return lines, [*told, *how]
+
+
+def _template(found: Proposal) -> tuple[list[str], list[str]]:
+    if found.prompt is None or found.answer is None:
+        return [_line("template", found.template)], [f"template: {found.template}"]
+    lines = ["# {column} stands for what is in the column; the loss is on the answer alone."]
+    lines += [_line("prompt", found.prompt), _line("answer", found.answer)]
+    told = [f"prompt: {_quoted(found.prompt)}", f"answer: {_quoted(found.answer)}"]
+    if found.choices is not None:
+        lines.append(
+            "# The answers are a closed set: they are scored against each other. Leave this out for free text."
+        )
+        lines.append(_line("choices", list(found.choices)))
+        told.append(f"choices: {', '.join(found.choices)}")
+    return lines, told
+
+
+def _line(key: str, value: Any, comment: str = "") -> str:
+    import tomli_w
+
+    text = tomli_w.dumps({key: value}, multiline_strings=False)
+    text = f"{key} = [{', '.join(map(_quoted, value))}]" if isinstance(value, list) else text.strip()
+    return f"{text:<34} # {comment}" if comment else text
+
+
+def _quoted(text: str) -> str:
+    import tomli_w
+
+    return tomli_w.dumps({"v": text}).strip().removeprefix("v = ")

@@ -1,0 +1,163 @@
+"""thinwire data: what it shows of a user's files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import refused, thinwire
+from tiny import tiny_folder
+
+from thinwire.commands import data as command
+
+TOWNS = ("north", "south")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, tickets.csv (24 rows of two branches, two teams) and run.toml."""
+    folder = tmp_path_factory.mktemp("data-command")
+    tiny_folder(folder / "model")
+    lines = ["branch,message,team"]
+    # the north writes to it 9 times of 12, the south 3 times
+    for i in range(24):
+        team = "it" if (i % 8 < 6) == (i % 2 == 0) else "payroll"
+        lines.append(f'{TOWNS[i % 2]},"ticket {i}\nof {team}",{team}')
+    (folder / "tickets.csv").write_text("\n".join(lines) + "\n")
+    (folder / "run.toml").write_text(
+        f"""
+name = "tickets"
+[model]
+path = "{folder / "model"}"
+[data]
+path = "{folder / "tickets.csv"}"
+partition = "column"
+column = "branch"
+heldout = 0
+prompt = "{{message}}\\nteam:"
+answer = " {{team}}"
+max_length = 64
+[method]
+name = "fedavg"
+"""
+    )
+    return folder
+
+
+def shown(*args: str | Path) -> str:
+    result = thinwire("data", *args)
+    assert (result.code, result.err) == (0, "")
+    return result.out
+
+
+def test_clients_lengths_skew_and_marked_examples(place: Path) -> None:
+    out = shown(place / "run.toml")
+    assert out.startswith("tickets: 24 rows with 2 clients; at most 64 tokens\n")
+    assert "no row is longer than 64 tokens: none is cut\n" in out
+    assert "label skew (team): 0.50 (0: all clients alike, 1: each has one label only)\n" in out
+    example = f"example 1, north, {place / 'tickets.csv'}:2: 24 tokens  | read, not trained on  > trained on\n"
+    assert f"\n{example}  | ticket 0\n  | of it\n  | team:\n  >  it<eos>\n" in out
+    assert f"example 2, south, {place / 'tickets.csv'}:4: " in out
+    assert f"example 3, north, {place / 'tickets.csv'}:6: " in out
+    assert "example 4" not in out
+
+
+def test_the_same_as_json(place: Path) -> None:
+    found = json.loads(shown(place / "run.toml", "--json", "data.heldout=4", "data.max_length=28"))
+    north, south = found["clients"]
+    (held,) = found["splits"]
+    assert (north["name"], south["name"], held["name"]) == ("north", "south", "heldout")
+    assert north["rows"] + south["rows"] + held["rows"] == 24
+    assert sum(sum(each["labels"].values()) for each in (north, south, held)) == 24
+    assert north["tokens"]["max"] == 28
+    assert north["cut"] > 0
+    assert found["label"] == "team"
+    first = found["examples"][0]
+    assert first["tokens"] - first["trained_tokens"] == len(first["masked"])
+    assert first["trained"].rstrip("<eos>") in (" it", " payrol", " payroll")
+
+
+def test_rows_that_are_cut_or_left_out_are_counted_by_client(place: Path) -> None:
+    for choice, text in (("answer", "cut to 30 tokens"), ("drop", "left out as longer")):
+        out = shown(place / "run.toml", "data.max_length=30", f"data.too_long={choice}")
+        line = next(line for line in out.splitlines() if text in line)
+        counts = {
+            name: int(count) for name, count in (part.split() for part in line[line.index("(") + 1 : -1].split(", "))
+        }
+        assert line.startswith(f"{sum(counts.values())} of 24 rows {text} (")
+        assert set(counts) == set(TOWNS)
+        assert ("dropped" if choice == "drop" else "cut") in out.split("┡")[0]
+
+
+def test_closed_answers_and_packing_are_told(place: Path) -> None:
+    out = shown(place / "run.toml", "data.choices=['it', 'payroll']")
+    assert "  > trained on; the answer is scored against it, payroll\n" in out
+    out = shown(place / "run.toml", "data.pack=true", "data.max_length=128")
+    packed = next(line for line in out.splitlines() if line.startswith("packed into "))
+    assert packed.endswith(" filled")
+    assert " rows of 128 tokens, " in packed
+
+
+def test_a_picture(place: Path, tmp_path: Path) -> None:
+    path = tmp_path / "part.svg"
+    out = shown(place / "run.toml", "--plot", path)
+    assert out.endswith(f"\nthe picture is in {path}\n")
+    text = path.read_text()
+    assert all(f"<!-- {word} -->" in text for word in ("north", "south", "it", "payroll"))
+
+
+def test_labels_are_what_the_run_is_partitioned_by(place: Path) -> None:
+    # messages are no labels: all are different, and so the dirichlet column is what is counted
+    changes = ("data.partition=dirichlet", "data.clients=2", "data.alpha=100")
+    out = shown(place / "run.toml", *changes, "data.answer= {message}")
+    assert "label skew (branch): " in out
+    out = shown(place / "run.toml", "data.answer= {message}")
+    assert "label skew" not in out
+    out = shown(place / "run.toml", "data.answer= {message} {team}")
+    assert "label skew" not in out
+
+
+def test_long_texts_are_shown_in_part() -> None:
+    text = command._middle("a" * 1000 + "b" * 1000)
+    assert text == "a" * 750 + "\n[500 characters are not shown]\n" + "b" * 750
+    assert command._middle("a" * 1500) == "a" * 1500
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (["--plot", "part.gif"], "--plot: part.gif must end in .svg, .png or .pdf"),
+        (["data.max_length=20"], "{csv}:2: the prompt has 20 tokens, which leaves no room for the answer within "),
+        (["data.answer= {teem}"], "{csv}:2: field 'teem' is missing (present: branch, message, team)"),
+        (["data.choices=['it', 'pay']"], "{csv}:"),
+        (["data.choices=['it', 'payroll', 'lift']"], "data.choices: no client's row has the answer 'lift'"),
+        (["data.max_length=9999", "data.prompt={long}"], "{csv}:2: the row has "),
+        (["data.path={ragged}"], "{ragged}:3: 4 cells where the first line names 3 columns"),
+        (["data.path={none}"], "{none}: is not a Parquet file that can be read ("),
+        (["data.path={folder}", "data.partition=files"], "{folder}/b.csv: the file holds no row"),
+        (["data.column=team", "data.path={gap}"], "{gap}:3: field 'team' is empty"),
+    ],
+)
+def test_bad_input_is_one_line(place: Path, tmp_path: Path, changes: list[str], line: str) -> None:
+    names = {name: str(tmp_path / f"{name}.csv") for name in ("ragged", "gap")}
+    names |= {"csv": str(place / "tickets.csv"), "none": str(tmp_path / "none.parquet"), "folder": str(tmp_path / "f")}
+    head = "branch,message,team\nnorth,a,it\n"
+    Path(names["ragged"]).write_text(head + "south,a, b,it\n")
+    Path(names["gap"]).write_text(head + "south,a,\n")
+    Path(names["none"]).write_text(head)
+    Path(names["folder"]).mkdir()
+    (tmp_path / "f" / "a.csv").write_text(head)
+    (tmp_path / "f" / "b.csv").write_text("branch,message,team\n")
+    names["long"] = "{message}" * 80
+    given = [change.format(**names) if "path" in change or "long}" in change else change for change in changes]
+    assert refused("data", place / "run.toml", *given).startswith(line.format(**names))
+
+
+def test_the_run_says_at_its_start_what_it_cuts(place: Path, tmp_path: Path) -> None:
+    changes = ("rounds=1", "method.steps=1", "data.max_length=30", "data.heldout=2")
+    result = thinwire("run", place / "run.toml", *changes, "--out", tmp_path / "run")
+    assert result.code == 0, result
+    lines = result.out.splitlines()
+    assert " of 20 rows cut to 30 tokens (" in lines[3]
+    assert lines[4].startswith("  at the start, heldout: ")

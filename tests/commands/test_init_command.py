@@ -1,0 +1,119 @@
+"""thinwire init: what it writes can be run as it stands."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import refused, thinwire
+from tiny import tiny_folder, tiny_rows, write_jsonl
+
+from thinwire import config
+
+
+def tickets(folder: Path, rows: int = 48) -> Path:
+    lines = ["ticket,branch,message,team"]
+    for i in range(rows):
+        team = ("it", "pay roll")[i % 3 > 0]
+        lines.append(f'T{i},{("north", "süd")[i % 2]},"the ""{team}"" ticket {i}, please",{team}')
+    path = folder / "tickets.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def written(*args: str | Path) -> tuple[dict[str, Any], str]:
+    """What init wrote, as TOML, and what it printed."""
+    result = thinwire("init", *args)
+    assert (result.code, result.err) == (0, ""), result
+    return tomllib.loads(Path(args[0]).read_text(encoding="utf-8")), result.out
+
+
+def test_from_a_csv_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tickets(tmp_path)
+    tiny_folder(tmp_path / "model")
+    tree, out = written("tickets.toml", "--data", "tickets.csv")
+    data = tree["data"]
+    assert (data["path"], data["partition"], data["column"]) == ("tickets.csv", "column", "branch")
+    assert (data["prompt"], data["answer"]) == ("message: {message}\nteam:", " {team}")
+    assert (data["choices"], data["max_length"]) == (["pay roll", "it"], 32)
+    assert out.startswith("wrote tickets.toml\n  48 rows, with the columns ticket, branch, message, team\n")
+    assert out.endswith("look at it, then: thinwire data tickets.toml\n")
+
+    tiny = ("model.path=model", "data.max_length=96")  # its tokens are bytes
+    assert thinwire("data", "tickets.toml", *tiny).code == 0
+    result = thinwire("run", "tickets.toml", *tiny, "rounds=1", "method.steps=2")
+    assert result.code == 0, result
+    scores = json.loads(thinwire("eval", "runs/tickets", "--json").out)
+    assert [(score["split"], score["rows"]) for score in scores] == [("heldout", 4)]
+
+
+@pytest.mark.parametrize("kind", ["open", "folder", "few", "odd"])
+def test_what_is_written_is_a_run(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "rows.jsonl"
+    if kind == "folder":
+        place = tmp_path / "silos"
+        place.mkdir()
+        for name in ("a", "b"):
+            write_jsonl(place / f"{name}.jsonl", tiny_rows(5))
+    elif kind == "odd":
+        quoted = 'who said "a\\b"?'
+        place.write_text("".join(json.dumps({quoted: f"x {i}\n", "answer": f"{i}"}) + "\n" for i in range(9)))
+    else:
+        write_jsonl(place, tiny_rows(3 if kind == "few" else 30))
+    tree, _ = written(tmp_path / "run.toml", "--data", place)
+    run = config.load(tmp_path / "run.toml")
+    assert run.data.path == str(place)
+    expected = {"open": ("iid", 4), "folder": ("files", 8), "few": ("iid", 1), "odd": ("iid", 4)}
+    assert (run.data.partition, run.data.clients) == expected[kind]
+    if kind == "odd":
+        assert tree["data"]["prompt"] == 'who said "a\\b"?: {who said "a\\b"?}\nanswer:'
+    else:
+        assert tree["data"]["template"] == "chat"
+
+
+def test_without_data_it_is_a_run_file_to_fill_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = thinwire("init")
+    assert (result.code, result.err) == (0, "")
+    assert "data.path is a placeholder" in result.out
+    assert config.load(Path("run.toml")).data.path == "rows.jsonl"
+    assert refused("data", "run.toml") == "rows.jsonl: cannot be read (No such file or directory)"
+
+
+def test_every_field_that_it_shows_in_a_comment_is_one(tmp_path: Path) -> None:
+    written(tmp_path / "run.toml")
+    lines = (tmp_path / "run.toml").read_text().splitlines()
+    # "# pack = true", and "# prompt = ..." with answer, in place of template
+    wanted = ("# pack", "# prompt", "# answer")
+    text = "\n".join(line.removeprefix("# ") if line.startswith(wanted) else line for line in lines)
+    (tmp_path / "all.toml").write_text(text)
+    run = config.load(tmp_path / "all.toml")
+    assert run.data.pack
+    assert run.data.prompt == "question: {question}\nanswer:"
+    assert config.load(tmp_path / "all.toml", ["method.name=fedkseed"]).method.name == "fedkseed"  # type: ignore[attr-defined]
+
+
+def test_what_it_refuses(tmp_path: Path) -> None:
+    path = tickets(tmp_path)
+    mine = tmp_path / "mine.toml"
+    mine.write_text("x = 1\n")
+    (tmp_path / "one.csv").write_text("text\nx\n")
+    (tmp_path / "ragged.csv").write_text("a,b\n1,2\n3\n")
+    for args, line in (
+        ((mine, "--data", path), f"{mine}: exists already; choose another name"),
+        ((tmp_path / "run.yaml",), f"{tmp_path / 'run.yaml'}: a run file ends in .toml"),
+        ((tmp_path / "no" / "run.toml",), f"{tmp_path / 'no' / 'run.toml'}: {tmp_path / 'no'} is not a folder"),
+        ((tmp_path / "a.toml", "--data", tmp_path / "none.csv"), f"{tmp_path / 'none.csv'}: cannot be read ("),
+        ((tmp_path / "a.toml", "--data", tmp_path / "one.csv"), f"{tmp_path / 'one.csv'}: no prompt and answer can be"),
+        (
+            (tmp_path / "a.toml", "--data", tmp_path / "ragged.csv"),
+            f"{tmp_path / 'ragged.csv'}:3: 1 cells where the fi",
+        ),
+    ):
+        assert refused("init", *args).startswith(line)
+    assert mine.read_text() == "x = 1\n"
+    assert not (tmp_path / "a.toml").exists()
