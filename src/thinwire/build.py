@@ -16,6 +16,8 @@ from thinwire import config
 from thinwire.config import ConfigError, Run
 from thinwire.data import partition, templates
 from thinwire.data.batch import Dataset
+from thinwire.data.classes import WHOLE, classify
+from thinwire.data.classes import classes_of as find_classes
 from thinwire.data.errors import DataError
 from thinwire.data.load import Row, read_clients, read_jsonl
 from thinwire.data.packaged import PACKAGED
@@ -24,6 +26,8 @@ from thinwire.evaluate.evaluate import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.model.adapters import add_lora
 from thinwire.model.flat import Net
+from thinwire.model.load import resolve
+from thinwire.model.task import labels_of, task_of
 from thinwire.runtime.loop import Job, Watch
 
 if TYPE_CHECKING:
@@ -94,30 +98,72 @@ def rows_of(data: config.Data, key: Key) -> Rows:
     return Rows(clients, splits)
 
 
-def dataset(data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows under the run's template; raises DataError."""
+def dataset(
+    data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase, classes: tuple[str, ...] | None = None
+) -> Dataset:
+    """The rows under the run's template, for a classifier if there are `classes`; raises DataError."""
+    template = template_of(data, classes is not None)
+    rows = _worded(data, rows)
+    drop = data.too_long == "drop"
+    if classes is not None:
+        return classify(rows, template, tokenizer, max_length=data.max_length, classes=classes, drop=drop)
+    return tokenise(rows, template, tokenizer, max_length=data.max_length, choices=data.choices, drop=drop)
+
+
+def template_of(data: config.Data, classifies: bool = False) -> templates.Template | templates.Chat:
+    """How the run shows a row; raises ConfigError."""
     if data.prompt is not None and data.answer is not None:
         try:
-            template: templates.Template | templates.Chat = templates.Template(data.prompt, data.answer)
+            return templates.Template(data.prompt, data.answer)
         except DataError as error:
             raise ConfigError(f"data.prompt, data.answer: {error}") from None
-    else:
-        template = templates.named(data.template)
-    if data.words is not None:
-        rows = [_in_words(row, data.words) for row in rows]
-    drop = data.too_long == "drop"
-    return tokenise(rows, template, tokenizer, max_length=data.max_length, choices=data.choices, drop=drop)
+    return WHOLE if classifies and data.template == "plain" else templates.named(data.template)
+
+
+def classes_of(run: Run) -> tuple[str, ...] | None:
+    """The classes of the run's classifier, in the model's order; None if the model is causal.
+
+    They are those of the model, or data.choices for a fresh head; ConfigError where the two differ, or none is there.
+    """
+    folder = resolve(run.model.path)
+    if task_of(folder, run.model.task) == "causal":
+        return None
+    own, wanted = labels_of(folder), run.data.choices
+    if own is None and wanted is None:
+        raise ConfigError(f"data.choices: missing; {run.model.path} gets a new head, so list its classes")
+    if own is None or wanted is None:
+        return own or wanted
+    if set(own) == set(wanted):
+        return own
+    if len(own) != len(wanted) or own != tuple(map(str, range(len(own)))):
+        raise ConfigError(f"data.choices: the classes of the model in {run.model.path} are {', '.join(own)}")
+    return wanted  # its classes have numbers and no names
+
+
+def settled(run: Run, rows: Rows) -> Run:
+    """The run with the classes of a fresh classifier found in the clients' rows, unless it lists them itself."""
+    folder = resolve(run.model.path)
+    fresh = task_of(folder, run.model.task) == "classification" and labels_of(folder) is None
+    if not fresh or run.data.choices is not None:
+        return run
+    held = [row for rows in rows.clients.values() for row in _worded(run.data, rows)]
+    found = find_classes(held, template_of(run.data, True))
+    return run.model_copy(update={"data": run.data.model_copy(update={"choices": found})})
 
 
 def client_data(run: Run, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """A client's rows as it trains on them; raises DataError."""
     training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
-    return replace(dataset(training, rows, tokenizer), balanced=run.data.balanced)
+    return replace(dataset(training, rows, tokenizer, classes_of(run)), balanced=run.data.balanced)
 
 
 def public_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
     """The rows that the server holds, if the run names any; raises DataError."""
     return None if run.data.public is None else client_data(run, _read(run.data.public), tokenizer)
+
+
+def _worded(data: config.Data, rows: list[Row]) -> list[Row]:
+    return rows if data.words is None else [_in_words(row, data.words) for row in rows]
 
 
 def _in_words(row: Row, words: Mapping[str, str]) -> Row:
@@ -133,7 +179,16 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
     if model.lora is not None:
         key = Key.root(run.seed).fold("lora")
         adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
-    return Net.open(model.path, model.dtype, remember=remember, device=model.device, adapt=adapt, hollow=hollow)
+    return Net.open(
+        model.path,
+        model.dtype,
+        remember=remember,
+        device=model.device,
+        adapt=adapt,
+        hollow=hollow,
+        classes=classes_of(run),
+        head_key=Key.root(run.seed).fold("head"),
+    )
 
 
 def use_threads(run: Run) -> None:
@@ -147,7 +202,7 @@ def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[
     splits = []
     for name, held in rows.splits.items():
         order = Key.root(run.seed).fold("eval", name).permutation(len(held))
-        data = dataset(run.data, [held[i] for i in order], tokenizer)
+        data = dataset(run.data, [held[i] for i in order], tokenizer, classes_of(run))
         data = replace(data, examples=data.examples[: run.eval.rows])
         splits.append(Split(name, data, run.eval.generate))
     return splits

@@ -67,10 +67,11 @@ def run(
             return
         build.use_threads(settings)
         rows = build.rows_of(settings.data, _key(settings))
+        whole = build.settled(settings, rows)
         before = memory.resident()
-        net = build.net_of(settings, remember=True)
+        net = build.net_of(whole, remember=True)
         with Live(settings, rows, net, folder, resume) as watch:
-            job = build.job(settings, rows, net, folder, before, watch)
+            job = build.job(whole, rows, net, folder, before, watch)
             _record(folder, settings)
             again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
             try:

@@ -40,8 +40,11 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
 
     A score is the sum of the log-probabilities of the candidate's tokens. Where each candidate is one token,
     the log-probabilities are taken among the candidates alone: that shifts a row's scores by one number,
-    which changes neither their order nor their softmax, and leaves the whole vocabulary out.
+    which changes neither their order nor their softmax, and leaves the whole vocabulary out. A classifier's scores are
+    the log-probabilities of its classes.
     """
+    if batch.classes:
+        return F.log_softmax(_class_logits(model, batch).float(), dim=-1)
     if batch.candidate_ids is not None:
         last = _logits(model, batch, 1)[:, -1]
         return F.log_softmax(last[:, batch.candidate_ids.to(last.device)].float(), dim=-1)
@@ -62,6 +65,16 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     labels = labels.masked_fill(~preceded, IGNORE).to(logits.device)
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     return losses.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
+
+
+def _class_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """A classifier's logits [rows, classes]. Positions are the model's own affair: some begin to count above 0."""
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    logits: Tensor = model(
+        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), **options
+    ).logits
+    return logits
 
 
 def _logits(model: nn.Module, batch: Batch, count: int, before: int = 0) -> Tensor:
