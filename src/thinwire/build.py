@@ -231,6 +231,8 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
 
 def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, watch: Watch) -> Job:
     """The run, ready to go; raises DataError."""
+    from thinwire.card import card
+
     same = run.model_copy(update={"environment": {}, "threads": None})  # what does not make it another run
     identity = hashlib.sha256(same.to_toml().encode()).digest()
     return Job(
@@ -249,6 +251,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         keep_versions=8 + run.method.versions_each * len(rows.clients),
         memory_before_model=memory_before_model,
         watch=watch,
+        card=lambda summary: card(run, rows, summary, classes_of(run)),
     )
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
+from thinwire.commands.chat import chat
+from thinwire.commands.tasks import score_tasks
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -112,11 +114,16 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a Hugging Face folder.")],
     overrides: Overrides = None,
+    tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness instead: names or .yaml files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of rows, for each of --tasks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Evaluate a run on its held-out rows, or any Hugging Face folder on data.path=FILE."""
     with one_line():
         settle()
+        if tasks is not None:
+            score_tasks(path, tasks, overrides or [], limit, as_json)
+            return
         from thinwire import build, config
         from thinwire.show import print_scores
 
@@ -183,6 +190,9 @@ def compare(
         lines = [line for plan in made if (line := standings.line(plan, made, folder, settings.target)) is not None]
         standings.write(lines, made, folder)
         print_comparison(lines, made, folder)
+
+
+app.command(name="chat")(chat)
 
 
 def main() -> None:

@@ -251,11 +251,12 @@ class Net:
         """Drop the kept copy and its memory."""
         self._kept = None
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, card: str | None = None) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer) that appears whole or not at all.
 
-        Of a LoRA view, the plain model with the factors merged in; and in its folder `adapter` the factors alone. An
-        older model folder of that name is replaced. ModelError: something else is there.
+        `card` is what its README.md says. Of a LoRA view, the plain model with the factors merged in; and in its folder
+        `adapter` the factors alone. An older model folder of that name is replaced. ModelError: something
+        else is there.
         """
         target = Path(folder)
         if (
@@ -274,6 +275,8 @@ class Net:
                 else:
                     self.model.save_pretrained(fresh)
                 self.tokenizer.save_pretrained(fresh)
+                if card is not None:
+                    (fresh / "README.md").write_text(card, encoding="utf-8")
         finally:
             config.use_cache = cached
 
