@@ -17,6 +17,8 @@ from thinwire.commands import codec
 from thinwire.commands import data as data_command
 from thinwire.commands import init as init_command
 from thinwire.commands import schema as schema_command
+from thinwire.commands.chat import chat
+from thinwire.commands.tasks import score_tasks
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -73,10 +75,11 @@ def run(
             return
         build.use_threads(settings)
         rows = build.rows_of(settings.data, _key(settings))
+        whole = build.settled(settings, rows)
         before = memory.resident()
-        net = build.net_of(settings, remember=True)
+        net = build.net_of(whole, remember=True)
         with Live(settings, rows, net, folder, resume) as watch:
-            job = build.job(settings, rows, net, folder, before, watch)
+            job = build.job(whole, rows, net, folder, before, watch)
             watch.rows_shortened(shortened(job.names, job.clients, settings.data.max_length))
             _record(folder, settings)
             again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
@@ -118,11 +121,16 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a Hugging Face folder.")],
     overrides: Overrides = None,
+    tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness instead: names or .yaml files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of rows, for each of --tasks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Evaluate a run on its held-out rows, or any Hugging Face folder on data.path=FILE."""
     with one_line():
         settle()
+        if tasks is not None:
+            score_tasks(path, tasks, overrides or [], limit, as_json)
+            return
         from thinwire import build, config
         from thinwire.show import print_scores
 
@@ -194,6 +202,7 @@ def compare(
 app.command(name="data")(data_command.data)
 app.command(name="init")(init_command.init)
 app.command(name="schema")(schema_command.schema)
+app.command(name="chat")(chat)
 
 
 def main() -> None:

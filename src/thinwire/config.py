@@ -51,12 +51,16 @@ class Lora(_Section):
 
 
 class Model(_Section):
-    """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or smollm2-135m-instruct (packaged).
+    """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or what packages carry:
+    smollm2-135m-instruct, minilm.
 
-    `device`: as torch calls it, such as cpu or cuda:0. With `lora` all methods train its factors in place of the model.
+    `task`: causal (goes on with a text) or classification (names a text's class; an encoder gets a fresh head), found
+    from the model where it is auto. `device`: as torch calls it, such as cpu or cuda:0. With `lora` all methods train
+    its factors, and a classifier's head, in place of the model.
     """
 
     path: str = "smollm2-135m-instruct"
+    task: Literal["auto", "causal", "classification"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     lora: Lora | None = None
@@ -72,9 +76,11 @@ class Data(_Section):
     task (the values of `column` dealt whole to `clients`). `template` names a prompt template; `prompt` and `answer`
     are format strings over the columns instead of it, with `template = "jinja"` Jinja templates. With `choices` the
     answers are a closed set, scored against each other; `loss = "answer"` trains on the answer's tokens all the same.
-    `words` replaces the values of the answer's column, such as labels by the words that stand for them. `balanced`: a
-    client's batches hold the answers of a closed set in equal numbers, however skewed its rows are. `pack`: short
-    examples share a row of up to max_length tokens, and do not see each other; batch_size then counts such rows.
+    For a classifier the prompt is the text, by default the column `input`, the answer its class, and `choices` the
+    classes, found in the clients' rows where it is None. `words` replaces the values of the answer's column, such
+    as labels by the words that stand for them. `balanced`: a client's batches hold the answers of a closed set in
+    equal numbers, however skewed its rows are. `pack`: short examples share a row of up to max_length tokens, and
+    do not see each other; batch_size then counts such rows.
     """
 
     path: str

@@ -144,7 +144,13 @@ def print_summary(folder: Path) -> None:
     if evals:
         table = Table("score", Column("before", justify="right"), Column("after", justify="right"))
         for first, final in evals:
-            for field, name in (("loss", "loss"), ("accuracy", "accuracy"), ("rouge_l", "Rouge-L"), ("bleu", "BLEU")):
+            for field, name in (
+                ("loss", "loss"),
+                ("accuracy", "accuracy"),
+                ("rouge_l", "Rouge-L"),
+                ("bleu", "BLEU"),
+                ("exact_match", "exact match"),
+            ):
                 if final.get(field) is not None:
                     table.add_row(f"{first['split']} {name}", f"{first[field]:.3f}", f"{final[field]:.3f}")
         console.print(table)
@@ -263,6 +269,8 @@ def _score(record: Record) -> str:
         parts.append(f"Rouge-L {record['rouge_l']:.3f}")
     if record["bleu"] is not None:
         parts.append(f"BLEU {record['bleu']:.1f}")
+    if record.get("exact_match") is not None:
+        parts.append(f"exact match {record['exact_match']:.3f}")
     return ", ".join(parts)
 
 

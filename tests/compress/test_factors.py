@@ -55,7 +55,9 @@ def test_a_matrix_of_its_rank_comes_back() -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 1e30])
 def test_the_size_of_the_numbers_does_not_matter(scale: float) -> None:
     x = lowrank(96, 160, 8, noise=0.1)
-    assert left_over(x, back(Factors(8), x * scale) / scale) == pytest.approx(left_over(x, back(Factors(8), x)), abs=0.01)
+    assert left_over(x, back(Factors(8), x * scale) / scale) == pytest.approx(
+        left_over(x, back(Factors(8), x)), abs=0.01
+    )
 
 
 @pytest.mark.parametrize("shape", [(96, 160), (8, 3, 40), (64, 65), (40,), (3, 5), (0,), (0, 7), (1, 1), ()])

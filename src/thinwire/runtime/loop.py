@@ -63,6 +63,7 @@ class Job:
     max_bytes: int = 1 << 38
     memory_before_model: int = 0  # bytes resident after the imports
     watch: Watch = field(default_factory=Watch)
+    card: Callable[[Record], str] | None = None  # what the model's README.md says of a run with that summary
 
 
 def train(job: Job) -> Record:
@@ -142,9 +143,13 @@ def train(job: Job) -> Record:
         memories.prune(checkpoint.rounds(states)[0])
 
     job.method.materialise(state, job.net)
-    job.net.save(job.folder / "model")
+    summary = _summary(job, progress)
+    job.net.save(job.folder / "model", job.card(summary) if job.card is not None else None)
     shutil.rmtree(spool)
-    return _summary(job, progress)
+    partial = job.folder / "summary.json.part"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    partial.replace(job.folder / "summary.json")
+    return summary
 
 
 def _record(job: Job, at: Round, metrics: Metrics, seconds: float) -> Record:
@@ -171,7 +176,7 @@ def _client(visit: Visit, names: Sequence[str]) -> Record:
 
 def _summary(job: Job, progress: Progress) -> Record:
     evals = read_records(job.folder / "evals.jsonl")
-    summary = {
+    return {
         "rounds": progress.round,
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
@@ -183,10 +188,6 @@ def _summary(job: Job, progress: Progress) -> Record:
         "final": [row for row in evals if row["round"] == progress.round],
         "sha256": job.net.state_sha256(),
     }
-    partial = job.folder / "summary.json.part"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    partial.replace(job.folder / "summary.json")
-    return summary
 
 
 def read_records(path: Path) -> list[Record]:
