@@ -153,11 +153,24 @@ def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[
     return splits
 
 
+def prompts_of(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+    """The run's public prompts, none of them anybody's row: through the chat template where that is the run's."""
+    if not run.eval.prompts:
+        return None
+    name = "chat" if run.data.template == "chat" and run.data.prompt is None else "completion"
+    rows = [Row({"prompt": text, "completion": "-"}, "eval.prompts", i) for i, text in enumerate(run.eval.prompts, 1)]
+    return tokenise(rows, templates.named(name), tokenizer, max_length=run.data.max_length)
+
+
 def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[str, Any]]]:
-    """A function that scores the weights in the net: one record a split, with the answers to a few rows."""
+    """A function that scores the weights in the net: one record a split, with the answers to a few rows.
+
+    The first record also has the answers to the public prompts, as `public`.
+    """
+    prompts = prompts_of(run, net.tokenizer)
 
     def score() -> list[dict[str, Any]]:
-        records = []
+        records: list[dict[str, Any]] = []
         for split in splits:
             result = evaluate(net, split, run.eval.batch_size, run.eval.max_new_tokens)
             shown = split.data.examples[:SHOWN]
@@ -169,6 +182,10 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
             # JSON has no infinity: a perplexity beyond all numbers is null.
             finite = {k: None if v == math.inf else v for k, v in asdict(result).items()}
             records.append({**finite, "samples": samples})
+        if prompts is not None and records:
+            given = answers(net, prompts, len(prompts), run.eval.max_new_tokens)
+            pairs = zip(run.eval.prompts, given, strict=True)
+            records[0]["public"] = [{"prompt": prompt, "answer": answer.strip()} for prompt, answer in pairs]
         return records
 
     return score

@@ -123,13 +123,18 @@ class Data(_Section):
 
 
 class Eval(_Section):
-    """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split."""
+    """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split.
+
+    `prompts`: public texts, nobody's rows, whose answers a report shows. `show_rows`: it may show held-out rows too.
+    """
 
     every: NonNegativeInt = 0
     rows: PositiveInt = 256
     batch_size: PositiveInt = 16
     generate: NonNegativeInt = 0  # rows a split that are generated for Rouge-L
     max_new_tokens: PositiveInt = 64
+    prompts: tuple[str, ...] = ()
+    show_rows: bool = False
 
 
 class Run(_Section):
