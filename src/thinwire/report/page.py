@@ -1,4 +1,4 @@
-"""The page: a report as one HTML file, with its data, its styles and its code inside, that asks no network for anything."""
+"""The page: a report as one HTML file, its data, styles and code inside; it asks no network for anything."""
 
 from __future__ import annotations
 
