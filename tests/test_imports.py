@@ -26,7 +26,7 @@ ALLOWED = {
     "config": {"core", "methods", "runtime"},
     "report": {"data"},
 }
-TOP = {"__init__", "apart", "build", "cli", "commands", "compare", "show", "standings", "terminal"}
+TOP = {"__init__", "apart", "build", "cli", "commands", "compare", "estimate", "show", "standings", "terminal"}
 
 
 def imports(path: Path) -> set[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
-from thinwire.commands import report
+from thinwire.commands import estimate, report
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def run(
             except (OSError, SafetensorError) as error:
                 raise Stopped(f"{cause(error)}; go on from the last whole round with: {again}") from None
         print_summary(folder)
+        if (line := estimate.verdict(settings, job, folder)) is not None:
+            typer.echo(line)
 
 
 @app.command()
@@ -185,6 +187,7 @@ def compare(
         print_comparison(lines, made, folder)
 
 
+app.command(name="estimate")(estimate.estimate)
 app.command(name="report")(report.report)
 
 
