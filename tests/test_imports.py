@@ -26,7 +26,19 @@ ALLOWED = {
     "config": {"core", "methods", "runtime"},
     "report": {"data"},
 }
-TOP = {"__init__", "apart", "build", "cli", "commands", "compare", "estimate", "show", "standings", "terminal"}
+TOP = {
+    "__init__",
+    "apart",
+    "build",
+    "cli",
+    "commands",
+    "compare",
+    "estimate",
+    "show",
+    "standings",
+    "terminal",
+    "trackers",
+}
 
 
 def imports(path: Path) -> set[str]:

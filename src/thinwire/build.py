@@ -193,7 +193,9 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
 
 def identity(run: Run) -> int:
     """The number that the run's frames carry."""
-    same = run.model_copy(update={"environment": {}, "threads": None})  # what does not make it another run
+    same = run.model_copy(
+        update={"environment": {}, "threads": None, "track": config.Track()}
+    )  # what does not make it another run
     return int.from_bytes(hashlib.sha256(same.to_toml().encode()).digest()[:4], "little")
 
 

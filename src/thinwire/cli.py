@@ -58,8 +58,10 @@ def run(
         from thinwire.runtime import memory
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
+        from thinwire.trackers import Trackers, check, trackers_of
 
         settings = config.load(file, overrides or [])
+        check(settings)
         folder = out if out is not None else Path("runs") / settings.name
         _claim(folder, settings, resume)
         if (folder / "summary.json").exists():
@@ -75,7 +77,8 @@ def run(
             _record(folder, settings)
             again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
             try:
-                train(job)
+                with Trackers(watch, trackers_of(settings, folder)) as job.watch:
+                    train(job)
             except KeyboardInterrupt:
                 raise Stopped(f"stopped; go on from the last whole round with: {again}") from None
             except (OSError, SafetensorError) as error:

@@ -137,6 +137,13 @@ class Eval(_Section):
     show_rows: bool = False
 
 
+class Track(_Section):
+    """Experiment trackers that are told the run's numbers, each on this machine: extras of their names."""
+
+    to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    project: str = "thinwire"
+
+
 class Run(_Section):
     """A whole run. `threads`: of torch and of the kernels; None leaves torch's choice."""
 
@@ -149,6 +156,7 @@ class Run(_Section):
     method: Method
     cohort: tuple[Cohort, ...] = (All(),)
     eval: Eval = Eval()
+    track: Track = Track()
     environment: Mapping[str, str] = {}  # written by a run for the reader; never read back
 
     @field_validator("method", mode="before")
@@ -176,7 +184,7 @@ class Run(_Section):
 
     def first_difference(self, other: Run) -> str | None:
         """The first field in which `other`, a run that began, differs; None if its checkpoints serve this one."""
-        aside = {"environment", "threads"}
+        aside = {"environment", "threads", "track"}
         mine, theirs = (dict(_leaves(r.model_dump(exclude=aside))) for r in (self, other))
         for key in dict.fromkeys([*mine, *theirs]):
             if mine.get(key) != theirs.get(key):

@@ -2,7 +2,7 @@
 
 Weights, gradients and the optimiser's numbers are counted; activations come from a pass over a batch on tensors without
 memory. A CPU's allocator keeps what the pass has freed while gradients fill up, so all four add up. What is left, the
-tokenizer, the rows, buffers of kernels and of the allocator, is `runtime`: a constant, and a copy of the largest tensor.
+tokenizer, the rows, buffers of kernels and of the allocator, is `runtime`: a constant and a copy of the largest tensor.
 """
 
 from __future__ import annotations
