@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thinwire.config import Run
+from thinwire.core import Method
 from thinwire.estimate.sketch import Pass, Sketch
 from thinwire.methods.fedavg import FirstOrder
 from thinwire.methods.fedcybgd import FedCyBGD
@@ -18,6 +19,7 @@ from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
 
 RUNTIME = 60_000_000  # bytes that have nothing to do with the model: fitted on SmolLM2-135M
+CODING = 50  # bytes a weight of the largest tensor, while its exact difference is coded or decoded: fitted there too
 PEFT = 70_000_000  # what is imported for LoRA views alone
 
 
@@ -51,18 +53,15 @@ def client_memory(run: Run, model: Sketch, forward: Pass) -> Memory | None:
         return None
     if isinstance(method, FedCyBGD):
         return _proxy(method, model, forward)
-    weights = model.weight_bytes
+    weights, optimiser = model.weight_bytes, _optimiser(method, model, model.size)
+    kept, own = _kept(method, forward), base + largest
     if isinstance(method, GradualDiff):
-        # Net.rebuild's copy, the weights that the difference is taken to, and the new ones as they are held
-        held = method.held_dtype(model.dtype).itemsize * model.size
-        weights += model.trained_bytes + held
-    return Memory(
-        weights,
-        model.trained_bytes,
-        _optimiser(method, model, model.size),
-        _kept(method, forward),
-        base + largest,
-    )
+        # Net.rebuild's copy, and the weights that the difference is taken to
+        weights += model.trained_bytes + method.held_dtype(model.dtype).itemsize * model.size
+        coding = base + _coding(method, model)
+        if coding > model.trained_bytes + optimiser + kept + own:  # which are gone by the time that it is coded
+            return Memory(weights, 0, 0, 0, coding)
+    return Memory(weights, model.trained_bytes, optimiser, kept, own)
 
 
 def server_memory(run: Run, model: Sketch) -> Memory | None:
@@ -82,7 +81,13 @@ def server_memory(run: Run, model: Sketch) -> Memory | None:
         mean += 4 * size * (kept + {"average": 0, "momentum": 1, "adam": 2, "yogi": 2}[method.server])
     if isinstance(method, FedCyBGD):
         mean = mean // method.blocks if method.variant == "relay" else mean
-    return Memory(model.weight_bytes + held + mean, 0, 0, 0, base + model.largest_bytes)
+    own = max(model.largest_bytes, _coding(method, model))
+    return Memory(model.weight_bytes + held + mean, 0, 0, 0, base + own)
+
+
+def _coding(method: Method, model: Sketch) -> int:
+    exact = (isinstance(method, GradualDiff) and method.codec == "lossless") or isinstance(method, FedCyBGD)
+    return CODING * model.largest_bytes // model.dtype.itemsize if exact else 0
 
 
 def _runtime(run: Run) -> int:

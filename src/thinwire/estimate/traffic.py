@@ -237,7 +237,7 @@ def _differences(at: Federation, method: GradualDiff, trained: Mapping[str, Tens
         wire.frame.length(Change(VERSION, VERSION, VERSION, True, 1 << 63, empty, 0.0), run=at.identity),
         wire.frame.length(Difference(VERSION, 1 << 63, empty, 65535, 0.0, 0), run=at.identity, held=VERSION),
     ]
-    slack = 5 * len(trained)  # digits of each tensor's length, and what the coder puts in front of it
+    slack = 15 * len(trained)  # digits of each tensor's length, and what the coder puts in front of it
 
     def coded(head: int, bits: float, more: float) -> float:
         return head + more + bits * values / 8
