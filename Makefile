@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv demo test test-long lint bench clean
+.PHONY: venv demo test test-long lint docs bench clean
 
 venv: $(READY)
 
@@ -35,6 +35,9 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 BENCHMARKS := frames memory_client memory_clients replay probe server
 

@@ -24,8 +24,23 @@ ALLOWED = {
     "evaluate": {"keys", "data", "model", "train"},
     "runtime": {"core", "wire", "keys"},
     "config": {"core", "methods", "runtime"},
+    "report": {"data"},
 }
-TOP = {"__init__", "api", "apart", "build", "card", "cli", "commands", "compare", "show", "standings", "terminal"}
+TOP = {
+    "__init__",
+    "api",
+    "apart",
+    "build",
+    "card",
+    "cli",
+    "commands",
+    "compare",
+    "estimate",
+    "show",
+    "standings",
+    "terminal",
+    "trackers",
+}
 
 
 def imports(path: Path) -> set[str]:

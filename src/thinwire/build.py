@@ -262,16 +262,27 @@ def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[
     return splits
 
 
+def prompts_of(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+    """The run's public prompts, none of them anybody's row: through the chat template where that is the run's."""
+    if not run.eval.prompts:
+        return None
+    name = "chat" if run.data.template == "chat" and run.data.prompt is None else "completion"
+    rows = [Row({"prompt": text, "completion": "-"}, "eval.prompts", i) for i, text in enumerate(run.eval.prompts, 1)]
+    return tokenise(rows, templates.named(name), tokenizer, max_length=run.data.max_length)
+
+
 def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[str, Any]]]:
     """A function that scores the weights in the net: one record a split, with the answers to a few rows.
 
-    Raises DataError for rows beyond the model's context.
+    The first record also has the answers to the public prompts, as `public`. Raises DataError for rows beyond the
+    model's context.
     """
     for split in splits:
         check_context(context_of(net), run.model.path, split.data.examples)
+    prompts = prompts_of(run, net.tokenizer)
 
     def score() -> list[dict[str, Any]]:
-        records = []
+        records: list[dict[str, Any]] = []
         for split in splits:
             result = evaluate(net, split, run.eval.batch_size, run.eval.max_new_tokens)
             shown = split.data.examples[:SHOWN]
@@ -283,17 +294,27 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
             # JSON has no infinity: a perplexity beyond all numbers is null.
             finite = {k: None if v == math.inf else v for k, v in asdict(result).items()}
             records.append({**finite, "samples": samples})
+        if prompts is not None and records:
+            given = answers(net, prompts, len(prompts), run.eval.max_new_tokens)
+            pairs = zip(run.eval.prompts, given, strict=True)
+            records[0]["public"] = [{"prompt": prompt, "answer": answer.strip()} for prompt, answer in pairs]
         return records
 
     return score
+
+
+def identity(run: Run) -> int:
+    """The number that the run's frames carry."""
+    same = run.model_copy(
+        update={"environment": {}, "threads": None, "track": config.Track()}
+    )  # what does not make it another run
+    return int.from_bytes(hashlib.sha256(same.to_toml().encode()).digest()[:4], "little")
 
 
 def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, watch: Watch) -> Job:
     """The run, ready to go; raises DataError."""
     from thinwire.card import card
 
-    same = run.model_copy(update={"environment": {}, "threads": None})  # what does not make it another run
-    identity = hashlib.sha256(same.to_toml().encode()).digest()
     clients = clients_data(run, rows, net.tokenizer)
     check_context(context_of(net), run.model.path, (e for data in clients for e in data.examples))
     score = scorer(run, net, splits_of(run, rows, net.tokenizer))
@@ -307,7 +328,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         clients=clients,
         names=list(rows.clients),
         folder=folder,
-        run=int.from_bytes(identity[:4], "little"),
+        run=identity(run),
         key=Key.root(run.seed),
         rounds=run.rounds,
         segments=run.cohort,

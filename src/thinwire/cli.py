@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
-from thinwire.commands import codec
+from thinwire.commands import codec, estimate, report
 from thinwire.commands import data as data_command
 from thinwire.commands import init as init_command
 from thinwire.commands import schema as schema_command
@@ -65,8 +65,10 @@ def run(
         from thinwire.runtime import memory
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
+        from thinwire.trackers import Trackers, check, trackers_of
 
         settings = config.load(file, overrides or [])
+        check(settings)
         folder = out if out is not None else Path("runs") / settings.name
         _claim(folder, settings, resume)
         if (folder / "summary.json").exists():
@@ -84,12 +86,15 @@ def run(
             _record(folder, settings)
             again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
             try:
-                train(job)
+                with Trackers(watch, trackers_of(settings, folder)) as job.watch:
+                    train(job)
             except KeyboardInterrupt:
                 raise Stopped(f"stopped; go on from the last whole round with: {again}") from None
             except (OSError, SafetensorError) as error:
                 raise Stopped(f"{cause(error)}; go on from the last whole round with: {again}") from None
         print_summary(folder)
+        if (line := estimate.verdict(settings, job, folder)) is not None:
+            typer.echo(line)
 
 
 @app.command()
@@ -203,6 +208,8 @@ app.command(name="data")(data_command.data)
 app.command(name="init")(init_command.init)
 app.command(name="schema")(schema_command.schema)
 app.command(name="chat")(chat)
+app.command(name="estimate")(estimate.estimate)
+app.command(name="report")(report.report)
 
 
 def main() -> None:

@@ -141,13 +141,25 @@ class Data(_Section):
 
 
 class Eval(_Section):
-    """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split."""
+    """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split.
+
+    `prompts`: public texts, nobody's rows, whose answers a report shows. `show_rows`: it may show held-out rows too.
+    """
 
     every: NonNegativeInt = 0
     rows: PositiveInt = 256
     batch_size: PositiveInt = 16
     generate: NonNegativeInt = 0  # rows a split that are generated for Rouge-L
     max_new_tokens: PositiveInt = 64
+    prompts: tuple[str, ...] = ()
+    show_rows: bool = False
+
+
+class Track(_Section):
+    """Experiment trackers that are told the run's numbers, each on this machine: extras of their names."""
+
+    to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    project: str = "thinwire"
 
 
 class Run(_Section):
@@ -162,6 +174,7 @@ class Run(_Section):
     method: Method
     cohort: tuple[Cohort, ...] = (All(),)
     eval: Eval = Eval()
+    track: Track = Track()
     environment: Mapping[str, str] = {}  # written by a run for the reader; never read back
 
     @field_validator("method", mode="before")
@@ -189,7 +202,7 @@ class Run(_Section):
 
     def first_difference(self, other: Run) -> str | None:
         """The first field in which `other`, a run that began, differs; None if its checkpoints serve this one."""
-        aside = {"environment", "threads"}
+        aside = {"environment", "threads", "track"}
         mine, theirs = (dict(_leaves(r.model_dump(exclude=aside))) for r in (self, other))
         for key in dict.fromkeys([*mine, *theirs]):
             if mine.get(key) != theirs.get(key):
