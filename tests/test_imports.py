@@ -25,7 +25,7 @@ ALLOWED = {
     "runtime": {"core", "wire", "keys"},
     "config": {"core", "methods", "runtime"},
 }
-TOP = {"__init__", "apart", "build", "cli", "compare", "show", "standings", "terminal"}
+TOP = {"__init__", "apart", "build", "cli", "commands", "compare", "federation", "show", "standings", "terminal"}
 
 
 def imports(path: Path) -> set[str]:

@@ -174,17 +174,22 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
     return score
 
 
+def identity(run: Run) -> int:
+    """The id that a run's frames carry: 32 bits of a hash of its file."""
+    # what does not make it another run
+    same = run.model_copy(update={"environment": {}, "threads": None, "federation": None})
+    return int.from_bytes(hashlib.sha256(same.to_toml().encode()).digest()[:4], "little")
+
+
 def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, watch: Watch) -> Job:
     """The run, ready to go; raises DataError."""
-    same = run.model_copy(update={"environment": {}, "threads": None})  # what does not make it another run
-    identity = hashlib.sha256(same.to_toml().encode()).digest()
     return Job(
         method=run.method,
         net=net,
         clients=[client_data(run, held, net.tokenizer) for held in rows.clients.values()],
         names=list(rows.clients),
         folder=folder,
-        run=int.from_bytes(identity[:4], "little"),
+        run=identity(run),
         key=Key.root(run.seed),
         rounds=run.rounds,
         segments=run.cohort,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
+from thinwire.commands import local_federation
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -182,6 +183,9 @@ def compare(
         lines = [line for plan in made if (line := standings.line(plan, made, folder, settings.target)) is not None]
         standings.write(lines, made, folder)
         print_comparison(lines, made, folder)
+
+
+app.command(name="local-federation")(local_federation.local_federation)
 
 
 def main() -> None:
