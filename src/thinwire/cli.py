@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
-from thinwire.commands import local_federation
+from thinwire.commands import client, keys, local_federation, server
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -185,7 +185,10 @@ def compare(
         print_comparison(lines, made, folder)
 
 
+app.command(name="server")(server.server)
+app.command(name="client")(client.client)
 app.command(name="local-federation")(local_federation.local_federation)
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

@@ -200,7 +200,7 @@ class Run(_Section):
 
     def first_difference(self, other: Run) -> str | None:
         """The first field in which `other`, a run that began, differs; None if its checkpoints serve this one."""
-        aside = {"environment": True, "threads": True, "federation": Federation.model_fields.keys() - {"sites"}}
+        aside: Any = {"environment": True, "threads": True, "federation": Federation.model_fields.keys() - {"sites"}}
         mine, theirs = (dict(_leaves(r.model_dump(exclude=aside))) for r in (self, other))
         for key in dict.fromkeys([*mine, *theirs]):
             if mine.get(key) != theirs.get(key):

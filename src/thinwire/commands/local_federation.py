@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from thinwire.terminal import Overrides, Stopped, one_line, settle
-
-if TYPE_CHECKING:
-    from thinwire.federation.local import Local
 
 
 def local_federation(
@@ -25,8 +22,8 @@ def local_federation(
     with one_line():
         settle()
         from thinwire import build, cli, config
-        from thinwire.federation.hub import Ended
-        from thinwire.federation.local import Local
+        from thinwire.federation.hub import Ended, rounds_of
+        from thinwire.federation.local import Local, named
         from thinwire.federation.processes import require_flower
         from thinwire.federation.progress import Progress
         from thinwire.keys import Key
@@ -47,13 +44,13 @@ def local_federation(
             print_summary(folder)
             return
         cli._record(folder, settings)
-        local = Local(settings, rows, folder, typer.echo)
+        local = Local(folder / "federation", named(settings, rows.clients), typer.echo)
         progress, killed = Progress(folder, settings.rounds, typer.echo), False
 
-        def watch(local: Local) -> None:
+        def watch() -> None:
             nonlocal killed
             progress.tick()
-            if kill_a_client and not killed and local.server.rounds() >= 1:
+            if kill_a_client and not killed and rounds_of(folder) >= 1:
                 killed = True
                 typer.echo(f"{local.names[-1]}: killed its node; it will come back by itself")
                 local.kill(local.names[-1])
@@ -62,7 +59,7 @@ def local_federation(
         try:
             typer.echo(f"a hub and {len(local.names)} sites are starting; what they say is in {folder}/federation")
             local.start()
-            local.follow(watch)
+            local.follow(folder, settings, rows.splits, watch)
             progress.tick()
         except KeyboardInterrupt:
             raise Stopped(f"stopped; {again}") from None

@@ -67,7 +67,8 @@ def send(link: socket.socket, table: Table, body: bytes = b"") -> None:
     """Write a table and a body."""
     packed = msgpack.packb(table)
     link.sendall(len(packed).to_bytes(4, "little") + packed + len(body).to_bytes(8, "little"))
-    link.sendall(body)
+    if body:  # a write of nothing to a side that has answered and gone would fail
+        link.sendall(body)
 
 
 def receive(link: socket.socket) -> tuple[Table, bytes]:

@@ -30,36 +30,39 @@ class Ended(RuntimeError):
 
 
 class ServerSide:
-    """Flower's processes of one run's server, in the run's folder. `show` is given each Flower command that is run."""
+    """Flower's processes at the server, with their files in `home`; they serve one run after another.
+
+    `keys`: the folder that `thinwire keys` fills. `show` is given each Flower command that is run.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        home: Path,
         keys: Path,
-        run: Run,
         sites: Sequence[str],
-        splits: dict[str, str],
         *,
         host: str = "127.0.0.1",
         port: int | None = None,
         show: Callable[[Sequence[str]], None] = lambda command: None,
     ) -> None:
-        self.folder, self.keys, self.run, self.sites = folder.resolve(), keys.resolve(), run, tuple(sites)
-        self.home = self.folder / "federation"
-        self.home.mkdir(parents=True, exist_ok=True)
+        self.home, self.keys, self.sites = home.resolve(), keys.resolve(), tuple(sites)
         self.host, self.port, self.show = host, port or free_port(), show
-        self.children = Children(self.home / "flwr", self.home / "logs")
         for name in (f"{PUBLIC}/{site}.pub" for site in self.sites):
             if not (self.keys / name).is_file():
                 raise ConfigError(f"{self.keys / name}: missing; a site's key is registered by: thinwire keys register")
         if not (self.keys / "server.crt").is_file():
             raise ConfigError(f"{self.keys}: holds no certificate; make one with: thinwire keys server --host NAME")
-        session = secrets.token_hex(8)
-        if (self.home / "hub.json").exists():
-            session = Hub.load(self.folder).session
-        Hub(str(self.keys), session, self.sites, splits).write(self.folder)
-        shutil.copytree(APP, self.home / "app", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-        (self.home / "app" / "site.json").write_text(told(run, self.sites, session), encoding="utf-8")
+        self.children = Children(self.home / "flwr", self.home / "logs")
+
+    def prepare(self, folder: Path, run: Run, splits: dict[str, str]) -> None:
+        """Write what a run's processes need into its folder; `splits`: name -> file of rows that the server scores."""
+        place = folder.resolve() / "federation"
+        place.mkdir(parents=True, exist_ok=True)
+        known = (place / "hub.json").exists()
+        session = Hub.load(folder).session if known else secrets.token_hex(8)
+        Hub(str(self.keys), session, self.sites, splits).write(folder)
+        shutil.copytree(APP, place / "app", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        (place / "app" / "site.json").write_text(told(run, self.sites, session), encoding="utf-8")
 
     @property
     def ca(self) -> Path:
@@ -84,23 +87,24 @@ class ServerSide:
                 registered[site] = public_bytes(key).decode()
                 known.write_text(json.dumps(registered))
 
-    def begin(self) -> None:
+    def begin(self, folder: Path) -> None:
         """Begin a Flower run of the app: it goes on from the folder's checkpoint where there is one."""
-        (self.home / "status.json").unlink(missing_ok=True)
-        quoted = json.dumps(str(self.folder), ensure_ascii=False)
-        self._flwr("run", self.home / "app", CONNECTION, "--run-config", f"folder={quoted}", "--format", "json")
+        place = folder.resolve() / "federation"
+        (place / "status.json").unlink(missing_ok=True)
+        quoted = json.dumps(str(folder.resolve()), ensure_ascii=False)
+        self._flwr("run", place / "app", CONNECTION, "--run-config", f"folder={quoted}", "--format", "json")
 
-    def follow(self, tick: Callable[[], None] = lambda: None) -> None:
+    def follow(self, folder: Path, tick: Callable[[], None] = lambda: None) -> None:
         """Begin the run and see it through; Ended where that fails. A dead hub or loop is started again."""
-        tries, reached = 0, self.rounds()
+        tries, reached = 0, rounds_of(folder)
         while True:
-            self.begin()
+            self.begin(folder)
             until = time.monotonic() + BEGIN
             while True:
                 time.sleep(TICK)
                 self.tick()
                 tick()
-                status = Status.read(self.folder)
+                status = Status.read(folder)
                 if status is None:
                     if time.monotonic() > until:
                         raise Ended(
@@ -112,14 +116,10 @@ class ServerSide:
                     raise Ended(status.error or "stopped")
                 elif not alive(status.pid):
                     break
-            tries, reached = (0, self.rounds()) if self.rounds() > reached else (tries + 1, reached)
+            ended = rounds_of(folder)
+            tries, reached = (0, ended) if ended > reached else (tries + 1, reached)
             if tries == TRIES:
                 raise Ended(f"the server's process died {TRIES} times in round {reached + 1}")
-
-    def rounds(self) -> int:
-        """The rounds that have ended."""
-        records = read_records(self.folder / "rounds.jsonl")
-        return records[-1]["round"] if records else 0
 
     def tick(self) -> None:
         """Start what has died again: the hub on its database, so that a run goes on."""
@@ -162,6 +162,12 @@ class ServerSide:
             return self.children.call(command)
         except RuntimeError as error:
             raise Ended(str(error)) from None
+
+
+def rounds_of(folder: Path) -> int:
+    """The rounds of a run that have ended."""
+    records = read_records(folder / "rounds.jsonl")
+    return int(records[-1]["round"]) if records else 0
 
 
 def federation_of(run: Run) -> tuple[str, ...]:

@@ -93,10 +93,14 @@ class Children:
         lines = (self.logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
-    def stop(self) -> None:
-        """End all, the last one first, and what they have started."""
+    def terminate(self) -> None:
+        """Ask all to end, the last one first."""
         for process in reversed(self.running.values()):
             _signal(process, signal.SIGTERM)
+
+    def stop(self) -> None:
+        """End all, and what they have started."""
+        self.terminate()
         until = time.monotonic() + GRACE
         for process in reversed(self.running.values()):
             with contextlib.suppress(subprocess.TimeoutExpired):

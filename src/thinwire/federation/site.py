@@ -39,7 +39,7 @@ class SiteSide:
         self.wait, self.began, self.again = FIRST, 0.0, 0.0
 
     def start(self) -> None:
-        """Start the worker and the node."""
+        """Start the worker, which takes a while to get ready, and the node."""
         self._worker()
         self._node()
 

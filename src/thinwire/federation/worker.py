@@ -223,6 +223,8 @@ def main(path: Path) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     site = Site.load(path)
     server = channel.listen(Path(site.socket))
+    import thinwire.federation.visits  # noqa: F401 - takes seconds, and nobody waits for it now
+
     worker: Worker | None = None
     try:
         while True:

@@ -86,15 +86,18 @@ class Flower:
 
     def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
         """See core.Transport; raises NoQuorum once all replies are in or late."""
-        asked = 0
+        asked, lost = 0, ""
         for reply in self.ask("train", frames):
             asked += 1
             if reply.frame is not None:
                 self._answered.add(reply.client)
+            elif not lost:
+                lost = f"; client {reply.client}: {reply.error}"
             yield reply
         # a client that is asked once more does not get here: its round takes one reply and no more
         if len(self._answered) < min(self.quorum, asked):
-            raise NoQuorum(f"round {self._round}: {len(self._answered)} of {asked} replies came, {self.quorum} must")
+            came = f"{len(self._answered)} of {asked} replies came, {self.quorum} must"
+            raise NoQuorum(f"round {self._round}: {came}{lost}")
 
     def ask(self, action: str, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
         """Send each frame for `action`; yield the replies in the frames' order."""
