@@ -15,6 +15,7 @@ from thinwire.config import ConfigError
 from thinwire.methods import METHODS
 from thinwire.wire import Frame, Illegal, Spooled, peek
 
+EMPTY = ("Ready", "Stale")  # kinds that say nothing of a site's rows
 STEP = 1 << 22  # bytes of a frame's file that are hashed at a time
 
 
@@ -66,7 +67,7 @@ class Policy(BaseModel):
     def release(self, frame: Frame) -> None:
         """Illegal if a frame may not leave."""
         kind = peek(frame).kind
-        if self.kinds is not None and kind not in self.kinds:
+        if self.kinds is not None and kind not in {*self.kinds, *EMPTY}:
             raise Illegal(f"this site's policy does not allow a payload of kind {kind} to leave")
         if len(frame) > self.max_bytes:
             raise Illegal(f"this site's policy does not allow a frame of {len(frame)} bytes to leave")

@@ -97,7 +97,8 @@ class Flower:
         # a client that is asked once more does not get here: its round takes one reply and no more
         if len(self._answered) < min(self.quorum, asked):
             came = f"{len(self._answered)} of {asked} replies came, {self.quorum} must"
-            raise NoQuorum(f"round {self._round}: {came}{lost}")
+            round, self._round = self._round, -1  # a second attempt at it has time anew
+            raise NoQuorum(f"round {round}: {came}{lost}")
 
     def ask(self, action: str, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
         """Send each frame for `action`; yield the replies in the frames' order."""
