@@ -103,13 +103,14 @@ class Flower:
     def ask(self, action: str, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
         """Send each frame for `action`; yield the replies in the frames' order."""
         calls: list[_Call] = []
-        nodes: Mapping[int, int] | None = None
+        nodes: Mapping[int, int] = {}
+        patient = time.monotonic() + self.patience  # for all together
         for client, frame in frames:
             round = peek(frame).round
             if action == "train" and round != self._round:
                 self._round, self._until, self._answered = round, time.monotonic() + self.deadline, set()
-            if nodes is None or client not in nodes:
-                nodes = self._connected(client)
+            if client not in nodes:
+                nodes = self._connected(client, patient)
             call = _Call(client, nodes.get(client, 0), action, round, secrets.token_hex(8), time.monotonic())
             calls.append(call)
             try:
@@ -130,9 +131,8 @@ class Flower:
                     time.sleep(POLL)
             yield self._reply(call)
 
-    def _connected(self, client: int) -> Mapping[int, int]:
-        """The nodes that there are, once the client is among them or patience has run out."""
-        until = time.monotonic() + self.patience
+    def _connected(self, client: int, until: float) -> Mapping[int, int]:
+        """The nodes that there are, once the client is among them or it is too late."""
         while client not in (nodes := self.nodes()) and time.monotonic() < until:
             time.sleep(POLL)
         return nodes
