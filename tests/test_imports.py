@@ -36,6 +36,7 @@ TOP = {
     "commands",
     "compare",
     "estimate",
+    "federation",
     "show",
     "standings",
     "terminal",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
-from thinwire.commands import codec, estimate, report
+from thinwire.commands import client, codec, estimate, keys, local_federation, report, server
 from thinwire.commands import data as data_command
 from thinwire.commands import init as init_command
 from thinwire.commands import schema as schema_command
@@ -210,6 +210,10 @@ app.command(name="schema")(schema_command.schema)
 app.command(name="chat")(chat)
 app.command(name="estimate")(estimate.estimate)
 app.command(name="report")(report.report)
+app.command(name="server")(server.server)
+app.command(name="client")(client.client)
+app.command(name="local-federation")(local_federation.local_federation)
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -162,6 +164,32 @@ class Track(_Section):
     project: str = "thinwire"
 
 
+class Federation(_Section):
+    """A run on other machines: `sites`, by name, are its clients, in this order; each holds its own rows.
+
+    A reply that takes longer than `deadline` seconds counts as absent for the round; a round with fewer replies than
+    `quorum` ends the run, which can go on later. A site that is not connected is waited for at most `patience` seconds.
+    Frames beyond `chunk_bytes` travel in pieces. With `evaluate` each site scores the weights on its held-out rows too.
+    """
+
+    sites: tuple[str, ...] = ()
+    deadline: PositiveFloat = 3600.0
+    quorum: PositiveInt = 1
+    patience: NonNegativeFloat = 120.0
+    chunk_bytes: int = Field(1 << 26, ge=1 << 10, le=1 << 30)
+    evaluate: bool = False
+
+    @field_validator("sites")
+    @classmethod
+    def _sites(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+                raise ValueError(f"{name!r} is not a name: letters, digits, dots, dashes; 64 at most")
+        if len(set(value)) < len(value):
+            raise ValueError("a name is there twice")
+        return value
+
+
 class Run(_Section):
     """A whole run. `threads`: of torch and of the kernels; None leaves torch's choice."""
 
@@ -175,6 +203,7 @@ class Run(_Section):
     cohort: tuple[Cohort, ...] = (All(),)
     eval: Eval = Eval()
     track: Track = Track()
+    federation: Federation | None = None
     environment: Mapping[str, str] = {}  # written by a run for the reader; never read back
 
     @field_validator("method", mode="before")
@@ -202,7 +231,12 @@ class Run(_Section):
 
     def first_difference(self, other: Run) -> str | None:
         """The first field in which `other`, a run that began, differs; None if its checkpoints serve this one."""
-        aside = {"environment", "threads", "track"}
+        aside: Any = {
+            "environment": True,
+            "threads": True,
+            "track": True,
+            "federation": Federation.model_fields.keys() - {"sites"},
+        }
         mine, theirs = (dict(_leaves(r.model_dump(exclude=aside))) for r in (self, other))
         for key in dict.fromkeys([*mine, *theirs]):
             if mine.get(key) != theirs.get(key):

@@ -152,7 +152,8 @@ def print_summary(folder: Path) -> None:
     console = _console()
     summary = json.loads((folder / "summary.json").read_text())
     rounds = read_records(folder / "rounds.jsonl")
-    evals = list(zip(summary["first"], summary["final"], strict=True))
+    last = {row["split"]: row for row in summary["final"]}  # sites that were absent have no row
+    evals = [(row, last[row["split"]]) for row in summary["first"] if row["split"] in last]
     if evals:
         table = Table("score", Column("before", justify="right"), Column("after", justify="right"))
         for first, final in evals:
