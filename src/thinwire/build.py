@@ -304,7 +304,7 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
 
 
 def identity(run: Run) -> int:
-    """The number that a run's frames carry: 32 bits of a hash of its file, but for what does not make it another run."""
+    """The number that a run's frames carry: 32 bits of a hash of its file, without what makes no other run of it."""
     aside = {"environment": {}, "threads": None, "track": config.Track(), "federation": None}
     same = run.model_copy(update=aside)
     return int.from_bytes(hashlib.sha256(same.to_toml().encode()).digest()[:4], "little")
