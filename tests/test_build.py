@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def test_a_jinja_template_of_the_run_file(place: Path) -> None:
 def job_of(place: Path, net: Net, folder: Path, **data: Any) -> build.Job:
     """The job of a run on rows.jsonl, or what else `data` says."""
     tree = {"path": str(place / "rows.jsonl"), "prompt": "{input}: it was", "answer": " {output}", "clients": 2} | data
-    run = config.parse({"method": {"name": "fedavg"}, "data": tree, "model": {"path": "tiny"}})
+    run = config.parse({"method": {"name": "fedavg"}, "data": tree, "model": {"path": str(net.folder)}})
     return build.job(run, build.rows_of(run.data, KEY), net, folder, 0, build.Watch())
 
 
@@ -274,7 +275,7 @@ def test_what_a_run_cannot_use_is_one_line(
         job_of(place, net, tmp_path, **data)
     assert str(caught.value).startswith(line.format(place=place))
     if "prompt" in data:
-        assert "and the context of tiny is 1024; set data.max_length to 1024 or less" in str(caught.value)
+        assert f"and the context of {net.folder} is 1024; set data.max_length to 1024 or less" in str(caught.value)
     elif data.get("max_length") == 20:
         assert "tokens, which leaves no room for the answer within data.max_length 20" in str(caught.value)
 
@@ -292,9 +293,8 @@ def test_a_model_without_positions_cannot_have_packed_rows(
     place: Path, net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(net.model, "forward", lambda input_ids: None)
-    with pytest.raises(
-        ConfigError, match=r"^data\.pack: tiny does not keep the examples of a row apart; leave it out$"
-    ):
+    problem = rf"^data\.pack: {re.escape(str(net.folder))} does not keep the examples of a row apart; leave it out$"
+    with pytest.raises(ConfigError, match=problem):
         job_of(place, net, tmp_path, pack=True)
 
 

@@ -311,7 +311,7 @@ def test_a_method_of_the_user_own(place: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        (["method.name=fedav"], "{run}: method.name: 'fedav' is not a method (did you mean fedavg?); known: fedavg"),
+        (["method.name=fedav"], "{run}: method.name: 'fedav' is not a method (did you mean fedavg?); known: cgfed"),
         (["data.clientz=2"], "{run}: data.clientz: unknown field (did you mean clients?); known: "),
         (["rounds=0"], "{run}: rounds: must be greater than 0, got 0"),
         (["threads=0"], "{run}: threads: must be greater than or equal to 1, got 0"),

@@ -57,10 +57,10 @@ def complaint(*overrides: str, text: str = BASE) -> str:
     ("changes", "line"),
     [
         # unknown names
-        (["method.name=fedkseeed"], "method.name: 'fedkseeed' is not a method (did you mean fedkseed?); known: fedavg"),
-        (["method.name=zzz"], "method.name: 'zzz' is not a method; known: fedavg"),
+        (["method.name=fedkseeed"], "method.name: 'fedkseeed' is not a method (did you mean fedkseed?); known: cgfed"),
+        (["method.name=zzz"], "method.name: 'zzz' is not a method; known: cgfed"),
         (["method.name=7"], "method.name: 7 is not a method; known: "),
-        (["roundz=3"], "roundz: unknown field (did you mean rounds?); known: cohort, data, environment, eval, method"),
+        (["roundz=3"], "roundz: unknown field (did you mean rounds?); known: cohort, data, environment, eval"),
         (["data.clientz=3"], "data.clientz: unknown field (did you mean clients?); known: alpha, answer"),
         (["model.width=3"], "model.width: unknown field; known: device, dtype, lora, path"),
         (["eval.evry=3"], "eval.evry: unknown field (did you mean every?); known: batch_size, every"),
@@ -69,7 +69,7 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["cohort.kind=cyclic", "cohort.n=2"], "cohort.n: unknown field; known: kind, rounds"),
         (['cohort=[{kind="all", rounds=1}, {kind="all", x=1}]'], "cohort.1.x: unknown field; known: kind, rounds"),
         # missing
-        (["method={}"], "method.name: missing; known: fedavg"),
+        (["method={}"], "method.name: missing; known: cgfed"),
         (["data={}"], "data.path: missing"),
         (["cohort.kind=uniform"], "cohort.n: missing"),
         (['cohort=[{kind="uniform"}]'], "cohort.0.n: missing"),
