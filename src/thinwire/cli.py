@@ -188,7 +188,7 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
         again = shlex.join(["thinwire", "compare", *sys.argv[2:]])
         try:
-            for plan in mine:
+            for plan in mine if settings.costs else ():
                 comparison.price(plan, folder, typer.echo)
             comparison.settle(made, settings)
             comparison.check_output(made, folder)

@@ -57,6 +57,7 @@ class Settings(BaseModel):
     control_seeds: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)  # of the control; all where it is None
     validation: float = Field(0.1, gt=0, lt=1)  # the share of the clients' rows that rates are tuned on
     target: PositiveFloat | None = None  # a held-out loss; the table says when it was reached
+    costs: bool = True  # whether memory and seconds of either side are measured first, in two rounds of each
     methods: dict[str, Tree] = {}
 
 
@@ -155,6 +156,8 @@ def load(path: Path, overrides: Sequence[str]) -> tuple[Tree, Settings]:
 
 def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -> list[Plan]:
     """What is to be run under each name, checked as far as it can be before anything runs; raises ConfigError."""
+    if settings.amount is not None and settings.budget in ("seconds", "bytes") and not settings.costs:
+        raise ConfigError(f"compare.costs: a budget in {settings.budget} is bought at the costs that are measured first")
     known = sorted({*PRESETS, *METHODS, *settings.methods})
     if not set(names) - {"base", "local"}:
         raise ConfigError("--methods: needs a method beside the base model and local training, whose runs score it")
