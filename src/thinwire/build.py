@@ -317,9 +317,9 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     clients = clients_data(run, rows, net.tokenizer)
     check_context(context_of(net), run.model.path, (e for data in clients for e in data.examples))
     score = scorer(run, net, splits_of(run, rows, net.tokenizer))
-    if run.data.choices is not None:
+    if run.data.choices is not None and rows.clients:  # a server of a federation has nobody's rows
         check_answers(run.data, rows)
-    if run.data.pack:
+    if run.data.pack and rows.clients:
         _check_packing(net, run.model.path, clients)
     return Job(
         method=run.method,

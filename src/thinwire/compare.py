@@ -157,7 +157,7 @@ def load(path: Path, overrides: Sequence[str]) -> tuple[Tree, Settings]:
 def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -> list[Plan]:
     """What is to be run under each name, checked as far as it can be before anything runs; raises ConfigError."""
     if settings.amount is not None and settings.budget in ("seconds", "bytes") and not settings.costs:
-        raise ConfigError(f"compare.costs: a budget in {settings.budget} is bought at the costs that are measured first")
+        raise ConfigError(f"compare.costs: a budget in {settings.budget} is bought at costs that are measured first")
     known = sorted({*PRESETS, *METHODS, *settings.methods})
     if not set(names) - {"base", "local"}:
         raise ConfigError("--methods: needs a method beside the base model and local training, whose runs score it")

@@ -66,7 +66,7 @@ class Visits:
             rows, scored = partition.holdout(rows, run.data.heldout, self.key.fold("heldout", site.name))
         self.data = build.client_data(run, rows, self.net.tokenizer)
         self.heldout = bool(scored)
-        some = build.dataset(run.data, scored or rows, self.net.tokenizer)
+        some = build.dataset(run.data, scored or rows, self.net.tokenizer, build.classes_of(run))
         self.scored = Split("sites", replace(some, examples=some.examples[: run.eval.rows]), run.eval.generate)
         self.versions = VersionStore(self.folder / "versions")
         self.actions: dict[str, Callable[[Frame, Path], Frame]] = {
