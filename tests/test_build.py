@@ -296,3 +296,23 @@ def test_a_model_without_positions_cannot_have_packed_rows(
         ConfigError, match=r"^data\.pack: tiny does not keep the examples of a row apart; leave it out$"
     ):
         job_of(place, net, tmp_path, pack=True)
+
+
+def test_public_prompts_are_answered_beside_the_first_split(place: Path, net: Net) -> None:
+    tree = {
+        "data": {"path": str(place / "rows.jsonl"), "clients": 2, "prompt": "{input}: it was", "answer": " {output}"},
+        "method": {"name": "fedavg"},
+        "eval": {"prompts": ["Good {day}", "And you?"], "rows": 2, "max_new_tokens": 2},
+    }
+    run = config.parse(tree)
+    rows = build.rows_of(run.data, KEY)
+    (record,) = build.scorer(run, net, build.splits_of(run, rows, net.tokenizer))()
+    assert [given["prompt"] for given in record["public"]] == ["Good {day}", "And you?"]
+    assert all(isinstance(given["answer"], str) for given in record["public"])
+    tree["data"]["template"] = "chat"
+    del tree["data"]["prompt"], tree["data"]["answer"]
+    asked = build.prompts_of(config.parse(tree), net.tokenizer)
+    assert asked is not None
+    assert asked.examples[1].text == "<user>And you?\n<assistant>"
+    tree["eval"] = {}
+    assert build.prompts_of(config.parse(tree), net.tokenizer) is None

@@ -24,8 +24,24 @@ ALLOWED = {
     "evaluate": {"keys", "data", "model", "train"},
     "runtime": {"core", "wire", "keys"},
     "config": {"core", "methods", "runtime"},
+    "report": {"data"},
 }
-TOP = {"__init__", "apart", "build", "cli", "commands", "compare", "show", "standings", "terminal"}
+TOP = {
+    "__init__",
+    "api",
+    "apart",
+    "build",
+    "card",
+    "cli",
+    "commands",
+    "compare",
+    "estimate",
+    "federation",
+    "show",
+    "standings",
+    "terminal",
+    "trackers",
+}
 
 
 def imports(path: Path) -> set[str]:

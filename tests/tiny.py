@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thinwire.data.load import Row
 
@@ -75,6 +75,28 @@ def tiny_folder(path: Path, seed: int = 0, **overrides: Any) -> Path:
     """The tiny model and its tokenizer saved as a Hugging Face folder."""
     tiny_model(seed, **overrides).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
+    return Path(path)
+
+
+def tiny_encoder(path: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A random BERT without a head, of 4 layers, and a tokenizer that puts <bos> and <eos> around, as a folder."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "pad_token_id": PAD,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        BertModel(BertConfig(**(fields | overrides))).save_pretrained(path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+    )
+    tokenizer.save_pretrained(path)
     return Path(path)
 
 

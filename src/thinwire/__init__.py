@@ -1,3 +1,33 @@
 """thinwire: fine-tune every parameter of a language model across clients, over kilobytes."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+# what a notebook imports from here; each comes with torch, so none is loaded before it is asked for
+_PLACES = {
+    "federate": "thinwire.api",
+    "Result": "thinwire.api",
+    "FedAvg": "thinwire.methods",
+    "FedCyBGD": "thinwire.methods",
+    "FedKSeed": "thinwire.methods",
+    "FedZO": "thinwire.methods",
+    "GradualDiff": "thinwire.methods",
+    "All": "thinwire.runtime.cohort",
+    "Cyclic": "thinwire.runtime.cohort",
+    "Only": "thinwire.runtime.cohort",
+    "Uniform": "thinwire.runtime.cohort",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

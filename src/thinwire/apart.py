@@ -8,7 +8,6 @@ took. The first round is a newcomer's; bytes and seconds of the second are those
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,10 +42,13 @@ class Cost:
 
 def measure(run: Run, cohort: Sequence[int], folder: Path) -> Cost:
     """What the run costs either side, kept in the folder as cost.json; RuntimeError with its last line if one fails."""
+    from thinwire import build
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.toml").write_text(run.to_toml(), encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        shutil.copy(folder / "run.toml", place)
+        whole = build.settled(run, build.rows_of(run.data, Key.root(run.seed)))  # the server's side sees no rows
+        (Path(place) / "run.toml").write_text(whole.to_toml(), encoding="utf-8")
         found = _ask("server", Path(place), ",".join(map(str, cohort[:CLIENTS])))
     partial = folder / "cost.json.part"
     partial.write_text(json.dumps(found, indent=2) + "\n")

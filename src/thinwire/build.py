@@ -16,6 +16,8 @@ from thinwire import config
 from thinwire.config import ConfigError, Run
 from thinwire.data import partition, templates
 from thinwire.data.batch import Dataset, Example
+from thinwire.data.classes import WHOLE, classify
+from thinwire.data.classes import classes_of as find_classes
 from thinwire.data.errors import DataError, NoRowsLeft
 from thinwire.data.load import Row
 from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
@@ -24,6 +26,8 @@ from thinwire.evaluate.evaluate import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.model.adapters import add_lora
 from thinwire.model.flat import Net
+from thinwire.model.load import resolve
+from thinwire.model.task import labels_of, task_of
 from thinwire.runtime.loop import Job, Watch
 from thinwire.train.objective import keeps_apart
 
@@ -101,10 +105,10 @@ def rows_of(data: config.Data, key: Key) -> Rows:
     return Rows(clients, splits)
 
 
-def template_of(data: config.Data) -> templates.AnyTemplate:
-    """The prompt template that the run file says; raises ConfigError."""
+def template_of(data: config.Data, classifies: bool = False) -> templates.AnyTemplate:
+    """The prompt template that the run file says, for a classifier the bare text by default; raises ConfigError."""
     if data.prompt is None or data.answer is None:
-        return templates.named(data.template)
+        return WHOLE if classifies and data.template == "plain" else templates.named(data.template)
     kind = templates.Jinja if data.template == "jinja" else templates.Template
     try:
         return kind(data.prompt, data.answer)
@@ -120,23 +124,53 @@ def in_words(data: config.Data, rows: list[Row]) -> list[Row]:
     return [_in_words(row, templates.answer_column(row, template), data.words) for row in rows]
 
 
-def dataset(data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows under the run's template; raises DataError."""
-    return tokenise(
-        in_words(data, rows),
-        template_of(data),
-        tokenizer,
-        max_length=data.max_length,
-        choices=data.choices,
-        too_long=data.too_long,
-    )
+def dataset(
+    data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase, classes: tuple[str, ...] | None = None
+) -> Dataset:
+    """The rows under the run's template, for a classifier if there are `classes`; raises DataError."""
+    template, rows, longest = template_of(data, classes is not None), in_words(data, rows), data.max_length
+    if classes is not None:
+        drop = data.too_long == "drop"
+        return classify(rows, template, tokenizer, max_length=longest, classes=classes, drop=drop)
+    return tokenise(rows, template, tokenizer, max_length=longest, choices=data.choices, too_long=data.too_long)
+
+
+def classes_of(run: Run) -> tuple[str, ...] | None:
+    """The classes of the run's classifier, in the model's order; None if the model is causal.
+
+    They are those of the model, or data.choices for a fresh head; ConfigError where the two differ, or none is there.
+    """
+    folder = resolve(run.model.path)
+    if task_of(folder, run.model.task) == "causal":
+        return None
+    own, wanted = labels_of(folder), run.data.choices
+    if own is None and wanted is None:
+        raise ConfigError(f"data.choices: missing; {run.model.path} gets a new head, so list its classes")
+    if own is None or wanted is None:
+        return own or wanted
+    if set(own) == set(wanted):
+        return own
+    if len(own) != len(wanted) or own != tuple(map(str, range(len(own)))):
+        raise ConfigError(f"data.choices: the classes of the model in {run.model.path} are {', '.join(own)}")
+    return wanted  # its classes have numbers and no names
+
+
+def settled(run: Run, rows: Rows) -> Run:
+    """The run with the classes of a fresh classifier found in the clients' rows, unless it lists them itself."""
+    folder = resolve(run.model.path)
+    fresh = task_of(folder, run.model.task) == "classification" and labels_of(folder) is None
+    if not fresh or run.data.choices is not None:
+        return run
+    held = [row for rows in rows.clients.values() for row in in_words(run.data, rows)]
+    found = find_classes(held, template_of(run.data, True))
+    return run.model_copy(update={"data": run.data.model_copy(update={"choices": found})})
 
 
 def client_data(run: Run, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """A client's rows as it trains on them; raises DataError."""
     training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
     pack = run.data.max_length if run.data.pack else 0
-    return replace(dataset(training, rows, tokenizer), balanced=run.data.balanced, pack=pack)
+    return replace(dataset(training, rows, tokenizer, classes_of(run)), balanced=run.data.balanced, pack=pack)
 
 
 def clients_data(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
@@ -199,7 +233,16 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
     if model.lora is not None:
         key = Key.root(run.seed).fold("lora")
         adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
-    return Net.open(model.path, model.dtype, remember=remember, device=model.device, adapt=adapt, hollow=hollow)
+    return Net.open(
+        model.path,
+        model.dtype,
+        remember=remember,
+        device=model.device,
+        adapt=adapt,
+        hollow=hollow,
+        classes=classes_of(run),
+        head_key=Key.root(run.seed).fold("head"),
+    )
 
 
 def use_threads(run: Run) -> None:
@@ -213,22 +256,33 @@ def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[
     splits = []
     for name, held in rows.splits.items():
         order = Key.root(run.seed).fold("eval", name).permutation(len(held))
-        data = dataset(run.data, [held[i] for i in order], tokenizer)
+        data = dataset(run.data, [held[i] for i in order], tokenizer, classes_of(run))
         data = replace(data, examples=data.examples[: run.eval.rows])
         splits.append(Split(name, data, run.eval.generate))
     return splits
 
 
+def prompts_of(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+    """The run's public prompts, none of them anybody's row: through the chat template where that is the run's."""
+    if not run.eval.prompts:
+        return None
+    name = "chat" if run.data.template == "chat" and run.data.prompt is None else "completion"
+    rows = [Row({"prompt": text, "completion": "-"}, "eval.prompts", i) for i, text in enumerate(run.eval.prompts, 1)]
+    return tokenise(rows, templates.named(name), tokenizer, max_length=run.data.max_length)
+
+
 def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[str, Any]]]:
     """A function that scores the weights in the net: one record a split, with the answers to a few rows.
 
-    Raises DataError for rows beyond the model's context.
+    The first record also has the answers to the public prompts, as `public`. Raises DataError for rows beyond the
+    model's context.
     """
     for split in splits:
         check_context(context_of(net), run.model.path, split.data.examples)
+    prompts = prompts_of(run, net.tokenizer)
 
     def score() -> list[dict[str, Any]]:
-        records = []
+        records: list[dict[str, Any]] = []
         for split in splits:
             result = evaluate(net, split, run.eval.batch_size, run.eval.max_new_tokens)
             shown = split.data.examples[:SHOWN]
@@ -240,15 +294,26 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
             # JSON has no infinity: a perplexity beyond all numbers is null.
             finite = {k: None if v == math.inf else v for k, v in asdict(result).items()}
             records.append({**finite, "samples": samples})
+        if prompts is not None and records:
+            given = answers(net, prompts, len(prompts), run.eval.max_new_tokens)
+            pairs = zip(run.eval.prompts, given, strict=True)
+            records[0]["public"] = [{"prompt": prompt, "answer": answer.strip()} for prompt, answer in pairs]
         return records
 
     return score
 
 
+def identity(run: Run) -> int:
+    """The number that a run's frames carry: 32 bits of a hash of its file, without what makes no other run of it."""
+    aside = {"environment": {}, "threads": None, "track": config.Track(), "federation": None}
+    same = run.model_copy(update=aside)
+    return int.from_bytes(hashlib.sha256(same.to_toml().encode()).digest()[:4], "little")
+
+
 def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, watch: Watch) -> Job:
     """The run, ready to go; raises DataError."""
-    same = run.model_copy(update={"environment": {}, "threads": None})  # what does not make it another run
-    identity = hashlib.sha256(same.to_toml().encode()).digest()
+    from thinwire.card import card
+
     clients = clients_data(run, rows, net.tokenizer)
     check_context(context_of(net), run.model.path, (e for data in clients for e in data.examples))
     score = scorer(run, net, splits_of(run, rows, net.tokenizer))
@@ -262,7 +327,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         clients=clients,
         names=list(rows.clients),
         folder=folder,
-        run=int.from_bytes(identity[:4], "little"),
+        run=identity(run),
         key=Key.root(run.seed),
         rounds=run.rounds,
         segments=run.cohort,
@@ -272,6 +337,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         keep_versions=8 + run.method.versions_each * len(rows.clients),
         memory_before_model=memory_before_model,
         watch=watch,
+        card=lambda summary: card(run, rows, summary, classes_of(run)),
     )
 
 

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from thinwire import __version__
+from thinwire.commands import client, codec, estimate, keys, local_federation, report, server
 from thinwire.commands import data as data_command
 from thinwire.commands import init as init_command
 from thinwire.commands import schema as schema_command
+from thinwire.commands.chat import chat
+from thinwire.commands.tasks import score_tasks
 from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich would be half of its time
     pretty_exceptions_enable=False,
 )
+
+app.command(name="fit-codec")(codec.fit_codec)
 
 
 @app.callback(invoke_without_command=True)
@@ -60,8 +65,10 @@ def run(
         from thinwire.runtime import memory
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
+        from thinwire.trackers import Trackers, check, trackers_of
 
         settings = config.load(file, overrides or [])
+        check(settings)
         folder = out if out is not None else Path("runs") / settings.name
         _claim(folder, settings, resume)
         if (folder / "summary.json").exists():
@@ -70,20 +77,24 @@ def run(
             return
         build.use_threads(settings)
         rows = build.rows_of(settings.data, _key(settings))
+        whole = build.settled(settings, rows)
         before = memory.resident()
-        net = build.net_of(settings, remember=True)
+        net = build.net_of(whole, remember=True)
         with Live(settings, rows, net, folder, resume) as watch:
-            job = build.job(settings, rows, net, folder, before, watch)
+            job = build.job(whole, rows, net, folder, before, watch)
             watch.rows_shortened(shortened(job.names, job.clients, settings.data.max_length))
             _record(folder, settings)
             again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
             try:
-                train(job)
+                with Trackers(watch, trackers_of(settings, folder)) as job.watch:
+                    train(job)
             except KeyboardInterrupt:
                 raise Stopped(f"stopped; go on from the last whole round with: {again}") from None
             except (OSError, SafetensorError) as error:
                 raise Stopped(f"{cause(error)}; go on from the last whole round with: {again}") from None
         print_summary(folder)
+        if (line := estimate.verdict(settings, job, folder)) is not None:
+            typer.echo(line)
 
 
 @app.command()
@@ -115,11 +126,16 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a Hugging Face folder.")],
     overrides: Overrides = None,
+    tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness instead: names or .yaml files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of rows, for each of --tasks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Evaluate a run on its held-out rows, or any Hugging Face folder on data.path=FILE."""
     with one_line():
         settle()
+        if tasks is not None:
+            score_tasks(path, tasks, overrides or [], limit, as_json)
+            return
         from thinwire import build, config
         from thinwire.show import print_scores
 
@@ -191,6 +207,13 @@ def compare(
 app.command(name="data")(data_command.data)
 app.command(name="init")(init_command.init)
 app.command(name="schema")(schema_command.schema)
+app.command(name="chat")(chat)
+app.command(name="estimate")(estimate.estimate)
+app.command(name="report")(report.report)
+app.command(name="server")(server.server)
+app.command(name="client")(client.client)
+app.command(name="local-federation")(local_federation.local_federation)
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -51,12 +53,16 @@ class Lora(_Section):
 
 
 class Model(_Section):
-    """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or smollm2-135m-instruct (packaged).
+    """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or what packages carry:
+    smollm2-135m-instruct, minilm.
 
-    `device`: as torch calls it, such as cpu or cuda:0. With `lora` all methods train its factors in place of the model.
+    `task`: causal (goes on with a text) or classification (names a text's class; an encoder gets a fresh head), found
+    from the model where it is auto. `device`: as torch calls it, such as cpu or cuda:0. With `lora` all methods train
+    its factors, and a classifier's head, in place of the model.
     """
 
     path: str = "smollm2-135m-instruct"
+    task: Literal["auto", "causal", "classification"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     lora: Lora | None = None
@@ -72,9 +78,11 @@ class Data(_Section):
     task (the values of `column` dealt whole to `clients`). `template` names a prompt template; `prompt` and `answer`
     are format strings over the columns instead of it, with `template = "jinja"` Jinja templates. With `choices` the
     answers are a closed set, scored against each other; `loss = "answer"` trains on the answer's tokens all the same.
-    `words` replaces the values of the answer's column, such as labels by the words that stand for them. `balanced`: a
-    client's batches hold the answers of a closed set in equal numbers, however skewed its rows are. `pack`: short
-    examples share a row of up to max_length tokens, and do not see each other; batch_size then counts such rows.
+    For a classifier the prompt is the text, by default the column `input`, the answer its class, and `choices` the
+    classes, found in the clients' rows where it is None. `words` replaces the values of the answer's column, such
+    as labels by the words that stand for them. `balanced`: a client's batches hold the answers of a closed set in
+    equal numbers, however skewed its rows are. `pack`: short examples share a row of up to max_length tokens, and
+    do not see each other; batch_size then counts such rows.
     """
 
     path: str
@@ -135,13 +143,51 @@ class Data(_Section):
 
 
 class Eval(_Section):
-    """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split."""
+    """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split.
+
+    `prompts`: public texts, nobody's rows, whose answers a report shows. `show_rows`: it may show held-out rows too.
+    """
 
     every: NonNegativeInt = 0
     rows: PositiveInt = 256
     batch_size: PositiveInt = 16
     generate: NonNegativeInt = 0  # rows a split that are generated for Rouge-L
     max_new_tokens: PositiveInt = 64
+    prompts: tuple[str, ...] = ()
+    show_rows: bool = False
+
+
+class Track(_Section):
+    """Experiment trackers that are told the run's numbers, each on this machine: extras of their names."""
+
+    to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    project: str = "thinwire"
+
+
+class Federation(_Section):
+    """A run on other machines: `sites`, by name, are its clients, in this order; each holds its own rows.
+
+    A reply that takes longer than `deadline` seconds counts as absent for the round; a round with fewer replies than
+    `quorum` ends the run, which can go on later. A site that is not connected is waited for at most `patience` seconds.
+    Frames beyond `chunk_bytes` travel in pieces. With `evaluate` each site scores the weights on its held-out rows too.
+    """
+
+    sites: tuple[str, ...] = ()
+    deadline: PositiveFloat = 3600.0
+    quorum: PositiveInt = 1
+    patience: NonNegativeFloat = 120.0
+    chunk_bytes: int = Field(1 << 26, ge=1 << 10, le=1 << 30)
+    evaluate: bool = False
+
+    @field_validator("sites")
+    @classmethod
+    def _sites(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+                raise ValueError(f"{name!r} is not a name: letters, digits, dots, dashes; 64 at most")
+        if len(set(value)) < len(value):
+            raise ValueError("a name is there twice")
+        return value
 
 
 class Run(_Section):
@@ -156,6 +202,8 @@ class Run(_Section):
     method: Method
     cohort: tuple[Cohort, ...] = (All(),)
     eval: Eval = Eval()
+    track: Track = Track()
+    federation: Federation | None = None
     environment: Mapping[str, str] = {}  # written by a run for the reader; never read back
 
     @field_validator("method", mode="before")
@@ -183,7 +231,12 @@ class Run(_Section):
 
     def first_difference(self, other: Run) -> str | None:
         """The first field in which `other`, a run that began, differs; None if its checkpoints serve this one."""
-        aside = {"environment", "threads"}
+        aside: Any = {
+            "environment": True,
+            "threads": True,
+            "track": True,
+            "federation": Federation.model_fields.keys() - {"sites"},
+        }
         mine, theirs = (dict(_leaves(r.model_dump(exclude=aside))) for r in (self, other))
         for key in dict.fromkeys([*mine, *theirs]):
             if mine.get(key) != theirs.get(key):

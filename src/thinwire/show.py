@@ -80,6 +80,7 @@ class Live(Watch):
         )
         self.task: TaskID | None = None
         self.note, self.rounds = "", run.rounds
+        self.sent, self.scored = 0, ""  # bytes so far; the last score
         held = sum(len(rows) for rows in rows.clients.values())
         self.console.print(f"{run.name}: {method_name(run.method)} on {run.model.path}", soft_wrap=True)
         what = f"all {number(net.size)} parameters" if run.model.lora is None else f"{number(net.size)} LoRA factors"
@@ -116,13 +117,22 @@ class Live(Watch):
         metrics, visits = record["metrics"], record["clients"]
         lost = [client for client in visits if "error" in client]
         loss = metrics.get("loss")
-        self.note = f"loss {loss:.3f}, {span(left)} left" if loss is not None else f"{span(left)} left"
+        self.sent += record["bytes_down"] + record["bytes_up"]
+        parts = [f"loss {loss:.3f}"] if loss is not None else []
+        parts += [self.scored] if self.scored else []
+        memory = f"memory {size(record['peak_memory_bytes'])}"
+        self.note = ", ".join([*parts, size(self.sent), memory, f"{span(left)} left"])
         parts = [_many(len(visits) - len(lost), "client") + (f" ({len(lost)} dropped)" if lost else "")]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
         if metrics.get("skipped"):
             parts.append(f"{_many(round(metrics['skipped']), 'step')} skipped")
-        parts += [f"down {size(record['bytes_down'])}", f"up {size(record['bytes_up'])}", span(record["seconds"])]
+        parts += [
+            f"down {size(record['bytes_down'])}",
+            f"up {size(record['bytes_up'])}",
+            span(record["seconds"]),
+            memory,
+        ]
         if left > 0:
             parts.append(f"{span(left)} left")
         self.console.print(f"round {record['round']}/{self.rounds}: {', '.join(parts)}", soft_wrap=True)
@@ -133,6 +143,8 @@ class Live(Watch):
         """See Watch."""
         when = f"after round {record['round']}" if record["round"] else "at the start"
         self.console.print(f"  {when}, {record['split']}: {_score(record)}")
+        better = next((key for key in ("accuracy", "rouge_l") if record.get(key) is not None), "loss")
+        self.scored = f"{record['split']} {better} {record[better]:.3f}"
 
 
 def print_summary(folder: Path) -> None:
@@ -140,11 +152,18 @@ def print_summary(folder: Path) -> None:
     console = _console()
     summary = json.loads((folder / "summary.json").read_text())
     rounds = read_records(folder / "rounds.jsonl")
-    evals = list(zip(summary["first"], summary["final"], strict=True))
+    last = {row["split"]: row for row in summary["final"]}  # sites that were absent have no row
+    evals = [(row, last[row["split"]]) for row in summary["first"] if row["split"] in last]
     if evals:
         table = Table("score", Column("before", justify="right"), Column("after", justify="right"))
         for first, final in evals:
-            for field, name in (("loss", "loss"), ("accuracy", "accuracy"), ("rouge_l", "Rouge-L"), ("bleu", "BLEU")):
+            for field, name in (
+                ("loss", "loss"),
+                ("accuracy", "accuracy"),
+                ("rouge_l", "Rouge-L"),
+                ("bleu", "BLEU"),
+                ("exact_match", "exact match"),
+            ):
                 if final.get(field) is not None:
                     table.add_row(f"{first['split']} {name}", f"{first[field]:.3f}", f"{final[field]:.3f}")
         console.print(table)
@@ -263,6 +282,8 @@ def _score(record: Record) -> str:
         parts.append(f"Rouge-L {record['rouge_l']:.3f}")
     if record["bleu"] is not None:
         parts.append(f"BLEU {record['bleu']:.1f}")
+    if record.get("exact_match") is not None:
+        parts.append(f"exact match {record['exact_match']:.3f}")
     return ", ".join(parts)
 
 

@@ -195,6 +195,38 @@ def test_a_pass_that_fails_leaves_no_trace_either(score: Any) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_classifier_is_scored_by_the_class_that_it_finds_likeliest() -> None:
+    """Slow: labels from the whole model, the model without a layer, gradients by backward()."""
+    model, path = made("bert, classes")
+    assert len(influence(model, path, BATCHES)) == DEPTH
+    with torch.no_grad():
+        labels = [model(input_ids=ids).logits.argmax(1) for ids in BATCHES]
+    expected = []
+    for layer in range(DEPTH):
+        without = copy.deepcopy(model)
+        without.get_submodule(path)[layer].forward = lambda hidden_states, *args, **kwargs: hidden_states
+        with torch.no_grad():
+            rows = [-without(input_ids=ids).logits.log_softmax(1) for ids in BATCHES]
+        picked = [float(r[k]) for row, label in zip(rows, labels, strict=True) for r, k in zip(row, label, strict=True)]
+        expected.append(sum(picked) / 5)
+    assert perplexity(model, path, BATCHES) == pytest.approx(expected, rel=1e-5)
+    other = copy.deepcopy(model).requires_grad_(True)
+    for ids, label in zip(BATCHES, labels, strict=True):
+        other(input_ids=ids, labels=label).loss.backward()
+    by_name = {n: (p.detach() * p.grad).abs() for n, p in other.named_parameters() if p.grad is not None}
+    sums = [
+        sum(float(product.sum()) for name, product in by_name.items() if name.startswith(f"{path}.{layer}."))
+        for layer in range(DEPTH)
+    ]
+    assert taylor(model, path, BATCHES) == pytest.approx(sums, rel=1e-4)
+    heads, channels = groups(model, path, BATCHES)[1]
+    up = sum(
+        by_name[f"{path}.1.intermediate.dense.{kind}"].view(len(channels), -1).sum(1) for kind in ("weight", "bias")
+    )
+    torch.testing.assert_close(channels, up + by_name[f"{path}.1.output.dense.weight"].sum(0))
+    assert len(heads) > 1
+
+
 def test_what_cannot_be_scored_is_refused() -> None:
     model, path = made("llama")
     for score in SCORES:
@@ -203,11 +235,10 @@ def test_what_cannot_be_scored_is_refused() -> None:
     for score in SCORES[1:]:
         with pytest.raises(ValueError, match="no tokens"):
             score(model, path, [torch.zeros(2, 1, dtype=torch.int64)])
-    classes, path = made("bert, classes")
-    assert len(influence(classes, path, BATCHES)) == DEPTH
+    bare = made("bert, classes")[0].bert
     for score in SCORES[1:]:
-        with pytest.raises(ValueError, match="BertForSequenceClassification predicts no tokens"):
-            score(classes, path, BATCHES)
+        with pytest.raises(ValueError, match="BertModel predicts no tokens"):
+            score(bare, "encoder.layer", BATCHES)
     neox, path = made("gpt-neox")
     with pytest.raises(ValueError, match="GPTNeoXLayer cannot be narrowed"):
         groups(neox, path, BATCHES)

@@ -21,6 +21,7 @@ from thinwire.core import Method
 from thinwire.evaluate.loss import mean_loss
 from thinwire.keys import Key
 from thinwire.methods import METHODS
+from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
@@ -59,6 +60,10 @@ ROWS: dict[str, tuple[Method, tuple[int | range, int | range]]] = {
         GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="blocks", bits=4),
         (range(100_000), range(20_000)),
     ),
+    "gradualdiff-lowrank": (
+        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="lowrank", rank=4),
+        (range(60_000), range(12_000)),
+    ),
     "gradualdiff-eden": (
         GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="eden", bits=1),
         (range(100_000), range(6_000)),
@@ -89,12 +94,30 @@ ROWS: dict[str, tuple[Method, tuple[int | range, int | range]]] = {
         (range(130_000), range(60_000)),
     ),
     "fedcybgd-full": (FedCyBGD(lr=3e-3, steps=4, batch_size=4, variant="full"), (range(110_000), range(110_000))),
+    "cgfed": (CGFed(lr=1e-2, steps=4, batch_size=4, ratio=16), (range(60_000), range(400))),
+    "cgfed-eden": (CGFed(lr=1e-2, steps=4, batch_size=4, codec="eden", ratio=32), (range(4_300), range(300))),
+    "cgfed-coded": (
+        CGFed(lr=1e-2, steps=4, batch_size=4, codec="powersgd", ratio=16, feedback=True, gate=0.2, downlink="coded"),
+        (range(4_300), range(400)),
+    ),
+    "cgfed-state": (
+        CGFed(lr=1e-2, steps=4, batch_size=4, codec="none", encode="state", spared=0.3),
+        (range(4_300), range(3_800)),
+    ),
     "fedzo": (FedZO(**(SEEDS | {"seeds": 1 << 32})), (108_411, 108_397)),
 }
 
 
-VIEWS = {"fedit", "fedkseed-lora", "gradualdiff-lora"}  # rows that run on a LoRA view of the model
-HALVES = {"gradualdiff-bf16", "gradualdiff-residue", "gradualdiff-topk"}  # rows in bfloat16
+VIEWS = {
+    "cgfed",
+    "cgfed-coded",
+    "cgfed-eden",
+    "cgfed-state",
+    "fedit",
+    "fedkseed-lora",
+    "gradualdiff-lora",
+}  # rows that run on a LoRA view of the model
+HALVES = {"gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"}  # rows in bfloat16
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from thinwire.data.batch import Dataset, Example, collate
 from thinwire.evaluate.choice import accuracy
 from thinwire.evaluate.evaluate import Score, Split, answers, evaluate
 from thinwire.evaluate.loss import mean_loss
-from thinwire.evaluate.text import bleu, generate, references, rouge_l
+from thinwire.evaluate.text import bleu, exact_match, generate, references, rouge_l
 from thinwire.model.flat import Net
 from thinwire.train.objective import loss, scores
 
@@ -121,6 +121,13 @@ def test_rouge_is_of_the_best_reference_and_of_whole_words() -> None:
     assert rouge_l(["a b c"], [("a c",)]) == pytest.approx(0.8)  # 2 of 3 words, 2 of 2: 2 * 2/3 / (5/3)
 
 
+def test_exact_match_is_of_any_reference_but_for_space() -> None:
+    assert exact_match(["a  b", "B"], [("x", "a b "), ("b",)]) == 0.5
+    assert exact_match([""], [("b",)]) == 0
+    with pytest.raises(ValueError, match="at least one"):
+        exact_match([], [])
+
+
 def test_bleu_is_of_all_answers_at_once() -> None:
     text = "the cat sat on the mat today"
     assert bleu([text], [(text,)]) == pytest.approx(100)
@@ -135,7 +142,7 @@ def test_bleu_is_of_all_answers_at_once() -> None:
 def test_a_right_model_has_perfect_scores(parrot: Net) -> None:
     data = Dataset((Example(tokens("a"), (*tokens("bcde"), EOS), references=("bcde",)),), pad=PAD)
     score = evaluate(parrot, Split("heldout", data, generate=5), max_new_tokens=8)
-    assert score == Score("heldout", score.loss, math.exp(score.loss), None, 1.0, 0.0, 1)
+    assert score == Score("heldout", score.loss, math.exp(score.loss), None, 1.0, 0.0, 1, 1.0)
     assert score.loss == pytest.approx(0.0, abs=1e-6)
     closed = Dataset(
         (Example(tokens("a"), (), choice=1), Example(tokens("xm"), (), choice=0)),

@@ -1,7 +1,8 @@
 """How much the layers of a model, and the heads and channels in them, matter to it: what to drop or prune first.
 
 All scores look at token ids without padding, int64 [rows, length] a batch, on which the model's own loss is that of
-the next token. They leave the model, its modes and gradients, and the global generators as they were.
+the next token, or a classifier's that of the class which the whole model finds likeliest: no labels are needed. They
+leave the model, its modes and gradients, and the global generators as they were.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinwire.compress.shrink import Layout
+from thinwire.model.head import is_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,12 +62,12 @@ def perplexity(model: PreTrainedModel, layers: str, batches: Sequence[Tensor]) -
         hidden = _entering(args, kwargs)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    found = []
+    found, targets = [], _targets(model, batches)
     for layer in _layers(model, layers):
         handle = layer.register_forward_hook(bypass, with_kwargs=True)
         try:
             with _at_rest(model), torch.no_grad():
-                losses = [_loss(model, ids) for ids in batches]
+                losses = [_loss(model, *batch) for batch in zip(batches, targets, strict=True)]
         finally:
             handle.remove()
         found.append(sum(float(total) for total, _ in losses) / _positive(sum(count for _, count in losses)))
@@ -139,12 +141,13 @@ def _products(model: PreTrainedModel, layers: str, batches: Sequence[Tensor]) ->
     required = [parameter.requires_grad for parameter in parameters]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     _positive(len(batches))
+    targets = _targets(model, batches)
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
         with _at_rest(model), torch.enable_grad():
-            for ids in batches:
-                total, count = _loss(model, ids)
+            for batch in zip(batches, targets, strict=True):
+                total, count = _loss(model, *batch)
                 # not backward(), which would add to whatever gradients there are
                 gradients = torch.autograd.grad(total / _positive(count), parameters, allow_unused=True)
                 for sum_, gradient in zip(sums, gradients, strict=True):
@@ -160,13 +163,22 @@ def _products(model: PreTrainedModel, layers: str, batches: Sequence[Tensor]) ->
     return [{name: next(each) for name in layer} for layer in named]
 
 
-def _loss(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, int]:
-    """The summed cross-entropy of all tokens but a row's first, float32 scalar, and how many they are."""
-    if model.get_output_embeddings() is None:
+def _targets(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Tensor]:
+    """What the model's loss is of: all tokens but a row's first; of a classifier the likeliest class of each row."""
+    if model.get_output_embeddings() is not None:
+        return [ids[:, 1:].to(model.device) for ids in batches]
+    if not is_classifier(model):
         raise ValueError(f"{type(model).__name__} predicts no tokens, so it has no loss of a next one")
-    ids = ids.to(model.device)
-    logits = model(input_ids=ids).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"), ids[:, 1:].numel()
+    with _at_rest(model), torch.no_grad():
+        return [model(input_ids=ids.to(model.device)).logits.argmax(1) for ids in batches]
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    """The summed cross-entropy of the targets, float32 scalar, and how many they are."""
+    logits = model(input_ids=ids.to(model.device)).logits.float()
+    if targets.ndim > 1:
+        logits = logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), reduction="sum"), targets.numel()
 
 
 def _layers(model: PreTrainedModel, path: str) -> list[nn.Module]:

@@ -42,7 +42,8 @@ class Batch:
     `answer` positions of input_ids, IGNORE where nothing counts. A batch over a closed set of answers holds one row
     for each (example, candidate), candidates fastest, `candidates` of them, and `choice` int64 [examples]; otherwise
     candidates is 1 and choice is None. Where each candidate is one token, `candidate_ids` int64 [candidates] has them,
-    the rows are the bare prompts, one an example, and labels is int64 [rows, 0].
+    the rows are the bare prompts, one an example, and labels is int64 [rows, 0]. Where candidates have no tokens they
+    are a classifier's classes: again the rows are the bare texts, here padded on the right.
 
     In a `packed` batch several examples stand in a row one after the other, and labels reaches back to the first
     answer of any row. position_ids begins at 0 with each example, and with the padding: by that alone a model must keep
@@ -58,6 +59,11 @@ class Batch:
     choice: Tensor | None = None
     candidate_ids: Tensor | None = None
     packed: bool = False
+
+    @property
+    def classes(self) -> bool:
+        """Whether the candidates are a classifier's classes."""
+        return self.choice is not None and self.candidate_ids is None and not self.labels.shape[1]
 
     def repeated(self, times: int) -> Batch:
         """The batch's rows `times` times over."""
@@ -84,6 +90,8 @@ def collate(examples: Sequence[Example], pad: int, candidates: Sequence[tuple[in
         if all(len(tokens) == 1 for tokens in candidates):
             single = torch.tensor([tokens[0] for tokens in candidates], dtype=torch.int64)
             rows = [(e.prompt, ()) for e in examples]
+        elif not any(candidates):
+            rows = [(e.prompt, ()) for e in examples]
         else:
             rows = [(e.prompt, tokens) for e in examples for tokens in candidates]
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -91,10 +99,12 @@ def collate(examples: Sequence[Example], pad: int, candidates: Sequence[tuple[in
     input_ids = torch.full((len(rows), length), pad, dtype=torch.int64)
     attention = torch.zeros((len(rows), length), dtype=torch.int64)
     labels = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
+    classes = choice is not None and not any(candidates or ())
     for i, (prompt, answer) in enumerate(rows):
         tokens = (*prompt, *answer)
-        input_ids[i, length - len(tokens) :] = torch.tensor(tokens, dtype=torch.int64)
-        attention[i, length - len(tokens) :] = 1
+        start = 0 if classes else length - len(tokens)  # encoders look at the first token
+        input_ids[i, start : start + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        attention[i, start : start + len(tokens)] = 1
         if answer:
             labels[i, width - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
     positions = (attention.cumsum(1) - 1).clamp(min=0)

@@ -13,7 +13,7 @@ from torch import nn
 from thinwire.data.batch import Dataset
 from thinwire.evaluate.choice import accuracy, predict
 from thinwire.evaluate.loss import mean_loss
-from thinwire.evaluate.text import bleu, generate, references, rouge_l
+from thinwire.evaluate.text import bleu, exact_match, generate, references, rouge_l
 from thinwire.model.flat import Net
 
 
@@ -28,7 +28,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found; accuracy is None for open answers, rouge_l and bleu where nothing was generated."""
+    """What an evaluation found; accuracy is None for open answers, the scores of texts where nothing was generated."""
 
     split: str
     loss: float
@@ -37,16 +37,17 @@ class Score:
     rouge_l: float | None
     bleu: float | None
     rows: int
+    exact_match: float | None = None
 
 
 @torch.inference_mode()
 def evaluate(net: Net, split: Split, batch_size: int = 8, max_new_tokens: int = 64) -> Score:
-    """Loss and perplexity of the net's present weights, accuracy over a closed set, Rouge-L and BLEU over open ones.
+    """Loss and perplexity of the net's present weights, accuracy over a closed set, else scores of texts.
 
     Perplexity is the exponential of the loss, infinite where that overflows. ValueError: the split has
     nothing to evaluate.
     """
-    right, rouge, blue = None, None, None
+    right, rouge, blue, exact = None, None, None, None
     with _eval_mode(net.model):
         if split.data.candidates is not None:
             right, loss, _ = accuracy(net.model, split.data, batch_size)
@@ -55,8 +56,8 @@ def evaluate(net: Net, split: Split, batch_size: int = 8, max_new_tokens: int = 
             if split.generate > 0:
                 found = generate(net.model, net.tokenizer, split.data, max_new_tokens, batch_size, split.generate)
                 accepted = references(net.tokenizer, split.data.examples[: split.generate])
-                rouge, blue = rouge_l(found, accepted), bleu(found, accepted)
-    return Score(split.name, loss, _exp(loss), right, rouge, blue, len(split.data))
+                rouge, blue, exact = rouge_l(found, accepted), bleu(found, accepted), exact_match(found, accepted)
+    return Score(split.name, loss, _exp(loss), right, rouge, blue, len(split.data), exact)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Greedy answers to open questions, their Rouge-L and their BLEU.
+"""Greedy answers to open questions, their Rouge-L, their BLEU, and how many are right to the letter.
 
 Rouge-L is that of the package rouge-score, without stemming: words are runs of ASCII letters and digits, in
 lower case, so that text in other scripts scores 0. FedKSeed's authors used the package `rouge`, whose words
@@ -40,6 +40,17 @@ def rouge_l(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
         for answer, several in zip(answers, accepted, strict=True)
     )
     return float(sum(best) / len(answers))
+
+
+def exact_match(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
+    """The share of answers that are one of those accepted, but for space around and between words. ValueError: none."""
+    if not answers:
+        raise ValueError("exact match needs at least one answer")
+    right = (
+        " ".join(answer.split()) in {" ".join(reference.split()) for reference in several}
+        for answer, several in zip(answers, accepted, strict=True)
+    )
+    return sum(right) / len(answers)
 
 
 def bleu(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:

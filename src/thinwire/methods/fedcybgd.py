@@ -8,6 +8,8 @@ The proxy (the paper's hybrid compression, section 3.3) is a real smaller model:
 cycle has not updated yet lose their least important layers; blocks that it has updated stay, with fewer heads and
 channels. What the client has seen of a tensor before, or has with the start model, is told as an exact difference.
 
+A classifier's head (pooler and all else after the layers) trains with every block, as in the paper.
+
 Variants: several clients in a turn train the same block, and the server takes their mean (`relay` with more than one
 client a round); or each another one, damped by a (`parallel`); or each the whole model in its turn (`full`).
 """
@@ -33,6 +35,7 @@ from thinwire.methods.gradualdiff import LARGEST, Exact, coded, decoded, layout
 from thinwire.model.blocks import blocks_of, layer_of, layers_of
 from thinwire.model.errors import ModelError
 from thinwire.model.flat import Net
+from thinwire.model.head import is_classifier
 from thinwire.train.objective import loss as batch_loss
 from thinwire.train.schedule import scheduled
 from thinwire.wire import Illegal
@@ -40,6 +43,7 @@ from thinwire.wire.payload import Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
 STEPS = (1.0, 0.5, 0.25, 0.0)  # of which a server that checks takes the best
+EACH = -2  # the block of a classifier's head
 ROWS, LENGTH = 8, 128  # of the text that importance is measured on, where the server has no rows of its own
 
 
@@ -47,7 +51,8 @@ ROWS, LENGTH = 8, 128  # of the text that importance is measured on, where the s
 class State:
     """The weights, and how far the cycle is: blocks that are left, layers that it has updated, layers ever updated.
 
-    `key` draws what clients are not shown. `member` says for each tensor which block it belongs to, -1 for none.
+    `key` draws what clients are not shown. `member` says for each tensor which block it belongs to, -1 for none,
+    EACH for every one.
     `scores` is each layer's importance; `parts` has that of each layer's heads and channels, "heads.3", float32.
     """
 
@@ -142,7 +147,10 @@ class FedCyBGD(Exact):
             raise ModelError("model.lora: fedcybgd builds smaller models of plain layers, without adapters")
         weights = {name: self.start_of(server.net, name) for name in server.net.names}
         names = self._blocks(server.net).names
-        member = [next((b for b, own in enumerate(names) if name in own), -1) for name in weights]
+        each = {*names[0]}.intersection(*names[1:]) if len(names) > 1 else set[str]()
+        member = [
+            EACH if name in each else next((b for b, own in enumerate(names) if name in own), -1) for name in weights
+        ]
         return self._cycle(State(weights, server.key.fold("shown").word(), member, [], [], [], [], {}), server)
 
     def broadcast(self, state: State, server: Server, client_id: int, held: str | None) -> Proxy:
@@ -208,7 +216,7 @@ class FedCyBGD(Exact):
             raise Illegal(f"examples is {up.examples}")
         if up.block not in state.left:
             raise Illegal(f"block {up.block} is not one that this cycle has left")
-        own = [name for name, block in zip(state.weights, state.member, strict=True) if block == up.block]
+        own = [name for name, block in zip(state.weights, state.member, strict=True) if block in (up.block, EACH)]
         if list(up.changes) != own:
             raise Illegal(f"the names of the changes are not those of block {up.block}")
         for name, new in self._answered(state, up):
@@ -270,13 +278,17 @@ class FedCyBGD(Exact):
             runs = tuple(tuple(run) for run in blocks_of(depth, self.blocks))
         except ValueError as error:
             raise ModelError(f"method.blocks: {error}") from None
-        names = [tuple(name for name in net.names if of[name] in run) for run in runs]
         first = next(i for i, name in enumerate(net.names) if of[name] is not None)
+        after = tuple(name for name in net.names[first:] if of[name] is None)
+        each = after if is_classifier(net.model) else ()
+        names = [(*(name for name in net.names if of[name] in run), *each) for run in runs]
         for extra in self.extra:
-            outside = net.names[:first] if extra == "embeddings" else net.names[first:]
-            names.append(tuple(name for name in outside if of[name] is None))
-            if not names[-1]:
+            if extra == "head" and each:
+                raise ModelError("method.extra: a classifier's head trains with every block, and is none of its own")
+            before = tuple(name for name in net.names[:first] if of[name] is None)
+            if not (own := before if extra == "embeddings" else after):
                 raise ModelError(f"method.extra: the model has no parameters that are its {extra} alone")
+            names.append((*own, *each))
         return Blocks(layout, runs, tuple(names))
 
     def _cycle(self, state: State, server: Server) -> State:

@@ -26,10 +26,11 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from thinwire.compress import ulp
+from thinwire.compress.factors import Factors
 from thinwire.compress.quantise import Blocks
 from thinwire.compress.rotate import Eden
 from thinwire.compress.rounding import moves, stochastic
@@ -121,8 +122,9 @@ class GradualDiff(Exact):
     """Local first-order steps; coded differences of weights travel both ways."""
 
     name: Literal["gradualdiff"] = "gradualdiff"
-    codec: Literal["lossless", "blocks", "eden", "topk"] = "lossless"
-    bits: float = 4  # a value: blocks 8, 4, 2 or 1 (signs); eden 4, 3, 2, 1 or 0.5; topk 16, 8, 4 or 2
+    codec: Literal["lossless", "lowrank", "blocks", "eden", "topk"] = "lossless"
+    bits: float = 4  # a value: lowrank 8, 4 or 2; blocks 8, 4, 2 or 1 (signs); eden 4 to 1 or 0.5; topk 16, 8, 4 or 2
+    rank: PositiveInt = 16  # of a matrix, that lowrank tells
     share: float = Field(0.03, gt=0, le=1)  # of the weights, that topk tells
     feedback: bool = True  # what the codec loses is kept, and added to the next difference
     gate: bool = False  # what cannot change a weight as it is rounded is not told, but kept
@@ -266,12 +268,14 @@ class GradualDiff(Exact):
     def _keeps(self) -> bool:
         return self.rounding == "residue" if self.codec == "lossless" else self.feedback
 
-    def _code(self) -> Blocks | Eden | TopK:
+    def _code(self) -> Blocks | Eden | Factors | TopK:
         if self.codec == "eden":
             return Eden(self.bits)
         bits = int(self.bits)
         if bits != self.bits:
             raise ValueError(f"bits {self.bits} is not a whole number")
+        if self.codec == "lowrank":
+            return Factors(self.rank, bits)
         return Blocks(bits) if self.codec == "blocks" else TopK(self.share, bits=bits)
 
     def _lossy(self, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.keys import Key
+from thinwire.model import head
 from thinwire.model.errors import ModelError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ ADAPTER = "default"  # peft's name of an only adapter
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], key: Key) -> None:
     """Put factors beside every linear layer whose name is, or ends with a dot and, one of `targets`; in place.
+
+    A classifier's head stays trainable as it is.
 
     B is 0, A uniform on +-1 / sqrt(in) as peft has it, but drawn from `key`: a view is the same everywhere, and the
     global generators stay as they are. Factors have the model's dtype. ModelError: a target that is no layer's name,
@@ -54,6 +57,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[
         dtype = layer.get_base_layer().weight.dtype
         left.data = (uniform / math.sqrt(left.shape[1])).to(dtype)
         right.data = torch.zeros_like(right, dtype=dtype)
+    for _, parameter in _head(model):
+        parameter.requires_grad_(True)
     model.eval()  # what has been added came in training mode
 
 
@@ -84,12 +89,22 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     config = model.peft_config[ADAPTER]  # type: ignore[index]
     config.inference_mode = True
     factors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    kept = dict(_head(model))
+    if kept:
+        config.modules_to_save = sorted({name.partition(".")[0] for name in kept})
+        factors = factors | {name: parameter.detach() for name, parameter in kept.items()}
     folder.mkdir()
     save_file(
         {f"base_model.model.{name}": t.contiguous() for name, t in factors.items()},
         folder / "adapter_model.safetensors",
     )
     config.save_pretrained(str(folder))
+
+
+def _head(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """A classifier's head, which is trained whole beside the factors; nothing of a causal model."""
+    if head.is_classifier(model):
+        yield from ((name, p) for name, p in model.named_parameters() if head.of_head(model, name))
 
 
 def _meant(name: str, target: str) -> bool:

@@ -6,19 +6,21 @@ import hashlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from thinwire.model import adapters
+from thinwire.model import adapters, head
 from thinwire.model.errors import ModelError
 from thinwire.model.load import cache_folder, first_line, load, quiet, shards, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from thinwire.keys import Key
 
 # Integer views of the same width, to reach the raw bytes of types that numpy does not know.
 _RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,12 +35,17 @@ class Base(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, folder: Path, parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, tuple[str, ...]]
+        self,
+        folder: Path,
+        parameters: Mapping[str, nn.Parameter],
+        aliases: Mapping[str, tuple[str, ...]],
+        draw: Callable[[list[str]], Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """`aliases` lists, for each name, the names under which a file may hold it."""
+        """`aliases` lists, for each name, the names under which a file may hold it; `draw` makes those in no file."""
         from safetensors import SafetensorError, safe_open
 
         self._parameters = dict(parameters)
+        self._drawn: Mapping[str, Tensor] = {}
         self._places: dict[str, tuple[Path, str]] = {}
         for shard in shards(folder):
             try:
@@ -57,13 +64,17 @@ class Base(Mapping[str, Tensor]):
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"cannot read {folder / shard}: {first_line(error)}") from error
         absent = [name for name in parameters if name not in self._places]
-        if absent:
+        if absent and draw is not None:
+            self._drawn = draw(absent)
+        elif absent:
             raise ModelError(f"the weights in {folder} lack {len(absent)} tensors of the model, such as {absent[0]}")
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import safe_open
 
         parameter = self._parameters[name]
+        if name in self._drawn:
+            return self._drawn[name].to("cpu" if parameter.is_meta else parameter.device, parameter.dtype, copy=True)
         file, key = self._places[name]
         # Opened anew each time: the pages of one map would stay resident, all of the model's in the end.
         with safe_open(file, framework="pt") as opened:
@@ -80,6 +91,10 @@ class Base(Mapping[str, Tensor]):
         from safetensors import safe_open
 
         for name, parameter in parameters.items():
+            if name in self._drawn:
+                if not torch.equal(self[name], parameter):
+                    return False
+                continue
             file, key = self._places[name]
             with safe_open(file, framework="pt") as opened:
                 row = opened.get_slice(key)[:1] if parameter.ndim else opened.get_tensor(key)
@@ -103,13 +118,14 @@ class Net:
         folder: Path | str,
         trainable: Callable[[str], bool] | None = None,
         remember: bool = False,
+        head_key: Key | None = None,
     ) -> None:
         """Wrap `model`, whose start weights lie in `folder`.
 
         `trainable` says by name which parameters are trained (None: all); the others are frozen, as are those
         that do not require a gradient already. A tied parameter is one, under its first name, and trained if
-        any of its names is chosen. `remember` lets `rebuild` keep a copy of one set of weights. ModelError:
-        nothing is trainable, or see Base.
+        any of its names is chosen. `remember` lets `rebuild` keep a copy of one set of weights. What a classifier's
+        files lack of its head is drawn from `head_key`. ModelError: nothing is trainable, or see Base.
         """
         self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
         self.remember = remember
@@ -123,7 +139,9 @@ class Net:
         if not self._parameters:
             raise ModelError(f"no parameter of the model in {folder} is trainable")
         self.names: tuple[str, ...] = tuple(self._parameters)
-        self.base = Base(self.folder, self._parameters, {name: _spellings(model, tied[name]) for name in self.names})
+        spellings = {name: _spellings(model, tied[name]) for name in self.names}
+        draw = None if head_key is None else lambda names: head.drawn(model, names, head_key)
+        self.base = Base(self.folder, self._parameters, spellings, draw)
         self.size = sum(p.numel() for p in self._parameters.values())
         self.nbytes = sum(p.numel() * p.element_size() for p in self._parameters.values())
 
@@ -137,16 +155,18 @@ class Net:
         device: str = "cpu",
         adapt: Callable[[PreTrainedModel], None] | None = None,
         hollow: bool = False,
+        classes: Sequence[str] | None = None,
+        head_key: Key | None = None,
     ) -> Net:
         """Load the model at `path` (see load.resolve) onto `device` and wrap it. ModelError as there.
 
         `adapt` may add parameters to the model and freeze others, as adapters.add_lora does, before it is wrapped.
         A `hollow` net has names, shapes, config, tokenizer and base, and no weights in memory: for a client half that
-        builds a smaller model of its own.
+        builds a smaller model of its own. With `classes` it is a classifier, see load.load.
         """
-        model, tokenizer, folder = load(path, dtype, hollow)
+        model, tokenizer, folder = load(path, dtype, hollow, classes, head_key)
         if hollow:
-            return cls(model, tokenizer, folder)
+            return cls(model, tokenizer, folder, head_key=head_key)
         if adapt is not None:
             adapt(model)
         try:
@@ -154,7 +174,7 @@ class Net:
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
             raise ModelError(f"model.device: {device}: {first_line(error)}") from None
         try:
-            net = cls(model, tokenizer, folder, trainable, remember)
+            net = cls(model, tokenizer, folder, trainable, remember, head_key)
             if net.base.starts_like(dict(net.parameters())):
                 return net
         except ModelError:
@@ -231,11 +251,12 @@ class Net:
         """Drop the kept copy and its memory."""
         self._kept = None
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, card: str | None = None) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer) that appears whole or not at all.
 
-        Of a LoRA view, the plain model with the factors merged in; and in its folder `adapter` the factors alone. An
-        older model folder of that name is replaced. ModelError: something else is there.
+        `card` is what its README.md says. Of a LoRA view, the plain model with the factors merged in; and in its folder
+        `adapter` the factors alone. An older model folder of that name is replaced. ModelError: something
+        else is there.
         """
         target = Path(folder)
         if (
@@ -254,6 +275,8 @@ class Net:
                 else:
                     self.model.save_pretrained(fresh)
                 self.tokenizer.save_pretrained(fresh)
+                if card is not None:
+                    (fresh / "README.md").write_text(card, encoding="utf-8")
         finally:
             config.use_cache = cached
 

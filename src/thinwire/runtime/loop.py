@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire.core import Client, Method, Metrics, Round, Server, Visit, run_round
+from thinwire.core import Client, Method, Metrics, Round, Server, Transport, Visit, run_round
 from thinwire.keys import Key
 from thinwire.runtime import checkpoint, memory
 from thinwire.runtime.checkpoint import Progress
@@ -45,7 +45,11 @@ class Watch:
 
 @dataclass
 class Job:
-    """A run, assembled: what it trains, on whom, how long, and where it keeps its records."""
+    """A run, assembled: what it trains, on whom, how long, and where it keeps its records.
+
+    `transport` leads to clients elsewhere, for whom `clients` is empty; without it they live in this process. `survey`
+    asks those clients to score a state: the records that it returns go to evals.jsonl too.
+    """
 
     method: Method
     net: Net
@@ -63,6 +67,9 @@ class Job:
     max_bytes: int = 1 << 38
     memory_before_model: int = 0  # bytes resident after the imports
     watch: Watch = field(default_factory=Watch)
+    card: Callable[[Record], str] | None = None  # what the model's README.md says of a run with that summary
+    transport: Transport | None = None
+    survey: Callable[[Any, Server, dict[int, str]], list[Record]] | None = None
 
 
 def train(job: Job) -> Record:
@@ -74,7 +81,7 @@ def train(job: Job) -> Record:
     shutil.rmtree(spool, ignore_errors=True)
     spool.mkdir(parents=True)
     states = job.folder / "state"
-    clients = range(len(job.clients))
+    clients = range(len(job.names))
     versions = VersionStore(states / "versions", job.keep_versions)
     memories = ClientMemories(states / "clients")
 
@@ -93,7 +100,10 @@ def train(job: Job) -> Record:
 
     def score(round: int) -> None:
         job.method.materialise(state, job.net)
-        for row in job.evaluate():
+        rows = job.evaluate()
+        if job.survey is not None:
+            rows = rows + job.survey(state, server(round, clients), held)
+        for row in rows:
             record = {"round": round, **row}
             _append(job.folder / "evals.jsonl", record)
             job.watch.evaluated(record)
@@ -124,7 +134,7 @@ def train(job: Job) -> Record:
         progress, clock = save(), time.perf_counter()
 
     began, first = time.perf_counter(), round
-    transport = InProcess(job.method, client, done, spool)
+    transport = job.transport or InProcess(job.method, client, done, spool)
     while round < job.rounds:
         round += 1
         cohort = cohort_of(job.segments, clients, round, job.key.fold("cohort", round))
@@ -142,9 +152,13 @@ def train(job: Job) -> Record:
         memories.prune(checkpoint.rounds(states)[0])
 
     job.method.materialise(state, job.net)
-    job.net.save(job.folder / "model")
+    summary = _summary(job, progress)
+    job.net.save(job.folder / "model", job.card(summary) if job.card is not None else None)
     shutil.rmtree(spool)
-    return _summary(job, progress)
+    partial = job.folder / "summary.json.part"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    partial.replace(job.folder / "summary.json")
+    return summary
 
 
 def _record(job: Job, at: Round, metrics: Metrics, seconds: float) -> Record:
@@ -171,7 +185,7 @@ def _client(visit: Visit, names: Sequence[str]) -> Record:
 
 def _summary(job: Job, progress: Progress) -> Record:
     evals = read_records(job.folder / "evals.jsonl")
-    summary = {
+    return {
         "rounds": progress.round,
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
@@ -183,10 +197,6 @@ def _summary(job: Job, progress: Progress) -> Record:
         "final": [row for row in evals if row["round"] == progress.round],
         "sha256": job.net.state_sha256(),
     }
-    partial = job.folder / "summary.json.part"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    partial.replace(job.folder / "summary.json")
-    return summary
 
 
 def read_records(path: Path) -> list[Record]:

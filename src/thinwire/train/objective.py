@@ -42,8 +42,11 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
 
     A score is the sum of the log-probabilities of the candidate's tokens. Where each candidate is one token,
     the log-probabilities are taken among the candidates alone: that shifts a row's scores by one number,
-    which changes neither their order nor their softmax, and leaves the whole vocabulary out.
+    which changes neither their order nor their softmax, and leaves the whole vocabulary out. A classifier's scores are
+    the log-probabilities of its classes.
     """
+    if batch.classes:
+        return F.log_softmax(_class_logits(model, batch).float(), dim=-1)
     if batch.candidate_ids is not None:
         last = _logits(model, batch, 1)[:, -1]
         return F.log_softmax(last[:, batch.candidate_ids.to(last.device)].float(), dim=-1)
@@ -80,6 +83,16 @@ def keeps_apart(model: nn.Module, first: Example, second: Example) -> bool:
     alone = token_losses(model, collate([second], 0))[0].item()
     behind, disturbed = (token_losses(model, collate_packed([[e, second]], 0))[0].item() for e in (unlearnt, other))
     return math.isclose(behind, disturbed, rel_tol=1e-6) and math.isclose(behind, alone, rel_tol=1e-2)
+
+
+def _class_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """A classifier's logits [rows, classes]. Positions are the model's own affair: some begin to count above 0."""
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    logits: Tensor = model(
+        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), **options
+    ).logits
+    return logits
 
 
 def _logits(model: nn.Module, batch: Batch, count: int, before: int = 0) -> Tensor:

@@ -88,30 +88,7 @@ def encode(
 
     TypeError if the payload holds what cannot travel.
     """
-    entries: list[Any] = []
-    total = 0
-    for field in fields_of(type(payload)):
-        value = getattr(payload, field.name)
-        if value is None and field.optional:
-            entries.append(None)
-        elif field.one_tensor:
-            spec = Spec.of(value)
-            entries.append(spec.packed())
-            total += spec.nbytes
-        elif field.many_tensors:
-            specs = specs_of(value)
-            entries.append({name: spec.packed() for name, spec in specs.items()})
-            total += sum(spec.nbytes for spec in specs.values())
-        elif fits(value, field):
-            entries.append(value)
-        else:
-            raise TypeError(f"{type(payload).__name__}.{field.name} is not {field.form}: {value!r:.60}")
-    try:
-        header = msgpack.packb([type(payload).__name__, run, round, client, held, entries])
-    except (ValueError, OverflowError) as error:  # text that is not Unicode, an integer beyond 64 bits
-        raise TypeError(f"{type(payload).__name__} holds what cannot travel: {error}") from error
-    if len(header) > MAX_HEADER:
-        raise TypeError(f"{type(payload).__name__} has {len(header)} bytes besides its tensors, over {MAX_HEADER}")
+    header, total = _packed(payload, run, round, client, held)
     head = MAGIC + len(header).to_bytes(4, "little") + header
     digest = xxhash.xxh3_64(head)
     if spool is None or total <= SPOOL_ABOVE:
@@ -127,6 +104,12 @@ def encode(
             file.write(buffer)
         file.write(digest.intdigest().to_bytes(CHECK, "little"))
     return Spooled(Path(file.name), len(head) + total + CHECK)
+
+
+def length(payload: Any, *, run: int = 0, round: int = 0, client: int = 0, held: str | None = None) -> int:
+    """The length of the frame that `encode` would make; its tensors may be on the device meta. TypeError as there."""
+    header, total = _packed(payload, run, round, client, held)
+    return len(MAGIC) + 4 + len(header) + total + CHECK
 
 
 def peek(frame: Frame) -> Header:
@@ -180,6 +163,35 @@ def raw(tensor: Tensor) -> memoryview:
     """The elements of a tensor as little-endian bytes, in order; a view where its memory allows."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _packed(payload: Any, run: int, round: int, client: int, held: str | None) -> tuple[bytes, int]:
+    """The header, and the bytes of all tensors."""
+    entries: list[Any] = []
+    total = 0
+    for field in fields_of(type(payload)):
+        value = getattr(payload, field.name)
+        if value is None and field.optional:
+            entries.append(None)
+        elif field.one_tensor:
+            spec = Spec.of(value)
+            entries.append(spec.packed())
+            total += spec.nbytes
+        elif field.many_tensors:
+            specs = specs_of(value)
+            entries.append({name: spec.packed() for name, spec in specs.items()})
+            total += sum(spec.nbytes for spec in specs.values())
+        elif fits(value, field):
+            entries.append(value)
+        else:
+            raise TypeError(f"{type(payload).__name__}.{field.name} is not {field.form}: {value!r:.60}")
+    try:
+        header = msgpack.packb([type(payload).__name__, run, round, client, held, entries])
+    except (ValueError, OverflowError) as error:  # text that is not Unicode, an integer beyond 64 bits
+        raise TypeError(f"{type(payload).__name__} holds what cannot travel: {error}") from error
+    if len(header) > MAX_HEADER:
+        raise TypeError(f"{type(payload).__name__} has {len(header)} bytes besides its tensors, over {MAX_HEADER}")
+    return header, total
 
 
 def _buffers(payload: Any) -> Iterator[memoryview]:

@@ -1,0 +1,92 @@
+"""The model card of a run: README.md beside the weights. It describes the data and never shows any of it."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import tomli_w
+
+from thinwire import __version__
+from thinwire.build import Rows
+from thinwire.config import Run, method_name
+
+SCORES = {
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "accuracy": "accuracy",
+    "rouge_l": "Rouge-L",
+    "bleu": "BLEU",
+    "exact_match": "exact match",
+}
+
+
+def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...] | None = None) -> str:
+    """The text of the card: front matter that the hub reads, then method, data, bytes and scores.
+
+    Neither rows nor the names of clients or files are in it; `summary` is that of the run.
+    """
+    held = [len(rows) for rows in rows.clients.values()]
+    task = "text-generation" if classes is None else "text-classification"
+    name = run.model.path.rstrip("/").rpartition("/")[2]
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "tags: [thinwire, federated-learning]",
+        "---",
+        "",
+        f"# {run.name}",
+        "",
+        f"{name}, fine-tuned where the data lie, with [thinwire](https://github.com/thinwire/thinwire) {__version__}.",
+        "",
+        "## Method",
+        "",
+        f"{method_name(run.method)} ({type(run.method).paper or 'no paper'}), {summary['rounds']} rounds, "
+        f"seed {run.seed}, {summary['parameters']:,} trained parameters of {run.model.dtype}.",
+        "",
+        "```toml",
+        tomli_w.dumps({k: v for k, v in run.method.model_dump(mode="json").items() if v is not None}).strip(),
+        "```",
+        "",
+    ]
+    if run.model.lora is not None:
+        lines += ["The LoRA factors are merged into these weights; they stand alone in `adapter/`, for peft.", ""]
+    lines += [
+        "## Data",
+        "",
+        f"{sum(held):,} rows with {len(held):,} clients: {min(held):,} to {max(held):,} each, "
+        f"{statistics.median(held):,g} in the middle. No row has left its client; none is shown here.",
+        "",
+        f"- partition: {run.data.partition}"
+        + (f", alpha {run.data.alpha:g}" if run.data.partition == "dirichlet" else ""),
+        f"- at most {run.data.max_length} tokens a row",
+    ]
+    if classes is not None:
+        lines.append(f"- classes: {len(classes)}, named in config.json")
+    elif run.data.prompt is None:
+        lines.append(f"- template: {run.data.template}")
+    lines += [
+        "",
+        "## Bytes",
+        "",
+        "| way | bytes, all rounds and clients | times the model's size |",
+        "| --- | ---: | ---: |",
+        *(
+            f"| {way} | {summary[f'bytes_{way}']:,} | {summary[f'bytes_{way}'] / max(1, summary['model_bytes']):.4g} |"
+            for way in ("down", "up")
+        ),
+        "",
+        "Each is the sum of the lengths of the frames that were sent.",
+        "",
+        "## Scores",
+        "",
+        "| held-out rows | score | before | after |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for first, final in zip(summary["first"], summary["final"], strict=True):
+        for field, title in SCORES.items():
+            if first.get(field) is not None and final.get(field) is not None:
+                split = f"{final['split']} ({final['rows']:,} rows)"
+                lines.append(f"| {split} | {title} | {first[field]:.4g} | {final[field]:.4g} |")
+    return "\n".join([*lines, ""])

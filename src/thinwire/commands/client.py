@@ -1,0 +1,85 @@
+"""thinwire client: a site of a federation, until it is stopped."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thinwire.terminal import Stopped, one_line, settle
+
+TICK = 0.5  # seconds between two looks at the processes
+
+
+def client(
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the federation's server is reached.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="This site's rows, a .jsonl file.")],
+    key: Annotated[Path, typer.Option(help="This site's private key, of `thinwire keys site`.")],
+    ca: Annotated[Path, typer.Option(help="The server's ca.crt.")],
+    name: Annotated[str | None, typer.Option(help="This site's name; the key's file name by default.")] = None,
+    heldout: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Rows to score on; by default the share that the run holds out.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The start model's folder here, if not the run file's.")] = None,
+    device: Annotated[str | None, typer.Option(help="In place of the run file's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="In place of the run file's.")] = None,
+    policy: Annotated[Path | None, typer.Option(metavar="FILE", help="What may leave this site, a TOML file.")] = None,
+    folder: Annotated[Path, typer.Option(help="For the log, the client's memory, and temporary files.")] = Path("site"),
+) -> None:
+    """Take part in federations with this machine's rows: started once, it serves run after run until it is stopped."""
+    with one_line():
+        settle()
+        from thinwire.config import ConfigError
+        from thinwire.data.load import read_jsonl
+        from thinwire.federation.policy import Policy
+        from thinwire.federation.processes import require_flower
+        from thinwire.federation.site import SiteSide
+        from thinwire.federation.worker import Site
+
+        require_flower()
+        for option, path in (("--key", key), ("--ca", ca)):
+            if not path.is_file():
+                raise ConfigError(f"{option}: {path} is not a file")
+        if key.stat().st_mode & 0o077:
+            raise ConfigError(f"--key: {key} can be read by others than its owner; chmod 600 {key}")
+        for path in (data, heldout):
+            if path is not None:
+                read_jsonl(path)
+        Policy.load(policy)
+        site = Site(
+            name=name or key.stem,
+            data=str(data.resolve()),
+            folder=str(folder.resolve()),
+            socket="",
+            heldout=str(heldout.resolve()) if heldout is not None else None,
+            model=str(Path(model).resolve()) if model is not None and Path(model).exists() else model,
+            device=device,
+            threads=threads,
+            policy=str(policy.resolve()) if policy is not None else None,
+        )
+        signal.signal(signal.SIGTERM, _interrupt)
+        side = SiteSide(site, server, key, ca, show=_show)
+        try:
+            side.start()
+            typer.echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
+            while True:
+                time.sleep(TICK)
+                if (line := side.tick()) is not None:
+                    typer.echo(line)
+        except KeyboardInterrupt:
+            raise Stopped(f"{site.name}: stopped; it takes part again with the same command") from None
+        finally:
+            side.stop()
+
+
+def _show(command: Sequence[str]) -> None:
+    typer.echo(f"$ {shlex.join(command)}")
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,89 @@
+"""thinwire estimate: what a run will cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thinwire.terminal import Overrides, one_line, settle
+
+if TYPE_CHECKING:
+    from thinwire.config import Run
+    from thinwire.estimate.estimate import Estimate
+    from thinwire.estimate.traffic import Span
+    from thinwire.runtime.loop import Job
+
+
+def estimate(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what a run will cost, from its file and its model's config alone: bytes, memory, operations, link time."""
+    with one_line():
+        settle()
+        from thinwire import config
+        from thinwire.estimate.estimate import estimate as estimated
+
+        found = estimated(config.load(file, overrides or []))
+        if as_json:
+            typer.echo(json.dumps(found.plain(), indent=2))
+        else:
+            show(found)
+
+
+def show(found: Estimate) -> None:
+    """Three tables, and what was assumed."""
+    from rich.table import Column, Table
+
+    from thinwire.estimate.estimate import LINKS
+    from thinwire.show import _console, number, size
+
+    def spanned(one: Span) -> str:
+        low, high = size(one.least), size(one.most)
+        return f"{one.least:,.0f} B" if one.exact else low if low == high else f"{low} to {high}"
+
+    console = _console()
+    console.print(f"{found.method} on {found.model}: {number(found.trained)} of {number(found.parameters)} are trained")
+    console.print(f"  {found.clients:,} clients, {found.rounds:,} rounds")
+    if found.traffic is not None:
+        table = Table("bytes", Column("down", justify="right"), Column("up", justify="right"))
+        for name in ("newcomer", "returning", "total"):
+            about = {"newcomer": "a newcomer's visit", "returning": "a returning client's", "total": "all visits"}[name]
+            table.add_row(about, *(spanned(one) for one in getattr(found.traffic, name)))
+        console.print(table)
+        table = Table("a visit on a link", *(Column(f"{link} Mbit/s", justify="right") for link in LINKS))
+        cells = [tuple(map(_time, found.link_seconds(link) or ())) for link in LINKS]
+        table.add_row("down and up", *(" to ".join(dict.fromkeys(cell)) for cell in cells))
+        console.print(table)
+    if found.client is not None and found.server is not None:
+        table = Table("peak memory", Column("client", justify="right"), Column("server", justify="right"))
+        for part in ("weights", "gradients", "optimiser", "activations", "runtime", "total"):
+            table.add_row(part, size(getattr(found.client, part)), size(getattr(found.server, part)))
+        console.print(table)
+    if found.flops == found.flops:
+        console.print(f"a visit takes {found.flops / 1e12:,.3g} TFLOP")
+    if found.traffic is None:
+        console.print("nothing is known of this method's bytes and memory before it runs")
+    for text in found.assumed:
+        console.print(f"assumed: {text}", soft_wrap=True)
+
+
+def verdict(run: Run, job: Job, folder: Path) -> str | None:
+    """The line that says whether a run's bytes were within the estimate; None for a method without one."""
+    from thinwire import build
+    from thinwire.estimate import traffic
+
+    told = traffic.Federation(run, build.identity(run), [len(rows) for rows in job.clients])
+    said = traffic.traffic(told, dict(job.net.parameters()))
+    summary = json.loads((folder / "summary.json").read_text())
+    return None if said is None else traffic.verdict(said, summary["bytes_down"], summary["bytes_up"])
+
+
+def _time(seconds: float) -> str:
+    from thinwire.show import span
+
+    return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else span(seconds)

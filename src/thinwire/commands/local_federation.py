@@ -1,0 +1,70 @@
+"""thinwire local-federation: a run on Flower, server and sites all on this machine's loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thinwire.terminal import Overrides, Stopped, one_line, settle
+
+
+def local_federation(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file.")],
+    overrides: Overrides = None,
+    clients: Annotated[int | None, typer.Option(min=1, help="Sites; the run file's clients by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    kill_a_client: Annotated[bool, typer.Option("--kill-a-client", help="Kill a site's node after round 1.")] = False,
+) -> None:
+    """Run a run file on Flower with a server and sites on this machine, as a federation of machines would."""
+    with one_line():
+        settle()
+        from thinwire import build, cli, config
+        from thinwire.federation.hub import Ended, rounds_of
+        from thinwire.federation.local import Local, named
+        from thinwire.federation.processes import require_flower
+        from thinwire.federation.progress import Progress
+        from thinwire.keys import Key
+        from thinwire.show import print_summary
+
+        require_flower()
+        changes = list(overrides or [])
+        settings = config.load(file, changes)
+        if clients is not None and settings.data.partition in ("iid", "dirichlet"):
+            settings = config.load(file, [*changes, f"data.clients={clients}"])
+        rows = build.rows_of(settings.data, Key.root(settings.seed))
+        if clients is not None and len(rows.clients) != clients:
+            raise config.ConfigError(f"--clients: the data has {len(rows.clients)} clients, not {clients}")
+        folder = out if out is not None else Path("runs") / settings.name
+        cli._claim(folder, settings, resume)
+        if (folder / "summary.json").exists():
+            typer.echo(f"{folder}: this run is complete")
+            print_summary(folder)
+            return
+        cli._record(folder, settings)
+        local = Local(folder / "federation", named(settings, rows.clients), typer.echo)
+        progress, killed = Progress(folder, settings.rounds, typer.echo), False
+
+        def watch() -> None:
+            nonlocal killed
+            progress.tick()
+            if kill_a_client and not killed and rounds_of(folder) >= 1:
+                killed = True
+                typer.echo(f"{local.names[-1]}: killed its node; it will come back by itself")
+                local.kill(local.names[-1])
+
+        again = f"go on with: thinwire local-federation {file} --out {folder} --resume"
+        try:
+            typer.echo(f"a hub and {len(local.names)} sites are starting; what they say is in {folder}/federation")
+            local.start()
+            local.follow(folder, settings, rows.splits, watch)
+            progress.tick()
+        except KeyboardInterrupt:
+            raise Stopped(f"stopped; {again}") from None
+        except Ended as error:
+            raise Stopped(f"{error}; {again}") from None
+        finally:
+            local.stop()
+        print_summary(folder)

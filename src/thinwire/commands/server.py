@@ -1,0 +1,126 @@
+"""thinwire server: the hub of a federation on loopback, a proxy before it, and the run."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thinwire.terminal import Overrides, Stopped, one_line, settle
+
+RISK = (
+    "with --expose-control-api every machine that reaches this port, and holds the CA file that all sites hold, can "
+    "run code of its own at the server and at all sites"
+)
+
+
+def server(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file; federation.sites names its sites.")],
+    overrides: Overrides = None,
+    keys: Annotated[Path, typer.Option(help="The folder that `thinwire keys` has filled.")] = Path("keys"),
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites reach the proxy.")] = "0.0.0.0:8443",
+    hub_port: Annotated[int | None, typer.Option(help="The hub's port on loopback; any free one by default.")] = None,
+    own_proxy: Annotated[
+        bool, typer.Option("--own-proxy", help="Start no proxy: yours is to stand there; its configuration is written.")
+    ] = False,
+    expose: Annotated[
+        bool, typer.Option("--expose-control-api", help="No proxy, and the hub itself there. " + RISK.capitalize())
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+) -> None:
+    """Run a run file with sites on other machines: the hub on loopback, and a proxy that lets sites through to it."""
+    with one_line():
+        settle()
+        from thinwire import cli, config
+        from thinwire.federation import proxy
+        from thinwire.federation.hub import Ended, ServerSide, federation_of
+        from thinwire.federation.processes import require_flower
+        from thinwire.federation.progress import Progress
+        from thinwire.show import print_summary
+
+        require_flower()
+        host, port = _place(listen)
+        if own_proxy and expose:
+            raise config.ConfigError("--own-proxy, --expose-control-api: one of them")
+        settings = config.load(file, overrides or [])
+        sites = federation_of(settings)
+        folder = out if out is not None else Path("runs") / settings.name
+        cli._claim(folder, settings, resume)
+        if (folder / "summary.json").exists():
+            typer.echo(f"{folder}: this run is complete")
+            print_summary(folder)
+            return
+        splits = {name: str(Path(path).resolve()) for name, path in _splits(settings).items()}
+        home = folder.resolve() / "federation"
+        if expose:
+            typer.echo(f"thinwire: {RISK}", err=True)
+            side = ServerSide(home, keys, sites, host=host, port=port, show=_show)
+            start = None
+        else:
+            side = ServerSide(home, keys, sites, port=hub_port, show=_show)
+            start = None if own_proxy else proxy.command(home / "proxy")
+            if start is None and not own_proxy:
+                raise config.ConfigError(
+                    "--listen: neither nginx nor caddy is installed here, and without a proxy Flower's control paths "
+                    "would be open to all; install one, or run your own as the files say that --own-proxy writes"
+                )
+        cli._record(folder, settings)
+        if not expose:
+            files = proxy.write(home / "proxy", keys, host, port, side.port)
+            if own_proxy:
+                typer.echo(
+                    f"your proxy is to do what {files['nginx']} or {files['caddy']} says; the hub is {side.port}"
+                )
+        progress = Progress(folder, settings.rounds, typer.echo)
+        signal.signal(signal.SIGTERM, _interrupt)
+        again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"
+
+        def tick() -> None:
+            if start is not None and side.children.running["proxy"].poll() is not None:
+                side.children.start("proxy", start)
+            progress.tick()
+
+        try:
+            side.start()
+            if start is not None:
+                _show(start)
+                side.children.start("proxy", start)
+            typer.echo(f"sites join with: thinwire client --server HOST:{port} --data FILE --key KEY --ca ca.crt")
+            side.prepare(folder, settings, splits)
+            side.follow(folder, tick)
+            progress.tick()
+        except KeyboardInterrupt:
+            raise Stopped(f"stopped; {again}") from None
+        except Ended as error:
+            raise Stopped(f"{error}; {again}") from None
+        finally:
+            side.stop()
+        print_summary(folder)
+
+
+def _splits(settings: Any) -> dict[str, str]:
+    """The rows that the server scores itself: of files that the run names. What sites hold stays there."""
+    named = {"heldout": settings.data.heldout, "heldout_tasks": settings.data.heldout_tasks}
+    return {name: path for name, path in named.items() if isinstance(path, str)}
+
+
+def _place(listen: str) -> tuple[str, int]:
+    from thinwire.config import ConfigError
+
+    host, colon, port = listen.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"--listen: {listen!r} is not HOST:PORT")
+    return host, int(port)
+
+
+def _show(command: Sequence[str]) -> None:
+    typer.echo(f"$ {shlex.join(command)}")
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,45 @@
+"""Small symbols near their entropy: adaptive tables of 16 symbols, one for each context, coded by rANS.
+
+What context a symbol has is known at both ends before it is coded, such as how large its neighbours are expected to be.
+Bytes: little-endian words of 32 bits, as `rans.flush` leaves them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from thinwire.compress import rans
+from thinwire.compress.codes import octets
+
+
+@njit(nogil=True, cache=True)
+def _read(words, contexts, counts, starts, left, states, out):
+    """The symbols under their contexts to out, uint8 [n]; the index of the next word."""
+    lanes = states.size
+    word = 2 * lanes
+    for i in range(out.size):
+        out[i], word = rans.take(counts, starts, left, contexts[i], words, states, i % lanes, word)
+    return word
+
+
+def encode(symbols: NDArray[np.uint8], contexts: NDArray[np.uint8], tables: int) -> bytes:
+    """Symbols below 16, uint8 [n], each under the table that its context below `tables` names, as bytes."""
+    intervals = contexts.astype(np.uint32) << np.uint32(4) | symbols.astype(np.uint32)
+    rans.model(intervals, *rans.tables(0, tables))
+    out = np.empty(symbols.size // 2 + 4 * rans.LANES + 1, np.uint32)
+    return out[rans.flush(intervals, rans.LANES, out) :].astype("<u4").tobytes()
+
+
+def decode(data: bytes | memoryview, contexts: NDArray[np.uint8], tables: int) -> NDArray[np.uint8]:
+    """The inverse; ValueError for bytes that `encode` would not have made under these contexts."""
+    body = octets(data)
+    if body.size % 4 or body.size < 8 * rans.LANES:
+        raise ValueError(f"{body.size} bytes are no coded symbols")
+    words, out = body.view("<u4").astype(np.uint32), np.empty(contexts.size, np.uint8)
+    states = rans.begin(words, rans.LANES)
+    word = _read(words, contexts, *rans.tables(0, tables), states, out)
+    if not rans.ended(words, states, word):
+        raise ValueError("coded symbols do not end where they should")
+    return out

@@ -1,0 +1,198 @@
+"""A model of which only the config is known: its parameters' names and shapes, and what a pass over a batch takes."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from thinwire.config import Lora, Run
+from thinwire.model.errors import ModelError
+from thinwire.model.hollow import hollow
+from thinwire.model.load import DTYPES, PACKAGED, first_line, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What is trained, as tensors without memory; bytes of all weights and of the largest tensor; the config."""
+
+    trained: Mapping[str, Tensor]
+    weight_bytes: int
+    largest_bytes: int
+    config: PreTrainedConfig
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """How many numbers are trained."""
+        return sum(tensor.numel() for tensor in self.trained.values())
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of what is trained."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass over one batch: bytes alive at its end where a backward pass is to follow, the most bytes alive
+    where none is, beyond the weights both; and its floating-point operations."""
+
+    kept: int
+    inference: int
+    flops: float
+
+
+def sketch(run: Run) -> Sketch:
+    """The run's model from its config alone; raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    config, dtype = config_of(run.model.path), DTYPES[run.model.dtype]
+    try:
+        model = hollow(partial(AutoModelForCausalLM.from_config, dtype=dtype, trust_remote_code=False), config)
+    except Exception as error:  # a config may be wrong in as many ways as there are architectures
+        raise ModelError(f"cannot make a model of the config of {run.model.path}: {first_line(error)}") from error
+    whole = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    trained = {name: p.detach() for name, p in model.named_parameters()}
+    if run.model.lora is not None:
+        trained = _factors(model, run.model.lora.rank, run.model.lora.targets)
+        whole += sum(tensor.numel() for tensor in trained.values()) * dtype.itemsize
+    largest = max(tensor.numel() for tensor in trained.values()) * dtype.itemsize
+    return Sketch(trained, whole, largest, config, dtype)
+
+
+def config_of(path: str) -> PreTrainedConfig:
+    """The config of a model: a folder that may hold nothing else, a packaged one, or a name on the hub."""
+    from transformers import AutoConfig
+
+    here = Path(path).expanduser()
+    local = here.is_dir()
+    folder: Any = here if local else path
+    if not local and (here.suffix == ".gguf" or path.lower() in PACKAGED):
+        folder, local = resolve(path), True
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=local)
+    except Exception as error:  # json, validation, the hub client: each has its own
+        raise ModelError(f"model.path: no config at {path}: {first_line(error)}") from None
+    return config
+
+
+def one_pass(model: Sketch, rows: int, length: int, answer: int, lora: Lora | None = None) -> Pass:
+    """What a forward pass over `rows` rows of `length` tokens takes, logits at `answer` positions of each.
+
+    Run on tensors without memory, on models of one and of two layers: each further layer takes what the second took.
+    With `lora` the weights are frozen, and factors beside them are trained.
+    """
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    few = [_measured(model, n, rows, length, answer, lora) for n in (1, 2)]
+    kept, flops = (few[0][i] + (layers - 1) * (few[1][i] - few[0][i]) for i in (0, 2))
+    return Pass(int(kept), int(max(few[0][1], few[1][1])), float(flops))
+
+
+def _measured(
+    model: Sketch, layers: int, rows: int, length: int, answer: int, lora: Lora | None
+) -> tuple[float, float, float]:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    config.use_cache = False
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False).eval()
+        if lora is not None:
+            for parameter in net.parameters():
+                parameter.requires_grad_(False)
+            for name, module in net.named_modules():
+                if _meant(name, module, lora.targets):
+                    _beside(module, lora.rank)
+        found = []
+        for training in (True, False):
+            live = Live(list(net.parameters()))
+            with torch.set_grad_enabled(training), live, FlopCounterMode(display=False) as counter:
+                loss = _loss(net, rows, length, answer)
+                found.append(live.now if training else live.peak)
+                del loss
+    return found[0], found[1], counter.get_total_flops()
+
+
+def _loss(net: PreTrainedModel, rows: int, length: int, answer: int) -> Tensor:
+    """The loss as train.objective computes it, on tokens that are not there."""
+    ids = torch.zeros((rows, length), dtype=torch.int64)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    options["position_ids"] = torch.arange(length).expand(rows, length)
+    width = max(1, min(answer, length - 1))
+    options["logits_to_keep"] = torch.arange(length - 1 - width, length - 1)
+    logits = net(input_ids=ids, **options).logits[:, -width:]
+    return F.cross_entropy(logits.float().flatten(0, 1), torch.zeros(rows * width, dtype=torch.int64))
+
+
+def _beside(layer: nn.Module, rank: int) -> None:
+    """Let a frozen layer add what factors beside it say, as peft's do."""
+    assert isinstance(layer, nn.Linear)
+    inner, dtype = layer.forward, layer.weight.dtype
+    left = torch.empty((rank, layer.in_features), dtype=dtype, requires_grad=True)
+    right = torch.empty((layer.out_features, rank), dtype=dtype, requires_grad=True)
+    layer.forward = lambda x: inner(x) + F.linear(F.linear(x, left), right) * 2.0  # type: ignore[method-assign]
+
+
+def _meant(name: str, module: nn.Module, targets: tuple[str, ...]) -> bool:
+    return isinstance(module, nn.Linear) and any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+class Live(TorchDispatchMode):
+    """Inside, bytes of the storages that are alive, now and at most; what is given at first does not count."""
+
+    def __init__(self, without: list[Tensor]) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in without}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._add, out)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        if place in self._sizes:
+            return
+        self._sizes[place] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, place)
+
+    def _drop(self, place: int) -> None:
+        self.now -= self._sizes.pop(place)
+
+
+def _factors(model: PreTrainedModel, rank: int, targets: tuple[str, ...]) -> dict[str, Tensor]:
+    """The LoRA factors under the names that a view gives them."""
+    found = {}
+    for name, module in model.named_modules():
+        if _meant(name, module, targets):
+            assert isinstance(module, nn.Linear)
+            for part, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
+                weight = torch.empty(shape, dtype=module.weight.dtype, device="meta")
+                found[f"{name}.lora_{part}.default.weight"] = weight
+    if not found:
+        raise ModelError(f"model.lora.targets: no linear layer is called {targets[0]}")
+    return found

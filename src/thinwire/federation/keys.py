@@ -1,0 +1,155 @@
+"""Keys: a site's own pair, whose private half stays there; the server's certificate authority and certificate."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thinwire.config import ConfigError
+
+if TYPE_CHECKING:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+DAYS = 825  # how long a certificate is good for
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+def make_site(name: str, folder: Path) -> Path:
+    """A P-384 pair for a site: NAME.key, readable by its owner alone, and NAME.pub; returns the public file."""
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    _name(name)
+    private, public = folder / f"{name}.key", folder / f"{name}.pub"
+    _fresh(private)
+    key = ec.generate_private_key(ec.SECP384R1())
+    _private(private, key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()))
+    half = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
+    public.write_bytes(half + f" {name}\n".encode())
+    return public
+
+
+def make_server(hosts: Sequence[str], folder: Path) -> Path:
+    """A certificate authority (ca.key, ca.crt) if there is none, and a certificate (server.key, server.crt).
+
+    `hosts`: names and addresses by which sites reach the server, for which the certificate is good; those of loopback
+    are added. Returns ca.crt, which the sites need.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    def named(name: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+    def begin(subject: str, issuer: str, key: EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(named(subject))
+            .issuer_name(named(issuer))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(minutes=5))
+            .not_valid_after(now + datetime.timedelta(days=DAYS))
+        )
+
+    ca_key, ca_file = folder / "ca.key", folder / "ca.crt"
+    if ca_key.exists():
+        authority = form.load_pem_private_key(ca_key.read_bytes(), None)
+        assert isinstance(authority, ec.EllipticCurvePrivateKey)
+    else:
+        authority = ec.generate_private_key(ec.SECP384R1())
+        _private(ca_key, authority.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+        usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+        built = begin("thinwire federation", "thinwire federation", authority)
+        built = built.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        built = built.add_extension(usage, critical=True)
+        built = built.add_extension(x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False)
+        ca_file.write_bytes(built.sign(authority, hashes.SHA384()).public_bytes(form.Encoding.PEM))
+    key = ec.generate_private_key(ec.SECP384R1())
+    names: list[x509.GeneralName] = []
+    for host in dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"]):
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError:
+            if not re.fullmatch("[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", host):
+                raise ConfigError(f"--host: {host!r} is neither a host name nor an address") from None
+            names.append(x509.DNSName(host))
+    built = begin(hosts[0] if hosts else "localhost", "thinwire federation", key)
+    built = built.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    built = built.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    built = built.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+    built = built.add_extension(identifier, critical=False)
+    certificate = built.sign(authority, hashes.SHA384()).public_bytes(form.Encoding.PEM)
+    _private(folder / "server.key", key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    (folder / "server.crt").write_bytes(certificate)
+    return ca_file
+
+
+def register(name: str, public: str | Path, folder: Path) -> Path:
+    """Keep a site's public half, given as a file or as its line, under the site's name: sites/NAME.pub."""
+    _name(name)
+    line = str(public)
+    if not line.startswith("ecdsa-"):
+        try:
+            line = Path(public).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{public}: is neither a public key nor a file of one ({error})") from None
+    target = folder / "sites" / f"{name}.pub"
+    pem = _public(line.encode(), str(public))
+    for other in sorted((folder / "sites").glob("*.pub")):
+        if other != target and public_bytes(other) == pem:
+            raise ConfigError(f"{public}: this key is already that of {other.stem}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and public_bytes(target) != pem:
+        raise ConfigError(f"{target}: {name} has another key already; remove the file to replace it")
+    target.write_text(line.strip() + "\n", encoding="utf-8")
+    return target
+
+
+def public_bytes(path: Path) -> bytes:
+    """The public key in a file, as Flower holds it (PEM); ConfigError if it is none on a NIST curve."""
+    return _public(path.read_bytes(), str(path))
+
+
+def _public(content: bytes, source: str) -> bytes:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    try:
+        key = form.load_ssh_public_key(content)
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError(f"{source}: not a public key") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ConfigError(f"{source}: not an elliptic curve's key, as `thinwire keys site` makes them")
+    return key.public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _name(name: str) -> None:
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(f"{name!r} is not a site's name: letters, digits, dots, dashes; 64 at most")
+
+
+def _fresh(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        raise ConfigError(f"{path}: there is a key already")
+
+
+def _private(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, 0o600)
+        file.write(content)

@@ -1,0 +1,105 @@
+"""A whole federation on this machine's loopback: the server's side, a site for each client, keys for all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from thinwire.config import ConfigError, Run
+from thinwire.data.load import Row
+from thinwire.federation import keys
+from thinwire.federation.hub import ServerSide
+from thinwire.federation.site import SiteSide
+from thinwire.federation.worker import Site
+
+
+class Local:
+    """Server and sites below one folder: `clients` are the sites' rows by name. `say` is given lines for people."""
+
+    def __init__(
+        self, home: Path, clients: Mapping[str, Sequence[Row]], say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.say, self.home, self.names = say, home.resolve(), tuple(clients)
+        secrets = self.home / "keys"
+        if not (secrets / "server.crt").exists():
+            keys.make_server([], secrets)
+        for name, held in clients.items():
+            write_rows(self.place(name) / "data.jsonl", held)
+            if not (self.place(name) / f"{name}.key").exists():
+                keys.register(name, keys.make_site(name, self.place(name)), secrets)
+        self.server = ServerSide(self.home, secrets, self.names)
+        self.sites: dict[str, SiteSide] = {}
+        for name in self.names:
+            place = self.place(name)
+            site = Site(name, str(place / "data.jsonl"), str(place), "", hold_out=False)
+            address = f"127.0.0.1:{self.server.port}"
+            self.sites[name] = SiteSide(site, address, place / f"{name}.key", self.server.ca)
+
+    def place(self, name: str) -> Path:
+        """The folder of a site."""
+        return self.home / "at" / name
+
+    def start(self) -> None:
+        """Start the server's side, then the sites."""
+        self.server.start()
+        for site in self.sites.values():
+            site.start()
+
+    def follow(
+        self,
+        folder: Path,
+        run: Run,
+        splits: Mapping[str, Sequence[Row]],
+        watch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """See a run in a folder through, looking after all processes; hub.Ended where it does not come to its end."""
+        files = {
+            name: str(write_rows(folder.resolve() / "federation" / f"{name}.jsonl", held))
+            for name, held in splits.items()
+        }
+        self.server.prepare(folder, run, files)
+
+        def tick() -> None:
+            for site in self.sites.values():
+                if (line := site.tick()) is not None:
+                    self.say(line)
+            watch()
+
+        self.server.follow(folder, tick)
+
+    def kill(self, name: str) -> None:
+        """Kill a site's node, as a machine that fails would: the site comes back by itself."""
+        os.kill(self.sites[name].children.running["supernode"].pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End all."""
+        for site in self.sites.values():
+            site.children.terminate()
+        for site in self.sites.values():
+            site.stop()
+        self.server.stop()
+
+
+def named(run: Run, clients: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
+    """The clients under names for sites: the run file's, else their own where they will do, else site-N."""
+    names: Sequence[str] = list(clients)
+    if run.federation is not None and run.federation.sites:
+        names = run.federation.sites
+        if len(names) != len(clients):
+            raise ConfigError(f"federation.sites: names {len(names)} sites for {len(clients)} clients")
+    elif not all(re.fullmatch(keys.NAME, name) for name in names):
+        names = [f"site-{number}" for number in range(1, len(clients) + 1)]
+    return dict(zip(names, clients.values(), strict=True))
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> Path:
+    """A .jsonl file of the rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(dict(row.fields)) + "\n")
+    return path

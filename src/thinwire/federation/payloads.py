@@ -1,0 +1,32 @@
+"""What passes between a server and its sites beside a method's own payloads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def release() -> Any:
+    """A field that derives from a site's data."""
+    return field(metadata={"release": True})
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A site is asked whether it can take part; what it compares stands beside every frame."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """It can."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How the weights score on a site's rows; `heldout` says whether it trains on none of them."""
+
+    examples: int = release()
+    loss: float = release()
+    accuracy: float | None = release()
+    rouge_l: float | None = release()
+    heldout: bool = release()

@@ -1,0 +1,156 @@
+"""Flower's processes: started with safe settings, looked after by number, ended with whoever started them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from thinwire.config import ConfigError
+
+BIN = Path(sys.executable).parent
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+}
+GRACE = 8.0  # seconds that a process has to end by itself
+
+
+def require_flower() -> None:
+    """ConfigError that says what to install, without Flower."""
+    try:
+        import flwr  # noqa: F401
+    except ImportError:
+        raise ConfigError("Flower is not installed; it comes with: pip install 'thinwire[flower]'") from None
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The environment for Flower's processes: its home in a folder of ours, and nothing that it sends or installs."""
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def free_port() -> int:
+    """A port of loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Children:
+    """Processes that end with this one: each is told so by the system where it is Linux, and by `stop`."""
+
+    def __init__(self, home: Path, logs: Path) -> None:
+        self.environment, self.logs = environment(home), logs
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def start(self, name: str, command: Sequence[str | Path], **extra: str) -> subprocess.Popen[bytes]:
+        """Start a process under a name; what it says goes to NAME.log."""
+        with (self.logs / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**self.environment, **extra},
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                start_new_session=True,  # Ctrl-C is for us, who then end it
+            )
+        self.running[name] = process
+        return process
+
+    def call(self, command: Sequence[str | Path], timeout: float = 120.0) -> str:
+        """Run a command to its end; RuntimeError with its last line if it fails."""
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stderr + done.stdout).strip().splitlines()
+            raise RuntimeError(f"{Path(command[0]).name}: {said[-1] if said else f'exit status {done.returncode}'}")
+        return done.stdout
+
+    def last_line(self, name: str) -> str:
+        """What a process said last."""
+        lines = (self.logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def terminate(self) -> None:
+        """Ask all to end, the last one first."""
+        for process in reversed(self.running.values()):
+            _signal(process, signal.SIGTERM)
+
+    def stop(self) -> None:
+        """End all, and what they have started."""
+        self.terminate()
+        until = time.monotonic() + GRACE
+        for process in reversed(self.running.values()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+            _signal(process, signal.SIGKILL)  # its group too: Flower leaves children of its own behind
+            process.wait()
+        self.running.clear()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)  # it leads a session of its own, so this is its group and nobody else's
+
+
+def _end_with_parent() -> None:
+    # PR_SET_PDEATHSIG: the kernel ends this process when the thread that started it does
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended unnoticed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        pass
+    if Path("/proc/self").exists():
+        return False
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def healthy(port: int, ca: Path | None) -> bool:
+    """Whether a hub or node on loopback says that it is well."""
+    scheme = "https" if ca else "http"
+    context = ssl.create_default_context(cafile=str(ca)) if ca else None
+    try:
+        with urllib.request.urlopen(f"{scheme}://127.0.0.1:{port}/health", timeout=2, context=context) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path | None, seconds: float = 60.0) -> bool:
+    """Wait until it is, or has ended, or time is up; whether it is."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        if healthy(port, ca):
+            return True
+        time.sleep(0.1)
+    return False

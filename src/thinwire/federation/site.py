@@ -1,0 +1,87 @@
+"""A site's side: Flower's SuperNode with the site's key, and the worker beside it; both started again when they die."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from thinwire.federation import channel
+from thinwire.federation.processes import BIN, Children, free_port
+from thinwire.federation.worker import Site
+
+FIRST, MOST = 5.0, 60.0  # seconds before a dead node is started again: at first, and at most
+STEADY = 120.0  # seconds after which a node that dies is a new trouble and not the old one
+
+
+class SiteSide:
+    """The processes of one site. `site.socket` is set here. `show` is given each Flower command that is run."""
+
+    def __init__(
+        self,
+        site: Site,
+        server: str,
+        key: Path,
+        ca: Path,
+        *,
+        show: Callable[[Sequence[str]], None] = lambda command: None,
+    ) -> None:
+        self.sockets = channel.folder()
+        self.site = replace(site, socket=str(self.sockets / "worker"))
+        self.folder = Path(site.folder).resolve()
+        self.server, self.key, self.ca, self.show = server, key.resolve(), ca.resolve(), show
+        self.children = Children(self.folder / "flwr", self.folder / "logs")
+        self.site.write(self.folder / "site.json")
+        self.port = free_port()
+        self.wait, self.began, self.again = FIRST, 0.0, 0.0
+
+    def start(self) -> None:
+        """Start the worker, which takes a while to get ready, and the node."""
+        self._worker()
+        self._node()
+
+    def tick(self) -> str | None:
+        """Start what has died again; a line about it if there is anything to say.
+
+        The hub refuses a node whose predecessor it still takes for connected, for a minute: so with a growing pause.
+        """
+        if self.children.running["worker"].poll() is not None:
+            self._worker()
+            return f"{self.site.name}: its worker had died, and is started again"
+        if self.children.running["supernode"].poll() is None:
+            return None
+        now = time.monotonic()
+        if self.again == 0.0:
+            self.wait = FIRST if now - self.began > STEADY else min(self.wait * 2, MOST)
+            self.again = now + self.wait
+            said = self.children.last_line("supernode")
+            return f"{self.site.name}: its node has ended ({said}); again in {self.wait:g} seconds"
+        if now >= self.again:
+            self._node()
+        return None
+
+    def stop(self) -> None:
+        """End both."""
+        self.children.stop()
+        shutil.rmtree(self.sockets, ignore_errors=True)
+
+    def _worker(self) -> None:
+        command = [sys.executable, "-m", "thinwire.federation.worker", self.folder / "site.json"]
+        self.children.start("worker", command)
+
+    def _node(self) -> None:
+        command = [
+            str(BIN / "flower-supernode"),
+            *("--superlink", self.server),
+            *("--root-certificates", str(self.ca)),
+            *("--auth-supernode-private-key", str(self.key)),
+            *("--node-config", f'name="{self.site.name}" socket="{self.site.socket}"'),
+            *("--host", "127.0.0.1"),
+            *("--port", str(self.port)),
+        ]
+        self.show(command)
+        self.children.start("supernode", command)
+        self.began, self.again = time.monotonic(), 0.0

@@ -1,0 +1,433 @@
+"""CG-FedLLM (Wu et al., 2024): what a client has learnt is encoded, decoded at the server, averaged, and put in place.
+
+    client i   trains the factors of a LoRA view from (A, B) to (A_i, B_i)
+               X_i = Phi(A_i - A, B_i - B)          z_i = Enc(X_i + e_i)         e_i <- X_i + e_i - Dec(z_i)
+    server     (A, B) <- (A, B) + sum_i (n_i / n) Phi^-1(Dec(z_i))
+
+Phi stacks all factors into one image (compress.image). The paper leaves open whether X is the state, the increment or
+the gradient: `encode` says; it writes a plain sum where its base takes the weighted mean: `average` says. Its
+autoencoder is the codec "resnet"; "learned" is ours (compress.components), and "components" the same with Gaussian
+tables that know nothing of updates; the others are classical. The learnt ones come from an artefact of `thinwire
+fit-codec`, which is delivered to each newcomer and counted; what it was made from are the replies of `Tgap`.
+
+Down: the factors, or the coded step to them, and the codec for who has none. Up: the code and its key, the cosine of
+the update with its decoding, examples, loss. Where that cosine is below `gate` the reply is coded by EDEN at the same
+bytes. The paper's DP variant is not here: `bound` clips X, and its noise would be added to z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, model_validator
+from torch import Tensor
+
+from thinwire.compress import artefact, components
+from thinwire.compress.catalogue import LEARNT, Code, Name, code_of
+from thinwire.compress.image import SIDE, Image
+from thinwire.compress.lowrank import LowRank
+from thinwire.core import Client, Metrics, Server, StaleVersion
+from thinwire.keys import Key
+from thinwire.methods.fedavg import FirstOrder, Trained, Weights, fill, running_mean
+from thinwire.model.errors import ModelError
+from thinwire.model.flat import Net
+from thinwire.train.objective import loss as batch_loss
+from thinwire.train.schedule import scheduled
+from thinwire.wire import Illegal
+
+Tensors = Mapping[str, Tensor]
+LARGEST = 6e4  # no training changes a weight by more
+NONE = "-"  # in place of a version
+
+
+@dataclass(frozen=True)
+class State:
+    """The factors and the codec; with a coded down-link also their versions, the coded step, and what it left."""
+
+    weights: Tensors
+    codec: Tensors
+    codec_version: str
+    version: str = NONE
+    prior: str = NONE
+    step: Tensor | None = None
+    key: int = 0
+    residue: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Down:
+    """The factors, or the coded step (uint8, under `key`) from the version `base`; the codec for a newcomer."""
+
+    weights: Tensors
+    base: str
+    version: str
+    step: Tensor | None
+    key: int
+    codec: Tensors
+    codec_version: str
+    lr: float
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A client's code (uint8) under a key, whether EDEN's, and the cosine of what was coded with what it decodes to."""
+
+    code: Tensor = field(metadata={"release": True})
+    key: int = field(metadata={"release": True})
+    spare: bool = field(metadata={"release": True})
+    cosine: float = field(metadata={"release": True})
+    examples: int = field(metadata={"release": True})
+    loss: float = field(metadata={"release": True})
+    skipped: int = field(metadata={"release": True})
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A client's own increment as it is: nothing protects it."""
+
+    update: Tensors = field(metadata={"release": True})
+    examples: int = field(metadata={"release": True})
+    loss: float = field(metadata={"release": True})
+    skipped: int = field(metadata={"release": True})
+
+
+class OnFactors(FirstOrder):
+    """What both stages have in common: local steps on a share of the client's rows, and what is told of them."""
+
+    encode: Literal["increment", "state", "gradient"] = "increment"
+    layout: Literal["packed", "paper"] = "packed"
+    spared: float = Field(0.0, ge=0, lt=1)  # share of each client's rows that is for fit-codec, and not trained on here
+
+    def image(self, net: Net, side: int = 1) -> Image:
+        """The layout of the net's factors; ModelError where the net is no LoRA view, or has no such layout."""
+        shapes = {name: tuple(p.shape) for name, p in net.parameters()}
+        if not all(".lora_" in name for name in shapes):
+            raise ModelError("model.lora: missing; cgfed codes the factors of a LoRA view")
+        try:
+            return Image.paper(shapes, side) if self.layout == "paper" else Image.packed(shapes, side)
+        except ValueError as error:
+            raise ModelError(f"method.layout: {error}") from None
+
+    def learn(self, weights: Tensors, client: Client, lr: float, first: bool) -> tuple[dict[str, Tensor], float, int]:
+        """What the client has to tell after its steps on the first or the other part of its rows; loss, steps skipped.
+
+        The increment or the state after local steps; or -lr times the mean gradient of as many batches, no step taken.
+        """
+        fill(client.net, weights)
+        count = math.floor(self.spared * len(client.data) + 0.5)
+        order = Key.root(0).fold("spared", client.id).permutation(len(client.data))
+        kept = order[:count] if first else order[count:]
+        if not len(kept):
+            raise Illegal(f"{len(client.data)} examples leave none to train on")
+        part = replace(client.data, examples=tuple(client.data.examples[i] for i in sorted(kept.tolist())))
+        client = replace(client, data=part)
+        if self.encode == "gradient":
+            return self._gradient(client, lr)
+        loss, skipped = self.train(client, lr)
+        told = {name: p.detach().float() for name, p in client.net.parameters()}
+        if self.encode == "increment":
+            told = {name: tensor - weights[name].float() for name, tensor in told.items()}
+        return {name: tensor.cpu() for name, tensor in told.items()}, loss, skipped
+
+    def _gradient(self, client: Client, lr: float) -> tuple[dict[str, Tensor], float, int]:
+        total, taken = 0.0, 0
+        mean = {name: torch.zeros(p.shape) for name, p in client.net.parameters()}
+        for batch in islice(client.data.batches(client.key.fold("batches"), self.batch_size), self.steps):
+            loss = batch_loss(client.net.model, batch)
+            loss.backward()
+            grads = {n: p.grad.float().cpu() for n, p in client.net.parameters() if p.grad is not None}
+            for _, parameter in client.net.parameters():
+                parameter.grad = None
+            norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
+            if not math.isfinite(loss.item()) or not math.isfinite(norm):
+                continue
+            shrink = min(1.0, self.clip / norm) if self.clip and norm else 1.0
+            for name, grad in grads.items():
+                mean[name] -= lr * shrink * grad
+            total, taken = total + loss.item(), taken + 1
+        told = {name: tensor / max(taken, 1) for name, tensor in mean.items()}
+        return told, total / taken if taken else math.nan, self.steps - taken
+
+
+class Tgap(OnFactors):
+    """Stage 1: plain local steps on the spared rows; the replies, unprotected, are what a codec is learnt from.
+
+    `federated`: the server goes on from the mean, as in the paper's later version; else each client from its own last
+    factors, as in its first.
+    """
+
+    name: Literal["tgap"] = "tgap"
+    spared: float = Field(0.3, gt=0, lt=1)
+    federated: bool = True
+
+    Down, Up, State = Weights, Gathered, Weights
+    paper: ClassVar[str] = "Wu et al. 2024, arXiv:2405.13746, stage 1"
+
+    def init(self, server: Server) -> Weights:
+        self.image(server.net)
+        return Weights({name: server.net.base[name] for name in server.net.names})
+
+    def broadcast(self, state: Weights, server: Server, client_id: int, held: str | None) -> Weights:
+        return Weights(state.weights, scheduled(self.schedule, self.lr, server.round, server.rounds))
+
+    def client_update(self, down: Weights, client: Client) -> Gathered:
+        weights = dict(down.weights)
+        if not self.federated:
+            weights = {name: client.memory.get(name, tensor) for name, tensor in weights.items()}
+        told, loss, skipped = self.learn(weights, client, down.lr, first=True)
+        if not self.federated:
+            for name, tensor in weights.items():
+                moved = told[name] if self.encode == "state" else tensor.float() + told[name]
+                client.memory[name] = moved.to(tensor.dtype)
+        return Gathered(told, len(client.data), loss, skipped)
+
+    def check(self, state: Weights, client_id: int, up: Gathered) -> None:
+        if up.examples < 1:
+            raise Illegal(f"examples is {up.examples}")
+        if set(up.update) != set(state.weights):
+            raise Illegal("the names of the updates are not the model's")
+        for name, tensor in up.update.items():
+            if tensor.shape != state.weights[name].shape or tensor.dtype != torch.float32:
+                raise Illegal(f"the update of {name} is {tensor.dtype} {list(tensor.shape)}")
+            if not bool((tensor.abs() <= LARGEST).all()):
+                raise Illegal(f"the update of {name} is beyond {LARGEST:g} or not finite")
+
+    def aggregate(
+        self, state: Weights, server: Server, replies: Iterable[tuple[int, Gathered]]
+    ) -> tuple[Weights, Metrics]:
+        told = ((id, Trained(up.update, up.examples, up.loss, up.skipped)) for id, up in replies)
+        mean, metrics = running_mean(told, self.weighting)
+        if not mean or not self.federated:
+            return state, metrics
+        return Weights(moved(state.weights, mean, self.encode)), metrics
+
+    def materialise(self, state: Weights, net: Net) -> None:
+        fill(net, state.weights)
+
+
+class CGFed(OnFactors):
+    """Stage 2: local first-order steps on the factors of a LoRA view; codes of what they changed travel up."""
+
+    name: Literal["cgfed"] = "cgfed"
+    codec: Name = "components"
+    ratio: Literal[16, 32, 64] = 64  # float32 bytes to coded ones
+    artefact: str | None = None  # a file of thinwire fit-codec; read by the codecs resnet and learned alone
+    average: Literal["mean", "sum"] = "mean"  # sum: the paper's letter, which grows with the clients
+    feedback: bool = False  # what the codec loses is kept, and added to the next update
+    gate: float = Field(0.5, ge=0, le=1)  # a lower cosine than this: EDEN instead, which has 0.56 at 1/64
+    downlink: Literal["raw", "coded"] = "raw"  # coded: EDEN at the same ratio, with feedback at the server
+    bound: NonNegativeFloat = 0.0  # of the update's norm, before it is encoded; 0: none
+
+    Down, Up, State = Down, Coded, State
+    paper: ClassVar[str] = "Wu et al. 2024, arXiv:2405.13746"
+
+    @model_validator(mode="after")
+    def _fits(self) -> CGFed:
+        if self.codec in LEARNT and self.artefact is None:
+            raise ValueError(f"artefact: missing; the codec {self.codec} needs a file of thinwire fit-codec")
+        if self.codec == "resnet" and self.ratio != 64:
+            raise ValueError(f"ratio: the codec resnet has 64 and no other, not {self.ratio}")
+        if self.codec == "sign" and self.ratio < 32:
+            raise ValueError(f"ratio: the codec sign has 32 at least, not {self.ratio}")
+        if self.feedback and (self.encode == "state" or self.codec == "qsgd"):
+            raise ValueError("feedback: goes with increments or gradients, and with codecs that contract, not qsgd")
+        if self.average == "sum" and self.downlink == "coded":
+            raise ValueError("average: a sum goes with a raw down-link only")
+        return self
+
+    def init(self, server: Server) -> State:
+        image = self._image(server.net)
+        codec: Tensors = components.untaught() if self.codec == "components" else {}
+        if self.codec in LEARNT and self.artefact is not None:
+            try:
+                found = artefact.read(Path(self.artefact))
+            except ValueError as error:
+                raise ModelError(f"method.artefact: {error}") from None
+            mine = artefact.fingerprint(server.net.model, image)
+            if found.kind != self.codec:
+                raise ModelError(f"method.artefact: {self.artefact} is of the codec {found.kind}, not {self.codec}")
+            if found.fingerprint != mine:
+                raise ModelError(f"method.artefact: {self.artefact} is for {found.fingerprint}, this run has {mine}")
+            codec = found.tensors
+        try:
+            code_of(self.codec, self.ratio, image, codec)
+        except ValueError as error:
+            raise ModelError(f"method.codec: {error}") from None
+        weights = {name: server.net.base[name] for name in server.net.names}
+        version = server.versions.put(weights) if self.downlink == "coded" else NONE
+        return State(weights, codec, server.versions.put(codec) if codec else NONE, version)
+
+    def broadcast(self, state: State, server: Server, client_id: int, held: str | None) -> Down:
+        has, _, codec_version = (held or "").partition(" ")
+        codec = {} if codec_version == state.codec_version else state.codec
+        weights, base, step = state.weights, NONE, None
+        if state.version != NONE and has == state.version:
+            weights, base = {}, has
+        elif state.step is not None and has == state.prior:
+            weights, base, step = {}, has, state.step
+        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
+        return Down(weights, base, state.version, step, state.key, codec, state.codec_version, lr)
+
+    def client_update(self, down: Down, client: Client) -> Coded:
+        image = self._image(client.net)
+        code = code_of(self.codec, self.ratio, image, self._codec(down, client), self.feedback)
+        weights = self._weights(down, client, image)
+        client.held = f"{down.version} {down.codec_version}"
+        told, loss, skipped = self.learn(weights, client, down.lr, first=False)
+        wanted = image.stack(told)
+        if self.bound and (norm := float(wanted.norm())) > self.bound:
+            wanted = wanted * (self.bound / norm)
+        if self.feedback and "residue" in client.memory:
+            wanted = wanted + client.memory["residue"]
+        if not bool(torch.isfinite(wanted).all()):
+            raise Illegal("the update is not finite")
+        key = client.key.fold("code").word()
+        data, decoded = self._coded(code, wanted, key, client)
+        cosine = alike(wanted, decoded)
+        if spare := not cosine >= self.gate:
+            code = code_of("eden", self.ratio, image, contract=self.feedback)
+            data = code.encode(wanted, key)
+            decoded = code.decode(data, wanted.shape, key)
+        if self.feedback:
+            client.memory["residue"] = wanted - decoded
+        return Coded(_octets(data), key, spare, cosine, len(client.data), loss, skipped)
+
+    def check(self, state: State, client_id: int, up: Coded) -> None:
+        if up.examples < 1:
+            raise Illegal(f"examples is {up.examples}")
+        if not -1.001 <= up.cosine <= 1.001:
+            raise Illegal(f"a cosine of {up.cosine}")
+        if not bool((self._decoded(state, up, self._layout(state)).abs() <= LARGEST).all()):
+            raise Illegal(f"the update is beyond {LARGEST:g} or not finite")
+
+    def aggregate(self, state: State, server: Server, replies: Iterable[tuple[int, Coded]]) -> tuple[State, Metrics]:
+        image = self._image(server.net)
+        cosines: list[float] = []
+        pairs: list[float] = []
+        spared = 0
+
+        def told() -> Iterator[tuple[int, Trained]]:
+            nonlocal spared
+            before: Tensor | None = None
+            for id, up in replies:
+                decoded = self._decoded(state, up, image)
+                cosines.append(up.cosine)
+                spared += up.spare
+                if before is not None:
+                    pairs.append(alike(before, decoded))
+                before = decoded
+                yield id, Trained(image.unstack(decoded), up.examples, up.loss, up.skipped)
+
+        mean, metrics = running_mean(told(), "uniform" if self.average == "sum" else self.weighting)
+        if not mean:
+            return state, {}
+        if self.average == "sum":
+            mean = {name: tensor * len(cosines) for name, tensor in mean.items()}
+        metrics |= {"cosine": sum(cosines) / len(cosines), "spared": spared}
+        if pairs:  # near 1 where the decoder gives the same whatever it is given
+            metrics["alike"] = sum(pairs) / len(pairs)
+        weights = moved(state.weights, mean, self.encode)
+        if self.downlink == "raw":
+            return replace(state, weights=weights), metrics
+        now = image.stack({name: tensor.float() for name, tensor in state.weights.items()})
+        step = image.stack({name: tensor.float() for name, tensor in weights.items()}) - now
+        if state.residue is not None:
+            step = step + state.residue
+        key, code = server.key.fold("code").word(), code_of("eden", self.ratio, image, contract=True)
+        data = code.encode(step, key)
+        decoded = code.decode(data, step.shape, key)
+        weights = moved(state.weights, image.unstack(decoded), "increment")  # exactly what the clients make of it
+        version = server.versions.put(weights)
+        after = replace(state, weights=weights, version=version, prior=state.version, step=_octets(data), key=key)
+        return replace(after, residue=step - decoded), metrics
+
+    def materialise(self, state: State, net: Net) -> None:
+        fill(net, state.weights)
+
+    def receive(self, down: Down, client: Client) -> None:
+        fill(client.net, self._weights(down, client, self._image(client.net)))
+
+    def _image(self, net: Net) -> Image:
+        return self.image(net, SIDE if self.codec == "resnet" else 1)
+
+    def _layout(self, state: State) -> Image:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
+        side = SIDE if self.codec == "resnet" else 1
+        return Image.paper(shapes, side) if self.layout == "paper" else Image.packed(shapes, side)
+
+    def _codec(self, down: Down, client: Client) -> Tensors:
+        """The codec's tensors, as they came or as they are held; StaleVersion where neither."""
+        if down.codec_version == NONE:
+            return {}
+        found = down.codec if len(down.codec) else client.versions.get(down.codec_version)
+        if found is None:
+            raise StaleVersion
+        found = dict(found)
+        if client.versions.put(found) != down.codec_version:  # also keeps it from being dropped as the oldest
+            raise Illegal(f"the codec is not the version {down.codec_version:.12}")
+        return found
+
+    def _weights(self, down: Down, client: Client, image: Image) -> Tensors:
+        """The factors as told; StaleVersion where the step is from a version that is not held."""
+        if down.version == NONE:
+            return down.weights
+        weights: Tensors | None = down.weights
+        if down.base != NONE:
+            weights = client.versions.get(down.base)
+            if weights is None:
+                raise StaleVersion
+            if down.step is not None:
+                code = code_of("eden", self.ratio, image, contract=True)
+                shape = (image.height, image.width)
+                weights = moved(weights, image.unstack(code.decode(_bytes(down.step), shape, down.key)), "increment")
+        assert weights is not None
+        weights = dict(weights)
+        if client.versions.put(weights) != down.version:
+            raise Illegal(f"the step does not make the version {down.version:.12}")
+        return weights
+
+    def _coded(self, code: Code, wanted: Tensor, key: int, client: Client) -> tuple[bytes, Tensor]:
+        """The bytes and what they decode to; PowerSGD starts from where the last update ended."""
+        if self.codec == "powersgd" and isinstance(code, LowRank):
+            data = code.encode(wanted, key, client.memory.get("basis"))
+            client.memory["basis"] = code.halves(data, (wanted.shape[0], wanted.shape[1]))[1].contiguous()
+        else:
+            data = code.encode(wanted, key)
+        return data, code.decode(data, wanted.shape, key)
+
+    def _decoded(self, state: State, up: Coded, image: Image) -> Tensor:
+        name: Name = "eden" if up.spare else self.codec
+        try:
+            code = code_of(name, self.ratio, image, state.codec, self.feedback)
+            return code.decode(_bytes(up.code), (image.height, image.width), up.key)
+        except ValueError as error:
+            raise Illegal(str(error)) from None
+
+
+def moved(weights: Tensors, told: Tensors, encode: str) -> dict[str, Tensor]:
+    """The weights under what was told of them, each in its own dtype: moved by it, or replaced where it is states."""
+    if encode == "state":
+        return {name: told[name].to(tensor.dtype) for name, tensor in weights.items()}
+    return {name: (tensor.float() + told[name].to(tensor.device)).to(tensor.dtype) for name, tensor in weights.items()}
+
+
+def alike(x: Tensor, y: Tensor) -> float:
+    """The cosine of two updates; 0 where one of them is zero."""
+    lengths = float(x.norm()) * float(y.norm())
+    return float((x * y).sum()) / lengths if lengths > 0 else 0.0
+
+
+def _octets(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes(code: Tensor) -> memoryview:
+    if code.dtype != torch.uint8 or code.dim() != 1:
+        raise ValueError(f"a code is {code.dtype} {list(code.shape)}, not bytes")
+    return code.contiguous().numpy().data

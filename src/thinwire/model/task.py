@@ -1,0 +1,67 @@
+"""What a model is for: to go on with a text, or to name the class of a whole one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from thinwire.model.errors import ModelError
+
+Task = Literal["causal", "classification"]
+
+
+def task_of(folder: Path, wanted: Literal["auto", "causal", "classification"] = "auto") -> Task:
+    """The task of the model in a folder, found from its config where `wanted` is auto.
+
+    A classifier is one whose config says so, or an encoder such as BERT, which gets a fresh head. ModelError: the
+    model is neither, or not what is wanted.
+    """
+    from transformers.models.auto import modeling_auto as known
+
+    config = _config(folder)
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    classifies = kind in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    continues = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    named = next(iter(classes), None) or f"model of the type {kind}"
+    if (wanted == "causal" and not continues) or (wanted == "classification" and not classifies):
+        raise ModelError(f"model.task: the {named} in {folder} has no form for {wanted}")
+    if wanted != "auto":
+        return wanted
+    encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+    if config.get("is_encoder_decoder"):
+        continues = classifies = False
+    if classifies and (encoder or any(str(name).endswith("ForSequenceClassification") for name in classes)):
+        return "classification"
+    if not continues:
+        raise ModelError(f"the {named} in {folder} is neither a causal model nor a classifier of texts")
+    return "causal"
+
+
+def labels_of(folder: Path) -> tuple[str, ...] | None:
+    """The classes that a classifier in a folder already tells apart, in its order; None where its head is to be made.
+
+    Classes without names, LABEL_0 and so on in a config, are called by their numbers. ModelError: the config's names
+    cannot be read.
+    """
+    config = _config(folder)
+    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
+        return None
+    names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(int(config.get("num_labels", 2)))}
+    try:
+        found = tuple(str(names[str(i)]) for i in range(len(names)))
+    except (KeyError, TypeError):
+        raise ModelError(f"{folder / 'config.json'}: id2label does not name the classes 0 to n - 1") from None
+    plain = all(re.fullmatch(r"LABEL_\d+", name) for name in found)
+    return tuple(map(str, range(len(found)))) if plain else found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the model in {folder}: its config.json cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"cannot load the model in {folder}: its config.json is no object")
+    return found

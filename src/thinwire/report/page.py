@@ -1,0 +1,144 @@
+"""The page: a report as one HTML file, its data, styles and code inside; it asks no network for anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from thinwire.data.errors import DataError
+from thinwire.report.plots import SCORES, SPLITS, plots, size
+from thinwire.report.runs import Recorded, number
+
+PARTS = {"kind", "columns", "rows", "spec", "title"}  # of a plot, that the page's code needs
+
+
+def render(runs: Sequence[Recorded]) -> str:
+    """The report of these runs as HTML. DataError: the plotting library is not installed."""
+    found = plots(runs)
+    data = {
+        "runs": [run.label for run in runs],
+        "plots": {plot.name: {k: v for k, v in asdict(plot).items() if k in PARTS} for plot in found},
+    }
+    heads, lines = table(runs)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return template.from_string(_part("page.html")).render(
+        title=", ".join(dict.fromkeys(run.group for run in runs)),
+        about=about(runs),
+        heads=heads,
+        lines=lines,
+        plots=found,
+        many=len(runs) > 1,
+        curves=any(plot.kind != "bar" for plot in found),
+        runs=runs,
+        answers=answers(runs),
+        dropped=[
+            (run.label, record["round"], visit.get("name", visit.get("id")), visit["error"])
+            for run in runs
+            for record in run.rounds
+            for visit in record["clients"]
+            if visit.get("error")
+        ],
+        style=_part("page.css"),
+        data=_script_safe(json.dumps(data, allow_nan=False, separators=(",", ":"))),
+        library=_library(),
+        code=_part("page.js"),
+    )
+
+
+def about(runs: Sequence[Recorded]) -> list[tuple[str, str]]:
+    """What the runs share, as (name, value): model, data, rounds and so on, where they agree."""
+    found = []
+    for name, path in (
+        ("Method", ("method", "name")),
+        ("Model", ("model", "path")),
+        ("Dtype", ("model", "dtype")),
+        ("Data", ("data", "path")),
+        ("Partition", ("data", "partition")),
+        ("Seed", ("seed",)),
+        ("thinwire", ("environment", "thinwire")),
+        ("torch", ("environment", "torch")),
+    ):
+        values = {str(_look(run.settings, path)) for run in runs}
+        if len(values) == 1 and (value := values.pop()) != "None":
+            found.append((name, value))
+    return found
+
+
+def table(runs: Sequence[Recorded]) -> tuple[list[str], list[list[str]]]:
+    """The table of the runs: headings, and a line a run; what a run has no record of is a dash."""
+    scores = [
+        (split, score)
+        for split in dict.fromkeys(str(row.get("split")) for run in runs for row in run.evals)
+        for score in SCORES
+        if any(number(row.get(score)) is not None for run in runs for row in run.evals if row.get("split") == split)
+    ]
+    heads = ["run", "method", "seed", "rounds"]
+    for split, score in scores:
+        name = f"{SPLITS.get(split, split).lower()} {SCORES[score][0]}"
+        heads += [f"{name}, before", f"{name}, after"]
+    heads += ["down", "up", "seconds", "peak memory"]
+    lines = []
+    for run in runs:
+        rate = number(_look(run.settings, ("method", "lr")))
+        line = [run.label, run.method + (f", lr {rate:g}" if rate is not None else "")]
+        line += [str(run.settings.get("seed", 0)), f"{len(run.rounds)} of {run.settings.get('rounds', '?')}"]
+        for split, score in scores:
+            ends = run.ends(split)
+            line += [_three(end.get(score)) for end in ends] if ends else ["-", "-"]
+        line += [size(sum(record[f"bytes_{way}"] for record in run.rounds)) for way in ("down", "up")]
+        line.append(f"{run.after[max(run.after)][1]:,.1f}")
+        peak = max((number(record.get("peak_memory_bytes")) or 0 for record in run.rounds), default=0)
+        line.append(size(peak) if peak else "-")
+        lines.append(line)
+    return heads, lines
+
+
+def answers(runs: Sequence[Recorded]) -> list[dict[str, Any]]:
+    """Prompts with each run's answers before and after; rows of clients only of runs whose file allows it."""
+    found: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {}
+    for run in runs:
+        allowed = _look(run.settings, ("eval", "show_rows")) is True
+        for split in dict.fromkeys(str(row.get("split")) for row in run.evals):
+            ends = run.ends(split)
+            assert ends is not None
+            for key, kind in (("public", "public prompt"), *((("samples", f"{split} row"),) if allowed else ())):
+                for before, after in zip(ends[0].get(key) or [], ends[1].get(key) or [], strict=False):
+                    about = (kind, before["prompt"], before.get("expected", ""))
+                    found.setdefault(about, []).append((run.label, before["answer"], after["answer"]))
+    return [{"kind": k, "prompt": p, "expected": e, "given": given} for (k, p, e), given in found.items()]
+
+
+def _three(value: Any) -> str:
+    found = number(value)
+    return "-" if found is None else f"{found:.3f}"
+
+
+def _look(tree: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _script_safe(text: str) -> str:
+    """JSON that may stand within a script element: no text of a run can end it."""
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+@lru_cache
+def _library() -> str:
+    try:
+        import vl_convert
+    except ImportError:
+        raise DataError("a report needs the plotting library: pip install 'thinwire[report]'") from None
+    code: str = vl_convert.javascript_bundle()
+    return code.replace("</script", "<\\/script")
+
+
+def _part(name: str) -> str:
+    return resources.files("thinwire.report").joinpath(name).read_text(encoding="utf-8")

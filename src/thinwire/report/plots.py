@@ -1,0 +1,223 @@
+"""The plots of a report: for each its rows, its Vega-Lite specification, and what a reader must know of it.
+
+Curves have no x of their own: the page puts rounds, bytes or seconds there, as the reader chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thinwire.report.runs import Recorded, number
+
+SCORES = {
+    "loss": ("loss", "nats a token", "Mean negative log-likelihood of the answers; less is better."),
+    "accuracy": ("accuracy", "share of rows", "Share of rows whose right answer is the likeliest; more is better."),
+    "rouge_l": ("Rouge-L", "F1, 0 to 1", "Longest common subsequence with the expected answer; more is better."),
+    "bleu": ("BLEU", "0 to 100", "BLEU of all generated answers together; more is better."),
+}
+SPLITS = {"heldout": "Held-out", "heldout_tasks": "Held-out tasks", "validation": "Validation", "train": "Training"}
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure. `kind`: curve (x and y can be toggled), bar (x can) or clients (a curve of one run at a time)."""
+
+    name: str
+    title: str
+    caption: str
+    kind: str
+    columns: Sequence[tuple[str, str]]  # of the rows: key, heading with its unit
+    rows: Sequence[dict[str, Any]]
+    spec: dict[str, Any]
+
+
+def plots(runs: Sequence[Recorded]) -> list[Plot]:
+    """All plots that the runs have records for."""
+    groups = list(dict.fromkeys(run.group for run in runs))
+    found = [plot for split in _splits(runs) for score in SCORES if (plot := _score(runs, groups, split, score))]
+    found += [plot for plot in (_training(runs, groups), _bytes(runs), _memory(runs), _clients(runs)) if plot]
+    return found
+
+
+def _splits(runs: Sequence[Recorded]) -> list[str]:
+    return list(dict.fromkeys(str(row["split"]) for run in runs for row in run.evals if "split" in row))
+
+
+def _score(runs: Sequence[Recorded], groups: Sequence[str], split: str, score: str) -> Plot | None:
+    rows = [
+        _at(run, row["round"]) | {"value": value}
+        for run in runs
+        for row in run.evals
+        if row.get("split") == split and (value := number(row.get(score))) is not None
+    ]
+    if not rows:
+        return None
+    name, unit, about = SCORES[score]
+    where = SPLITS.get(split, split)
+    spec = _curve(groups, f"{name} ({unit})")
+    return Plot(
+        f"{split}-{score}",
+        f"{where} {name}",
+        f"{about} A line a run, a point an evaluation. Unit: {unit}.",
+        "curve",
+        _columns(f"{name} ({unit})"),
+        rows,
+        spec,
+    )
+
+
+def _training(runs: Sequence[Recorded], groups: Sequence[str]) -> Plot | None:
+    rows = [
+        _at(run, record["round"]) | {"value": value}
+        for run in runs
+        for record in run.rounds
+        if (value := number(record["metrics"].get("loss"))) is not None
+    ]
+    if not rows:
+        return None
+    return Plot(
+        "training-loss",
+        "Training loss at the clients",
+        "Mean over the clients of a round of the loss of their local steps, weighted as the method weights them; "
+        "each point is of other rows, so it is noisier than the held-out loss. Unit: nats a token.",
+        "curve",
+        _columns("loss (nats a token)"),
+        rows,
+        _curve(groups, "loss (nats a token)"),
+    )
+
+
+def _bytes(runs: Sequence[Recorded]) -> Plot | None:
+    rows = []
+    for run in runs:
+        for way in ("down", "up"):
+            visits = [c[f"bytes_{way}"] for r in run.rounds for c in r["clients"] if c.get(f"bytes_{way}")]
+            if visits:
+                total = sum(record[f"bytes_{way}"] for record in run.rounds)
+                mean = sum(visits) / len(visits)
+                rows.append({"run": run.label, "part": way, "value": mean, "total": total, "text": size(mean)})
+    if not rows:
+        return None
+    return Plot(
+        "bytes",
+        "Bytes of a client's visit",
+        "Mean length of the frames of one client in one round: down to the client and up from it. Unit: bytes, in "
+        "powers of ten; on a log axis a bar's length counts its digits.",
+        "bar",
+        (("run", "run"), ("part", "way"), ("value", "bytes a visit"), ("total", "bytes of the run so far")),
+        rows,
+        _bars("bytes a visit", ["down", "up"]),
+    )
+
+
+def _memory(runs: Sequence[Recorded]) -> Plot | None:
+    rows = []
+    for run in runs:
+        parts = {"run, both sides": max((number(r.get("peak_memory_bytes")) or 0 for r in run.rounds), default=0)}
+        if run.cost is not None:
+            parts = {side: number(run.cost.get(f"{side}_memory")) or 0 for side in ("client", "server")}
+        rows += [{"run": run.label, "part": p, "value": v, "text": size(v)} for p, v in parts.items() if v]
+    if not rows:
+        return None
+    return Plot(
+        "memory",
+        "Peak memory",
+        "Most bytes resident, less what was resident after the imports. Client and server were measured with a process "
+        "each; a run in one process does both sides' work and its evaluations, so its peak is nobody's alone. "
+        "Unit: bytes, in powers of ten.",
+        "bar",
+        (("run", "run"), ("part", "side"), ("value", "bytes")),
+        rows,
+        _bars("bytes", list(dict.fromkeys(row["part"] for row in rows))),
+    )
+
+
+def _clients(runs: Sequence[Recorded]) -> Plot | None:
+    rows = [
+        _at(run, record["round"]) | {"client": str(visit.get("name") or visit["id"]), "value": value}
+        for run in runs
+        for record in run.rounds
+        for visit in record["clients"]
+        if (value := number(visit.get("loss"))) is not None
+    ]
+    if not rows:
+        return None
+    spec = _curve([], "loss (nats a token)")
+    spec["encoding"] |= {
+        "color": {"field": "client", "type": "nominal", "title": "client", "legend": {"symbolLimit": 24}},
+        "detail": {"field": "client"},
+        "tooltip": [*spec["encoding"]["tooltip"], {"field": "client"}],
+    }
+    del spec["encoding"]["shape"]
+    return Plot(
+        "clients",
+        "Loss of each client",
+        "Mean training loss of each client's local steps in the rounds in which it took part. Unit: nats a token.",
+        "clients",
+        (("run", "run"), ("client", "client"), *_columns("loss (nats a token)")[1:]),
+        rows,
+        spec,
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < (999.5 if unit == "B" else 999.95):
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _at(run: Recorded, at: int) -> dict[str, Any]:
+    sent, seconds = run.after.get(at) or run.after[max(run.after)]
+    return {"run": run.label, "group": run.group, "round": at, "bytes": sent, "seconds": round(seconds, 3)}
+
+
+def _columns(value: str) -> tuple[tuple[str, str], ...]:
+    heads = (("run", "run"), ("round", "round"), ("bytes", "bytes so far, both ways"), ("seconds", "seconds so far"))
+    return (*heads, ("value", value))
+
+
+def _curve(groups: Sequence[str], title: str) -> dict[str, Any]:
+    named = {"field": "group", "type": "nominal", "title": None, "sort": list(groups)}
+    return {
+        "mark": {"type": "line", "point": {"filled": True, "size": 46}, "strokeWidth": 2},
+        "encoding": {
+            "x": {"field": "round", "type": "quantitative", "title": "round"},
+            "y": {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}},
+            "color": {**named, "scale": {"domain": list(groups)}},
+            "shape": {**named, "scale": {"domain": list(groups), "range": [SHAPES[i % 8] for i in range(len(groups))]}},
+            "detail": {"field": "run"},
+            "tooltip": [
+                {"field": "run"},
+                {"field": "round"},
+                {"field": "bytes", "format": ","},
+                {"field": "seconds"},
+                {"field": "value", "format": ".5"},
+            ],
+        },
+    }
+
+
+def _bars(title: str, parts: Sequence[str]) -> dict[str, Any]:
+    place = {
+        "y": {"field": "run", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 150}},
+        "yOffset": {"field": "part", "sort": list(parts)},
+        "x": {"field": "value", "type": "quantitative", "title": title},
+    }
+    color = {"field": "part", "type": "nominal", "title": None, "scale": {"domain": list(parts)}}
+    told = [{"field": "run"}, {"field": "part"}, {"field": "value", "format": ",.0f"}]
+    return {
+        "layer": [
+            {"mark": {"type": "bar"}, "encoding": {"color": color, "tooltip": told}},
+            {
+                "mark": {"type": "text", "align": "left", "dx": 4, "fontSize": 11},
+                "encoding": {"text": {"field": "text", "type": "nominal"}},
+            },
+        ],
+        "encoding": place,
+    }

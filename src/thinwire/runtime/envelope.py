@@ -1,0 +1,44 @@
+"""What a message of the engine carries: a piece of a frame as one opaque array, and a record that says which piece.
+
+Imports nothing of ours: a site's Flower process, which lives for one message, needs no more than this.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
+
+STYPE = "thinwire.frame"  # no strategy of the engine's knows what to do with it
+Config = dict[str, str | int | float]
+
+
+def pack(piece: bytes, **config: str | int | float) -> RecordDict:
+    """The content of a message: a piece of a frame, and what is said of it."""
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+    records: dict[str, ArrayRecord | ConfigRecord] = {"about": ConfigRecord(dict(config))}
+    if piece:
+        records["frame"] = ArrayRecord({"piece": Array("uint8", (len(piece),), STYPE, piece)})
+    return RecordDict(records)
+
+
+def unpack(content: RecordDict) -> tuple[bytes, Config]:
+    """The inverse of `pack`; ValueError for a content that it has not made."""
+    try:
+        about = dict(content["about"])
+        piece = content["frame"]["piece"] if "frame" in content else None
+    except (KeyError, TypeError):
+        raise ValueError("a message without the records of thinwire") from None
+    if piece is not None and (piece.stype != STYPE or piece.dtype != "uint8"):
+        raise ValueError(f"an array of type {piece.stype} in place of a frame")
+    return b"" if piece is None else piece.data, about
+
+
+def of(about: Config, name: str, kind: type = int) -> int | str | float:
+    """A value of a message's record; ValueError where it is missing or of another type."""
+    value = about.get(name)
+    if type(value) is not kind:
+        raise ValueError(f"a message whose {name!r} is {value!r:.40}")
+    return value

@@ -1,0 +1,162 @@
+"""Memory, operations and large models: what is said from a config alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_folder
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+from thinwire import apart, config
+from thinwire.cli import app
+from thinwire.config import Lora, Run
+from thinwire.estimate.estimate import estimate
+from thinwire.estimate.sketch import Live, one_pass, sketch
+from thinwire.model.flat import Net
+
+SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+MIDDLE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
+
+
+def config_folder(path: Path, **fields: Any) -> Path:
+    """A folder with a config.json and nothing else."""
+    LlamaConfig(vocab_size=32000, **({"num_key_value_heads": 8} | fields)).save_pretrained(path)
+    return path
+
+
+def run_of(model: Path, method: dict[str, Any], **data: Any) -> Run:
+    table = {"path": "absent.jsonl", "clients": 4, "max_length": 64} | data
+    return config.parse({"model": {"path": str(model)}, "data": table, "method": method, "rounds": 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"), [(SEVEN | {"num_key_value_heads": 32}, 6_738_415_616), (SEVENTY, 68_976_648_192)]
+)
+def test_a_large_model_needs_its_config_alone(tmp_path: Path, fields: dict[str, Any], size: int) -> None:
+    found = estimate(run_of(config_folder(tmp_path / "model", **fields), {"name": "fedavg", "batch_size": 1}))
+    assert (found.parameters, found.trained) == (size, size)
+    assert found.client is not None
+    assert found.traffic is not None
+    assert (found.client.weights, found.client.gradients, found.client.optimiser) == (4 * size, 4 * size, 8 * size)
+    assert 0 < found.traffic.newcomer[0].least - 4 * size < 1e5
+    # six operations a weight and token, forward and backward, but for the embedding's, and the scores of attention
+    assert found.flops == pytest.approx(6 * size * 10 * 64, rel=0.08)
+    low, high = found.link_seconds(100) or (0.0, 0.0)
+    assert low == pytest.approx(8 * 8 * size / 1e8, rel=0.01)
+    assert high - low < 1e-5
+
+
+def test_the_pass_of_a_deep_model_is_that_of_two_layers_drawn_out(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "model", num_hidden_layers=5)
+    run = run_of(tmp_path / "model", {"name": "fedavg"})
+    said = one_pass(sketch(run), 3, 40, 8)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids, mask = torch.zeros((3, 40), dtype=torch.int64), torch.ones((3, 40), dtype=torch.int64)
+    mask[0, 0] = 0  # batches are padded; where nothing is, torch takes a leaner way
+    live = Live(list(model.parameters()))
+    with live, FlopCounterMode(display=False) as counter:
+        kept = torch.arange(31, 39)
+        positions = torch.arange(40).expand(3, 40)
+        out = model(ids, mask, position_ids=positions, use_cache=False, logits_to_keep=kept).logits
+        loss = torch.nn.functional.cross_entropy(out.float().flatten(0, 1), torch.zeros(24, dtype=torch.int64))
+        assert live.now == pytest.approx(said.kept, rel=0.02)
+    assert loss.item() > 0
+    assert counter.get_total_flops() == said.flops
+
+
+def test_factors_have_the_names_and_shapes_of_a_view(tmp_path: Path) -> None:
+    from thinwire import build
+
+    tiny_folder(tmp_path / "model")
+    run = run_of(tmp_path / "model", {"name": "fedavg"})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"lora": Lora(rank=3)})})
+    net: Net = build.net_of(run)
+    assert {n: p.shape for n, p in net.parameters()} == {n: t.shape for n, t in sketch(run).trained.items()}
+    frozen, whole = one_pass(sketch(run), 2, 40, 8, run.model.lora), one_pass(sketch(run), 2, 40, 8)
+    assert frozen.kept < whole.kept
+
+
+def test_the_command_says_it_as_tables_and_as_json(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "model", **MIDDLE)
+    (tmp_path / "run.toml").write_text(run_of(folder, {"name": "fedkseed", "seeds": 64}).to_toml())
+    shown = CliRunner().invoke(app, ["estimate", str(tmp_path / "run.toml"), "method.steps=5"])
+    assert shown.exit_code == 0, shown.output
+    for word in ("a newcomer's visit", "100 Mbit/s", "activations", "TFLOP", "assumed"):
+        assert word in shown.output
+    told = CliRunner().invoke(app, ["estimate", str(tmp_path / "run.toml"), "--json"])
+    found = json.loads(told.output)
+    parts = ("weights", "gradients", "optimiser", "activations", "runtime")
+    assert found["client"]["total"] == sum(found["client"][part] for part in parts)
+    wrong = CliRunner().invoke(app, ["estimate", str(tmp_path / "run.toml"), "model.path=/nowhere"])
+    assert wrong.exit_code == 2
+    assert wrong.output.startswith("thinwire: model.path: no config at /nowhere")
+    assert wrong.output.count("\n") == 1
+
+
+def test_of_a_users_own_method_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "silent.py").write_text(
+        "from thinwire.core import Method\nfrom thinwire.wire import Stale\n"
+        "class Silent(Method):\n    Down = Up = State = Stale\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = estimate(run_of(config_folder(tmp_path / "model", **MIDDLE), {"path": "silent:Silent"}))
+    assert (found.traffic, found.client, found.server) == (None, None, None)
+    assert found.plain()["flops"] is None
+
+
+def errors(cases: dict[str, Run], folder: Path) -> list[float]:
+    """Print the table of the estimate against what is measured; the relative errors."""
+    found = []
+    for name, run in cases.items():
+        cost, said = apart.measure(run, [0], folder / name.replace(" ", "-")), estimate(run)
+        for side, measured in (("client", cost.client_memory), ("server", cost.server_memory)):
+            memory = getattr(said, side)
+            found.append(memory.total / measured - 1)
+            print(  # noqa: T201
+                f"{name:32} {side} said {memory.total / 1e6:8.1f} MB, measured {measured / 1e6:8.1f}: {found[-1]:+.1%}"
+            )
+    return [abs(error) for error in found]
+
+
+def test_memory_against_measurement(tmp_path: Path) -> None:
+    from tiny import tiny_rows, write_jsonl
+
+    fields = MIDDLE | {"num_key_value_heads": 8, "vocab_size": 32000}
+    tiny_folder(tmp_path / "model", **fields)
+    rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(24))
+    tree: dict[str, Any] = {
+        "rounds": 2,
+        "threads": 1,
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"path": str(rows), "clients": 1, "heldout": 0, "max_length": 64},
+    }
+    case = config.parse(tree | {"method": {"name": "fedavg", "steps": 2, "batch_size": 4}})
+    assert max(errors({"fedavg": case}, tmp_path)) < 0.25
+
+
+@pytest.mark.long
+@pytest.mark.real
+def test_memory_against_measurement_on_the_real_model(tmp_path: Path) -> None:
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from estimate import MODEL, cases, write_rows  # type: ignore[attr-defined]
+
+    from thinwire.model.errors import ModelError
+    from thinwire.model.load import resolve
+
+    try:
+        resolve(MODEL)
+    except ModelError as error:
+        pytest.skip(str(error))
+    runs = {n: r for n, r in cases(MODEL, write_rows(tmp_path / "rows.jsonl")).items() if "held out" not in n}
+    found = sorted(errors(runs, tmp_path))
+    assert found[len(found) // 2] < 0.15
+    assert found[-1] < 0.25

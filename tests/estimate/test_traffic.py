@@ -1,0 +1,116 @@
+"""Bytes said before a run, against the bytes of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CHOICES, tiny_folder, tiny_rows, write_jsonl
+
+from thinwire import build, config, wire
+from thinwire.config import Run
+from thinwire.estimate.estimate import estimate
+from thinwire.estimate.traffic import Span, Traffic, verdict
+from thinwire.methods.fedavg import Weights
+from thinwire.runtime.loop import Watch, train
+
+EXACT: dict[str, dict[str, Any]] = {
+    "fedavg": {"method": {"name": "fedavg", "steps": 1}},
+    "fedit": {
+        "method": {"name": "fedavg", "steps": 1},
+        "model": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}},
+    },
+    "fedzo": {"method": {"name": "fedzo", "steps": 2, "law": "sign"}},
+    "fedkseed on the paper's wire": {
+        "method": {"name": "fedkseed", "seeds": 64, "steps": 3, "wire": "paper", "pro": True}
+    },
+}
+RANGE: dict[str, dict[str, Any]] = {
+    "fedkseed": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30}},
+    "fedkseed, pro": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30, "pro": True}},
+    "gradualdiff": {"method": {"name": "gradualdiff", "lr": 1e-4, "steps": 2, "dtype": "bfloat16"}},
+    "gradualdiff, shared": {"method": {"name": "gradualdiff", "lr": 1e-3, "steps": 2, "start": "shared"}},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("traffic")
+    tiny_folder(folder / "model")
+    write_jsonl(folder / "rows.jsonl", tiny_rows(300, closed=True))
+    return folder
+
+
+def run_of(place: Path, changes: dict[str, Any], **fields: Any) -> Run:
+    tree: dict[str, Any] = {
+        "rounds": 4,
+        "threads": 1,
+        "cohort": {"kind": "uniform", "n": 2},
+        "model": {"path": str(place / "model"), **changes.get("model", {})},
+        "data": {
+            "path": str(place / "rows.jsonl"),
+            "partition": "dirichlet",
+            "clients": 3,
+            "prompt": "{input}: it was",
+            "answer": " {output}",
+            "choices": list(CHOICES),
+            "max_length": 64,
+        },
+        "method": changes["method"],
+        "eval": {"rows": 2},
+    }
+    return config.parse(tree | fields)
+
+
+def bytes_of(run: Run, folder: Path) -> tuple[int, int]:
+    rows = build.rows_of(run.data, build.Key.root(run.seed))
+    net = build.net_of(run, remember=True)
+    train(build.job(run, rows, net, folder, 0, Watch()))
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary["bytes_down"], summary["bytes_up"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_frames_of_fixed_size_are_known_to_the_byte(place: Path, tmp_path: Path, name: str) -> None:
+    run = run_of(place, EXACT[name])
+    said = estimate(run).traffic
+    assert said is not None
+    assert all(span.exact for span in said.total)
+    assert (said.total[0].least, said.total[1].least) == bytes_of(run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", RANGE)
+def test_what_is_entropy_coded_is_within_its_range(place: Path, tmp_path: Path, name: str) -> None:
+    run = run_of(place, RANGE[name])
+    said = estimate(run).traffic
+    assert said is not None
+    down, up = bytes_of(run, tmp_path / "run")
+    assert said.total[0].holds(down), (said.total[0], down)
+    assert said.total[1].holds(up), (said.total[1], up)
+
+
+def test_without_the_rows_the_counts_of_examples_are_a_range(place: Path) -> None:
+    run = run_of(place, EXACT["fedavg"])
+    data = run.data.model_copy(update={"path": str(place / "absent.jsonl")})
+    said = estimate(run.model_copy(update={"data": data}))
+    assert said.traffic is not None
+    down, up = said.traffic.total
+    assert down.exact
+    assert up.most - up.least == 2 * said.traffic.visits  # a count takes one byte to three
+    assert any("not at hand" in text for text in said.assumed)
+
+
+def test_the_length_of_a_frame_needs_no_numbers() -> None:
+    real = {"a": torch.ones(3, 5), "b": torch.ones(7, dtype=torch.bfloat16)}
+    hollow = {name: tensor.to("meta") for name, tensor in real.items()}
+    where = {"run": 1 << 31, "round": 300, "client": 5, "held": "x"}
+    assert wire.frame.length(Weights(hollow, 0.5), **where) == len(wire.encode(Weights(real, 0.5), **where))
+
+
+def test_the_verdict_says_hit_or_by_how_much_it_was_missed() -> None:
+    said = Traffic((Span(1, 1),) * 2, (Span(1, 1),) * 2, (Span(100, 200), Span(50, 50)), 1)
+    assert verdict(said, 150, 50) == "bytes against the estimate: down hit (range 1 to 2.0), up hit"
+    assert verdict(said, 220, 40) == "bytes against the estimate: down missed by +10.0%, up missed by -20.0%"

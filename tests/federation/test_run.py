@@ -1,0 +1,52 @@
+"""A federation on Flower ends where the run in one process ends, and carries the same frames."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from silos import Silos, audited, in_process, local_of, state_of, visits
+
+from thinwire.federation.processes import alive
+
+pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
+
+METHODS: dict[str, tuple[dict[str, Any], int]] = {  # with the rounds
+    "fedkseed": ({"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}, 2),
+    # with pieces of 60,000 bytes its 108 kB frames take two messages each way
+    "fedavg": ({"name": "fedavg", "lr": 1e-3, "steps": 2, "batch_size": 4}, 1),
+}
+
+
+def test_a_run_on_flower_is_the_run_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silos = Silos.make(tmp_path, sites=2)
+    table = {"chunk_bytes": 60_000, "quorum": 2}
+    runs = {name: silos.run(method, rounds, federation=table) for name, (method, rounds) in METHODS.items()}
+    local = local_of(silos, runs["fedkseed"], tmp_path / "hub")
+    workers = set()
+    pids: list[int] = []
+    try:
+        local.start()
+        for name, run in runs.items():
+            folder = tmp_path / "flower" / name
+            silos.begin(run, folder)
+            local.follow(folder, run, silos.rows(run).splits)
+            workers.add(local.sites["north"].children.running["worker"].pid)
+        for children in (local.server.children, *(site.children for site in local.sites.values())):
+            pids += [process.pid for process in children.running.values()]
+    finally:
+        local.stop()
+    assert len(workers) == 1  # one process has served all rounds of both runs
+    assert len(pids) == 6
+    assert not [pid for pid in pids if alive(pid)]
+    for name, run in runs.items():
+        there, here = tmp_path / "flower" / name, tmp_path / "here" / name
+        frames = in_process(silos, run, here, monkeypatch)
+        assert audited(local, run) == frames
+        assert len(frames) == 4 * METHODS[name][1]
+        assert state_of(there) == state_of(here)
+        assert visits(there) == visits(here)
+    mode = os.stat(local.place("north") / "north.key").st_mode & 0o777
+    assert mode == 0o600

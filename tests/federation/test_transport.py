@@ -1,0 +1,299 @@
+"""The transport and the sites' workers, joined within one process: the same bytes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from silos import Silos, in_process, state_of, visits
+
+pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
+
+from flwr.app import Message
+from grid import FIRST, OneProcess, entries, federate
+
+from thinwire import wire
+from thinwire.federation.payloads import Scores
+from thinwire.federation.survey import Refusal, Survey, join, record
+from thinwire.methods.fedkseed import Gains, Steps
+from thinwire.runtime import loop
+from thinwire.runtime.envelope import pack, unpack
+from thinwire.runtime.flower import NoQuorum
+
+THIN: dict[str, Any] = {"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}
+WIDE: dict[str, Any] = {"name": "fedavg", "lr": 1e-3, "steps": 2, "batch_size": 4}
+Tamper = Callable[[int, Message], Message | None]
+
+
+@pytest.fixture(scope="module")
+def silos(tmp_path_factory: pytest.TempPathFactory) -> Silos:
+    return Silos.make(tmp_path_factory.mktemp("silos"))
+
+
+def absent_run(silos: Silos, folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[str, bytes]:
+    """The state after the rounds of fedkseed in which client 1 is absent from round 2 on."""
+    cohort = [{"kind": "all", "rounds": 1}, {"kind": "only", "clients": [0, 2]}]
+    run = silos.run(THIN, cohort=cohort, **fields)
+    in_process(silos, run, folder, monkeypatch)
+    return state_of(folder)
+
+
+def damaged(silos: Silos, folder: Path, tamper: Tamper, **options: Any) -> str:
+    """Two rounds of fedkseed with replies that `tamper` changes; the error of client 1 in round 2."""
+    job, grid, _ = federate(silos, silos.run(THIN), folder, **options)
+    grid.tamper = tamper
+    loop.train(job)
+    seen = visits(folder)
+    assert [error for *_, error in seen[0]] == [None] * 3
+    assert [error for *_, error in seen[1]][::2] == [None] * 2
+    return str(seen[1][1][3])
+
+
+@pytest.mark.parametrize("chunk", [1_000, 108_395, 1 << 20])
+def test_pieces_of_any_size_carry_the_same_bytes(
+    chunk: int, silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = silos.run(WIDE, rounds=1)
+    job, grid, _ = federate(silos, run, tmp_path / "there", chunk_bytes=chunk)
+    loop.train(job)
+    frames = in_process(silos, run, tmp_path / "here", monkeypatch)
+    logged = {
+        (line["round"], line["client"], line["direction"]): [(line["bytes"], line["sha256"])]
+        for name in job.names
+        for line in entries(tmp_path / "there", name)
+    }
+    assert logged == frames
+    assert state_of(tmp_path / "there") == state_of(tmp_path / "here")
+    assert max(grid.bodies) <= chunk
+    assert not list((tmp_path / "there" / "at").glob("*/spool/*"))
+
+
+def test_large_frames_pass_through_files(silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire.frame, "SPOOL_ABOVE", 50_000)
+    monkeypatch.setattr("thinwire.runtime.flower.SPOOL_ABOVE", 50_000)
+    run = silos.run(WIDE, rounds=1)
+    job, _, _ = federate(silos, run, tmp_path / "there", chunk_bytes=30_000)
+    loop.train(job)
+    in_process(silos, run, tmp_path / "here", monkeypatch)
+    assert state_of(tmp_path / "there")[0] == state_of(tmp_path / "here")[0]
+
+
+class Replay:
+    """Gives client 1's reply of round 1 once more in round 2."""
+
+    def __init__(self) -> None:
+        self.old: bytes | None = None
+
+    def __call__(self, client: int, reply: Message) -> Message:
+        frame, about = unpack(reply.content)
+        if client == 1 and self.old is None:
+            self.old = frame
+        elif client == 1:
+            reply.content = pack(self.old or b"", **{**about, "total": len(self.old or b"")})
+        return reply
+
+
+class InRound:
+    """Changes client 1's reply in round 2."""
+
+    def __init__(self, change: Callable[[Message, bytes, dict[str, Any]], Message | None]) -> None:
+        self.change, self.count = change, 0
+
+    def __call__(self, client: int, reply: Message) -> Message | None:
+        self.count += client == 1
+        return self.change(reply, *unpack(reply.content)) if client == 1 and self.count == 2 else reply
+
+
+def other_node(reply: Message, frame: bytes, about: dict[str, Any]) -> Message:
+    reply.metadata.__dict__["_src_node_id"] = FIRST
+    return reply
+
+
+def other_client(reply: Message, frame: bytes, about: dict[str, Any]) -> Message:
+    header, up = wire.peek(frame), wire.decode(Steps, frame)
+    frame = wire.encode(up, run=header.run, round=header.round, client=0)
+    reply.content = pack(frame, **{**about, "total": len(frame)})
+    return reply
+
+
+def other_run(reply: Message, frame: bytes, about: dict[str, Any]) -> Message:
+    frame = wire.encode(wire.decode(Steps, frame), run=1, round=2, client=1)
+    reply.content = pack(frame, **{**about, "total": len(frame)})
+    return reply
+
+
+def other_frame(reply: Message, frame: bytes, about: dict[str, Any]) -> Message:
+    reply.content = pack(frame, **{**about, "transfer": "0" * 16})
+    return reply
+
+
+def too_long(reply: Message, frame: bytes, about: dict[str, Any]) -> Message:
+    reply.content = pack(frame, **{**about, "total": len(frame) - 1})
+    return reply
+
+
+def endless(reply: Message, frame: bytes, about: dict[str, Any]) -> Message:
+    reply.content = pack(frame, **{**about, "total": 1 << 60})
+    return reply
+
+
+def late(reply: Message, frame: bytes, about: dict[str, Any]) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("tamper", "says"),
+    [
+        (Replay(), "replayed"),
+        (InRound(other_node), "answers for client"),
+        (InRound(other_client), "a reply of run"),
+        (InRound(other_run), "a reply of run"),
+        (InRound(other_frame), "another frame"),
+        (InRound(too_long), "does not begin"),
+        (InRound(endless), "beyond the cap"),
+        (InRound(late), "late"),
+    ],
+)
+def test_a_foreign_replayed_or_late_reply_counts_as_absent(
+    tamper: Tamper, says: str, silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert says in damaged(silos, tmp_path / "there", tamper, deadline=2.0)
+    assert state_of(tmp_path / "there") == absent_run(silos, tmp_path / "here", monkeypatch)
+
+
+def test_a_round_below_its_quorum_ends_the_run_and_it_goes_on_later(
+    silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = silos.run(THIN, rounds=3)
+    job, grid, _ = federate(silos, run, tmp_path / "there", quorum=3, deadline=2.0)
+    grid.tamper = InRound(late)
+    with pytest.raises(NoQuorum, match=r"round 2: 2 of 3 replies came, 3 must; client 1: late"):
+        loop.train(job)
+    assert len(visits(tmp_path / "there")) == 1
+    loop.train(job)  # the sites are the same, and have been through round 2 before
+    in_process(silos, run, tmp_path / "here", monkeypatch)
+    assert state_of(tmp_path / "there") == state_of(tmp_path / "here")
+
+
+def test_a_site_that_is_not_connected_is_absent(silos: Silos, tmp_path: Path) -> None:
+    job, _, transport = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run")
+    transport.nodes = lambda: {0: FIRST, 2: FIRST + 2}
+    loop.train(job)
+    assert [error for *_, error in visits(tmp_path / "run")[0]] == [None, "not connected", None]
+
+
+def test_a_worker_refuses_frames_that_are_not_for_it(silos: Silos, tmp_path: Path) -> None:
+    job, grid, transport = federate(silos, silos.run(THIN), tmp_path / "run")
+    down: list[bytes] = []
+    push = grid.push_messages
+
+    def noted(messages: list[Message]) -> list[str]:
+        down.extend(unpack(message.content)[0] for message in messages)
+        return push(messages)
+
+    grid.push_messages = noted  # type: ignore[method-assign]
+    loop.train(job)
+    of_round = {wire.peek(frame).round: frame for frame in down if wire.peek(frame).client == 1}
+
+    def answer(frame: bytes, client: int = 1) -> str:
+        (reply,) = transport.ask("train", [(client, frame)])
+        return str(reply.error)
+
+    assert "replayed" in answer(of_round[1])
+    header = wire.peek(of_round[2])
+    assert "given to client 0" in answer(of_round[2], client=0)
+    foreign = wire.encode(wire.decode(Gains, of_round[2]), run=7, round=header.round, client=1)
+    assert "a frame of run 7" in answer(foreign)
+    refusals = [line for line in entries(tmp_path / "run", "south") if line["verdict"] != "passed"]
+    assert [line["round"] for line in refusals] == [1, 2]
+    assert all(line["direction"] == "in" for line in refusals)
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ('methods = ["fedavg"]', "does not allow the method fedkseed"),
+        ('kinds = ["Trained"]', "does not allow a payload of kind Steps to leave"),
+        ("max_bytes = 10", "bytes to leave"),
+        ("max_bytes_in = 10", "bytes to come in"),
+        ('code = ["no.such:Class"]\nmethods = []', "does not allow the method fedkseed"),
+    ],
+)
+def test_the_site_s_policy_is_kept(policy: str, says: str, silos: Silos, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(policy)
+    job, _, _ = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run", policy=file)
+    with pytest.raises(NoQuorum, match=says):
+        loop.train(job)
+
+
+def test_a_class_from_elsewhere_is_not_even_imported(silos: Silos, tmp_path: Path) -> None:
+    job, grid, _ = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run")
+    tree = json.loads(grid.settings)
+    tree["toml"] = tree["toml"].replace('name = "fedkseed"', 'path = "antigravity:Nothing"')
+    grid.settings = json.dumps(tree)
+    with pytest.raises(NoQuorum, match="does not allow the class antigravity"):
+        loop.train(job)
+
+
+@pytest.mark.parametrize("name", ["base", "tokenizer", "prompt"])
+def test_a_site_with_another_model_tokenizer_or_prompt_cannot_join(name: str, silos: Silos, tmp_path: Path) -> None:
+    job, _, transport = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run")
+    join(transport, job.run, 3, job.names, 3)
+    transport.about[name] = "0" * 16
+    what = {"base": "base model", "tokenizer": "tokenizer", "prompt": "prompt template"}[name]
+    with pytest.raises(Refusal, match=f"north cannot take part: {what}: the server's is 0000"):
+        join(transport, job.run, 3, job.names, 3)
+
+
+@pytest.mark.parametrize("method", [THIN, WIDE], ids=["fedkseed", "fedavg"])
+def test_scores_of_the_sites_are_weighted_by_their_rows(
+    method: dict[str, Any], silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = silos.run(method, eval={"every": 1})
+    job, _, transport = federate(silos, run, tmp_path / "there")
+    job.survey = Survey(transport, run.method, job.run, tmp_path / "there" / "spool")
+    loop.train(job)
+    in_process(silos, run, tmp_path / "here", monkeypatch)
+    assert state_of(tmp_path / "there") == state_of(tmp_path / "here")  # a survey leaves no trace
+    assert visits(tmp_path / "there") == visits(tmp_path / "here")
+    # the last state scored by hand: all rows in one data set
+    from thinwire import build
+    from thinwire.evaluate.evaluate import Split, evaluate
+
+    rows = [row for held in silos.rows(run).clients.values() for row in held]
+    last = [r for r in loop.read_records(tmp_path / "there" / "evals.jsonl") if r["split"] == "sites_train"]
+    assert [r["round"] for r in last] == [0, 1, 2]
+    net = build.net_of(
+        run.model_copy(update={"model": run.model.model_copy(update={"path": str(tmp_path / "there" / "model")})})
+    )
+    found = evaluate(net, Split("all", build.dataset(run.data, rows, net.tokenizer)), run.eval.batch_size)
+    assert last[-1]["loss"] == pytest.approx(found.loss, rel=1e-5)
+    assert last[-1]["accuracy"] == pytest.approx(found.accuracy)
+    assert (last[-1]["rows"], last[-1]["sites"]) == (len(rows), 3)
+    assert last[-1]["bytes_up"] > 0
+
+
+def test_a_mean_of_scores() -> None:
+    mean = record("sites", [Scores(1, 4.0, 1.0, None, True), Scores(3, 2.0, 0.0, None, True)])
+    assert (mean["loss"], mean["accuracy"], mean["rouge_l"], mean["rows"]) == (2.5, 0.25, None, 4)
+
+
+def test_a_message_of_another_kind_is_refused() -> None:
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+    with pytest.raises(ValueError, match="without the records"):
+        unpack(RecordDict({}))
+    array = ArrayRecord({"piece": Array("uint8", (1,), "numpy.ndarray", b"x")})
+    with pytest.raises(ValueError, match="of type numpy"):
+        unpack(RecordDict({"about": ConfigRecord({}), "frame": array}))
+    assert unpack(pack(b"abc", total=3)) == (b"abc", {"total": 3})
+
+
+def test_a_grid_of_one_process_has_the_nodes(silos: Silos, tmp_path: Path) -> None:
+    _, grid, _ = federate(silos, silos.run(THIN), tmp_path / "run")
+    assert isinstance(grid, OneProcess)
+    assert grid.get_node_ids() == [FIRST, FIRST + 1, FIRST + 2]

@@ -1,0 +1,176 @@
+"""The page: what is in it, what must never be, and how it behaves in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import SECRET, run_folder
+
+from thinwire.report.page import render
+from thinwire.report.runs import collect
+
+pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    for name in ("fedavg", "fedkseed"):
+        for seed in (0, 1):
+            run_folder(folder / f"{name}-{seed}", name, seed)
+    (folder / "report.html").write_text(render(collect([folder])))
+    return folder / "report.html"
+
+
+def data_of(html: str) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_the_data_behind_each_plot_is_in_the_page(page: Path) -> None:
+    plots = data_of(page.read_text())["plots"]
+    assert set(plots) == {"heldout-loss", "heldout-accuracy", "training-loss", "bytes", "memory", "clients"}
+    row = next(row for row in plots["heldout-loss"]["rows"] if row["round"] == 4)
+    assert row == {"run": "fedavg, seed 0", "group": "fedavg", "round": 4, "bytes": 6400, "seconds": 10.0, "value": 0.4}
+    for plot in plots.values():
+        assert {key for key, _ in plot["columns"]} <= set(plot["rows"][0])
+
+
+def test_the_page_refers_to_nothing_outside(page: Path) -> None:
+    html = re.sub(r"<script>.*?</script>", "", page.read_text(), flags=re.DOTALL)
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#|data:)""", html)
+    assert "default-src 'none'" in html
+
+
+def test_rows_of_clients_are_shown_only_where_the_run_file_allows_it(tmp_path: Path) -> None:
+    assert SECRET not in render(collect([run_folder(tmp_path / "a")]))
+    assert SECRET not in render(collect([run_folder(tmp_path / "b", show_rows=False)]))
+    assert SECRET in render(collect([run_folder(tmp_path / "c", show_rows=True)]))
+
+
+def test_text_of_a_run_is_text(page: Path) -> None:
+    html = page.read_text()
+    assert "How are &lt;/script&gt; you?" in html
+    assert "<b>fine</b>" not in html
+
+
+def test_a_run_without_a_round_has_a_page(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "a")
+    (folder / "rounds.jsonl").unlink()
+    (folder / "evals.jsonl").write_text("")
+    assert "0 of 4" in render(collect([folder]))
+
+
+def test_the_report_needs_no_torch(page: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from thinwire.report.page import render; from thinwire.report.runs import collect\n"
+        f"render(collect([Path({str(page.parent)!r})]))\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'thinwire.runtime')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    pytest.importorskip("selenium", reason="selenium is not installed")
+    from browser import BROWSER, DRIVER, chromium
+
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed (apt-get install chromium chromium-driver)")
+    with chromium() as driver:
+        yield driver
+
+
+def axis_title(driver: Any, plot: str) -> str:
+    return str(
+        driver.execute_script(f"return document.querySelector('[data-plot={plot}] .role-axis-title').textContent")
+    )
+
+
+def test_axes_toggle_without_an_error(page: Path, browser: Any) -> None:
+    from browser import Page
+
+    shown = Page(browser, page)
+    assert axis_title(browser, "heldout-loss") == "round"
+    points = "return document.querySelectorAll('[data-plot=heldout-loss] .mark-symbol.role-mark path').length"
+    assert browser.execute_script(points) == 8
+    shown.pick("x", "bytes")
+    assert axis_title(browser, "heldout-loss") == "bytes so far, both ways"
+    shown.pick("xscale", "log")
+    assert browser.execute_script(points) == 4  # the start has sent nothing, and a log axis has no zero
+    assert browser.execute_script("return !document.getElementById('log-note').hidden")
+    shown.pick("yscale", "log")
+    shown.pick("x", "seconds")
+    shown.pick("barscale", "linear")
+    assert axis_title(browser, "heldout-loss") == "seconds so far"
+    assert browser.execute_script("return document.getElementById('status').textContent") == "Bars on a linear axis"
+    assert shown.errors() == []
+
+
+def test_it_asks_no_network(page: Path, browser: Any) -> None:
+    from browser import Page
+
+    browser.get_log("performance")
+    Page(browser, page).pick("x", "bytes")
+    events = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert asked == [page.resolve().as_uri()]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_fits_the_screen(page: Path, browser: Any, width: int, dark: bool) -> None:
+    from browser import Page
+
+    shown = Page(browser, page)
+    shown.look(width, dark)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    wide = (
+        "return [...document.querySelectorAll('.plot svg')].every(s => s.getBoundingClientRect().right <= innerWidth)"
+    )
+    assert browser.execute_script(wide)
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") != dark
+    assert shown.errors() == []
+
+
+def test_keyboard_and_screen_reader(page: Path, browser: Any) -> None:
+    from browser import Page
+    from selenium.webdriver.common.keys import Keys
+
+    shown = Page(browser, page)
+    shown.look(1280, False)
+    before = shown.drawn()
+    radio = browser.find_element("css selector", "input[name=x][value=round]")
+    radio.send_keys(Keys.ARROW_RIGHT)
+    shown.ready(before + 1)
+    assert axis_title(browser, "heldout-loss") == "bytes so far, both ways"
+    summary = browser.find_element("css selector", "[data-table=heldout-loss] summary")
+    summary.send_keys(Keys.ENTER)
+    cells = browser.execute_script("return document.querySelectorAll('[data-table=heldout-loss] tbody tr').length")
+    assert cells == 8
+    tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    named = {(n["role"]["value"], n.get("name", {}).get("value", "")) for n in tree if not n["ignored"]}
+    for wanted in (
+        ("heading", "Results"),
+        ("figure", "Held-out loss"),
+        ("radio", "log"),
+        ("graphics-document", "Held-out loss"),
+    ):
+        assert wanted in named or (wanted[0].title().replace("-d", "D"), wanted[1]) in named, sorted(named)[:80]
+    nameless = [
+        n["role"]["value"] for n in tree if not n["ignored"] and n["role"]["value"] in ("radio", "combobox", "link")
+    ]
+    assert nameless
+    assert all(
+        n.get("name", {}).get("value") for n in tree if not n["ignored"] and n["role"]["value"] in ("radio", "link")
+    )

@@ -1,0 +1,122 @@
+"""What README and docs tell people to type is typed here, in short forms, on a tiny model.
+
+A fenced block after `<!-- file: NAME -->` is written to that file before; one after `<!-- not run: WHY -->` is left
+alone. Commands of ours are run in the order of the page, with fields that make them short; make targets, benchmarks
+and recipes that are too long for a test must at least be there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny import tiny_folder, tiny_rows, write_jsonl
+from typer.testing import CliRunner
+
+from thinwire.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/tutorial.md", "docs/howto/choosing.md", "docs/howto/numbers.md", "docs/howto/adding.md"]
+SHORT = ["rounds=1", "threads=1", "method.batch_size=1", "data.max_length=64", "eval.rows=2", "eval.max_new_tokens=2"]
+SLOW = ("compare", "fit-codec", "server", "client", "local-federation", "chat")  # checked by their own tests
+NEEDS = {"docs/howto/choosing.md": "docs/tutorial.md", "docs/howto/numbers.md": "docs/tutorial.md"}
+NEEDS["docs/howto/adding.md"] = "docs/tutorial.md"  # whose files they go on with
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: what the comment before it says, its language, its text."""
+
+    note: str
+    language: str
+    text: str
+
+
+def blocks(page: str) -> Iterator[Block]:
+    """The fenced blocks of a page, in order."""
+    found = re.finditer(
+        r"(?:<!-- (.*?) -->\n)?^```([^\n]*)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+    )
+    for block in found:
+        yield Block(block[1] or "", block[2].strip(), block[3])
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page that are typed in a shell, but for those that are not to be run; ends of lines joined."""
+    lines: list[str] = []
+    for block in blocks(page):
+        if block.language in ("", "sh", "bash", "console") and not block.note.startswith("not run"):
+            text = block.text.replace("\\\n", " ")
+            lines += [line for line in text.splitlines() if re.match(r"(thinwire|make|python) [\w./-]+", line)]
+    return lines
+
+
+def write_files(page: str, place: Path) -> None:
+    """The files that a page shows."""
+    for block in blocks(page):
+        if block.note.startswith("file: "):
+            file = place / block.note.removeprefix("file: ")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text)
+        elif block.language == "toml" and (named := re.search(r'^name = "([\w-]+)"', block.text, re.MULTILINE)):
+            (place / f"{named[1]}.toml").write_text(block.text)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("docs") / "model")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_runs(page: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if page == "README.md":
+        (tmp_path / "silos").mkdir()
+        for name in ("a", "b", "c", "d"):
+            write_jsonl(tmp_path / "silos" / f"{name}.jsonl", tiny_rows(12))
+    write_jsonl(tmp_path / "rows.jsonl", tiny_rows(4))
+    (tmp_path / "some" / "huggingface").mkdir(parents=True)
+    (tmp_path / "some" / "huggingface" / "folder").symlink_to(model)
+    for source in filter(None, (NEEDS.get(page), page)):
+        write_files(source, tmp_path)
+    ran = 0
+    for line in commands(page):
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), line
+        elif words[1] in SLOW:
+            assert not words[2].startswith("recipes/") or (ROOT / words[2]).is_file(), line
+        else:
+            if words[1] == "report":
+                pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
+            done = CliRunner().invoke(app, short(words[1:], model))
+            assert done.exit_code == 0, f"{line}\n{done.output}"
+            ran += 1
+    assert ran or page == "docs/howto/choosing.md"
+
+
+def short(words: list[str], model: Path) -> list[str]:
+    """The command with fields that make it short."""
+    if words[0] not in ("run", "estimate"):
+        return words
+    extra = [f"model.path={model}", *SHORT]
+    if "method.path=counting:Counting" in words:
+        extra = [field for field in extra if not field.startswith("method.")]
+    else:
+        extra.append("method.steps=1")
+    return [*words, *extra]
+
+
+def test_pages_that_are_listed_are_there_and_their_commands_known() -> None:
+    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    for page in [*PAGES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]:
+        for line in commands(page):
+            words = shlex.split(line, comments=True)
+            if words[0] == "thinwire" and not words[1].startswith("-"):
+                assert words[1] in known | {"eval"}, f"{page}: {line}"
