@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import refused, thinwire
-from tiny import tiny_folder
+from tiny import tiny_encoder, tiny_folder
 
 from thinwire.commands import data as command
 
@@ -161,3 +161,29 @@ def test_the_run_says_at_its_start_what_it_cuts(place: Path, tmp_path: Path) -> 
     lines = result.out.splitlines()
     assert " of 20 rows cut to 30 tokens (" in lines[3]
     assert lines[4].startswith("  at the start, heldout: ")
+
+
+@pytest.mark.parametrize(
+    "method", [("fedavg",), ("fedkseed", "method.seeds=8"), ("fedkseed", "method.law=lowrank", "method.seeds=8")]
+)
+def test_runs_train_on_packed_rows(place: Path, tmp_path: Path, method: tuple[str, ...]) -> None:
+    name, *fields = method
+    changes = (f"method.name={name}", *fields, "method.steps=2", "method.batch_size=2", "rounds=1", "eval.rows=2")
+    result = thinwire(
+        "run", place / "run.toml", *changes, "data.pack=true", "data.max_length=128", "--out", tmp_path / "run"
+    )
+    assert (result.code, result.err) == (0, "")
+    (record,) = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert [client["examples"] for client in record["clients"]] == [12, 12]  # rows, however they are packed
+    assert all(client["loss"] > 0 for client in record["clients"])
+
+
+def test_a_classifier_is_shown_its_classes(place: Path, tmp_path: Path) -> None:
+    encoder = f"model.path={tiny_encoder(tmp_path / 'encoder')}"
+    out = shown(place / "run.toml", encoder, "data.heldout=2", "data.max_length=12")
+    assert "label skew (team): " in out
+    assert " of 20 rows cut to 12 tokens (" in out
+    example = out[out.index("\nexample 1, ") :]
+    assert f"{place / 'tickets.csv'}:" in example.splitlines()[1]
+    assert "; the answer is scored against it, payroll\n" in example
+    assert example.split("\n\n")[0].splitlines()[-1] in ("  > it", "  > payroll")

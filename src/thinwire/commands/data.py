@@ -45,16 +45,20 @@ def data(
             picture.check(plot)
         settings = config.load(file, overrides or [])
         rows = build.rows_of(settings.data, Key.root(settings.seed))
+        settings = build.settled(settings, rows)
         plain = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None})})
         net = build.net_of(plain, hollow=True)  # the tokenizer and the config are all that is needed
         clients = build.clients_data(settings, rows, net.tokenizer)
-        splits = {name: build.dataset(settings.data, held, net.tokenizer) for name, held in rows.splits.items()}
+        classes = build.classes_of(settings)
+        splits = {
+            name: build.dataset(settings.data, held, net.tokenizer, classes) for name, held in rows.splits.items()
+        }
         for each in (*clients, *splits.values()):
             build.check_context(build.context_of(net), settings.model.path, each.examples)
         if settings.data.choices is not None:
             build.check_answers(settings.data, rows)
 
-        column, labels = _labels(settings, rows)
+        column, labels = _labels(settings, rows, classes is not None)
         held_out = [describe(name, each, labels.get(name, ())) for name, each in splits.items()]
         held = [describe(n, d, labels.get(n, ())) for n, d in zip(rows.clients, clients, strict=True)]
         found = {
@@ -78,7 +82,7 @@ def data(
             typer.echo(f"the picture is in {plot}")
 
 
-def _labels(run: Run, rows: Rows) -> tuple[str | None, dict[str, list[str]]]:
+def _labels(run: Run, rows: Rows, classifies: bool) -> tuple[str | None, dict[str, list[str]]]:
     """What the labels are called, and each client's and split's; None where the rows have none.
 
     The closed set of answers; else the column that the partition goes by; else the answers, where they are few.
@@ -87,7 +91,7 @@ def _labels(run: Run, rows: Rows) -> tuple[str | None, dict[str, list[str]]]:
     from thinwire.data import templates
     from thinwire.data.errors import DataError
 
-    template, everyone = build.template_of(run.data), {**rows.clients, **rows.splits}
+    template, everyone = build.template_of(run.data, classifies), {**rows.clients, **rows.splits}
     by = run.data.column
     if run.data.choices is None and run.data.partition in ("dirichlet", "task"):
         return by, {name: [row.text(by) for row in held] for name, held in everyone.items()}
@@ -121,7 +125,9 @@ def _examples(names: list[str], clients: list[Dataset], tokenizer: Any) -> list[
                     "tokens": len(example),
                     "trained_tokens": len(example.answer),
                     "masked": tokenizer.decode(example.prompt, clean_up_tokenization_spaces=False),
-                    "trained": tokenizer.decode(example.answer, clean_up_tokenization_spaces=False),
+                    # a classifier's answer has no tokens: it is a class
+                    "trained": tokenizer.decode(example.answer, clean_up_tokenization_spaces=False)
+                    or example.references[0],
                     "choices": list(clients[client].choices),
                 }
             )

@@ -37,7 +37,7 @@ alpha = 16.0
 # A row that is longer loses the end of its answer. "cut" cuts prompts too, at their beginning; "drop" leaves rows out.
 too_long = "answer"
 heldout = 0.1                      # the share of each client's rows that is scored, not trained on; or a file
-# pack = true                      # short examples share a row, which is faster where lengths differ much
+# pack = true                      # short examples share a row of max_length tokens: a step sees more of them
 
 [method]                           # thinwire methods lists them all, with their fields
 name = "fedavg"                    # what is trained travels whole: a few MB a client and round with [model.lora]

@@ -9,7 +9,7 @@ from thinwire.data import templates
 from thinwire.data.batch import Dataset, Example
 from thinwire.data.errors import DataError, NoRowsLeft
 from thinwire.data.load import Row
-from thinwire.data.templates import Chat, Template
+from thinwire.data.templates import AnyTemplate, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ WHOLE = Template("{input}", "{output}")
 """What a classifier is shown where the run says nothing else: the column `input`, whose class is in `output`."""
 
 
-def classes_of(rows: Iterable[Row], template: Template | Chat = WHOLE) -> tuple[str, ...]:
+def classes_of(rows: Iterable[Row], template: AnyTemplate = WHOLE) -> tuple[str, ...]:
     """The classes that the rows name: numbers in order, else by the alphabet. DataError: fewer than two."""
     found = {templates.answer_value(row, template).strip(): row for row in rows}
     if len(found) < 2:
@@ -31,7 +31,7 @@ def classes_of(rows: Iterable[Row], template: Template | Chat = WHOLE) -> tuple[
 
 def classify(
     rows: Sequence[Row],
-    template: Template | Chat,
+    template: AnyTemplate,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -40,12 +40,12 @@ def classify(
 ) -> Dataset:
     """The rows as texts of at most `max_length` tokens, the tokenizer's special ones included, and their classes.
 
-    Too long a text loses its end, or with `drop` is left out. DataError for no rows, for rows that the template
-    refuses, and for a class that is not among `classes`.
+    Too long a text loses its end, or with `drop` is left out; the data set counts both. DataError for no rows, for rows
+    that the template refuses, and for a class that is not among `classes`.
     """
     if not rows:
         raise DataError("there are no rows")
-    examples = []
+    examples, cut = [], 0
     for row in rows:
         text = templates.render(row, template, tokenizer)
         name = templates.answer_value(row, template).strip()
@@ -55,12 +55,15 @@ def classify(
         if len(tokens) > max_length:
             if drop:
                 continue
+            cut += 1
             tokens = tuple(tokenizer(text.prompt, truncation=True, max_length=max_length)["input_ids"])
         if not tokens:
             raise row.error("the text has no tokens")
         choice = list(classes).index(name)
-        examples.append(Example(tokens, (), choice, references=(name,), text=text.prompt))
+        place = f"{row.source}:{row.line}"
+        examples.append(Example(tokens, (), choice, references=(name,), text=text.prompt, place=place))
     if not examples:
         raise NoRowsLeft(f"{rows[0].source}: none of {len(rows)} rows fits into {max_length} tokens")
     # a class is a candidate of no tokens
-    return Dataset(tuple(examples), tokenizer.pad_token_id or 0, ((),) * len(classes), tuple(classes))
+    none, dropped = ((),) * len(classes), len(rows) - len(examples)
+    return Dataset(tuple(examples), tokenizer.pad_token_id or 0, none, tuple(classes), cut=cut, dropped=dropped)
