@@ -29,6 +29,7 @@ from thinwire.model.flat import Net
 from thinwire.model.load import resolve
 from thinwire.model.task import labels_of, task_of
 from thinwire.runtime.loop import Job, Watch
+from thinwire.train.parallel import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,7 +184,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         model.path,
         model.dtype,
         remember=remember,
-        device=model.device,
+        device=device_of(model.device),
         adapt=adapt,
         hollow=hollow,
         classes=classes_of(run),
