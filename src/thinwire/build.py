@@ -211,6 +211,8 @@ def splits_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[str, Any]]]:
     """A function that scores the weights in the net: one record a split, with the answers to a few rows."""
+    for split in splits:
+        _check_fits(net, split.data, f"the split {split.name}")
 
     def score() -> list[dict[str, Any]]:
         records = []
@@ -234,12 +236,15 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     """The run, ready to go; raises DataError."""
     from thinwire.card import card
 
+    clients = [client_data(run, held, net.tokenizer) for held in rows.clients.values()]
+    for name, data in zip(rows.clients, clients, strict=True):
+        _check_fits(net, data, f"the client {name!r}" if name else "the clients")
     same = run.model_copy(update={"environment": {}, "threads": None})  # what does not make it another run
     identity = hashlib.sha256(same.to_toml().encode()).digest()
     return Job(
         method=run.method,
         net=net,
-        clients=[client_data(run, held, net.tokenizer) for held in rows.clients.values()],
+        clients=clients,
         names=list(rows.clients),
         folder=folder,
         run=int.from_bytes(identity[:4], "little"),
@@ -254,6 +259,17 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         watch=watch,
         card=lambda summary: card(run, rows, summary, classes_of(run)),
     )
+
+
+def _check_fits(net: Net, data: Dataset, whose: str) -> None:
+    """ConfigError where a row is longer than the model's context."""
+    answer = max(map(len, data.candidates or ()), default=0)
+    longest = max((len(e.prompt) + max(len(e.answer), answer) for e in data.examples), default=0)
+    if net.positions is not None and longest > net.positions:
+        raise ConfigError(
+            f"data.max_length: a row of {whose} has {longest} tokens, and the model's context {net.positions}: "
+            f"set data.max_length={net.positions}"
+        )
 
 
 def _read(path: str) -> list[Row]:
