@@ -19,7 +19,7 @@ from thinwire.data.errors import DataError
 from thinwire.data.load import Row, kind
 from thinwire.keys import Key
 from thinwire.methods import FedKSeed
-from thinwire.model.load import DTYPES, whole_folder
+from thinwire.model.load import DTYPES, quiet, whole_folder
 from thinwire.runtime import memory
 from thinwire.runtime.cohort import All, Segment
 from thinwire.runtime.loop import Record, Watch, read_records, train
@@ -195,8 +195,9 @@ def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
         raise ConfigError(f"model: is a {type(model).__name__}; give a transformers model, a folder or a name")
     if tokenizer is None:
         raise ConfigError("tokenizer: missing; a live model comes with its own")
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    with quiet():
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
     return str(place)
 
 

@@ -30,6 +30,7 @@ from thinwire.model.load import resolve
 from thinwire.model.task import labels_of, task_of
 from thinwire.runtime.loop import Job, Watch
 from thinwire.train.objective import keeps_apart
+from thinwire.train.parallel import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,12 +210,6 @@ def check_context(context: int | None, model: str, examples: Iterable[Example]) 
             )
 
 
-def context_of(net: Net) -> int | None:
-    """The most tokens that the model can read, None where its config does not say."""
-    found = getattr(net.model.config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def public_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
     """The rows that the server holds, if the run names any; raises DataError."""
     return None if run.data.public is None else client_data(run, _read(run.data.public), tokenizer)
@@ -237,7 +232,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         model.path,
         model.dtype,
         remember=remember,
-        device=model.device,
+        device=device_of(model.device),
         adapt=adapt,
         hollow=hollow,
         classes=classes_of(run),
@@ -278,7 +273,7 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
     model's context.
     """
     for split in splits:
-        check_context(context_of(net), run.model.path, split.data.examples)
+        check_context(net.positions, run.model.path, split.data.examples)
     prompts = prompts_of(run, net.tokenizer)
 
     def score() -> list[dict[str, Any]]:
@@ -315,7 +310,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     from thinwire.card import card
 
     clients = clients_data(run, rows, net.tokenizer)
-    check_context(context_of(net), run.model.path, (e for data in clients for e in data.examples))
+    check_context(net.positions, run.model.path, (e for data in clients for e in data.examples))
     score = scorer(run, net, splits_of(run, rows, net.tokenizer))
     if run.data.choices is not None and rows.clients:  # a server of a federation has nobody's rows
         check_answers(run.data, rows)

@@ -66,15 +66,20 @@ def run(
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
         from thinwire.trackers import Trackers, check, trackers_of
+        from thinwire.train import parallel
 
         settings = config.load(file, overrides or [])
         check(settings)
         folder = out if out is not None else Path("runs") / settings.name
+        rank = parallel.join()
         _claim(folder, settings, resume)
         if (folder / "summary.json").exists():
             typer.echo(f"{folder}: this run is complete")
             print_summary(folder)
             return
+        if rank:
+            folder = parallel.shadow(folder)
+        parallel.wait()
         build.use_threads(settings)
         rows = build.rows_of(settings.data, _key(settings))
         whole = build.settled(settings, rows)

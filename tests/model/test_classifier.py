@@ -17,6 +17,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
 )
 
@@ -229,6 +231,51 @@ def test_a_causal_model_becomes_a_classifier_where_the_run_says_so(place: Path, 
     run, rows, net = opened(run_of(place, model={"path": str(tmp_path / "llama"), "task": "classification"}))
     assert isinstance(net.model, LlamaForSequenceClassification)
     assert evaluate(net, build.splits_of(run, rows, net.tokenizer)[0]).accuracy is not None
+
+
+def test_a_context_shorter_than_a_row_is_one_line(place: Path, tmp_path: Path) -> None:
+    tiny_encoder(tmp_path / "short", max_position_embeddings=16)
+    run, rows, net = opened(run_of(place, model={"path": str(tmp_path / "short")}))
+    with pytest.raises(DataError, match=r"has \d\d tokens, and the context of .* is 16; set data.max_length to 16"):
+        build.job(run, rows, net, tmp_path, 0, Watch())
+    run = run.model_copy(update={"data": run.data.model_copy(update={"max_length": 16})})
+    evaluate(net, build.splits_of(run, rows, net.tokenizer)[0])
+    RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=259,
+            hidden_size=8,
+            num_attention_heads=1,
+            num_hidden_layers=1,
+            intermediate_size=8,
+            max_position_embeddings=20,
+            pad_token_id=1,
+        )
+    ).save_pretrained(tmp_path / "roberta")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    roberta = Net.open(str(tmp_path / "roberta"), classes=("a", "b"))
+    assert roberta.positions == 18
+    with torch.no_grad():
+        roberta.model(input_ids=torch.full((1, 18), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            roberta.model(input_ids=torch.full((1, 19), 5))
+
+
+def test_a_tokenizer_without_padding_is_handled(place: Path, tmp_path: Path) -> None:
+    """A text's end is then padded with the end token, and no score changes."""
+    tiny_folder(tmp_path / "llama")
+    bare = tiny_tokenizer()
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path / "llama")
+    found = []
+    for task in ("causal", "classification"):
+        data = {"prompt": "{input}", "answer": "{output}", "choices": list(CHOICES)}
+        run, rows, net = opened(run_of(place, model={"path": str(tmp_path / "llama"), "task": task}, data=data))
+        split = build.splits_of(run, rows, net.tokenizer)[0]
+        found += [evaluate(net, split, batch_size=size).loss for size in (1, 8)]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert found[2] == pytest.approx(found[3], abs=1e-5)
 
 
 def test_bad_classes_are_one_line(place: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def data(
             name: build.dataset(settings.data, held, net.tokenizer, classes) for name, held in rows.splits.items()
         }
         for each in (*clients, *splits.values()):
-            build.check_context(build.context_of(net), settings.model.path, each.examples)
+            build.check_context(net.positions, settings.model.path, each.examples)
         if settings.data.choices is not None:
             build.check_answers(settings.data, rows)
 

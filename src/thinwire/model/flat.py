@@ -201,6 +201,15 @@ class Net:
         """The dtype of the first trainable parameter; a model may keep a few in another."""
         return next(iter(self._parameters.values())).dtype
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a row may have; None where the model's config sets no end."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        embeddings = getattr(self.model.base_model, "embeddings", None)
+        counted = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+        # RoBERTa and its kin count positions from the one after the padding's
+        return found if not isinstance(found, int) or counted is None else found - counted - 1
+
     def parameter(self, name: str) -> nn.Parameter:
         """The trainable parameter of that name; KeyError if there is none."""
         return self._parameters[name]

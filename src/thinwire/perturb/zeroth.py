@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from thinwire.data.batch import Batch
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe
+from thinwire.train import parallel
 
 LARGEST = 6e4  # a directional derivative beyond this is no measurement of a loss; float16 still holds it
 
@@ -35,10 +37,14 @@ def walk(
     was skipped since a loss was not finite or a scalar beyond LARGEST; and the mean loss of the steps taken, NaN
     without any. last=False leaves the last move out, for whom only the scalars matter.
     """
+    rank, size = parallel.ranks()  # each process asks about its share of a step's directions
     scalars, losses = np.full(picks.shape, np.nan, np.float32), []
     with Probe(net, directions, together) as probe:
         for step, batch in enumerate(islice(batches, len(picks))):
-            pairs = np.array(probe.losses(batch, picks[step].tolist(), eps))
+            pairs = np.zeros((picks.shape[1], 2))
+            if len(mine := picks[step, rank::size]):
+                pairs[rank::size] = probe.losses(batch, mine.tolist(), eps)
+            pairs = parallel.summed(torch.from_numpy(pairs)).numpy()
             with np.errstate(invalid="ignore"):
                 found = ((pairs[:, 0] - pairs[:, 1]) / (2 * eps)).astype(np.float32)
             if not (np.abs(found) <= LARGEST).all():

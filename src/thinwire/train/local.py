@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from thinwire.data.batch import Batch
+from thinwire.train import parallel
 from thinwire.train.objective import loss as batch_loss
 
 Optimiser = Literal["adamw", "sgd"]
@@ -36,6 +37,7 @@ def train_locally(
 
     The optimiser is fresh. A step whose loss or gradient is not finite is skipped and counted. bf16 and fp16 weights
     are trained through a float32 copy, and rounded once a step. `clip` bounds the gradient's norm, 0: nothing does.
+    Of several processes (train.parallel) each takes a share of every batch.
     An empty list for `masters` then holds those copies as the last step left them, one a parameter, in order.
     `recompute`: what is within a transformer layer is computed again on the way back, and not kept.
     """
@@ -48,14 +50,17 @@ def train_locally(
     total, taken = 0.0, 0
     with _recomputing(model) if recompute else contextlib.nullcontext():
         for batch in islice(batches, steps):
-            loss = batch_loss(model, batch)
-            if not math.isfinite(value := loss.item()):
+            mine, share = parallel.part(batch)
+            loss = torch.zeros(()) if mine is None else share * batch_loss(model, mine)
+            if not math.isfinite(value := parallel.summed(loss.detach().clone()).item()):
                 continue
-            loss.backward()
+            if mine is not None:
+                loss.backward()
             for parameter, master in zip(parameters, masters, strict=True):
                 if parameter is not master:
                     master.grad = None if parameter.grad is None else parameter.grad.float()
                     parameter.grad = None
+            parallel.sum_gradients(masters)
             norm = torch.nn.utils.clip_grad_norm_(masters, clip or math.inf)
             if torch.isfinite(norm):
                 rule.step()

@@ -1,0 +1,123 @@
+"""A client of several processes: each computes its part of a step, and all end the step with the same weights.
+
+All processes of a launch (`accelerate launch` or `torchrun`, WORLD_SIZE in the environment) run the same program on the
+same run file. What is drawn comes from keys, so they agree on everything but the work within a step, of which each does
+a share: of a first-order step the examples of the batch, of a zeroth-order step the directions that it asks about.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thinwire.data.batch import IGNORE, Batch
+
+
+def join() -> int:
+    """Join the processes of this launch, if there are any; this one's rank, 0 where it is alone or the first.
+
+    gloo between CPUs, NCCL between GPUs. Processes beyond the first say nothing on the standard output.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())
+    rank, _ = ranks()
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+    return rank
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank, and how many processes there are."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def shadow(folder: Path) -> Path:
+    """A folder that another process than the first writes to: what the run has left so far, gone with the process."""
+    place = Path(tempfile.mkdtemp(prefix="thinwire-rank-"))
+    if (folder / "state").is_dir():
+        shutil.copytree(folder, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model", "spool"))
+    weakref.finalize(ranks, shutil.rmtree, place, ignore_errors=True)
+    return place
+
+
+def wait() -> None:
+    """Wait for the other processes."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def device_of(device: str) -> str:
+    """The device of this process: of several on a machine with GPUs, each has its own."""
+    if ranks()[1] > 1 and device == "cuda":
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+    return device
+
+
+def part(batch: Batch) -> tuple[Batch | None, float]:
+    """This process's examples of a batch, None without any, and the share that their loss has in the batch's."""
+    rank, size = ranks()
+    if size == 1:
+        return batch, 1.0
+    low, high = (batch.examples * r // size for r in (rank, rank + 1))
+    if low == high:
+        return None, 0.0
+    each = len(batch.input_ids) // batch.examples
+    rows = slice(low * each, high * each)
+    mine = replace(
+        batch,
+        input_ids=batch.input_ids[rows],
+        attention_mask=batch.attention_mask[rows],
+        position_ids=batch.position_ids[rows],
+        labels=batch.labels[rows],
+        examples=high - low,
+        choice=None if batch.choice is None else batch.choice[low:high],
+    )
+    if batch.choice is not None:
+        return mine, (high - low) / batch.examples
+    whole = _counted(batch)
+    return mine, float(whole[rows].sum() / whole.sum().clamp(min=1))
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of all processes' tensors, in place where the backend can."""
+    if ranks()[1] == 1:
+        return tensor
+    if dist.get_backend() == "nccl" and not tensor.is_cuda:
+        there = tensor.to(device_of("cuda"))
+        dist.all_reduce(there)
+        return tensor.copy_(there)
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters: list[Tensor]) -> None:
+    """Each gradient := its sum over the processes; None where none of them has one."""
+    if ranks()[1] == 1:
+        return
+    held = summed(torch.tensor([float(p.grad is not None) for p in parameters]))
+    for parameter, count in zip(parameters, held.tolist(), strict=True):
+        if count:
+            parameter.grad = summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+
+
+def _counted(batch: Batch) -> Tensor:
+    """How many tokens of each row count in the loss, as train.objective has it: float64 [rows]."""
+    length = batch.input_ids.shape[1]
+    width = min(batch.labels.shape[1], length - 1)
+    labels = batch.labels[:, batch.labels.shape[1] - width :]
+    preceded = batch.attention_mask[:, length - 1 - width : length - 1].bool()
+    return ((labels != IGNORE) & preceded).sum(1).double()

@@ -1,0 +1,124 @@
+"""A client of two processes ends where one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import CHOICES, tiny_folder, tiny_model, tiny_rows, tiny_tokenizer, write_jsonl
+
+from thinwire.data.batch import Dataset
+from thinwire.data.templates import Template
+from thinwire.data.tokenise import tokenise
+from thinwire.keys import Key
+from thinwire.train import parallel
+from thinwire.train.objective import loss
+
+PROMPT = Template("{input}: it was", " {output}")
+# Each in its own launch would take its imports anew, so one launch runs all of these.
+RUNS = {
+    "fedavg": ["method.name=fedavg", "method.lr=1e-2", "method.steps=3", "method.batch_size=5"],
+    "open": ["method.name=fedavg", "method.lr=1e-2", "method.steps=3", "method.batch_size=3", "data.loss=answer"],
+    "fedkseed": ["method.name=fedkseed", "method.lr=1e-3", "method.queries=3", "method.steps=3", "method.seeds=32"],
+    "fedzo": ["method.name=fedzo", "method.lr=1e-3", "method.queries=2", "method.steps=2"],
+}
+EXACT = {"fedkseed", "fedzo"}
+LAUNCHED = """
+import sys
+from thinwire.cli import app
+for args in [line.split("\\t") for line in sys.argv[1].splitlines()]:
+    app(args, standalone_mode=False)
+"""
+
+
+def data(choices: tuple[str, ...] | None) -> Dataset:
+    return tokenise(tiny_rows(9, closed=True), PROMPT, tiny_tokenizer(), max_length=64, choices=choices)
+
+
+@pytest.mark.parametrize("choices", [None, CHOICES])
+@pytest.mark.parametrize("size", [1, 2, 4, 12])
+def test_the_parts_of_a_batch_make_up_its_loss(
+    choices: tuple[str, ...] | None, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny_model(), next(data(choices).batches(Key.root(0), 9))
+    total, examples = 0.0, 0
+    for rank in range(size):
+        monkeypatch.setattr(parallel, "ranks", lambda rank=rank: (rank, size))
+        mine, share = parallel.part(batch)
+        if mine is not None:
+            total, examples = total + share * loss(model, mine).item(), examples + mine.examples
+    assert examples == 9
+    assert total == pytest.approx(loss(model, batch).item(), abs=1e-5)
+    nothing = replace(batch, labels=torch.full_like(batch.labels, -100), choice=None)
+    assert parallel.part(nothing)[1] in (0.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with each run by one process, in `one`, and by two, in `two`."""
+    place = tmp_path_factory.mktemp("parallel")
+    tiny_folder(place / "model")
+    write_jsonl(place / "rows.jsonl", tiny_rows(24, closed=True))
+    (place / "run.toml").write_text(
+        f'rounds = 2\n[model]\npath = "{place}/model"\n[data]\npath = "{place}/rows.jsonl"\nclients = 2\nheldout = 4\n'
+        'prompt = "{input}: it was"\nanswer = " {output}"\nchoices = ["great", "terrible"]\n'
+        '[method]\nname = "fedavg"\n[eval]\nrows = 4\n'
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for side, size in (("one", 1), ("two", 2)):
+        lines = [["run", f"{place}/run.toml", *more, "--out", f"{place}/{side}/{name}"] for name, more in RUNS.items()]
+        for rank in range(size):
+            world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+            env = dict(os.environ) | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            command = [sys.executable, "-c", LAUNCHED, "\n".join("\t".join(line) for line in lines)]
+            started.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+    for process in started:
+        out, err = process.communicate(timeout=900)
+        assert process.returncode == 0, err
+        assert (process is started[2]) == (out == "")  # the second process says nothing
+    return place
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_two_processes_end_where_one_does(name: str, ends: Path) -> None:
+    one, two = (json.loads((ends / side / name / "summary.json").read_text()) for side in ("one", "two"))
+    assert one["final"][0]["loss"] != one["first"][0]["loss"]
+    if name in EXACT:  # each direction is asked about by one process alone, as it would be anyway
+        assert one["sha256"] == two["sha256"]
+        assert (one["bytes_up"], one["bytes_down"]) == (two["bytes_up"], two["bytes_down"])
+    mine, theirs = (load_file(ends / side / name / "model" / "model.safetensors") for side in ("one", "two"))
+    assert set(mine) == set(theirs)
+    for tensor, weights in mine.items():  # sums of gradients are rounded otherwise
+        torch.testing.assert_close(theirs[tensor], weights, atol=2e-4, rtol=1e-3)
+
+
+def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert parallel.join() == 0
+    assert parallel.ranks() == (0, 1)
+    assert parallel.device_of("cuda") == "cuda"
+    monkeypatch.setattr(parallel, "ranks", lambda: (1, 2))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (parallel.device_of("cuda"), parallel.device_of("cpu")) == ("cuda:1", "cpu")
+
+
+def test_another_process_writes_beside_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "state").mkdir(parents=True)
+    (tmp_path / "run" / "rounds.jsonl").write_text("{}\n")
+    place = parallel.shadow(tmp_path / "run")
+    assert (place / "rounds.jsonl").read_text() == "{}\n"
+    assert place != tmp_path / "run"
+    assert not list(parallel.shadow(tmp_path / "none").iterdir())
