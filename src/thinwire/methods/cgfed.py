@@ -132,7 +132,7 @@ class OnFactors(FirstOrder):
         loss, skipped = self.train(client, lr)
         told = {name: p.detach().float() for name, p in client.net.parameters()}
         if self.encode == "increment":
-            told = {name: tensor - weights[name].float() for name, tensor in told.items()}
+            told = {name: tensor - weights[name].to(tensor) for name, tensor in told.items()}
         return {name: tensor.cpu() for name, tensor in told.items()}, loss, skipped
 
     def _gradient(self, client: Client, lr: float) -> tuple[dict[str, Tensor], float, int]:
@@ -288,9 +288,13 @@ class CGFed(OnFactors):
         if not bool(torch.isfinite(wanted).all()):
             raise Illegal("the update is not finite")
         key = client.key.fold("code").word()
-        data, decoded = self._coded(code, wanted, key, client)
-        cosine = alike(wanted, decoded)
-        if spare := not cosine >= self.gate:
+        try:
+            data, decoded = self._coded(code, wanted, key, client)
+            cosine = alike(wanted, decoded)
+            spare = cosine < self.gate
+        except ValueError:  # beyond what the codec was trained on, so that the server would drop it
+            cosine, spare = 0.0, True
+        if spare:
             code = code_of("eden", self.ratio, image, contract=self.feedback)
             data = code.encode(wanted, key)
             decoded = code.decode(data, wanted.shape, key)
@@ -310,15 +314,15 @@ class CGFed(OnFactors):
         image = self._image(server.net)
         cosines: list[float] = []
         pairs: list[float] = []
-        spared = 0
+        fallbacks = 0
 
         def told() -> Iterator[tuple[int, Trained]]:
-            nonlocal spared
+            nonlocal fallbacks
             before: Tensor | None = None
             for id, up in replies:
                 decoded = self._decoded(state, up, image)
                 cosines.append(up.cosine)
-                spared += up.spare
+                fallbacks += up.spare
                 if before is not None:
                     pairs.append(alike(before, decoded))
                 before = decoded
@@ -329,7 +333,7 @@ class CGFed(OnFactors):
             return state, {}
         if self.average == "sum":
             mean = {name: tensor * len(cosines) for name, tensor in mean.items()}
-        metrics |= {"cosine": sum(cosines) / len(cosines), "spared": spared}
+        metrics |= {"cosine": sum(cosines) / len(cosines), "fallbacks": fallbacks}
         if pairs:  # near 1 where the decoder gives the same whatever it is given
             metrics["alike"] = sum(pairs) / len(pairs)
         weights = moved(state.weights, mean, self.encode)
