@@ -131,11 +131,22 @@ def test_below_the_gate_eden_travels_at_the_same_bytes(net: Net, tmp_path: Path)
     at = shut.step()
     eden = Federation(CGFed(**LOCAL, codec="eden", gate=0), net, tmp_path / "eden")
     other = eden.step()
-    assert shut.metrics["spared"] == 3
-    assert eden.metrics["spared"] == 0
+    assert shut.metrics["fallbacks"] == 3
+    assert eden.metrics["fallbacks"] == 0
     assert torch.equal(factors(shut), factors(eden))
     assert at.visits[0].bytes_up == other.visits[0].bytes_up
     assert shut.metrics["cosine"] < 0.6
+
+
+def test_an_update_beyond_what_the_codec_was_trained_on_goes_by_eden(net: Net, file: Path, tmp_path: Path) -> None:
+    made = artefact.read(file)
+    artefact.write(
+        tmp_path / "far", Artefact(made.kind, made.fingerprint, {**made.tensors, "range": torch.tensor([1e6, 1e7])})
+    )
+    federation = Federation(CGFed(**LOCAL, codec="learned", artefact=str(tmp_path / "far"), gate=0), net, tmp_path)
+    at = federation.step()
+    assert federation.metrics["fallbacks"] == 3
+    assert all(visit.error is None for visit in at.visits.values())
 
 
 @pytest.mark.parametrize("codec", ["eden", "powersgd", "sign"])

@@ -73,7 +73,7 @@ def _fit(
 
     from thinwire import build
     from thinwire.compress import artefact, autoencoder, components
-    from thinwire.compress.catalogue import code_of
+    from thinwire.compress.catalogue import code_of, side_of
     from thinwire.compress.fidelity import cosine, fidelity
     from thinwire.config import ConfigError
     from thinwire.keys import Key
@@ -86,7 +86,7 @@ def _fit(
             "rounds, data.clients: a codec needs two rounds and three clients, some of them to judge it on"
         )
     net = build.net_of(settings, remember=True)
-    image = method._image(net)
+    image = method.image(net, side_of(method.codec))
     with tempfile.TemporaryDirectory() as scratch:
         shared = {name: getattr(method, name) for name in OnFactors.model_fields if name != "name"}
         tgap = Tgap(**shared, federated=not local)

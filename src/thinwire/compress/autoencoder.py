@@ -134,7 +134,7 @@ class Latents:
         check_key(key)
         flatten(x)
         latent = self._model.encoder((x * self.tables["scale"])[None, None])
-        return latent.numpy().astype("<f4").tobytes()
+        return bytes(latent.numpy().astype("<f4").tobytes())
 
     @torch.no_grad()
     def decode(self, data: bytes | memoryview, shape: Sequence[int], key: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from thinwire.compress.autoencoder import Latents
 from thinwire.compress.codes import elements, flatten
 from thinwire.compress.components import Components
-from thinwire.compress.image import Image
+from thinwire.compress.image import SIDE, Image
 from thinwire.compress.lowrank import LowRank
 from thinwire.compress.qsgd import Qsgd, Signs
 from thinwire.compress.rotate import Eden
@@ -71,6 +71,11 @@ class Shrunk:
     def decode(self, data: bytes | memoryview, shape: Sequence[int], key: int) -> Tensor:
         """See Eden."""
         return self.eden.decode(data, shape, key) / (1 + ERRORS[self.eden.bits])
+
+
+def side_of(name: Name) -> int:
+    """What both sides of an image must be a multiple of for this codec."""
+    return SIDE if name == "resnet" else 1
 
 
 def code_of(

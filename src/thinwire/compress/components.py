@@ -212,9 +212,9 @@ class Components:
         for a, bits in enumerate(AXIS):
             last = ranks if a == len(AXIS) - 1 else a + 1
             each = [r for (r, _), n in zip(self._shapes, used, strict=True) for _ in range(a, min(int(n), last))]
-            codes, start, split = take(sum(each), bits), 0, []
+            numbers, start, split = take(sum(each), bits), 0, []
             for rank in each:
-                split.append(codes[start : start + rank])
+                split.append(numbers[start : start + rank])
                 start += rank
             axes.append(iter(split))
         slots = [(b, j) for b in range(count) for j in range(int(used[b]))]
@@ -340,9 +340,9 @@ def fit(
         for rate, (k, width) in enumerate(RATES[1:], 1):
             near = math.sqrt(1 - 4.0 ** (-k / width))
             book = (draw.standard_normal((STATES, width)) * near).astype(np.float32)
-            book = trellis.fit(learn, book, k, rounds).astype(np.float16)
-            distortion[kind, rate] = min(_left(check, book, k), distortion[kind, rate - 1])
-            tables[f"book.{kind}.{rate}"] = torch.from_numpy(book)
+            half = trellis.fit(learn, book, k, rounds).astype(np.float16)
+            distortion[kind, rate] = min(_left(check, half, k), distortion[kind, rate - 1])
+            tables[f"book.{kind}.{rate}"] = torch.from_numpy(half)
     return _finished(tables, distortion, min(scales), max(scales))
 
 

@@ -68,8 +68,8 @@ class Image:
         return self.height * self.width
 
     def stack(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """The factors as one image, float32 [height, width]."""
-        blocks = [_block(factors[name].detach().float(), shape) for name, shape in self.shapes.items()]
+        """The factors as one image, float32 [height, width] on the CPU."""
+        blocks = [_block(factors[name].detach().float().cpu(), shape) for name, shape in self.shapes.items()]
         if self.upright:
             return torch.cat([block.T for block in blocks], dim=1)
         return torch.cat([block.reshape(-1) for block in blocks]).view(self.height, self.width)

@@ -29,8 +29,8 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor
 
 from thinwire.compress import artefact, components
-from thinwire.compress.catalogue import LEARNT, Code, Name, code_of
-from thinwire.compress.image import SIDE, Image
+from thinwire.compress.catalogue import LEARNT, Code, Name, code_of, side_of
+from thinwire.compress.image import Image
 from thinwire.compress.lowrank import LowRank
 from thinwire.core import Client, Metrics, Server, StaleVersion
 from thinwire.keys import Key
@@ -47,7 +47,7 @@ NONE = "-"  # in place of a version
 
 
 @dataclass(frozen=True)
-class State:
+class Global:
     """The factors and the codec; with a coded down-link also their versions, the coded step, and what it left."""
 
     weights: Tensors
@@ -61,7 +61,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Down:
+class Told:
     """The factors, or the coded step (uint8, under `key`) from the version `base`; the codec for a newcomer."""
 
     weights: Tensors
@@ -132,7 +132,7 @@ class OnFactors(FirstOrder):
         loss, skipped = self.train(client, lr)
         told = {name: p.detach().float() for name, p in client.net.parameters()}
         if self.encode == "increment":
-            told = {name: tensor - weights[name].float() for name, tensor in told.items()}
+            told = {name: tensor - weights[name].to(tensor) for name, tensor in told.items()}
         return {name: tensor.cpu() for name, tensor in told.items()}, loss, skipped
 
     def _gradient(self, client: Client, lr: float) -> tuple[dict[str, Tensor], float, int]:
@@ -224,7 +224,7 @@ class CGFed(OnFactors):
     downlink: Literal["raw", "coded"] = "raw"  # coded: EDEN at the same ratio, with feedback at the server
     bound: NonNegativeFloat = 0.0  # of the update's norm, before it is encoded; 0: none
 
-    Down, Up, State = Down, Coded, State
+    Down, Up, State = Told, Coded, Global
     paper: ClassVar[str] = "Wu et al. 2024, arXiv:2405.13746"
 
     @model_validator(mode="after")
@@ -241,7 +241,7 @@ class CGFed(OnFactors):
             raise ValueError("average: a sum goes with a raw down-link only")
         return self
 
-    def init(self, server: Server) -> State:
+    def init(self, server: Server) -> Global:
         image = self._image(server.net)
         codec: Tensors = components.untaught() if self.codec == "components" else {}
         if self.codec in LEARNT and self.artefact is not None:
@@ -261,9 +261,9 @@ class CGFed(OnFactors):
             raise ModelError(f"method.codec: {error}") from None
         weights = {name: server.net.base[name] for name in server.net.names}
         version = server.versions.put(weights) if self.downlink == "coded" else NONE
-        return State(weights, codec, server.versions.put(codec) if codec else NONE, version)
+        return Global(weights, codec, server.versions.put(codec) if codec else NONE, version)
 
-    def broadcast(self, state: State, server: Server, client_id: int, held: str | None) -> Down:
+    def broadcast(self, state: Global, server: Server, client_id: int, held: str | None) -> Told:
         has, _, codec_version = (held or "").partition(" ")
         codec = {} if codec_version == state.codec_version else state.codec
         weights, base, step = state.weights, NONE, None
@@ -272,9 +272,9 @@ class CGFed(OnFactors):
         elif state.step is not None and has == state.prior:
             weights, base, step = {}, has, state.step
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Down(weights, base, state.version, step, state.key, codec, state.codec_version, lr)
+        return Told(weights, base, state.version, step, state.key, codec, state.codec_version, lr)
 
-    def client_update(self, down: Down, client: Client) -> Coded:
+    def client_update(self, down: Told, client: Client) -> Coded:
         image = self._image(client.net)
         code = code_of(self.codec, self.ratio, image, self._codec(down, client), self.feedback)
         weights = self._weights(down, client, image)
@@ -288,9 +288,13 @@ class CGFed(OnFactors):
         if not bool(torch.isfinite(wanted).all()):
             raise Illegal("the update is not finite")
         key = client.key.fold("code").word()
-        data, decoded = self._coded(code, wanted, key, client)
-        cosine = alike(wanted, decoded)
-        if spare := not cosine >= self.gate:
+        try:
+            data, decoded = self._coded(code, wanted, key, client)
+            cosine = alike(wanted, decoded)
+            spare = cosine < self.gate
+        except ValueError:  # beyond what the codec was trained on, so that the server would drop it
+            cosine, spare = 0.0, True
+        if spare:
             code = code_of("eden", self.ratio, image, contract=self.feedback)
             data = code.encode(wanted, key)
             decoded = code.decode(data, wanted.shape, key)
@@ -298,7 +302,7 @@ class CGFed(OnFactors):
             client.memory["residue"] = wanted - decoded
         return Coded(_octets(data), key, spare, cosine, len(client.data), loss, skipped)
 
-    def check(self, state: State, client_id: int, up: Coded) -> None:
+    def check(self, state: Global, client_id: int, up: Coded) -> None:
         if up.examples < 1:
             raise Illegal(f"examples is {up.examples}")
         if not -1.001 <= up.cosine <= 1.001:
@@ -306,19 +310,19 @@ class CGFed(OnFactors):
         if not bool((self._decoded(state, up, self._layout(state)).abs() <= LARGEST).all()):
             raise Illegal(f"the update is beyond {LARGEST:g} or not finite")
 
-    def aggregate(self, state: State, server: Server, replies: Iterable[tuple[int, Coded]]) -> tuple[State, Metrics]:
+    def aggregate(self, state: Global, server: Server, replies: Iterable[tuple[int, Coded]]) -> tuple[Global, Metrics]:
         image = self._image(server.net)
         cosines: list[float] = []
         pairs: list[float] = []
-        spared = 0
+        fallbacks = 0
 
         def told() -> Iterator[tuple[int, Trained]]:
-            nonlocal spared
+            nonlocal fallbacks
             before: Tensor | None = None
             for id, up in replies:
                 decoded = self._decoded(state, up, image)
                 cosines.append(up.cosine)
-                spared += up.spare
+                fallbacks += up.spare
                 if before is not None:
                     pairs.append(alike(before, decoded))
                 before = decoded
@@ -329,7 +333,7 @@ class CGFed(OnFactors):
             return state, {}
         if self.average == "sum":
             mean = {name: tensor * len(cosines) for name, tensor in mean.items()}
-        metrics |= {"cosine": sum(cosines) / len(cosines), "spared": spared}
+        metrics |= {"cosine": sum(cosines) / len(cosines), "fallbacks": fallbacks}
         if pairs:  # near 1 where the decoder gives the same whatever it is given
             metrics["alike"] = sum(pairs) / len(pairs)
         weights = moved(state.weights, mean, self.encode)
@@ -347,21 +351,21 @@ class CGFed(OnFactors):
         after = replace(state, weights=weights, version=version, prior=state.version, step=_octets(data), key=key)
         return replace(after, residue=step - decoded), metrics
 
-    def materialise(self, state: State, net: Net) -> None:
+    def materialise(self, state: Global, net: Net) -> None:
         fill(net, state.weights)
 
-    def receive(self, down: Down, client: Client) -> None:
+    def receive(self, down: Told, client: Client) -> None:
         fill(client.net, self._weights(down, client, self._image(client.net)))
 
     def _image(self, net: Net) -> Image:
-        return self.image(net, SIDE if self.codec == "resnet" else 1)
+        return self.image(net, side_of(self.codec))
 
-    def _layout(self, state: State) -> Image:
+    def _layout(self, state: Global) -> Image:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
-        side = SIDE if self.codec == "resnet" else 1
-        return Image.paper(shapes, side) if self.layout == "paper" else Image.packed(shapes, side)
+        kind = Image.paper if self.layout == "paper" else Image.packed
+        return kind(shapes, side_of(self.codec))
 
-    def _codec(self, down: Down, client: Client) -> Tensors:
+    def _codec(self, down: Told, client: Client) -> Tensors:
         """The codec's tensors, as they came or as they are held; StaleVersion where neither."""
         if down.codec_version == NONE:
             return {}
@@ -373,7 +377,7 @@ class CGFed(OnFactors):
             raise Illegal(f"the codec is not the version {down.codec_version:.12}")
         return found
 
-    def _weights(self, down: Down, client: Client, image: Image) -> Tensors:
+    def _weights(self, down: Told, client: Client, image: Image) -> Tensors:
         """The factors as told; StaleVersion where the step is from a version that is not held."""
         if down.version == NONE:
             return down.weights
@@ -401,7 +405,7 @@ class CGFed(OnFactors):
             data = code.encode(wanted, key)
         return data, code.decode(data, wanted.shape, key)
 
-    def _decoded(self, state: State, up: Coded, image: Image) -> Tensor:
+    def _decoded(self, state: Global, up: Coded, image: Image) -> Tensor:
         name: Name = "eden" if up.spare else self.codec
         try:
             code = code_of(name, self.ratio, image, state.codec, self.feedback)
