@@ -97,9 +97,7 @@ def run(
                 raise Stopped(f"stopped; go on from the last whole round with: {again}") from None
             except (OSError, SafetensorError) as error:
                 raise Stopped(f"{cause(error)}; go on from the last whole round with: {again}") from None
-        print_summary(folder)
-        if (line := estimate.verdict(settings, job, folder)) is not None:
-            typer.echo(line)
+        print_summary(folder, estimate.verdict(settings, job, folder))
 
 
 @app.command()

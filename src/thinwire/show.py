@@ -147,8 +147,8 @@ class Live(Watch):
         self.scored = f"{record['split']} {better} {record[better]:.3f}"
 
 
-def print_summary(folder: Path) -> None:
-    """The table that a run ends with, and a few held-out rows before and after."""
+def print_summary(folder: Path, note: str | None = None) -> None:
+    """The table that a run ends with, a few held-out rows before and after, and a note if there is one."""
     console = _console()
     summary = json.loads((folder / "summary.json").read_text())
     rounds = read_records(folder / "rounds.jsonl")
@@ -191,6 +191,8 @@ def print_summary(folder: Path) -> None:
         f"{size(summary['peak_memory_bytes'])}; in all {size(summary['bytes_down'])} down, "
         f"{size(summary['bytes_up'])} up"
     )
+    if note is not None:
+        console.print(note, soft_wrap=True)
     console.print(f"the model is in {folder / 'model'}", soft_wrap=True)
 
 

@@ -20,6 +20,8 @@ from thinwire.methods.gradualdiff import GradualDiff
 
 RUNTIME = 60_000_000  # bytes that have nothing to do with the model: fitted on SmolLM2-135M
 CODING = 50  # bytes a weight of the largest tensor, while its exact difference is coded or decoded: fitted there too
+FROZEN = 0.75  # of a layer's activations are kept where its weights are not trained
+BESIDE = 2.0  # times what is alive is resident at the peak where factors are trained beside frozen weights: fitted too
 PEFT = 70_000_000  # what is imported for LoRA views alone
 
 
@@ -54,7 +56,7 @@ def client_memory(run: Run, model: Sketch, forward: Pass) -> Memory | None:
     if isinstance(method, FedCyBGD):
         return _proxy(method, model, forward)
     weights, optimiser = model.weight_bytes, _optimiser(method, model, model.size)
-    kept, own = _kept(method, forward), base + largest
+    kept, own = int(_kept(method, forward) * (1.0 if run.model.lora is None else BESIDE)), base + largest
     if isinstance(method, GradualDiff):
         # Net.rebuild's copy, and the weights that the difference is taken to
         weights += model.trained_bytes + method.held_dtype(model.dtype).itemsize * model.size
@@ -109,13 +111,13 @@ def _kept(method: FirstOrder, forward: Pass) -> int:
 
 def _proxy(method: FedCyBGD, model: Sketch, forward: Pass) -> Memory:
     """A smaller model around a block that is trained alone, others dropped or narrowed."""
-    left = 1.0 if method.variant == "full" else 1.0 - method.drop
-    block = model.size if method.variant == "full" else model.size // method.blocks
-    held = method.held_dtype(model.dtype).itemsize * model.size
+    inside = sum(t.numel() for name, t in model.trained.items() if any(part.isdigit() for part in name.split(".")))
+    dropped = 0.0 if method.variant == "full" else method.drop
+    block = model.size if method.variant == "full" else inside // method.blocks
     return Memory(
-        int(left * (model.weight_bytes + held)),
+        model.weight_bytes - int(dropped * inside) * model.dtype.itemsize,
         block * model.dtype.itemsize,
         _optimiser(method, model, block),
-        int(left * forward.kept),
+        int((1 - dropped) * (1.0 if method.variant == "full" else FROZEN) * forward.kept),
         RUNTIME + model.largest_bytes,
     )
