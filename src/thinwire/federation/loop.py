@@ -109,11 +109,22 @@ def _train(grid: Grid, folder: Path) -> None:
         patience=federation.patience,
         chunk_bytes=federation.chunk_bytes,
         max_bytes=job.max_bytes,
+        counted=counted(folder),
     )
     join(transport, job.run, len(hub.sites), hub.sites, federation.quorum)
     keep = 8 + run.method.versions_each * len(hub.sites)
     survey = Survey(transport, run.method, job.run, spool) if federation.evaluate else None
     train(replace(job, names=list(hub.sites), transport=transport, survey=survey, keep_versions=keep))
+
+
+def counted(folder: Path) -> dict[int, int]:
+    """Client -> the last round up to the checkpoint in which a reply of it came."""
+    from thinwire.runtime import checkpoint
+    from thinwire.runtime.loop import read_records
+
+    ended = max(checkpoint.rounds(folder / "state"), default=0)
+    records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]
+    return {visit["id"]: record["round"] for record in records for visit in record["clients"] if visit["bytes_up"]}
 
 
 def public_keys(folder: Path) -> dict[str, bytes]:

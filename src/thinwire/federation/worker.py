@@ -194,7 +194,7 @@ class Worker:
             self.audit.note("in", action, name, frame, f"refused: {error}")
             raise
         self.audit.note("in", action, name, frame)
-        answer = run.actions[action](frame, self.spool)
+        answer = run.actions[action](frame, self.spool, int(table["counted"]))
         try:
             self.policy.release(answer)
         except Exception as error:
