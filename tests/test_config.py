@@ -56,11 +56,15 @@ def complaint(*overrides: str, text: str = BASE) -> str:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
+        (['federation.sites=["a", "a"]'], "federation.sites: a name is there twice"),
+        (['federation.sites=["../a"]'], "federation.sites: '../a' is not a name"),
+        (["federation.deadline=0"], "federation.deadline: must be greater than 0, got 0"),
+        (["federation.site=1"], "federation.site: unknown field (did you mean sites?); known: chunk_bytes, deadline"),
         # unknown names
         (["method.name=fedkseeed"], "method.name: 'fedkseeed' is not a method (did you mean fedkseed?); known: fedavg"),
         (["method.name=zzz"], "method.name: 'zzz' is not a method; known: fedavg"),
         (["method.name=7"], "method.name: 7 is not a method; known: "),
-        (["roundz=3"], "roundz: unknown field (did you mean rounds?); known: cohort, data, environment, eval, federation, method"),
+        (["roundz=3"], "roundz: unknown field (did you mean rounds?); known: cohort, data, environment, eval"),
         (["data.clientz=3"], "data.clientz: unknown field (did you mean clients?); known: alpha, answer"),
         (["model.width=3"], "model.width: unknown field; known: device, dtype, lora, path"),
         (["eval.evry=3"], "eval.evry: unknown field (did you mean every?); known: batch_size, every"),
