@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -139,9 +138,3 @@ def nodes_of(grid: Any, sites: tuple[str, ...], keys: Mapping[str, bytes]) -> di
     by_key = {bytes(node.public_key): int(node.node_id) for node in grid.get_nodes()}
     found = {client: by_key.get(keys.get(name, b"-")) for client, name in enumerate(sites)}
     return {client: node for client, node in found.items() if node is not None}
-
-
-def say(line: str) -> None:
-    """A line of the server's log."""
-    sys.stderr.write(f"thinwire: {line}\n")
-    sys.stderr.flush()

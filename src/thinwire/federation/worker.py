@@ -16,7 +16,6 @@ import threading
 import time
 import tomllib
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,11 +241,6 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCH)
     os._exit(0)
-
-
-def start(site: Path, log: Path, launch: Callable[..., Any]) -> Any:
-    """Start a worker for the site in a file through `launch(command, log)`."""
-    return launch([sys.executable, "-m", "thinwire.federation.worker", str(site)], log)
 
 
 if __name__ == "__main__":

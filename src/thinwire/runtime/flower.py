@@ -61,7 +61,7 @@ class Flower:
 
     `about` goes with every message: what sites compare at joining. `deadline` seconds after a round has begun its
     missing replies count as lost; fewer than `quorum` of them raise NoQuorum. A client without a node is waited for,
-    `patience` seconds at most. `done(client)` is told of each reply.
+    `patience` seconds at most.
 
     `counted` is client -> the last round whose reply came in time. Each frame tells its client, which takes its memory
     as it was after that round: a reply that was lost leaves no trace, as if the client had been absent.
@@ -79,12 +79,11 @@ class Flower:
         patience: float = 120.0,
         chunk_bytes: int = 1 << 26,
         max_bytes: int = MAX_FRAME,
-        done: Callable[[int], None] = lambda client: None,
         counted: Mapping[int, int] | None = None,
     ) -> None:
         self.grid, self.nodes, self.spool, self.about = grid, nodes, spool, dict(about or {})
         self.deadline, self.quorum, self.patience = deadline, quorum, patience
-        self.chunk_bytes, self.max_bytes, self.done = chunk_bytes, max_bytes, done
+        self.chunk_bytes, self.max_bytes = chunk_bytes, max_bytes
         self.counted: dict[int, int] = dict(counted or {})
         self._round = -1
         self._until = 0.0
@@ -182,7 +181,6 @@ class Flower:
                         call.error = f"{type(error).__name__}: {error}"
                 if call.done:
                     call.seconds = time.monotonic() - call.began
-                    self.done(call.client)
                     break
         return found
 
