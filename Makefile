@@ -36,7 +36,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-BENCHMARKS := frames memory_client memory_clients replay probe server
+BENCHMARKS := federation frames memory_client memory_clients replay probe server
 
 bench: venv
 	mkdir -p runs/bench-$(STAMP)
