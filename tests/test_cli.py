@@ -372,13 +372,15 @@ def test_run_files_that_cannot_be_read(tmp_path: Path) -> None:
     ("args", "line"),
     [
         (["run"], "Missing argument 'FILE.toml'."),
-        (["run", "--fast"], "No such option: --fast"),
+        (["run", "--fast"], "No such option --fast"),
         (["rum"], "No such command 'rum'."),
-        (["--fast"], "No such option: --fast"),
+        (["--fast"], "No such option --fast"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_too(args: list[str], line: str) -> None:
-    assert refused(*args).startswith(line)
+    said = refused(*args)
+    # versions of click write the option with a colon or in quotes
+    assert said.replace("option: ", "option ").replace("'--fast'", "--fast").startswith(line)
 
 
 def test_a_folder_that_is_taken_is_left_alone(place: Path, done: Done, tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ def complaint(*overrides: str, text: str = BASE) -> str:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
+        (['federation.sites=["a", "a"]'], "federation.sites: a name is there twice"),
+        (['federation.sites=["../a"]'], "federation.sites: '../a' is not a name"),
+        (["federation.deadline=0"], "federation.deadline: must be greater than 0, got 0"),
+        (["federation.site=1"], "federation.site: unknown field (did you mean sites?); known: chunk_bytes, deadline"),
         # unknown names
         (["method.name=fedkseeed"], "method.name: 'fedkseeed' is not a method (did you mean fedkseed?); known: cgfed"),
         (["method.name=zzz"], "method.name: 'zzz' is not a method; known: cgfed"),

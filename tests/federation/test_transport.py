@@ -164,6 +164,24 @@ def test_a_foreign_replayed_or_late_reply_counts_as_absent(
     assert state_of(tmp_path / "there") == absent_run(silos, tmp_path / "here", monkeypatch)
 
 
+LOST = {"name": "gradualdiff", "lr": 3e-3, "steps": 2, "batch_size": 4, "rounding": "residue"}
+
+
+def test_a_lost_reply_leaves_no_trace_in_the_client_s_memory(
+    silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method whose clients remember: its run with a reply lost is the run in which that client was absent."""
+    model = {"dtype": "bfloat16"}
+    job, grid, _ = federate(silos, silos.run(LOST, 4, model=model), tmp_path / "there", deadline=2.0)
+    grid.tamper = InRound(late)
+    loop.train(job)
+    assert "late" in visits(tmp_path / "there")[1][1][3]
+    others = {"kind": "only", "clients": [0, 2], "rounds": 1}
+    run = silos.run(LOST, 4, model=model, cohort=[{"kind": "all", "rounds": 1}, others, {"kind": "all"}])
+    in_process(silos, run, tmp_path / "here", monkeypatch)
+    assert state_of(tmp_path / "there") == state_of(tmp_path / "here")
+
+
 def test_a_round_below_its_quorum_ends_the_run_and_it_goes_on_later(
     silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

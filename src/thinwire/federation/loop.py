@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -109,11 +108,22 @@ def _train(grid: Grid, folder: Path) -> None:
         patience=federation.patience,
         chunk_bytes=federation.chunk_bytes,
         max_bytes=job.max_bytes,
+        counted=counted(folder),
     )
     join(transport, job.run, len(hub.sites), hub.sites, federation.quorum)
     keep = 8 + run.method.versions_each * len(hub.sites)
     survey = Survey(transport, run.method, job.run, spool) if federation.evaluate else None
     train(replace(job, names=list(hub.sites), transport=transport, survey=survey, keep_versions=keep))
+
+
+def counted(folder: Path) -> dict[int, int]:
+    """Client -> the last round up to the checkpoint in which a reply of it came."""
+    from thinwire.runtime import checkpoint
+    from thinwire.runtime.loop import read_records
+
+    ended = max(checkpoint.rounds(folder / "state"), default=0)
+    records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]
+    return {visit["id"]: record["round"] for record in records for visit in record["clients"] if visit["bytes_up"]}
 
 
 def public_keys(folder: Path) -> dict[str, bytes]:
@@ -128,9 +138,3 @@ def nodes_of(grid: Any, sites: tuple[str, ...], keys: Mapping[str, bytes]) -> di
     by_key = {bytes(node.public_key): int(node.node_id) for node in grid.get_nodes()}
     found = {client: by_key.get(keys.get(name, b"-")) for client, name in enumerate(sites)}
     return {client: node for client, node in found.items() if node is not None}
-
-
-def say(line: str) -> None:
-    """A line of the server's log."""
-    sys.stderr.write(f"thinwire: {line}\n")
-    sys.stderr.flush()

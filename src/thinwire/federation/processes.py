@@ -55,10 +55,10 @@ class Children:
     def __init__(self, home: Path, logs: Path) -> None:
         self.environment, self.logs = environment(home), logs
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, command: Sequence[str | Path], **extra: str) -> subprocess.Popen[bytes]:
         """Start a process under a name; what it says goes to NAME.log."""
+        self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [str(part) for part in command],

@@ -17,7 +17,7 @@ from thinwire.evaluate.evaluate import Split, evaluate
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.payloads import Ready, Scores
 from thinwire.keys import Key
-from thinwire.runtime.store import ClientMemory, VersionStore
+from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
 from thinwire.wire import Frame, Header, Illegal
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Visits:
         some = build.dataset(run.data, scored or rows, self.net.tokenizer, build.classes_of(run))
         self.scored = Split("sites", replace(some, examples=some.examples[: run.eval.rows]), run.eval.generate)
         self.versions = VersionStore(self.folder / "versions")
-        self.actions: dict[str, Callable[[Frame, Path], Frame]] = {
+        self.actions: dict[str, Callable[[Frame, Path, int], Frame]] = {
             "join": self.join,
             "train": self.train,
             "evaluate": self.evaluate,
@@ -83,30 +83,34 @@ class Visits:
             raise Illegal(f"a frame of run {header.run} where {self.run} is under way")
         if header.client != self.id:
             raise Illegal(f"a frame for client {header.client} was given to client {self.id}")
-        newest = max(self._held(), default=0)
+        newest = self._kept()["newest"]
         if action == "train" and header.round < newest:
             raise Illegal(
                 f"a frame of round {header.round} after one of round {newest}: it is replayed, or the server has gone "
                 f"back; if it has, remove {self.folder.name} at this site"
             )
 
-    def join(self, frame: Frame, spool: Path) -> Frame:
+    def join(self, frame: Frame, spool: Path, counted: int) -> Frame:
         """The site can take part: its fingerprints have been compared."""
         header = wire.peek(frame)
         return wire.encode(Ready(), run=header.run, round=header.round, client=self.id)
 
-    def train(self, frame: Frame, spool: Path) -> Frame:
-        """The client half's reply; the client's memory and the version that it holds then are on the disk."""
+    def train(self, frame: Frame, spool: Path, counted: int) -> Frame:
+        """The client half's reply; the client's memory and the version that it holds then are on the disk.
+
+        Both are taken as they were after round `counted`, the last whose reply the server has counted.
+        """
         round = wire.peek(frame).round
+        self._rewind(min(counted, round - 1))
         client = self._client(round)
         answer = serve(self.settings.method, frame, client, spool)
         assert isinstance(client.memory, ClientMemory)
         client.memory.commit()
         self._hold(round, client.held)
-        ClientMemory.prune(self.folder / "memory", round - KEPT)
+        ClientMemory.prune(self.folder / "memory", min(counted, round - KEPT))
         return answer
 
-    def evaluate(self, frame: Frame, spool: Path) -> Frame:
+    def evaluate(self, frame: Frame, spool: Path, counted: int) -> Frame:
         """How the weights that the frame means score on this site's rows; leaves no trace."""
         header = wire.peek(frame)
         method = self.settings.method
@@ -117,18 +121,29 @@ class Visits:
 
     def _client(self, round: int) -> Client:
         key = self.key.fold("client", self.id, "round", round)
-        before = [version for number, version in sorted(self._held().items()) if number < round]
+        before = [version for number, version in self._kept()["held"] if number < round]
         memory = ClientMemory(self.folder / "memory", round)
         return Client(self.id, self.net, self.data, key, memory, self.versions, before[-1] if before else None)
 
-    def _held(self) -> dict[int, str | None]:
-        """Round -> the version that this client held after it, of the last rounds that it took part in."""
+    def _kept(self) -> dict[str, Any]:
+        """`newest`: the last round that the site has answered; `held`: [round, the version then held], ascending."""
         file = self.folder / "held.json"
-        return {int(round): held for round, held in json.loads(file.read_text()).items()} if file.exists() else {}
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"newest": 0, "held": []}
+        return found
+
+    def _keep(self, newest: int, held: list[Any]) -> None:
+        partial = self.folder / "held.json.part"
+        partial.write_text(json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
+        partial.replace(self.folder / "held.json")
 
     def _hold(self, round: int, held: str | None) -> None:
-        known = {number: version for number, version in self._held().items() if number < round}
-        last = dict(sorted({**known, round: held}.items())[-KEPT - 1 :])
-        partial = self.folder / "held.json.part"
-        partial.write_text(json.dumps(last))
-        partial.replace(self.folder / "held.json")
+        before = [entry for entry in self._kept()["held"] if entry[0] < round]
+        self._keep(round, [*before, [round, held]])
+
+    def _rewind(self, round: int) -> None:
+        """Forget what came after that round."""
+        for number, file in files_by_round(self.folder / "memory"):
+            if number > round:
+                file.unlink()
+        known = self._kept()
+        self._keep(known["newest"], [entry for entry in known["held"] if entry[0] <= round])

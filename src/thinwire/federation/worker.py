@@ -16,7 +16,6 @@ import threading
 import time
 import tomllib
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,7 +193,7 @@ class Worker:
             self.audit.note("in", action, name, frame, f"refused: {error}")
             raise
         self.audit.note("in", action, name, frame)
-        answer = run.actions[action](frame, self.spool)
+        answer = run.actions[action](frame, self.spool, int(table["counted"]))
         try:
             self.policy.release(answer)
         except Exception as error:
@@ -242,11 +241,6 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCH)
     os._exit(0)
-
-
-def start(site: Path, log: Path, launch: Callable[..., Any]) -> Any:
-    """Start a worker for the site in a file through `launch(command, log)`."""
-    return launch([sys.executable, "-m", "thinwire.federation.worker", str(site)], log)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class _Call:
     round: int
     transfer: str
     began: float
+    counted: int  # the last round of the client that counts
     waiting: set[str] = field(default_factory=set)  # ids of messages that have no answer yet
     got: dict[int, int] = field(default_factory=dict)  # offset -> bytes of the reply
     total: int | None = None
@@ -60,7 +61,10 @@ class Flower:
 
     `about` goes with every message: what sites compare at joining. `deadline` seconds after a round has begun its
     missing replies count as lost; fewer than `quorum` of them raise NoQuorum. A client without a node is waited for,
-    `patience` seconds at most. `done(client)` is told of each reply.
+    `patience` seconds at most.
+
+    `counted` is client -> the last round whose reply came in time. Each frame tells its client, which takes its memory
+    as it was after that round: a reply that was lost leaves no trace, as if the client had been absent.
     """
 
     def __init__(
@@ -75,11 +79,12 @@ class Flower:
         patience: float = 120.0,
         chunk_bytes: int = 1 << 26,
         max_bytes: int = MAX_FRAME,
-        done: Callable[[int], None] = lambda client: None,
+        counted: Mapping[int, int] | None = None,
     ) -> None:
         self.grid, self.nodes, self.spool, self.about = grid, nodes, spool, dict(about or {})
         self.deadline, self.quorum, self.patience = deadline, quorum, patience
-        self.chunk_bytes, self.max_bytes, self.done = chunk_bytes, max_bytes, done
+        self.chunk_bytes, self.max_bytes = chunk_bytes, max_bytes
+        self.counted: dict[int, int] = dict(counted or {})
         self._round = -1
         self._until = 0.0
         self._answered: set[int] = set()
@@ -91,6 +96,7 @@ class Flower:
             asked += 1
             if reply.frame is not None:
                 self._answered.add(reply.client)
+                self.counted[reply.client] = self._round
             elif not lost:
                 lost = f"; client {reply.client}: {reply.error}"
             yield reply
@@ -111,7 +117,8 @@ class Flower:
                 self._round, self._until, self._answered = round, time.monotonic() + self.deadline, set()
             if client not in nodes:
                 nodes = self._connected(client, patient)
-            call = _Call(client, nodes.get(client, 0), action, round, secrets.token_hex(8), time.monotonic())
+            counted = self.counted.get(client, 0)
+            call = _Call(client, nodes.get(client, 0), action, round, secrets.token_hex(8), time.monotonic(), counted)
             calls.append(call)
             try:
                 if client not in nodes:
@@ -146,6 +153,7 @@ class Flower:
         from flwr.app import Message
 
         about = {**self.about, **place, "action": call.action, "transfer": call.transfer, "room": self.chunk_bytes}
+        about["counted"] = call.counted
         message = Message(
             pack(piece, **about),
             dst_node_id=call.node,
@@ -173,7 +181,6 @@ class Flower:
                         call.error = f"{type(error).__name__}: {error}"
                 if call.done:
                     call.seconds = time.monotonic() - call.began
-                    self.done(call.client)
                     break
         return found
 

@@ -1,0 +1,87 @@
+"""The federation's commands: what they refuse, in one line that names it."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import refused
+from tiny import tiny_rows, write_jsonl
+
+pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
+
+from thinwire.federation import keys, proxy
+
+RUN = """
+[data]
+path = "the sites' own"
+[method]
+name = "fedkseed"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A run file that names two sites."""
+    path = tmp_path / "run.toml"
+    path.write_text(RUN + '[federation]\nsites = ["north", "south"]\n')
+    return path
+
+
+def test_without_flower_one_line_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "flwr":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    line = "Flower is not installed; it comes with: pip install 'thinwire[flower]'"
+    assert refused("server", file) == line
+    assert refused("local-federation", file) == line
+    assert refused("keys", "site", "north", "--out", file.parent) == line
+
+
+def test_a_server_needs_sites_keys_and_a_proxy(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, home = tmp_path / "out", tmp_path / "keys"
+    monkeypatch.setattr(proxy, "command", lambda place: ["nginx"])
+    bare = tmp_path / "bare.toml"
+    bare.write_text(RUN)
+    assert refused("server", bare, "--out", out).startswith("federation.sites: missing")
+    assert "a site's key is registered by" in refused("server", file, "--keys", home, "--out", out)
+    for name in ("north", "south"):
+        keys.register(name, keys.make_site(name, tmp_path), home)
+    assert "holds no certificate" in refused("server", file, "--keys", home, "--out", out)
+    keys.make_server([], home)
+    monkeypatch.setattr(proxy, "command", lambda place: None)
+    line = refused("server", file, "--keys", home, "--out", out)
+    assert line.startswith("--listen: neither nginx nor caddy is installed here")
+    assert refused("server", file, "--listen", "8443").startswith("--listen: '8443' is not HOST:PORT")
+    assert "one of them" in refused("server", file, "--own-proxy", "--expose-control-api")
+    assert not out.exists()
+
+
+def test_a_client_checks_its_files_before_it_starts_anything(tmp_path: Path) -> None:
+    keys.make_site("north", tmp_path)
+    keys.make_server([], tmp_path)
+    rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(3))
+    policy = tmp_path / "policy.toml"
+
+    def line(**changes: Path) -> str:
+        options = {"data": rows, "key": tmp_path / "north.key", "ca": tmp_path / "ca.crt", **changes}
+        options["folder"] = tmp_path / "site"
+        return refused("client", "--server", "127.0.0.1:1", *(x for k, v in options.items() for x in (f"--{k}", v)))
+
+    assert "the file holds no row" in line(data=write_jsonl(tmp_path / "none.jsonl", []))
+    assert line(ca=tmp_path / "no.crt").startswith("--ca: ")
+    assert line(key=tmp_path / "no.key").startswith("--key: ")
+    policy.write_text("method = []")
+    assert line(policy=policy).startswith(f"{policy}: method: Extra inputs")
+    policy.write_text('methods = ["fedkseeed"]')
+    assert "'fedkseeed' is not a method" in line(policy=policy)
+    (tmp_path / "north.key").chmod(0o644)
+    assert "can be read by others" in line()
+    assert not (tmp_path / "site").exists()
