@@ -47,7 +47,7 @@ def settings(clients: int, rounds: int, method: dict[str, Any], **fields: Any) -
             "heldout": 8,
             "prompt": "{input} Class:",
             "answer": " {output}",
-            "max_length": 32,
+            "max_length": 192,  # the tiny model has a token a byte
             "too_long": "drop",
         },
         "method": method,

@@ -21,7 +21,7 @@ from thinwire.runtime.loop import read_records
 APP = Path(__file__).parent.parent / "flower_app"
 CONNECTION = "hub"
 TICK = 0.25  # seconds between two looks at the processes
-BEGIN = 120.0  # seconds that Flower has to start the server's process
+BEGIN = 300.0  # seconds that Flower has to start the server's process
 TRIES = 5  # Flower runs in a row that die within the same round
 
 

@@ -72,7 +72,7 @@ class Children:
         self.running[name] = process
         return process
 
-    def call(self, command: Sequence[str | Path], timeout: float = 120.0) -> str:
+    def call(self, command: Sequence[str | Path], timeout: float = 300.0) -> str:
         """Run a command to its end; RuntimeError with its last line if it fails."""
         done = subprocess.run(
             [str(part) for part in command],
@@ -146,7 +146,7 @@ def healthy(port: int, ca: Path | None) -> bool:
         return False
 
 
-def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path | None, seconds: float = 60.0) -> bool:
+def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path | None, seconds: float = 240.0) -> bool:
     """Wait until it is, or has ended, or time is up; whether it is."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
