@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,11 +62,13 @@ def test_the_size_of_an_update_comes_through_without_saturation() -> None:
     codec, x = code(64), update(IMAGE, 7)
     for factor in (0.1, 1.0, 20.0):
         y = codec.decode(codec.encode(factor * x, 0), x.shape, 0)
-        assert 0.8 < float(y.norm() / (factor * x).norm()) <= 1.01
+        assert float((x * y).sum() / x.square().sum()) == pytest.approx(factor, rel=1e-3)
+    least = replace(codec, contract=True)
+    assert float(least.decode(least.encode(x, 0), x.shape, 0).norm()) <= 1.01 * float(x.norm())
 
 
 def test_error_feedback_sends_everything_in_the_end() -> None:
-    codec, x = code(32), update(IMAGE, 3)
+    codec, x = replace(code(32), contract=True), update(IMAGE, 3)
     kept, sent = torch.zeros_like(x), torch.zeros_like(x)
     for round in range(12):
         told = codec.decode(codec.encode(x + kept, round), x.shape, round)

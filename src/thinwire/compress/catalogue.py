@@ -110,7 +110,7 @@ def code_of(
         if ratio != 64:
             raise ValueError(f"the codec resnet has the ratio 64 and no other, not {ratio}")
         return Latents(image, tables)
-    return Components(image, size, dict(tables))
+    return Components(image, size, dict(tables), contract)
 
 
 def _topk(bits: float) -> TopK:

@@ -10,8 +10,9 @@ half of its energy, and its numbers lie between a Gaussian and bare signs. So
     codewords   each rate has a trellis (compress.trellis), whose codewords TGAP learns on components, for the first of
                 a factor and for the others apart
 
-No output saturates and no sign is lost; the code of a zero update is zero. Biased as every code of least error is: use
-it with error feedback where clients come back.
+No output saturates and no sign is lost; the code of a zero update is zero. What is decoded is made longer, so that its
+product with the update is the update's own square, as EDEN does it; with `contract`, for error feedback, it has the
+length of least error.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Components:
     image: Image
     size: int
     tables: Mapping[str, Tensor]
+    contract: bool = False
 
     def __post_init__(self) -> None:
         least = 8 + len(_coded(np.zeros((len(self._shapes), max(rank for rank, _ in self._shapes)), np.uint8)))
@@ -81,7 +83,13 @@ class Components:
             rates = self._allocate(energy, scale, budget)
             taken = self._length(rates)
             budget -= taken - self.size
-        return self._written(blocks, axes, rates, scale)
+        data = self._written(blocks, axes, rates, scale)
+        if self.contract:
+            return data
+        # All that is decoded is proportional to the scale.
+        product = float((x * self._read(octets(data), scale)).sum())
+        longer = float(x.square().sum()) / product if product > 0 else 1.0
+        return np.array(scale * min(longer, 4.0), "<f4").tobytes() + data[4:]
 
     def decode(self, data: bytes | memoryview, shape: Sequence[int], key: int) -> Tensor:
         """The image back, float32 of that shape; ValueError for bytes that `encode` would not have made of one."""
