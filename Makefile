@@ -3,6 +3,8 @@
 PYTHON ?= python3
 METHOD ?= fedkseed
 RUN_ARGS ?=
+# processes that share the tests; each takes one core and up to 3 GB
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -26,7 +28,7 @@ demo: venv
 	$(BIN)/thinwire run recipes/demo-$(METHOD).toml --out runs/demo-$(METHOD)-$(STAMP) $(RUN_ARGS)
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-long: venv
 	$(BIN)/python -m pytest -m long
