@@ -55,8 +55,12 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
     lines += [
         "## Data",
         "",
-        f"{sum(held):,} rows with {len(held):,} clients: {min(held):,} to {max(held):,} each, "
-        f"{statistics.median(held):,g} in the middle. No row has left its client; none is shown here.",
+        (
+            f"{sum(held):,} rows with {len(held):,} clients: {min(held):,} to {max(held):,} each, "
+            f"{statistics.median(held):,g} in the middle. No row has left its client; none is shown here."
+            if held
+            else "Rows at sites of their own, which no row has left; how many there are was not asked."
+        ),
         "",
         f"- partition: {run.data.partition}"
         + (f", alpha {run.data.alpha:g}" if run.data.partition == "dirichlet" else ""),

@@ -51,7 +51,9 @@ def test_other_types_cannot_travel(hint: Any) -> None:
         encode(payload_with(hint)(x=None))
 
 
-@pytest.mark.parametrize("payload", [int, dict, object(), Stale(None), None], ids=["int", "dict", "object", "stale", "none"])
+@pytest.mark.parametrize(
+    "payload", [int, dict, object(), Stale(None), None], ids=["int", "dict", "object", "stale", "none"]
+)
 def test_what_is_not_a_dataclass_is_no_payload(payload: Any) -> None:
     with pytest.raises(TypeError, match="not a payload"):
         fields_of(payload)
