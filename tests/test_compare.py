@@ -200,7 +200,7 @@ def test_machines_share_the_names() -> None:
 
 def test_what_is_wrong_is_told_before_anything_runs(place: Path, tmp_path: Path) -> None:
     file = place / "compare.toml"
-    assert "'fedprox' is not known; known: base, centralised, fedavg" in refused(
+    assert "'fedprox' is not known; known: base, centralised, cgfed, fedavg" in refused(
         "compare", file, "--methods", "fedprox", "--out", tmp_path
     )
     assert "needs a method beside" in refused("compare", file, "--methods", "base", "--out", tmp_path)

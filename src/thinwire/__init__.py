@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "federate": "thinwire.api",
     "Result": "thinwire.api",
+    "CGFed": "thinwire.methods",
     "FedAvg": "thinwire.methods",
     "FedCyBGD": "thinwire.methods",
     "FedKSeed": "thinwire.methods",

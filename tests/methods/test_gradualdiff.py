@@ -43,17 +43,25 @@ def down_of(federation: Federation, client: int, held: str | None) -> Any:
     return wire.decode(federation.method.Down, wire.encode(down))
 
 
-def test_in_exact_arithmetic_it_is_fedavg(folder: Path, tmp_path: Path) -> None:
-    """In float32, whose roundings are small: the same weights as FedAvg's, to a few of them."""
-    net = tiny_net(folder)
-    for weighting in ("examples", "uniform"):
-        ours = Federation(method(weighting=weighting), net, tmp_path / f"ours-{weighting}", rounds=2).run()
-        theirs = Federation(FedAvg(**LOCAL, weighting=weighting), net, tmp_path / f"theirs-{weighting}", rounds=2).run()
-        for name, weights in ours.state.weights.items():
-            known = theirs.state.weights[name]
-            moved = (known - net.base[name]).abs().max()
-            assert (weights - known).abs().max() <= 1e-4 * moved + 1e-7, name
-        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-4)
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+@pytest.mark.parametrize(("optimiser", "share"), [("sgd", 1.0), ("adamw", 0.99)])
+def test_in_exact_arithmetic_it_is_fedavg(
+    optimiser: str, share: float, weighting: str, folder: Path, tmp_path: Path
+) -> None:
+    """In float32, whose roundings are small: the same weights as FedAvg's, to a few of them.
+
+    AdamW divides by the gradient's size, and so makes much of the rounding of a gradient near zero: a few elements.
+    """
+    net, fields = tiny_net(folder), {"weighting": weighting, "optimiser": optimiser}
+    fields |= {"lr": 0.5} if optimiser == "sgd" else {}
+    ours = Federation(method(**fields), net, tmp_path / "ours", rounds=2).run()
+    theirs = Federation(FedAvg(**{**LOCAL, **fields}), net, tmp_path / "theirs", rounds=2).run()
+    for name, weights in ours.state.weights.items():
+        known = theirs.state.weights[name]
+        moved = (known - net.base[name]).abs().max()
+        near = (weights - known).abs() <= 1e-4 * moved + 5e-7  # some units in the last place of 1.0
+        assert near.float().mean() >= share, name
+    assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-4)
 
 
 def test_one_client_nearest_is_fedavg_bit_for_bit(net: Net, tmp_path: Path) -> None:
