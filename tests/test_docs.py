@@ -21,7 +21,7 @@ from thinwire.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/tutorial.md", "docs/howto/choosing.md", "docs/howto/numbers.md", "docs/howto/adding.md"]
-SHORT = ["rounds=1", "threads=1", "method.batch_size=1", "data.max_length=64", "eval.rows=2", "eval.max_new_tokens=2"]
+SHORT = ["rounds=1", "threads=1", "method.batch_size=1", "data.max_length=128", "eval.rows=2", "eval.max_new_tokens=2"]
 SLOW = ("compare", "fit-codec", "server", "client", "local-federation", "chat")  # checked by their own tests
 NEEDS = {"docs/howto/choosing.md": "docs/tutorial.md", "docs/howto/numbers.md": "docs/tutorial.md"}
 NEEDS["docs/howto/adding.md"] = "docs/tutorial.md"  # whose files they go on with
