@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from thinwire.compress.codes import check_key, elements, flatten
@@ -26,10 +26,13 @@ BLOCK = 64
 """Elements under one scale: directions differ in size, and a layer's rows do."""
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def _product(a, b, out):
-    """out = a^T b for float32 [r, m] and [r, n], each sum in the order of r: the same bits on any CPU and thread."""
-    for i in prange(out.shape[0]):
+    """out = a^T b for float32 [r, m] and [r, n], each sum in the order of r: the same bits on any CPU.
+
+    On one thread: numba's own threads would set how many OpenMP gives to torch.
+    """
+    for i in range(out.shape[0]):
         row = out[i]
         row[:] = 0
         for k in range(a.shape[0]):
