@@ -146,6 +146,7 @@ def test_it_fits_the_screen(page: Path, browser: Any, width: int, dark: bool) ->
 def test_keyboard_and_screen_reader(page: Path, browser: Any) -> None:
     from browser import Page
     from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
 
     shown = Page(browser, page)
     shown.look(1280, False)
@@ -156,8 +157,9 @@ def test_keyboard_and_screen_reader(page: Path, browser: Any) -> None:
     assert axis_title(browser, "heldout-loss") == "bytes so far, both ways"
     summary = browser.find_element("css selector", "[data-table=heldout-loss] summary")
     summary.send_keys(Keys.ENTER)
-    cells = browser.execute_script("return document.querySelectorAll('[data-table=heldout-loss] tbody tr').length")
-    assert cells == 8
+    rows = "return document.querySelectorAll('[data-table=heldout-loss] tbody tr').length"
+    # the table is filled when the browser gets to say that it was opened
+    WebDriverWait(browser, 10).until(lambda browser: browser.execute_script(rows) == 8)
     tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     named = {(n["role"]["value"], n.get("name", {}).get("value", "")) for n in tree if not n["ignored"]}
     for wanted in (
