@@ -41,7 +41,7 @@ lint: venv
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-BENCHMARKS := federation frames memory_client memory_clients replay probe server
+BENCHMARKS := frames memory_client memory_clients replay probe server
 
 bench: venv
 	mkdir -p runs/bench-$(STAMP)

@@ -51,6 +51,18 @@ def octets(data: bytes | memoryview) -> NDArray[np.uint8]:
     return np.frombuffer(memoryview(data).toreadonly(), np.uint8)
 
 
+def to_tensor(data: bytes) -> Tensor:
+    """Bytes as payload carries them: uint8 [n]."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def to_bytes(code: Tensor) -> memoryview:
+    """The inverse; ValueError unless uint8 [n]."""
+    if code.dtype != torch.uint8 or code.dim() != 1:
+        raise ValueError(f"a code is {code.dtype} {list(code.shape)}, not bytes")
+    return code.contiguous().numpy().data
+
+
 @njit(nogil=True, cache=True)
 def _pack(codes, bits, out):
     """Codes below 2^bits, uint8 [n], to out, uint8 [ceil(n bits / 8)], the low bits of the first byte first."""

@@ -30,11 +30,13 @@ from torch import Tensor
 
 from thinwire.compress import artefact, components
 from thinwire.compress.catalogue import LEARNT, Code, Name, code_of, side_of
+from thinwire.compress.codes import to_bytes, to_tensor
 from thinwire.compress.image import Image
 from thinwire.compress.lowrank import LowRank
 from thinwire.core import Client, Metrics, Server, StaleVersion
 from thinwire.keys import Key
 from thinwire.methods.fedavg import FirstOrder, Trained, Weights, fill, running_mean
+from thinwire.methods.gradualdiff import LARGEST
 from thinwire.model.errors import ModelError
 from thinwire.model.flat import Net
 from thinwire.train.objective import loss as batch_loss
@@ -42,7 +44,6 @@ from thinwire.train.schedule import scheduled
 from thinwire.wire import Illegal
 
 Tensors = Mapping[str, Tensor]
-LARGEST = 6e4  # no training changes a weight by more
 NONE = "-"  # in place of a version
 
 
@@ -300,7 +301,7 @@ class CGFed(OnFactors):
             decoded = code.decode(data, wanted.shape, key)
         if self.feedback:
             client.memory["residue"] = wanted - decoded
-        return Coded(_octets(data), key, spare, cosine, len(client.data), loss, skipped)
+        return Coded(to_tensor(data), key, spare, cosine, len(client.data), loss, skipped)
 
     def check(self, state: Global, client_id: int, up: Coded) -> None:
         if up.examples < 1:
@@ -348,7 +349,7 @@ class CGFed(OnFactors):
         decoded = code.decode(data, step.shape, key)
         weights = moved(state.weights, image.unstack(decoded), "increment")  # exactly what the clients make of it
         version = server.versions.put(weights)
-        after = replace(state, weights=weights, version=version, prior=state.version, step=_octets(data), key=key)
+        after = replace(state, weights=weights, version=version, prior=state.version, step=to_tensor(data), key=key)
         return replace(after, residue=step - decoded), metrics
 
     def materialise(self, state: Global, net: Net) -> None:
@@ -389,7 +390,7 @@ class CGFed(OnFactors):
             if down.step is not None:
                 code = code_of("eden", self.ratio, image, contract=True)
                 shape = (image.height, image.width)
-                weights = moved(weights, image.unstack(code.decode(_bytes(down.step), shape, down.key)), "increment")
+                weights = moved(weights, image.unstack(code.decode(to_bytes(down.step), shape, down.key)), "increment")
         assert weights is not None
         weights = dict(weights)
         if client.versions.put(weights) != down.version:
@@ -409,7 +410,7 @@ class CGFed(OnFactors):
         name: Name = "eden" if up.spare else self.codec
         try:
             code = code_of(name, self.ratio, image, state.codec, self.feedback)
-            return code.decode(_bytes(up.code), (image.height, image.width), up.key)
+            return code.decode(to_bytes(up.code), (image.height, image.width), up.key)
         except ValueError as error:
             raise Illegal(str(error)) from None
 
@@ -425,13 +426,3 @@ def alike(x: Tensor, y: Tensor) -> float:
     """The cosine of two updates; 0 where one of them is zero."""
     lengths = float(x.norm()) * float(y.norm())
     return float((x * y).sum()) / lengths if lengths > 0 else 0.0
-
-
-def _octets(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _bytes(code: Tensor) -> memoryview:
-    if code.dtype != torch.uint8 or code.dim() != 1:
-        raise ValueError(f"a code is {code.dtype} {list(code.shape)}, not bytes")
-    return code.contiguous().numpy().data

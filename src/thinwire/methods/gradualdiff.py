@@ -30,6 +30,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from thinwire.compress import ulp
+from thinwire.compress.codes import to_bytes, to_tensor
 from thinwire.compress.factors import Factors
 from thinwire.compress.quantise import Blocks
 from thinwire.compress.rotate import Eden
@@ -283,11 +284,11 @@ class GradualDiff(Exact):
         told = torch.where(moves(old, wanted), wanted, 0.0) if self.gate else wanted
         code, own = self._code(), _below(key, stream)
         data = code.encode(told, own)
-        return _octets(data), code.decode(data, old.shape, own)
+        return to_tensor(data), code.decode(data, old.shape, own)
 
     def _undone(self, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
         try:
-            return self._code().decode(_bytes(change), like.shape, _below(key, stream))
+            return self._code().decode(to_bytes(change), like.shape, _below(key, stream))
         except ValueError as error:
             raise Illegal(f"{name}: {error}") from None
 
@@ -333,13 +334,13 @@ def layout(specs: Mapping[str, Spec]) -> str:
 
 def coded(new: Tensor, old: Tensor | None) -> Tensor:
     """The exact difference of two tensors, or without `old` the new one: uint8."""
-    return _octets(ulp.encode(new, old))
+    return to_tensor(ulp.encode(new, old))
 
 
 def decoded(change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor:
     """The inverse; Illegal, with the tensor's name, for what is none."""
     try:
-        return ulp.decode(_bytes(change), old, like.dtype, like.shape)
+        return ulp.decode(to_bytes(change), old, like.dtype, like.shape)
     except ValueError as error:
         raise Illegal(f"{name}: {error}") from None
 
@@ -347,13 +348,3 @@ def decoded(change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor
 def _below(key: int, stream: int) -> int:
     """A key for each tensor below the one that travels."""
     return int(cpu.words(key, [stream], 1)[0, 0])
-
-
-def _octets(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _bytes(change: Tensor) -> memoryview:
-    if change.dtype != torch.uint8 or change.dim() != 1:
-        raise ValueError(f"a coded tensor is {change.dtype} {list(change.shape)}, not bytes")
-    return change.contiguous().numpy().data
