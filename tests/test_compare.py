@@ -96,6 +96,31 @@ def test_alone_is_a_run_for_each_seed_and_client() -> None:
     assert all(job.run.cohort[0].model_dump()["clients"] == (client,) for (_, client), job in jobs.items())
 
 
+def test_a_few_clients_may_stand_for_all_that_are_alone() -> None:
+    assert plan("local", alone=2).clients == (0, 2)
+    assert plan("local", alone=9).clients == (0, 1, 2, 3)
+
+
+def test_a_method_may_have_seeds_of_its_own() -> None:
+    own = {"fedkseed": {"seeds": [4, 5]}}
+    made = compare.plans(TREE, Settings(methods=own, seeds=(0,)), ["base", "fedkseed", "fedavg"], True)
+    assert {p.title: p.seeds for p in made} == {
+        "base": (0,),
+        "fedkseed": (4, 5),
+        "fedkseed, shuffled": (4, 5),
+        "fedavg": (0,),
+        "fedavg, shuffled": (0,),
+    }
+    assert [job.run.seed for job in made[1].final().values()] == [4, 5]
+    assert {job.run.seed for job in made[1].tuning().values()} == {4}
+
+
+def test_what_nobody_looks_at_is_not_scored() -> None:
+    made = compare.plans(TREE | {"eval": {"every": 1, "generate": 8}}, Settings(), ["fedavg"], True)
+    assert {(job.run.eval.every, job.run.eval.generate) for job in made[0].tuning().values()} == {(0, 0)}
+    assert [{job.run.eval.every for job in p.final().values()} for p in made] == [{1}, {0}]
+
+
 def test_tuning_is_on_rows_that_are_not_held_out_ones() -> None:
     jobs = plan("fedavg", grid=(3.0, 0.5)).tuning()
     assert list(jobs) == [1e-5, 6e-5]
@@ -205,6 +230,7 @@ def test_what_is_wrong_is_told_before_anything_runs(place: Path, tmp_path: Path)
     )
     assert "needs a method beside" in refused("compare", file, "--methods", "base", "--out", tmp_path)
     assert "compare.seeds" in refused("compare", file, "compare.seeds=3", "--out", tmp_path)
+    assert "compare.methods: " in refused("compare", file, "compare.methods.fedavg.seeds=[-1]", "--out", tmp_path)
     assert "compare.grid" in refused("compare", file, "compare.grid=[0]", "--out", tmp_path)
     assert "method.lrr: unknown field" in refused("compare", file, "method.lrr=3", "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []

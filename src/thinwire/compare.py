@@ -20,7 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from thinwire import apart, config
 from thinwire.apart import Cost
@@ -58,7 +67,17 @@ class Settings(BaseModel):
     validation: float = Field(0.1, gt=0, lt=1)  # the share of the clients' rows that rates are tuned on
     target: PositiveFloat | None = None  # a held-out loss; the table says when it was reached
     costs: bool = True  # whether memory and seconds of either side are measured first, in two rounds of each
-    methods: dict[str, Tree] = {}
+    alone: PositiveInt | None = None  # of the clients, evenly spaced, that `local` trains alone; each where it is None
+    methods: dict[str, Tree] = {}  # what differs of the run file, and seeds of its own
+
+    @field_validator("methods")
+    @classmethod
+    def _seeds(cls, value: dict[str, Tree]) -> dict[str, Tree]:
+        for name, tree in value.items():
+            own = tree.get("seeds", [0])
+            if not isinstance(own, list | tuple) or not own or any(type(seed) is not int or seed < 0 for seed in own):
+                raise ValueError(f"{name}.seeds: a list of whole numbers of at least 0 is wanted")
+        return value
 
 
 @dataclass(frozen=True)
@@ -113,7 +132,7 @@ class Plan:
         if self.shuffled or self.name == "base" or not self.grid or not self.rounds or math.isnan(base := self.rate()):
             return {}
         first, rates = self.seeds[0], [float(f"{base * factor:.3g}") for factor in sorted(self.grid)]
-        changes: Tree = {"data": {"validation": self.validation}}
+        changes: Tree = {"data": {"validation": self.validation}, "eval": {"every": 0, "generate": 0}}
         if self.tuning_rounds is not None:
             changes["rounds"] = min(self.rounds, self.tuning_rounds)
         if self.clients:
@@ -166,22 +185,26 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
         if name not in known:
             raise ConfigError(f"--methods: {name!r} is not known; known: {', '.join(known)}")
         changes = PRESETS.get(name, {"method": {"name": name}} if name in METHODS else {})
-        mine = merge(merge(tree, changes), settings.methods.get(name, {}))
-        plan = Plan(name, mine, settings.seeds, settings.grid, settings.validation, settings.tuning_rounds)
-        run = plan.run_of(settings.seeds[0], None)
+        own = dict(settings.methods.get(name, {}))
+        seeds = tuple(own.pop("seeds", settings.seeds))
+        mine = merge(merge(tree, changes), own)
+        plan = Plan(name, mine, seeds, settings.grid, settings.validation, settings.tuning_rounds)
+        run = plan.run_of(seeds[0], None)
         plan.most, clients = run.rounds, _clients(run)
         if name == "local":
-            plan.clients = tuple(range(clients))
+            some = min(settings.alone or clients, clients)
+            plan.clients = tuple(i * clients // some for i in range(some))
         elif name == "centralised":
-            each = len(_cohort(config.parse(tree | {"seed": settings.seeds[0]}), clients))
+            each = len(_cohort(config.parse(tree | {"seed": seeds[0]}), clients))
             plan.tree = merge(mine, {"method": {"steps": run.method.model_dump()["steps"] * each}})
             plan.steps_of = each
         afford(plan, settings)
         made.append(plan)
         if control and name != "base":
             twin = copy.deepcopy(plan)
-            twin.shuffled, twin.tree = True, merge(twin.tree, {"data": {"shuffle_answers": True}})
-            twin.seeds = settings.control_seeds or settings.seeds
+            changes = {"data": {"shuffle_answers": True}, "eval": {"every": 0}}  # its curve is of no interest
+            twin.shuffled, twin.tree = True, merge(twin.tree, changes)
+            twin.seeds = settings.control_seeds or seeds
             made.append(twin)
     _some(made)
     return made
@@ -189,7 +212,7 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
 
 def afford(plan: Plan, settings: Settings) -> None:
     """Set the rounds that the budget buys the plan, where that is known by now; raises ConfigError."""
-    run = plan.run_of(settings.seeds[0], None)
+    run = plan.run_of(plan.seeds[0], None)
     amount, unit, plan.note = settings.amount, settings.budget, ""
     # Alone and in one place nothing need travel: there a budget of bytes says nothing.
     if amount is None or plan.name == "base" or (unit == "bytes" and plan.name in ALONE):

@@ -65,7 +65,7 @@ def line(plan: Plan, made: Sequence[Plan], out: Path, target: float | None) -> L
     """The line of what has been run; None where something is missing. The base model's scores are any run's first."""
     if plan.name == "base":
         others = (records(other, out) for other in made if other.name != "local" and not other.shuffled)
-        found = next(filter(None, others), None)
+        found = max(others, key=len, default={})
         return Line(plan.title, seeds=len(found), scores=_scores(found, "first")) if found else None
     if plan.rounds == 0:
         return Line(plan.title, plan.note)
