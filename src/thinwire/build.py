@@ -237,6 +237,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         hollow=hollow,
         classes=classes_of(run),
         head_key=Key.root(run.seed).fold("head"),
+        bits=model.bits,
     )
 
 

@@ -57,8 +57,9 @@ class Model(_Section):
     smollm2-135m-instruct, minilm.
 
     `task`: causal (goes on with a text) or classification (names a text's class; an encoder gets a fresh head), found
-    from the model where it is auto. `device`: as torch calls it, such as cpu or cuda:0. With `lora` all methods train
-    its factors, and a classifier's head, in place of the model.
+    from the model where it is auto. `device`: as torch calls it, such as cpu or cuda:0; or auto, for a model that spans
+    all GPUs of the machine. With `lora` all methods train its factors, and a classifier's head, in place of the model,
+    whose linear layers may then be kept in 8 or 4 `bits` (LLM.int8, NF4).
     """
 
     path: str = "smollm2-135m-instruct"
@@ -66,6 +67,13 @@ class Model(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     lora: Lora | None = None
+    bits: Literal[8, 4] | None = None
+
+    @model_validator(mode="after")
+    def _adapted(self) -> Model:
+        if self.bits is not None and self.lora is None:
+            raise ValueError("bits needs [model.lora]: quantised weights cannot be trained themselves")
+        return self
 
 
 class Data(_Section):

@@ -19,6 +19,7 @@ from thinwire.config import Lora, Run
 from thinwire.estimate.estimate import estimate
 from thinwire.estimate.sketch import Live, one_pass, sketch
 from thinwire.model.flat import Net
+from thinwire.model.load import quantised_layers
 
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -81,6 +82,21 @@ def test_factors_have_the_names_and_shapes_of_a_view(tmp_path: Path) -> None:
     assert {n: p.shape for n, p in net.parameters()} == {n: t.shape for n, t in sketch(run).trained.items()}
     frozen, whole = one_pass(sketch(run), 2, 40, 8, run.model.lora), one_pass(sketch(run), 2, 40, 8)
     assert frozen.kept < whole.kept
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_base_weighs_what_it_says(tmp_path: Path, bits: int) -> None:
+    from thinwire import build
+
+    tiny_folder(tmp_path / "model", hidden_size=64, num_attention_heads=4)
+    run = run_of(tmp_path / "model", {"name": "fedavg"})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"lora": Lora(rank=3), "bits": bits})})
+    net: Net = build.net_of(run)
+    there = sum(p.nbytes for p in net.model.parameters())
+    for layer in quantised_layers(net.model).values():
+        if bits == 4:
+            there += layer.weight.quant_state.absmax.nbytes
+    assert sketch(run).weight_bytes == there
 
 
 def test_the_command_says_it_as_tables_and_as_json(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from federation import closed_data
 from peft import PeftModel
-from tiny import tiny_folder, tiny_model
+from tiny import BOS, EOS, VOCABULARY, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from thinwire.keys import Key
@@ -122,3 +122,39 @@ def test_a_target_that_is_no_layer_is_refused_with_those_that_are() -> None:
 def test_a_rank_above_a_layers_is_refused() -> None:
     with pytest.raises(ModelError, match=r"model.lora.rank: 17 is more than .*v_proj has, which is 16 x 32"):
         add_lora(tiny_model(), 17, 8.0, ["q_proj", "v_proj"], Key.root(0))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_factors_beside_a_quantised_model(tmp_path: Path, bits: int, architecture: str) -> None:
+    targets: tuple[str, ...] = TARGETS
+    tiny_folder(tmp_path / "start")
+    if architecture == "gpt2":  # which holds its weights transposed
+        targets = ("c_attn", "c_fc")
+        config = GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=1, n_head=2, bos_token_id=BOS)
+        config.eos_token_id = EOS
+        with torch.random.fork_rng(devices=[]):
+            GPT2LMHeadModel(config).save_pretrained(tmp_path / "start")
+    adapt = partial(add_lora, rank=4, alpha=8.0, targets=targets, key=Key.root(0))
+    before = torch.random.get_rng_state()
+    net = Net.open(str(tmp_path / "start"), adapt=adapt, bits=bits)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    whole = Net.open(str(tmp_path / "start"), adapt=adapt)
+    assert net.names == whole.names
+    assert all(torch.equal(p, whole.base[name]) for name, p in net.parameters())
+    size, floats = (sum(p.nbytes for n, p in x.model.named_parameters() if ".0." in n) for x in (net, whole))
+    assert size < floats * (0.6 if bits == 8 else 0.5)
+    ids = torch.arange(12)[None]
+    start = net.model(ids).logits.detach()
+    off = (start - whole.model(ids).logits).norm() / start.norm()
+    assert 0 < off < (0.05 if bits == 8 else 0.3)
+    train(net)
+    trained = net.model(ids).logits.detach()
+    assert (trained - start).norm() > 1e-3 * start.norm()
+    net.save(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in plain.config.to_dict()
+    assert not has_lora(plain)
+    # eight bits round what goes into a layer too
+    assert (plain(ids).logits - trained).norm() < (0.05 if bits == 8 else 1e-5) * trained.norm()
+    assert (plain(ids).logits - trained).norm() < 0.5 * (trained - start).norm()

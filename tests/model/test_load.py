@@ -270,6 +270,38 @@ def test_a_gguf_file_is_converted_once(cache: Path, gguf_file: Path, monkeypatch
     AutoModelForCausalLM.from_pretrained(cache / "out")
 
 
+def test_a_packaged_model_in_parts_is_put_together_once(
+    cache: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gguf_file.read_bytes()
+    for name, code in (("wired", PARTS), ("wired_part1", "")):
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text(code)
+    for i, part in enumerate((whole[:1000], whole[1000:])):
+        (tmp_path / "site" / "wired" / f"{i}.part").write_bytes(part)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setitem(loading.PACKAGED, "wired-1m", ("wired", "pip install wired"))
+    net = Net.open("wired-1m")
+    assert (cache / "parts" / "wired-1m.gguf").read_bytes() == whole
+    (tmp_path / "site" / "wired" / "0.part").unlink()
+    assert resolve("wired-1m") == net.folder
+    (cache / "parts" / "wired-1m.gguf").unlink()
+    with pytest.raises(ModelError, match=r"cannot put wired-1m together: .*0\.part"):
+        resolve("wired-1m")
+    assert list((cache / "parts").iterdir()) == []
+
+
+PARTS = """
+from pathlib import Path
+
+def assemble(target):
+    with target.open("wb") as file:
+        for i in range(2):
+            file.write((Path(__file__).parent / f"{i}.part").read_bytes())
+    return target
+"""
+
+
 def test_another_gguf_file_under_the_same_name_gets_another_folder(cache: Path, gguf_file: Path) -> None:
     first = resolve(str(gguf_file))
     write_gguf(gguf_file, tiny_model(seed=1))
@@ -325,3 +357,17 @@ def test_the_real_model_answers_and_exports(tmp_path: Path) -> None:
     assert not getattr(again, "is_quantized", False)
     assert not hasattr(again.config, "quantization_config")
     assert all(torch.equal(p, net.parameter(name)) for name, p in again.named_parameters())
+
+
+def test_a_model_that_spans_what_there_is(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "model")
+    assert torch.cuda.is_available() or Net.open(str(tmp_path / "model"), device="auto").device.type == "cpu"
+    spread, plain = (Net.open(str(tmp_path / "model"), device=device) for device in ("auto", "cpu"))
+    assert spread.state_sha256() == plain.state_sha256()
+
+
+def test_what_quantises_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_folder(tmp_path / "model")
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"model.bits: .* needs bitsandbytes: pip install 'thinwire\[bits\]'"):
+        Net.open(str(tmp_path / "model"), bits=8)

@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from thinwire.config import Lora, Run
 from thinwire.model.errors import ModelError
 from thinwire.model.hollow import hollow
-from thinwire.model.load import DTYPES, PACKAGED, first_line, resolve
+from thinwire.model.load import DTYPES, HEADS, PACKAGED, first_line, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -68,6 +69,10 @@ def sketch(run: Run) -> Sketch:
     except Exception as error:  # a config may be wrong in as many ways as there are architectures
         raise ModelError(f"cannot make a model of the config of {run.model.path}: {first_line(error)}") from error
     whole = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if run.model.bits is not None:
+        each = {8: 1.0, 4: 0.5 + 4 / 64}[run.model.bits]  # four bits: a float32 scale for 64 weights
+        layers = (m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in HEADS)
+        whole -= int(sum(layer.weight.numel() for layer in layers) * (dtype.itemsize - each))
     trained = {name: p.detach() for name, p in model.named_parameters()}
     if run.model.lora is not None:
         trained = _factors(model, run.model.lora.rank, run.model.lora.targets)

