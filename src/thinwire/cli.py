@@ -77,6 +77,7 @@ def run(
             typer.echo(f"{folder}: this run is complete")
             print_summary(folder)
             return
+        again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
         if rank:
             folder = parallel.shadow(folder)
         parallel.wait()
@@ -89,7 +90,6 @@ def run(
             job = build.job(whole, rows, net, folder, before, watch)
             watch.rows_shortened(shortened(job.names, job.clients, settings.data.max_length))
             _record(folder, settings)
-            again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
             try:
                 with Trackers(watch, trackers_of(settings, folder)) as job.watch:
                     train(job)

@@ -31,11 +31,24 @@ RUNS = {
     "fedzo": ["method.name=fedzo", "method.lr=1e-3", "method.queries=2", "method.steps=2"],
 }
 EXACT = {"fedkseed", "fedzo"}
+# A run that is stopped in its last round and goes on, by two processes both times.
+STOPPED = "fedkseed"
 LAUNCHED = """
 import sys
+from unittest import mock
+from thinwire import show
 from thinwire.cli import app
+
+def stop(self, record, left):
+    if record["round"] == 2:
+        raise KeyboardInterrupt
+
 for args in [line.split("\\t") for line in sys.argv[1].splitlines()]:
-    app(args, standalone_mode=False)
+    if args[0] == "stop":
+        with mock.patch.object(show.Live, "round_ends", stop):
+            assert app(["run", *args[1:]], standalone_mode=False) == 1
+    else:
+        app(args, standalone_mode=False)
 """
 
 
@@ -78,6 +91,9 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
     started = []
     for side, size in (("one", 1), ("two", 2)):
         lines = [["run", f"{place}/run.toml", *more, "--out", f"{place}/{side}/{name}"] for name, more in RUNS.items()]
+        if size == 2:
+            again = [f"{place}/run.toml", *RUNS[STOPPED], "--out", f"{place}/two/stopped"]
+            lines += [["stop", *again], ["run", *again, "--resume"]]
         for rank in range(size):
             world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
             env = dict(os.environ) | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -88,6 +104,9 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for process in started:
         out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
+        if process is not started[0]:
+            assert f"stopped; go on from the last whole round with: thinwire run {place}/run.toml" in err
+            assert f"--out {place}/two/stopped --resume" in err
         assert (process is started[2]) == (out == "")  # the second process says nothing
     return place
 
@@ -103,6 +122,15 @@ def test_two_processes_end_where_one_does(name: str, ends: Path) -> None:
     assert set(mine) == set(theirs)
     for tensor, weights in mine.items():  # sums of gradients are rounded otherwise
         torch.testing.assert_close(theirs[tensor], weights, atol=2e-4, rtol=1e-3)
+
+
+def test_two_processes_go_on_where_they_were_stopped(ends: Path) -> None:
+    whole, stopped = (json.loads((ends / "two" / name / "summary.json").read_text()) for name in (STOPPED, "stopped"))
+    assert whole["sha256"] == stopped["sha256"]
+    rounds = [
+        json.loads(line)["round"] for line in (ends / "two" / "stopped" / "rounds.jsonl").read_text().splitlines()
+    ]
+    assert rounds == [1, 2]
 
 
 def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
