@@ -232,6 +232,12 @@ def test_what_is_wrong_is_told_before_anything_runs(place: Path, tmp_path: Path)
     assert "compare.seeds" in refused("compare", file, "compare.seeds=3", "--out", tmp_path)
     assert "compare.methods: " in refused("compare", file, "compare.methods.fedavg.seeds=[-1]", "--out", tmp_path)
     assert "compare.grid" in refused("compare", file, "compare.grid=[0]", "--out", tmp_path)
+    alone = ("compare", file, "--methods", "base,fedit", "--out", tmp_path)
+    assert "no linear layer is called c_attn; there are: down_proj" in refused(
+        *alone, "compare.methods.fedit.model.lora.targets=['c_attn']"
+    )
+    assert "model.lora.rank: 17 is more than" in refused(*alone, "compare.methods.fedit.model.lora.rank=17")
+    assert "lacks" in refused(*alone, f"model.path={tmp_path}")
     assert "method.lrr: unknown field" in refused("compare", file, "method.lrr=3", "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []
 

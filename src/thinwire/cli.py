@@ -188,6 +188,7 @@ def compare(
         mine = comparison.share(made, part)
         folder = out if out is not None else Path("runs") / f"compare-{tree.get('name', 'run')}"
         comparison.check_output(made, folder)
+        comparison.check_models(made)
         folder.mkdir(parents=True, exist_ok=True)
         again = shlex.join(["thinwire", "compare", *sys.argv[2:]])
         try:

@@ -275,6 +275,20 @@ def _passes(run: Run) -> float:
     return run.method.passes() * (1 if run.model.lora is None else 2 / 3)
 
 
+def check_models(made: Sequence[Plan]) -> None:
+    """ModelError where a model is not to be had, or has no layers for the factors that some run puts beside them."""
+    from thinwire.model.adapters import chosen_layers
+    from thinwire.model.load import load, resolve
+    from thinwire.model.task import labels_of, task_of
+
+    for model in dict.fromkeys(plan.run_of(plan.seeds[0], None).model for plan in made):
+        folder = resolve(model.path)
+        classes = labels_of(folder) or ("one", "other")
+        empty, _, _ = load(model.path, empty=True, classes=None if task_of(folder, model.task) == "causal" else classes)
+        if model.lora is not None:
+            chosen_layers(empty, model.lora.rank, model.lora.targets)
+
+
 def check_output(made: Sequence[Plan], out: Path) -> None:
     """ConfigError where the output holds a run of another configuration, but for its tuned rate."""
     for plan in made:

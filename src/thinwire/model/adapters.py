@@ -41,17 +41,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    for target in targets:
-        if not any(_meant(name, target) for name in layers):
-            known = sorted({name.rpartition(".")[2] for name in layers})
-            raise ModelError(f"model.lora.targets: no linear layer is called {target}; there are: {', '.join(known)}")
-    chosen = {name: layer for name, layer in layers.items() if any(_meant(name, target) for target in targets)}
-    for name, layer in chosen.items():
-        sides = layer.weight.shape if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
-        if rank > min(sides):
-            shape = " x ".join(map(str, sides))
-            raise ModelError(f"model.lora.rank: {rank} is more than {name} has, which is {shape}")
+    chosen = chosen_layers(model, rank, targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen), bias="none")  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that layers of GPT-2 hold their weights transposed, which peft then minds
@@ -66,6 +56,22 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[
     for _, parameter in _head(model):
         parameter.requires_grad_(True)
     model.eval()  # what has been added came in training mode
+
+
+def chosen_layers(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers that get factors, by name; ModelError as add_lora. The model may be without memory for its weights."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    for target in targets:
+        if not any(_meant(name, target) for name in layers):
+            known = sorted({name.rpartition(".")[2] for name in layers})
+            raise ModelError(f"model.lora.targets: no linear layer is called {target}; there are: {', '.join(known)}")
+    chosen = {name: layer for name, layer in layers.items() if any(_meant(name, target) for target in targets)}
+    for name, layer in chosen.items():
+        sides = layer.weight.shape if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+        if rank > min(sides):
+            shape = " x ".join(map(str, sides))
+            raise ModelError(f"model.lora.rank: {rank} is more than {name} has, which is {shape}")
+    return chosen
 
 
 def has_lora(model: nn.Module) -> bool:
