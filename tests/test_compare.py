@@ -102,14 +102,14 @@ def test_a_few_clients_may_stand_for_all_that_are_alone() -> None:
 
 
 def test_a_method_may_have_seeds_of_its_own() -> None:
-    own = {"fedkseed": {"seeds": [4, 5]}}
+    own = {"fedkseed": {"seeds": [4, 5]}, "fedavg": {"control_seeds": [6]}}
     made = compare.plans(TREE, Settings(methods=own, seeds=(0,)), ["base", "fedkseed", "fedavg"], True)
     assert {p.title: p.seeds for p in made} == {
         "base": (0,),
         "fedkseed": (4, 5),
         "fedkseed, shuffled": (4, 5),
         "fedavg": (0,),
-        "fedavg, shuffled": (0,),
+        "fedavg, shuffled": (6,),
     }
     assert [job.run.seed for job in made[1].final().values()] == [4, 5]
     assert {job.run.seed for job in made[1].tuning().values()} == {4}

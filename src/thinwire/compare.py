@@ -68,15 +68,16 @@ class Settings(BaseModel):
     target: PositiveFloat | None = None  # a held-out loss; the table says when it was reached
     costs: bool = True  # whether memory and seconds of either side are measured first, in two rounds of each
     alone: PositiveInt | None = None  # of the clients, evenly spaced, that `local` trains alone; each where it is None
-    methods: dict[str, Tree] = {}  # what differs of the run file, and seeds of its own
+    methods: dict[str, Tree] = {}  # what differs of the run file; `seeds` and `control_seeds` of its own
 
     @field_validator("methods")
     @classmethod
     def _seeds(cls, value: dict[str, Tree]) -> dict[str, Tree]:
         for name, tree in value.items():
-            own = tree.get("seeds", [0])
-            if not isinstance(own, list | tuple) or not own or any(type(seed) is not int or seed < 0 for seed in own):
-                raise ValueError(f"{name}.seeds: a list of whole numbers of at least 0 is wanted")
+            for key in tree.keys() & {"seeds", "control_seeds"}:
+                own = tree[key]
+                if not isinstance(own, list) or not own or any(type(seed) is not int or seed < 0 for seed in own):
+                    raise ValueError(f"{name}.{key}: a list of whole numbers of at least 0 is wanted")
         return value
 
 
@@ -187,6 +188,7 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
         changes = PRESETS.get(name, {"method": {"name": name}} if name in METHODS else {})
         own = dict(settings.methods.get(name, {}))
         seeds = tuple(own.pop("seeds", settings.seeds))
+        control_seeds = tuple(own.pop("control_seeds", settings.control_seeds or seeds))
         mine = merge(merge(tree, changes), own)
         plan = Plan(name, mine, seeds, settings.grid, settings.validation, settings.tuning_rounds)
         run = plan.run_of(seeds[0], None)
@@ -204,7 +206,7 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
             twin = copy.deepcopy(plan)
             changes = {"data": {"shuffle_answers": True}, "eval": {"every": 0}}  # its curve is of no interest
             twin.shuffled, twin.tree = True, merge(twin.tree, changes)
-            twin.seeds = settings.control_seeds or seeds
+            twin.seeds = control_seeds
             made.append(twin)
     _some(made)
     return made
