@@ -100,7 +100,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         if line["name"] == "base" or line["bytes_down"] is None:
             level = line["scores"]["heldout loss"][0]
             axes.axhline(level, color="0.6", linewidth=1, linestyle="--")
-            axes.annotate(line["name"], (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            axes.annotate(line["name"], (0.01, level), xycoords=("axes fraction", "data"), ha="left", va="bottom")
         else:
             sent, losses = zip(*curve[1:], strict=True)
             axes.plot(sent, losses, marker="o", markersize=3, label=line["name"])

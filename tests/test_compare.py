@@ -213,6 +213,21 @@ def test_a_run_that_diverged_has_its_line(tmp_path: Path) -> None:
     assert (fedavg.trained, fedavg.target_round) == (None, None)
 
 
+def test_how_often_a_run_was_scored_makes_no_other_run_of_it(tmp_path: Path) -> None:
+    made = compare.plans(TREE, Settings(methods=OWN, grid=()), ["fedavg"], False)
+    job = made[0].final()[0, 0]
+    folder = tmp_path / job.name
+    folder.mkdir(parents=True)
+    for field, value in (("every", 3), ("rows", 3)):
+        scored = job.run.model_copy(update={"eval": job.run.eval.model_copy(update={field: value})})
+        (folder / "run.toml").write_text(scored.to_toml())
+        if field == "every":
+            compare.check_output(made, tmp_path)
+        else:
+            with pytest.raises(ConfigError, match=r"holds another run: eval.rows is 3 there, 256 here"):
+                compare.check_output(made, tmp_path)
+
+
 def test_machines_share_the_names() -> None:
     made = compare.plans(TREE, Settings(methods=OWN), ALL, True)
     parts = [compare.share(made, f"{i}/3") for i in (1, 2, 3)]

@@ -300,6 +300,8 @@ def check_output(made: Sequence[Plan], out: Path) -> None:
             if not file.exists():
                 continue
             there = config.load(file)
+            # how often it was scored on the way makes no other run of it
+            there = there.model_copy(update={"eval": there.eval.model_copy(update={"every": job.run.eval.every})})
             if plan.lr is None and "/tune/" not in job.name and plan.grid:
                 same = there.method.model_copy(update={"lr": job.run.method.model_dump().get("lr")})
                 there = there.model_copy(update={"method": same})
