@@ -87,7 +87,7 @@ def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
     decay: float, schedule: Any, net: Net, tmp_path: Path
 ) -> None:
     method = FedKSeed(
-        seeds=16, steps=6, batch_size=4, lr=1e-3, eps=1e-3, weight_decay=decay, schedule=schedule, wire="paper",
+        seeds=16, steps=6, batch_size=4, lr=3e-4, eps=1e-3, weight_decay=decay, schedule=schedule, wire="paper",
         law="gaussian",
     )  # fmt: skip
     federation = Federation(method, net, tmp_path, rounds=3)
@@ -95,7 +95,7 @@ def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
     net.reset()
     mean = weights(net)
     for round in (1, 2, 3):
-        lr = 1e-3 if schedule == "constant" else 1e-3 * (1 - (round - 1) / 3)
+        lr = 3e-4 if schedule == "constant" else 3e-4 * (1 - (round - 1) / 3)
         finals = []
         for id, rows in enumerate(federation.sizes):
             client = federation.client(id, round)
@@ -108,8 +108,9 @@ def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
     start = weights(net)
     method.materialise(federation.state, net)
     moved = weights(net) - start
-    assert (moved - (mean - start)).norm() < 0.02 * (mean - start).norm()  # g is measured in float32
-    assert moved.norm() > 1e-3
+    # g is measured in float32; at three times the rate the steps diverge, and rounding with them, otherwise on each CPU
+    assert (moved - (mean - start)).norm() < 5e-4 * (mean - start).norm()
+    assert moved.norm() > 1
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
