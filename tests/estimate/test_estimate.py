@@ -19,7 +19,7 @@ from thinwire.config import Lora, Run
 from thinwire.estimate.estimate import estimate
 from thinwire.estimate.sketch import Live, one_pass, sketch
 from thinwire.model.flat import Net
-from thinwire.model.load import quantised_layers
+from thinwire.model.quantised import quantised_layers
 
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}

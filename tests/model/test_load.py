@@ -13,6 +13,7 @@ from tiny import BOS, EOS, PAD, VOCABULARY, tiny_folder, tiny_model, tiny_tokeni
 from transformers import AutoModelForCausalLM
 
 from thinwire.model import load as loading
+from thinwire.model import quantised
 from thinwire.model.errors import ModelError
 from thinwire.model.flat import Net
 from thinwire.model.load import load, resolve, whole_folder
@@ -368,6 +369,6 @@ def test_a_model_that_spans_what_there_is(tmp_path: Path) -> None:
 
 def test_what_quantises_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_folder(tmp_path / "model")
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"model.bits: .* needs bitsandbytes: pip install 'thinwire\[bits\]'"):
         Net.open(str(tmp_path / "model"), bits=8)

@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from thinwire.config import Lora, Run
 from thinwire.model.errors import ModelError
 from thinwire.model.hollow import hollow
-from thinwire.model.load import DTYPES, HEADS, PACKAGED, first_line, resolve
+from thinwire.model.load import DTYPES, PACKAGED, first_line, resolve
+from thinwire.model.quantised import HEADS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -22,7 +22,7 @@ from thinwire.keys import Key
 from thinwire.model import head
 from thinwire.model.errors import ModelError
 from thinwire.model.hollow import hollow
-from thinwire.model.load import quantised_layers
+from thinwire.model.quantised import quantised_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,13 +87,14 @@ def merged(model: PreTrainedModel) -> dict[str, Tensor]:
     from peft.utils.integrations import dequantize_module_weight
 
     added = {f"{name}.base_layer.weight": layer for name, layer in _lora_layers(model)}
-    packed = {f"{name}.weight": layer for name, layer in quantised_layers(model).items()}
+    quantised = quantised_layers(model)
+    packed = {f"{name}.weight": layer for name, layer in quantised.items()}
+    within = tuple(f"{name}." for name in quantised)
     state = {}
     for name, tensor in model.state_dict().items():
         if ".lora_A." in name or ".lora_B." in name:
             continue
-        owner = name.rpartition(".weight")[0] or name.rpartition(".")[0]
-        if f"{owner}.weight" in packed and not name.endswith((".weight", ".bias")):
+        if name.startswith(within) and not name.endswith((".weight", ".bias")):
             continue  # scales of a quantised weight
         if name in packed:
             tensor = dequantize_module_weight(packed[name]).to(model.dtype)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from thinwire.model import head
 from thinwire.model.errors import ModelError
 from thinwire.model.hollow import hollow
+from thinwire.model.quantised import placed_on, quantised_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +42,6 @@ PACKAGED = {
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEADS = ["lm_head", "embed_out", "score", "classifier"]  # stay as they are in a quantised model
 TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -105,7 +104,7 @@ def load(
         if empty:
             model = _hollow_model(folder, DTYPES[dtype], classes)
         else:
-            model = _read_model(folder, DTYPES[dtype], classes, key, _placed(device, bits, DTYPES[dtype]))
+            model = _read_model(folder, DTYPES[dtype], classes, key, placed_on(device, bits, DTYPES[dtype]))
         tokenizer = _read_tokenizer(folder)
     if not empty:
         _own(model)
@@ -118,15 +117,6 @@ def load(
         model.config.pad_token_id = tokenizer.pad_token_id  # where a text ends is told by it
         tokenizer.padding_side = "right"
     return model, tokenizer, folder
-
-
-def quantised_layers(model: nn.Module) -> dict[str, Any]:
-    """The quantised layers of a model by name; none where it is in floats."""
-    if getattr(model, "hf_quantizer", None) is None:
-        return {}
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
 
 
 def cache_folder() -> Path:
@@ -314,23 +304,6 @@ def _sha256(file: Path) -> str:
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(digest)
     return digest
-
-
-def _placed(device: str, bits: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What from_pretrained is told where the model is not simply read into the CPU's memory."""
-    if bits is None:
-        return {"device_map": "auto"} if device == "auto" else {}
-    if find_spec("bitsandbytes") is None:
-        raise ModelError("model.bits: a quantised model needs bitsandbytes: pip install 'thinwire[bits]'")
-    from transformers import BitsAndBytesConfig
-
-    if bits == 8:
-        how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
-    else:
-        how = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=HEADS
-        )
-    return {"device_map": "auto" if device == "auto" else {"": device}, "quantization_config": how}
 
 
 def _read_model(

@@ -1,0 +1,40 @@
+"""Models whose linear layers are kept in 8 or 4 bits, by bitsandbytes, and where their parts lie."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from thinwire.model.errors import ModelError
+
+HEADS = ["lm_head", "embed_out", "score", "classifier"]  # stay as they are in a quantised model
+
+
+def placed_on(device: str, bits: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained is told where the model is not simply read into the CPU's memory: it spans all GPUs, or its
+    linear layers are to be quantised. ModelError: bitsandbytes is not installed."""
+    if bits is None:
+        return {"device_map": "auto"} if device == "auto" else {}
+    if find_spec("bitsandbytes") is None:
+        raise ModelError("model.bits: a quantised model needs bitsandbytes: pip install 'thinwire[bits]'")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+    else:
+        how = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=HEADS
+        )
+    return {"device_map": "auto" if device == "auto" else {"": device}, "quantization_config": how}
+
+
+def quantised_layers(model: nn.Module) -> dict[str, Any]:
+    """The quantised layers of a model by name; none where it is in floats."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return {}
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
