@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CHOICES, tiny_folder, tiny_rows, write_jsonl
+from tiny import CHOICES, tiny_encoder, tiny_folder, tiny_rows, write_jsonl
 
 from thinwire import build, config, wire
 from thinwire.config import Run
@@ -80,6 +80,21 @@ def test_frames_of_fixed_size_are_known_to_the_byte(place: Path, tmp_path: Path,
     assert said is not None
     assert all(span.exact for span in said.total)
     assert (said.total[0].least, said.total[1].least) == bytes_of(run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "targets": ["query", "value"]}])
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_a_classifiers_frames_are_known_too(place: Path, tmp_path: Path, lora: Any, at_hand: bool) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    run = run_of(place, EXACT["fedavg"] | {"model": {"path": str(tmp_path / "encoder"), "lora": lora}})
+    update = {"choices": None if at_hand else CHOICES, "prompt": None, "answer": None}
+    run = run.model_copy(update={"data": run.data.model_copy(update=update)})
+    said = estimate(run)
+    assert said.traffic is not None
+    settled = build.settled(run, build.rows_of(run.data, build.Key.root(run.seed)))
+    assert (said.traffic.total[0].least, said.traffic.total[1].least) == bytes_of(settled, tmp_path / "run")
+    assert said.trained == sum(p.numel() for _, p in build.net_of(settled).parameters())
+    assert said.flops > 0
 
 
 @pytest.mark.parametrize("name", RANGE)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from thinwire import build
+from thinwire.build import Rows
 from thinwire.config import ConfigError, Run, method_name
+from thinwire.data.classes import classes_of
 from thinwire.data.errors import DataError
 from thinwire.data.packaged import PACKAGED
 from thinwire.estimate.memory import Memory, client_memory, server_memory
@@ -64,8 +67,9 @@ class Estimate:
 def estimate(run: Run) -> Estimate:
     """What the run will cost, from its file and its model's config; raises ModelError, ConfigError."""
     assumed: list[str] = []
-    model = sketch(run)
-    examples = examples_of(run, assumed)
+    held = rows_at_hand(run)
+    examples = examples_of(run, held, assumed)
+    model = sketch(run, partial(classes_in, run, held, assumed))
     method = run.method
     rows = int(getattr(method, "batch_size", 1))
     length = run.data.max_length
@@ -74,7 +78,9 @@ def estimate(run: Run) -> Estimate:
     if isinstance(method, FedKSeed | FedZO) and method.together:
         sides *= 2 * method.queries
     closed = run.data.choices is not None and run.data.loss == "choice"
-    if closed:
+    if model.task == "classification":
+        assumed.append("every text as long as that")
+    elif closed:
         assumed.append("choices of one token each")
     else:
         assumed.append(f"answers of {min(ANSWER, length - 1)} tokens")
@@ -96,19 +102,39 @@ def estimate(run: Run) -> Estimate:
     )
 
 
-def examples_of(run: Run, assumed: list[str]) -> list[int | None]:
-    """How many examples each client would have; None, and a line in `assumed`, where the rows are not at hand."""
+def rows_at_hand(run: Run) -> Rows | None:
+    """The run's rows, or None where they are not here, are wrong, or are more than is worth the time."""
     data = run.data
     files = [] if data.path in PACKAGED else [Path(data.path)]
     files = [inner for file in files for inner in (file.rglob("*.jsonl") if file.is_dir() else [file])]
     try:
         if sum(file.stat().st_size for file in files) <= READ and (files or data.path in PACKAGED):
-            counts = [len(rows) for rows in build.rows_of(data, Key.root(run.seed)).clients.values()]
-            if data.too_long == "drop":
-                assumed.append("no row is too long")
-            return list(counts)
+            return build.rows_of(data, Key.root(run.seed))
     except (OSError, DataError, ConfigError):
         pass
-    count = 1 if data.pooled else data.clients
+    return None
+
+
+def examples_of(run: Run, held: Rows | None, assumed: list[str]) -> list[int | None]:
+    """How many examples each client would have; None, and a line in `assumed`, where the rows are not at hand."""
+    if held is not None:
+        if run.data.too_long == "drop":
+            assumed.append("no row is too long")
+        return [len(rows) for rows in held.clients.values()]
+    count = 1 if run.data.pooled else run.data.clients
     assumed.append(f"{count} clients: the rows are not at hand to be counted")
     return [None] * count
+
+
+def classes_in(run: Run, held: Rows | None, assumed: list[str]) -> int:
+    """How many classes a fresh head of a classifier would tell apart."""
+    if run.data.choices is not None:
+        return len(run.data.choices)
+    if held is not None:
+        rows = [row for rows in held.clients.values() for row in rows]
+        try:
+            return len(classes_of(build.in_words(run.data, rows), build.template_of(run.data, True)))
+        except (DataError, ConfigError):
+            pass
+    assumed.append("two classes: neither data.choices nor the rows name them")
+    return 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.config import Lora, Run
+from thinwire.model.adapters import chosen_layers, head_of
 from thinwire.model.errors import ModelError
 from thinwire.model.hollow import hollow
 from thinwire.model.load import DTYPES, PACKAGED, first_line, resolve
 from thinwire.model.quantised import HEADS
+from thinwire.model.task import Task, has_head, task_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,13 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What is trained, as tensors without memory; bytes of all weights and of the largest tensor; the config."""
+    """What is trained, as tensors without memory; bytes of all weights and of the largest tensor; config and task."""
 
     trained: Mapping[str, Tensor]
     weight_bytes: int
     largest_bytes: int
     config: PreTrainedConfig
     dtype: torch.dtype
+    task: Task
 
     @property
     def size(self) -> int:
@@ -60,13 +63,15 @@ class Pass:
     flops: float
 
 
-def sketch(run: Run) -> Sketch:
-    """The run's model from its config alone; raises ModelError."""
-    from transformers import AutoModelForCausalLM
-
+def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
+    """The run's model from its config alone; raises ModelError. `classes` says how many a fresh head tells apart."""
     config, dtype = config_of(run.model.path), DTYPES[run.model.dtype]
+    known = config.to_dict()
+    task = task_in(known, run.model.path, run.model.task)
+    if task == "classification" and not has_head(known):
+        config.num_labels = classes()
     try:
-        model = hollow(partial(AutoModelForCausalLM.from_config, dtype=dtype, trust_remote_code=False), config)
+        model = hollow(partial(_form(task).from_config, dtype=dtype, trust_remote_code=False), config)
     except Exception as error:  # a config may be wrong in as many ways as there are architectures
         raise ModelError(f"cannot make a model of the config of {run.model.path}: {first_line(error)}") from error
     whole = sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -76,10 +81,16 @@ def sketch(run: Run) -> Sketch:
         whole -= int(sum(layer.weight.numel() for layer in layers) * (dtype.itemsize - each))
     trained = {name: p.detach() for name, p in model.named_parameters()}
     if run.model.lora is not None:
-        trained = _factors(model, run.model.lora.rank, run.model.lora.targets)
-        whole += sum(tensor.numel() for tensor in trained.values()) * dtype.itemsize
+        trained = _factors(model, run.model.lora)
+        whole += sum(t.numel() for name, t in trained.items() if ".lora_" in name) * dtype.itemsize
     largest = max(tensor.numel() for tensor in trained.values()) * dtype.itemsize
-    return Sketch(trained, whole, largest, config, dtype)
+    return Sketch(trained, whole, largest, config, dtype, task)
+
+
+def _form(task: Task) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
 
 
 def config_of(path: str) -> PreTrainedConfig:
@@ -99,7 +110,8 @@ def config_of(path: str) -> PreTrainedConfig:
 
 
 def one_pass(model: Sketch, rows: int, length: int, answer: int, lora: Lora | None = None) -> Pass:
-    """What a forward pass over `rows` rows of `length` tokens takes, logits at `answer` positions of each.
+    """What a forward pass over `rows` rows of `length` tokens takes, logits at `answer` positions of each (a
+    classifier has one set of them).
 
     Run on tensors without memory, on models of one and of two layers: each further layer takes what the second took.
     With `lora` the weights are frozen, and factors beside them are trained.
@@ -113,8 +125,6 @@ def one_pass(model: Sketch, rows: int, length: int, answer: int, lora: Lora | No
 def _measured(
     model: Sketch, layers: int, rows: int, length: int, answer: int, lora: Lora | None
 ) -> tuple[float, float, float]:
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -122,45 +132,52 @@ def _measured(
         text.layer_types = text.layer_types[:layers]
     config.use_cache = False
     with FakeTensorMode(allow_non_fake_inputs=True):
-        net = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False).eval()
+        net = _form(model.task).from_config(config, dtype=model.dtype, trust_remote_code=False).eval()
         if lora is not None:
             for parameter in net.parameters():
                 parameter.requires_grad_(False)
-            for name, module in net.named_modules():
-                if _meant(name, module, lora.targets):
-                    _beside(module, lora.rank)
+            for layer in chosen_layers(net, lora.rank, lora.targets).values():
+                _beside(layer, lora.rank)
+            for parameter in head_of(net).values():
+                parameter.requires_grad_(True)
         found = []
         for training in (True, False):
             live = Live(list(net.parameters()))
             with torch.set_grad_enabled(training), live, FlopCounterMode(display=False) as counter:
-                loss = _loss(net, rows, length, answer)
+                loss = _loss(net, model.task, rows, length, answer)
                 found.append(live.now if training else live.peak)
                 del loss
     return found[0], found[1], counter.get_total_flops()
 
 
-def _loss(net: PreTrainedModel, rows: int, length: int, answer: int) -> Tensor:
+def _loss(net: PreTrainedModel, task: Task, rows: int, length: int, answer: int) -> Tensor:
     """The loss as train.objective computes it, on tokens that are not there."""
     ids = torch.zeros((rows, length), dtype=torch.int64)
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
+    if task == "classification":
+        return F.cross_entropy(net(input_ids=ids, **options).logits.float(), torch.zeros(rows, dtype=torch.int64))
     options["position_ids"] = torch.arange(length).expand(rows, length)
     width = max(1, min(answer, length - 1))
     options["logits_to_keep"] = torch.arange(length - 1 - width, length - 1)
-    logits = net(input_ids=ids, **options).logits[:, -width:]
+    logits = net(input_ids=ids, use_cache=False, **options).logits[:, -width:]
     return F.cross_entropy(logits.float().flatten(0, 1), torch.zeros(rows * width, dtype=torch.int64))
+
+
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    """How many numbers a layer takes and gives."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
 
 
 def _beside(layer: nn.Module, rank: int) -> None:
     """Let a frozen layer add what factors beside it say, as peft's do."""
-    assert isinstance(layer, nn.Linear)
-    inner, dtype = layer.forward, layer.weight.dtype
-    left = torch.empty((rank, layer.in_features), dtype=dtype, requires_grad=True)
-    right = torch.empty((layer.out_features, rank), dtype=dtype, requires_grad=True)
+    inner, (taken, given) = layer.forward, _sides(layer)
+    dtype = next(layer.parameters()).dtype
+    left = torch.empty((rank, taken), dtype=dtype, requires_grad=True)
+    right = torch.empty((given, rank), dtype=dtype, requires_grad=True)
     layer.forward = lambda x: inner(x) + F.linear(F.linear(x, left), right) * 2.0  # type: ignore[method-assign]
-
-
-def _meant(name: str, module: nn.Module, targets: tuple[str, ...]) -> bool:
-    return isinstance(module, nn.Linear) and any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 class Live(TorchDispatchMode):
@@ -190,15 +207,11 @@ class Live(TorchDispatchMode):
         self.now -= self._sizes.pop(place)
 
 
-def _factors(model: PreTrainedModel, rank: int, targets: tuple[str, ...]) -> dict[str, Tensor]:
-    """The LoRA factors under the names that a view gives them."""
-    found = {}
-    for name, module in model.named_modules():
-        if _meant(name, module, targets):
-            assert isinstance(module, nn.Linear)
-            for part, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
-                weight = torch.empty(shape, dtype=module.weight.dtype, device="meta")
-                found[f"{name}.lora_{part}.default.weight"] = weight
-    if not found:
-        raise ModelError(f"model.lora.targets: no linear layer is called {targets[0]}")
-    return found
+def _factors(model: PreTrainedModel, lora: Lora) -> dict[str, Tensor]:
+    """The LoRA factors under the names that a view gives them, and a classifier's head."""
+    found: dict[str, Tensor] = {}
+    for name, layer in chosen_layers(model, lora.rank, lora.targets).items():
+        taken, given = _sides(layer)
+        for part, shape in (("A", (lora.rank, taken)), ("B", (given, lora.rank))):
+            found[f"{name}.lora_{part}.default.weight"] = torch.empty(shape, dtype=model.dtype, device="meta")
+    return found | {name: p.detach() for name, p in head_of(model).items()}

@@ -53,7 +53,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[
         dtype = weight.dtype if weight.is_floating_point() else model.dtype  # a quantised one
         left.data = (uniform / math.sqrt(left.shape[1])).to(left.device, dtype)
         right.data = torch.zeros_like(right, dtype=dtype)
-    for _, parameter in _head(model):
+    for parameter in head_of(model).values():
         parameter.requires_grad_(True)
     model.eval()  # what has been added came in training mode
 
@@ -127,7 +127,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     config = model.peft_config[ADAPTER]  # type: ignore[index]
     config.inference_mode = True
     factors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    kept = dict(_head(model))
+    kept = head_of(model)
     if kept:
         config.modules_to_save = sorted({name.partition(".")[0] for name in kept})
         factors = factors | {name: parameter.detach() for name, parameter in kept.items()}
@@ -139,10 +139,11 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     config.save_pretrained(str(folder))
 
 
-def _head(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+def head_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """A classifier's head, which is trained whole beside the factors; nothing of a causal model."""
-    if head.is_classifier(model):
-        yield from ((name, p) for name, p in model.named_parameters() if head.of_head(model, name))
+    if not head.is_classifier(model):
+        return {}
+    return {name: p for name, p in model.named_parameters() if head.of_head(model, name)}
 
 
 def _meant(name: str, target: str) -> bool:

@@ -18,9 +18,13 @@ def task_of(folder: Path, wanted: Literal["auto", "causal", "classification"] = 
     A classifier is one whose config says so, or an encoder such as BERT, which gets a fresh head. ModelError: the
     model is neither, or not what is wanted.
     """
+    return task_in(_config(folder), folder, wanted)
+
+
+def task_in(config: dict[str, Any], folder: Path | str, wanted: Literal["auto", "causal", "classification"]) -> Task:
+    """The same of a config that has been read; `folder` is named in errors."""
     from transformers.models.auto import modeling_auto as known
 
-    config = _config(folder)
     kind, classes = config.get("model_type"), config.get("architectures") or []
     classifies = kind in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     continues = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -32,7 +36,7 @@ def task_of(folder: Path, wanted: Literal["auto", "causal", "classification"] = 
     encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
     if config.get("is_encoder_decoder"):
         continues = classifies = False
-    if classifies and (encoder or any(str(name).endswith("ForSequenceClassification") for name in classes)):
+    if classifies and (encoder or has_head(config)):
         return "classification"
     if not continues:
         raise ModelError(f"the {named} in {folder} is neither a causal model nor a classifier of texts")
@@ -46,7 +50,7 @@ def labels_of(folder: Path) -> tuple[str, ...] | None:
     cannot be read.
     """
     config = _config(folder)
-    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
+    if not has_head(config):
         return None
     names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(int(config.get("num_labels", 2)))}
     try:
@@ -55,6 +59,11 @@ def labels_of(folder: Path) -> tuple[str, ...] | None:
         raise ModelError(f"{folder / 'config.json'}: id2label does not name the classes 0 to n - 1") from None
     plain = all(re.fullmatch(r"LABEL_\d+", name) for name in found)
     return tuple(map(str, range(len(found)))) if plain else found
+
+
+def has_head(config: dict[str, Any]) -> bool:
+    """Whether the config is that of a model with a classifier's head."""
+    return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or [])
 
 
 def _config(folder: Path) -> dict[str, Any]:
