@@ -101,16 +101,19 @@ def test_a_few_clients_may_stand_for_all_that_are_alone() -> None:
     assert plan("local", alone=9).clients == (0, 1, 2, 3)
 
 
-def test_a_method_may_have_seeds_of_its_own() -> None:
-    own = {"fedkseed": {"seeds": [4, 5]}, "fedavg": {"control_seeds": [6]}}
-    made = compare.plans(TREE, Settings(methods=own, seeds=(0,)), ["base", "fedkseed", "fedavg"], True)
+def test_a_method_may_have_seeds_and_a_grid_of_its_own() -> None:
+    own: dict[str, Any] = {"fedkseed": {"seeds": [4, 5]}, "fedavg": {"control_seeds": [6]}}
+    own["fedzo"] = {"control_seeds": [], "grid": []}
+    made = compare.plans(TREE, Settings(methods=own, seeds=(0,)), ["base", "fedkseed", "fedavg", "fedzo"], True)
     assert {p.title: p.seeds for p in made} == {
         "base": (0,),
         "fedkseed": (4, 5),
         "fedkseed, shuffled": (4, 5),
         "fedavg": (0,),
         "fedavg, shuffled": (6,),
+        "fedzo": (0,),
     }
+    assert made[-1].tuning() == {}
     assert [job.run.seed for job in made[1].final().values()] == [4, 5]
     assert {job.run.seed for job in made[1].tuning().values()} == {4}
 
@@ -246,6 +249,9 @@ def test_what_is_wrong_is_told_before_anything_runs(place: Path, tmp_path: Path)
     assert "needs a method beside" in refused("compare", file, "--methods", "base", "--out", tmp_path)
     assert "compare.seeds" in refused("compare", file, "compare.seeds=3", "--out", tmp_path)
     assert "compare.methods: " in refused("compare", file, "compare.methods.fedavg.seeds=[-1]", "--out", tmp_path)
+    assert "fedavg.grid: Input should be greater" in refused(
+        "compare", file, "compare.methods.fedavg.grid=[-1]", "--out", tmp_path
+    )
     assert "compare.grid" in refused("compare", file, "compare.grid=[0]", "--out", tmp_path)
     alone = ("compare", file, "--methods", "base,fedit", "--out", tmp_path)
     assert "no linear layer is called c_attn; there are: down_proj" in refused(

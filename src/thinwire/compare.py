@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     field_validator,
 )
@@ -53,6 +54,14 @@ ABOUT = {
 }
 
 
+Seeds = tuple[NonNegativeInt, ...]
+OWN: dict[str, TypeAdapter[Any]] = {  # what a method may have of its own that is not of the run file
+    "seeds": TypeAdapter(Annotated[Seeds, Field(min_length=1)]),
+    "control_seeds": TypeAdapter(Seeds),
+    "grid": TypeAdapter(tuple[PositiveFloat, ...]),
+}
+
+
 class Settings(BaseModel):
     """The table [compare]."""
 
@@ -68,16 +77,17 @@ class Settings(BaseModel):
     target: PositiveFloat | None = None  # a held-out loss; the table says when it was reached
     costs: bool = True  # whether memory and seconds of either side are measured first, in two rounds of each
     alone: PositiveInt | None = None  # of the clients, evenly spaced, that `local` trains alone; each where it is None
-    methods: dict[str, Tree] = {}  # what differs of the run file; `seeds` and `control_seeds` of its own
+    methods: dict[str, Tree] = {}  # what differs of the run file; `seeds`, `control_seeds` (none: no control), `grid`
 
     @field_validator("methods")
     @classmethod
-    def _seeds(cls, value: dict[str, Tree]) -> dict[str, Tree]:
+    def _own(cls, value: dict[str, Tree]) -> dict[str, Tree]:
         for name, tree in value.items():
-            for key in tree.keys() & {"seeds", "control_seeds"}:
-                own = tree[key]
-                if not isinstance(own, list) or not own or any(type(seed) is not int or seed < 0 for seed in own):
-                    raise ValueError(f"{name}.{key}: a list of whole numbers of at least 0 is wanted")
+            for key in tree.keys() & OWN.keys():
+                try:
+                    OWN[key].validate_python(tree[key])
+                except ValidationError as error:
+                    raise ValueError(f"{name}.{key}: {error.errors()[0]['msg']}") from None
         return value
 
 
@@ -189,8 +199,9 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
         own = dict(settings.methods.get(name, {}))
         seeds = tuple(own.pop("seeds", settings.seeds))
         control_seeds = tuple(own.pop("control_seeds", settings.control_seeds or seeds))
+        grid = tuple(own.pop("grid", settings.grid))
         mine = merge(merge(tree, changes), own)
-        plan = Plan(name, mine, seeds, settings.grid, settings.validation, settings.tuning_rounds)
+        plan = Plan(name, mine, seeds, grid, settings.validation, settings.tuning_rounds)
         run = plan.run_of(seeds[0], None)
         plan.most, clients = run.rounds, _clients(run)
         if name == "local":
@@ -202,7 +213,7 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
             plan.steps_of = each
         afford(plan, settings)
         made.append(plan)
-        if control and name != "base":
+        if control and control_seeds and name != "base":
             twin = copy.deepcopy(plan)
             changes = {"data": {"shuffle_answers": True}, "eval": {"every": 0}}  # its curve is of no interest
             twin.shuffled, twin.tree = True, merge(twin.tree, changes)
