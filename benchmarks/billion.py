@@ -34,7 +34,7 @@ def make(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    from thinwire.model.load import resolve
+    from thinwire.model.find import resolve
 
     source = resolve("smollm2-135m-instruct")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))

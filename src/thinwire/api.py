@@ -19,7 +19,9 @@ from thinwire.data.errors import DataError
 from thinwire.data.load import Row, kind
 from thinwire.keys import Key
 from thinwire.methods import FedKSeed
-from thinwire.model.load import DTYPES, quiet, whole_folder
+from thinwire.model.folder import whole_folder
+from thinwire.model.load import DTYPES
+from thinwire.model.settle import quiet
 from thinwire.runtime import memory
 from thinwire.runtime.cohort import All, Segment
 from thinwire.runtime.loop import Record, Watch, read_records, train

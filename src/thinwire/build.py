@@ -25,8 +25,8 @@ from thinwire.data.tokenise import shuffle_answers, tokenise
 from thinwire.evaluate.evaluate import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.model.adapters import add_lora
+from thinwire.model.find import resolve
 from thinwire.model.flat import Net
-from thinwire.model.load import resolve
 from thinwire.model.task import labels_of, task_of
 from thinwire.runtime.loop import Job, Watch
 from thinwire.train.objective import keeps_apart

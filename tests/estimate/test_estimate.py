@@ -166,7 +166,7 @@ def test_memory_against_measurement_on_the_real_model(tmp_path: Path) -> None:
     from estimate import MODEL, cases, write_rows  # type: ignore[attr-defined]
 
     from thinwire.model.errors import ModelError
-    from thinwire.model.load import resolve
+    from thinwire.model.find import resolve
 
     try:
         resolve(MODEL)

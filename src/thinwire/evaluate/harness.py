@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from thinwire.data.errors import DataError
-from thinwire.model.load import first_line
+from thinwire.model.errors import first_line
 
 if TYPE_CHECKING:
     from thinwire.model.flat import Net

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.model import adapters, head
-from thinwire.model.errors import ModelError
-from thinwire.model.load import cache_folder, first_line, load, quiet, shards, whole_folder
+from thinwire.model.errors import ModelError, first_line
+from thinwire.model.folder import shards, whole_folder
+from thinwire.model.gguf import cache_folder
+from thinwire.model.load import load
+from thinwire.model.settle import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
