@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from thinwire.cli import app
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/tutorial.md", "docs/howto/choosing.md", "docs/howto/numbers.md", "docs/howto/adding.md"]
+HOWTO = ["choosing", "numbers", "adding", "scores"]
+PAGES = ["README.md", "docs/tutorial.md", *(f"docs/howto/{name}.md" for name in HOWTO)]
 SHORT = ["rounds=1", "threads=1", "method.batch_size=1", "data.max_length=128", "eval.rows=2", "eval.max_new_tokens=2"]
 SLOW = ("compare", "fit-codec", "server", "client", "local-federation", "chat")  # checked by their own tests
-NEEDS = {"docs/howto/choosing.md": "docs/tutorial.md", "docs/howto/numbers.md": "docs/tutorial.md"}
-NEEDS["docs/howto/adding.md"] = "docs/tutorial.md"  # whose files they go on with
+NEEDS = {f"docs/howto/{name}.md": "docs/tutorial.md" for name in HOWTO[:3]}  # whose files they go on with
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def test_every_command_of_a_page_runs(page: str, model: Path, tmp_path: Path, mo
         else:
             if words[1] == "report":
                 pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
+            if "--tasks" in words:
+                pytest.importorskip("lm_eval", reason="the extra `lm-eval` is not installed")
             done = CliRunner().invoke(app, short(words[1:], model))
             assert done.exit_code == 0, f"{line}\n{done.output}"
             ran += 1

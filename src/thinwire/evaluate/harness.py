@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -54,16 +55,19 @@ def harness(
             device=str(net.device),
             backend="causal",
         )
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=wanted,
-            task_manager=manager,
-            num_fewshot=shots,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            verbosity="ERROR",
-        )
+        # it would ask git and the system about itself, and show what git says where there is no repository
+        silent = {"get_git_commit_hash": lambda: None, "add_env_info": lambda found: None}
+        with patch.multiple("lm_eval.evaluator", create=True, **silent):
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=wanted,
+                task_manager=manager,
+                num_fewshot=shots,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                verbosity="ERROR",
+            )
     except Exception as error:  # whatever a task's data, templates and filters raise
         raise DataError(f"--tasks: {type(error).__name__}: {first_line(error)}") from error
     finally:
