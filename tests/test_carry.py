@@ -109,6 +109,27 @@ def test_a_talk_through_a_pipe(place: Path) -> None:
     assert spoken(place / "run", text="").out == ""
 
 
+def test_a_closed_set_is_chosen_from_as_an_evaluation_does(place: Path, tmp_path: Path) -> None:
+    from thinwire import build, config
+    from thinwire.data.load import Row
+    from thinwire.model.flat import Net
+    from thinwire.train.objective import scores
+
+    run = config.load(place / "run" / "run.toml")
+    data = run.data.model_copy(update={"choices": CHOICES})
+    (tmp_path / "run.toml").write_text(run.model_copy(update={"data": data}).to_toml())
+    (tmp_path / "model").symlink_to(place / "run" / "model")
+    net, lines = Net.open(str(place / "run" / "model")), ("amber birch", "cedar", "dune")
+    expected = []
+    for line in lines:
+        row = Row({"input": line, "output": CHOICES[1]}, "input", 1)
+        batch, _ = next(build.dataset(data, [row], net.tokenizer).in_order(1))
+        expected.append(CHOICES[int(scores(net.model, batch)[0].argmax())])
+    found = spoken(tmp_path, text="\n".join(lines))
+    assert (found.code, found.err) == (0, "")
+    assert [line.split()[0] for line in found.out.splitlines()] == expected
+
+
 def test_bad_input_is_one_line(place: Path, tmp_path: Path) -> None:
     assert refused("chat", tmp_path / "none").endswith("neither a folder, a .gguf file nor a name on the hub")
     (tmp_path / "run.toml").write_text(RUN.format(place=place))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,8 @@ from thinwire.terminal import one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.config import Data
+    from thinwire.data.load import Row
+    from thinwire.data.templates import Template
     from thinwire.model.flat import Net
 
 
@@ -39,7 +41,12 @@ def chat(
         if classes is None and task_of(folder) == "classification":
             raise config.ConfigError(f"{path}: the encoder has no head that names classes, so it answers nothing")
         net = Net.open(str(folder), device=device, classes=classes)
-        answer = _namer(net, classes) if classes is not None else _talker(net, data, max_new_tokens, temperature)
+        if classes is not None:
+            answer = _namer(net, classes)
+        elif data is not None and data.choices is not None and data.template != "jinja":
+            answer = _chooser(net, data, data.choices)
+        else:
+            answer = _talker(net, data, max_new_tokens, temperature)
         for line in _lines():
             answer(line)
 
@@ -67,12 +74,46 @@ def _columns(text: str) -> list[str]:
     return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(text) if name))
 
 
+def _row(template: Template, line: str, answer: str) -> Row:
+    """The line in the first column that the run's prompts show; what else they show is left empty."""
+    from thinwire.data.load import Row
+
+    first, *rest = _columns(template.prompt) or ["input"]
+    return Row({**dict.fromkeys(rest, ""), **dict.fromkeys(_columns(template.answer), answer), first: line}, "input", 1)
+
+
+def _chooser(net: Net, data: Data, choices: Sequence[str]) -> Callable[[str], None]:
+    """What prints which of a closed set of answers scores highest, as an evaluation has it, and its share."""
+    import torch
+
+    from thinwire import build
+    from thinwire.data.load import Row
+    from thinwire.data.templates import Template
+    from thinwire.data.tokenise import tokenise
+    from thinwire.train.objective import scores
+
+    template = build.template_of(data)
+
+    def answer(line: str) -> None:
+        if isinstance(template, Template):
+            row = _row(template, line, choices[0])
+        else:
+            row = Row({"instruction": line, "input": "", "output": choices[0]}, "input", 1)
+        held = tokenise([row], template, net.tokenizer, max_length=data.max_length, choices=choices, too_long="cut")
+        batch, _ = next(held.in_order(1))
+        with torch.inference_mode():
+            shares = scores(net.model, batch)[0].softmax(0)
+        best = int(shares.argmax())
+        typer.echo(f"{choices[best]} ({float(shares[best]):.3f})")
+
+    return answer
+
+
 def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Callable[[str], None]:
     """What prints the model's answer to a line as it is made; with a chat template it remembers the talk."""
     from transformers import TextStreamer
 
     from thinwire import build
-    from thinwire.data.load import Row
     from thinwire.data.templates import Template, render
 
     tokenizer: Any = net.tokenizer
@@ -81,12 +122,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
 
     def shown(line: str) -> str:
         if isinstance(template, Template):
-            # the line stands in the first column that the run's prompts show; what else they show is left empty
-            first, *rest = _columns(template.prompt) or ["input"]
-            answer = dict.fromkeys(_columns(template.answer), "-")
-            return render(
-                Row({**dict.fromkeys(rest, ""), **answer, first: line}, "input", 1), template, tokenizer
-            ).prompt
+            return render(_row(template, line, "-"), template, tokenizer).prompt
         if tokenizer.chat_template:
             messages.append({"role": "user", "content": line})
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
