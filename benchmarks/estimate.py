@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedzo": {"method": {"name": "fedzo", "lr": 1e-6, "steps": 2, "law": "sign"}},
     "gradualdiff": {"method": {"name": "gradualdiff", "lr": 1e-5, "steps": 2, "dtype": "bfloat16", "start": "shared"}},
     "fedcybgd": {"method": {"name": "fedcybgd", "lr": 1e-5, "steps": 2, "dtype": "bfloat16", "start": "shared"}},
+    "cgfed": {"method": {"name": "cgfed", "lr": 1e-4, "steps": 2}, "model": {"lora": {}}},
 }
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "kelp", "maple", "pebble")
 
@@ -45,7 +46,7 @@ def cases(model: str, rows: Path) -> dict[str, Run]:
                 "rounds": 2,
                 "threads": 1,
                 "model": {"path": model, **changes.get("model", {})},
-                "data": {"path": str(rows), "clients": 1, "heldout": 0, "max_length": length},
+                "data": {"path": str(rows), "clients": 1, "heldout": 0, "max_length": length, "too_long": "cut"},
                 "method": {**changes["method"], "batch_size": batch},
             }
             found[f"{name} {shape}"] = config.parse(tree)

@@ -16,6 +16,7 @@ from thinwire.config import Run
 from thinwire.federation.hub import rounds_of
 from thinwire.federation.local import Local
 from thinwire.federation.loop import Status
+from thinwire.federation.processes import alive
 
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 pytestmark = pytest.mark.long
@@ -150,6 +151,6 @@ def test_all_processes_end_with_the_one_that_started_them(silos: Silos, tmp_path
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    while alive_ones := [pid for pid in children if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < until + 60, alive_ones
+    while left := [pid for pid in children if alive(pid)]:
+        assert time.monotonic() < until + 60, left
         time.sleep(0.5)

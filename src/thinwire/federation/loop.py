@@ -64,8 +64,10 @@ class Status:
 
 def serve(grid: Grid, folder: Path) -> None:
     """Run the rounds that are left. What ends it is said in status.json, and the process then fails for Flower too."""
+    from thinwire.federation.processes import end_with_parent
     from thinwire.runtime.flower import NoQuorum
 
+    end_with_parent()  # Flower leaves it behind when its own process dies
     Status(os.getpid(), "running").write(folder)
     try:
         _train(grid, folder)

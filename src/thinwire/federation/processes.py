@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +26,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
+WATCH = 1.0  # seconds between two looks at the parent
 GRACE = 8.0  # seconds that a process has to end by itself
 
 
@@ -113,6 +115,17 @@ class Children:
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)  # it leads a session of its own, so this is its group and nobody else's
+
+
+def end_with_parent() -> None:
+    """Have this process end as soon as the one that started it has; for what Flower starts, or another of ours does."""
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH)
+    os._exit(0)
 
 
 def _end_with_parent() -> None:

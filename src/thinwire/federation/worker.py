@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import sys
-import threading
-import time
 import tomllib
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -22,8 +19,7 @@ from typing import Any
 
 from thinwire.federation import channel
 from thinwire.federation.channel import Table
-
-WATCH = 1.0  # seconds between two looks whether the parent still lives
+from thinwire.federation.processes import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -218,8 +214,7 @@ class Worker:
 
 def main(path: Path) -> None:
     """Serve the site in a file until the parent ends."""
-    parent = os.getppid()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with_parent()
     site = Site.load(path)
     server = channel.listen(Path(site.socket))
     import thinwire.federation.visits  # noqa: F401 - takes seconds, and nobody waits for it now
@@ -235,12 +230,6 @@ def main(path: Path) -> None:
                 channel.send(link, *worker.answer(table, body))
     finally:
         Path(site.socket).unlink(missing_ok=True)
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(WATCH)
-    os._exit(0)
 
 
 if __name__ == "__main__":
