@@ -172,7 +172,6 @@ def test_memory_against_measurement_on_the_real_model(tmp_path: Path) -> None:
         resolve(MODEL)
     except ModelError as error:
         pytest.skip(str(error))
-    runs = {n: r for n, r in cases(MODEL, write_rows(tmp_path / "rows.jsonl")).items() if "held out" not in n}
-    found = sorted(errors(runs, tmp_path))
+    found = sorted(errors(cases(MODEL, write_rows(tmp_path / "rows.jsonl")), tmp_path))
     assert found[len(found) // 2] < 0.15
     assert found[-1] < 0.25

@@ -28,11 +28,26 @@ EXACT: dict[str, dict[str, Any]] = {
         "method": {"name": "fedkseed", "seeds": 64, "steps": 3, "wire": "paper", "pro": True}
     },
 }
+LOSSY: dict[str, Any] = {"lr": 1e-3, "steps": 2, "dtype": "bfloat16", "start": "shared"}
+CODECS = (("lowrank", 4), ("blocks", 8), ("eden", 1), ("topk", 4))
+CODED: dict[str, dict[str, Any]] = {
+    "components": {},
+    "EDEN, down too": {"codec": "eden", "downlink": "coded"},
+    "none": {"codec": "none"},
+}
 RANGE: dict[str, dict[str, Any]] = {
     "fedkseed": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30}},
     "fedkseed, pro": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30, "pro": True}},
     "gradualdiff": {"method": {"name": "gradualdiff", "lr": 1e-4, "steps": 2, "dtype": "bfloat16"}},
     "gradualdiff, shared": {"method": {"name": "gradualdiff", "lr": 1e-3, "steps": 2, "start": "shared"}},
+    **{
+        f"gradualdiff, {codec}": {"method": {"name": "gradualdiff", **LOSSY, "codec": codec, "bits": bits}}
+        for codec, bits in CODECS
+    },
+    **{
+        f"cgfed, {name}": {"method": {"name": "cgfed", "steps": 2, **fields}, "model": {"lora": {"rank": 2}}}
+        for name, fields in CODED.items()
+    },
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,15 @@ import torch
 from torch import Tensor
 
 from thinwire import wire
+from thinwire.compress import artefact, components
+from thinwire.compress.catalogue import LEARNT
+from thinwire.compress.factors import Factors
+from thinwire.compress.rotate import Eden
+from thinwire.compress.sparsify import TopK
 from thinwire.config import Run
 from thinwire.core import Server
 from thinwire.keys import Key
+from thinwire.methods.cgfed import NONE, CGFed, Coded, Told
 from thinwire.methods.fedavg import FedAvg, Trained, Weights
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FORMS, FedKSeed, Steps
@@ -112,6 +119,8 @@ def _frames(at: Federation, trained: Mapping[str, Tensor]) -> Frames | None:
         return _differences(at, method, trained)
     if isinstance(method, FedCyBGD):
         return _blocks(at, method, trained)
+    if isinstance(method, CGFed):
+        return _codes(at, method, trained)
     return None
 
 
@@ -228,10 +237,7 @@ def _differences(at: Federation, method: GradualDiff, trained: Mapping[str, Tens
     dtype = method.held_dtype(next(iter(trained.values())).dtype)
     values = sum(t.numel() for t in trained.values())
     low, high = coded_bits(method, dtype)
-    if method.codec != "lossless":
-        index = math.log2(1 / method.share) + 2 if method.codec == "topk" else 0.0
-        each = method.bits * (method.share if method.codec == "topk" else 1) + index * method.share
-        low, high = (0.8 * each if not method.gate else 0.01), 1.2 * each + 0.6
+    lossy = None if method.codec == "lossless" else _lossy(method, trained)
     empty = {name: torch.empty(0, dtype=torch.uint8) for name in trained}
     heads = [
         wire.frame.length(Change(VERSION, VERSION, VERSION, True, 1 << 63, empty, 0.0), run=at.identity),
@@ -242,16 +248,72 @@ def _differences(at: Federation, method: GradualDiff, trained: Mapping[str, Tens
     def coded(head: int, bits: float, more: float) -> float:
         return head + more + bits * values / 8
 
+    def step(head: int) -> Span:
+        """A step of one round, or a client's."""
+        if lossy is not None:
+            return Span(head + lossy.least - slack, head + lossy.most + 4 * slack)
+        return Span(coded(head, low, 0), coded(head, high, 4 * slack))
+
     def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
-        up = Span(coded(heads[1], low, 0), coded(heads[1], high, 4 * slack))
+        up = step(heads[1])
         if new and method.start == "sent":
             # without an old one a bfloat16 weight takes 10.6 bits; mantissas of others do not get shorter
             whole = {torch.bfloat16: 10.6, torch.float16: 13.5, torch.float32: 26.6}[dtype]
             return Span(coded(heads[0], 0.85 * whole, 0), coded(heads[0], 8.0 * dtype.itemsize, 4 * slack)), up
         if round == 1:
             return Span(heads[0] - 40 * len(trained), heads[0] + 4 * slack), up
+        if lossy is not None and not new and client in at.cohorts[round - 2]:
+            return step(heads[0]), up
         rounds = round - 1 if new else 1  # a newcomer is told all that has happened
+        # who was away is told the exact difference of two versions, whatever the codec
         return Span(coded(heads[0], low / 2, 0), coded(heads[0], high * rounds**0.5, 4 * slack)), up
+
+    return frames
+
+
+def _lossy(method: GradualDiff, trained: Mapping[str, Tensor]) -> Span:
+    """The bytes of all tensors' codes; top-k's positions are entropy-coded, and what is gated has none."""
+    code = method.code()
+    if isinstance(code, Factors):
+        size = sum(code.size(tuple(tensor.shape)) for tensor in trained.values())
+    elif isinstance(code, TopK):
+        most = sum(code.most(tensor.numel()) for tensor in trained.values())
+        return Span(0 if method.gate else 0.8 * most, most)
+    else:
+        size = sum(code.size(tensor.numel()) for tensor in trained.values())
+    return Span(size, size)
+
+
+def _codes(at: Federation, method: CGFed, trained: Mapping[str, Tensor]) -> Frames:
+    """Down the factors, to a newcomer with the codec, or a coded step; up a code at the ratio, or somewhat less."""
+    values = sum(t.numel() for t in trained.values())
+    codec: Mapping[str, Tensor] = components.untaught() if method.codec == "components" else {}
+    if method.codec in LEARNT and method.artefact is not None and Path(method.artefact).exists():
+        codec = artefact.read(Path(method.artefact)).tensors
+    version = VERSION if method.downlink == "coded" else NONE
+    codec_version = VERSION if codec or method.codec in LEARNT else NONE
+    exact = {"none": 4 * values, "eden": Eden(32 / method.ratio).size(values)}.get(method.codec)
+    sizes = (2 * values // method.ratio, 4 * values // method.ratio) if exact is None else (exact, exact)
+
+    def told(new: bool, coded: bool) -> int:
+        step = torch.empty(Eden(32 / method.ratio).size(values), dtype=torch.uint8) if coded else None
+        base = VERSION if coded else NONE
+        known = {} if coded else trained
+        key = 1 << 63 if version != NONE else 0
+        payload = Told(known, base, version, step, key, codec if new else {}, codec_version, 0.0)
+        return wire.frame.length(payload, run=at.identity)
+
+    def answered(size: int) -> int:
+        payload = Coded(torch.empty(size, dtype=torch.uint8), 1 << 63, False, 0.0, 65535, 0.0, 0)
+        return wire.frame.length(payload, run=at.identity, held=f"{version} {codec_version}")
+
+    digits = 24  # of round, client and key, in all
+    up = Span(answered(sizes[0]) - digits, answered(sizes[1]) + digits)
+
+    def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
+        coded = version != NONE and not new and client in at.cohorts[round - 2]
+        down = told(new, coded)
+        return Span(down - digits, down + digits), up
 
     return frames
 

@@ -141,7 +141,7 @@ class GradualDiff(Exact):
     @model_validator(mode="after")
     def _known_code(self) -> GradualDiff:
         if self.codec != "lossless":
-            self._code()  # raises ValueError for bits that it does not have
+            self.code()  # raises ValueError for bits that it does not have
         return self
 
     def init(self, server: Server) -> State:
@@ -269,7 +269,8 @@ class GradualDiff(Exact):
     def _keeps(self) -> bool:
         return self.rounding == "residue" if self.codec == "lossless" else self.feedback
 
-    def _code(self) -> Blocks | Eden | Factors | TopK:
+    def code(self) -> Blocks | Eden | Factors | TopK:
+        """What tells a tensor of the lossy tier; ValueError for bits that it has not."""
         if self.codec == "eden":
             return Eden(self.bits)
         bits = int(self.bits)
@@ -282,13 +283,13 @@ class GradualDiff(Exact):
     def _lossy(self, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
         """The code of what is wanted of this tensor, and what it says, float32."""
         told = torch.where(moves(old, wanted), wanted, 0.0) if self.gate else wanted
-        code, own = self._code(), _below(key, stream)
+        code, own = self.code(), _below(key, stream)
         data = code.encode(told, own)
         return to_tensor(data), code.decode(data, old.shape, own)
 
     def _undone(self, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
         try:
-            return self._code().decode(to_bytes(change), like.shape, _below(key, stream))
+            return self.code().decode(to_bytes(change), like.shape, _below(key, stream))
         except ValueError as error:
             raise Illegal(f"{name}: {error}") from None
 
