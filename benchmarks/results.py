@@ -1,8 +1,8 @@
 """The tables of docs/results.md from the folders of comparisons: python benchmarks/results.py NAME=FOLDER ...
 
 NAME is that of a pair of marks in the page, `<!-- NAME -->` and `<!-- /NAME -->`; what is between them is made anew:
-scores, costs, tuned rates, and a picture of the held-out loss against bytes (docs/results-NAME.svg). The rest is
-written by hand.
+scores, and where there are any costs, tuned rates, and a picture of the held-out loss against bytes
+(docs/results-NAME.svg). The rest is written by hand.
 """
 
 from __future__ import annotations
@@ -80,8 +80,13 @@ def tables(found: Mapping[str, Any], name: str) -> str:
     width = max(map(len, rates), default=1)
     grid = table(["method", *["lr: validation loss"] * (width - 1)], [row + [""] * (width - len(row)) for row in rates])
     picture = f"![Held-out loss against bytes sent in all, both ways](results-{name}.svg)"
-    priced = [table(heads_of_costs, costs)] if costs else []  # none was measured apart
-    return "\n\n".join([table(heads, scores), *priced, grid, picture])
+    parts = [table(heads, scores), table(heads_of_costs, costs) if costs else "", grid if rates else ""]
+    return "\n\n".join(filter(None, [*parts, picture if curved(found) else ""]))
+
+
+def curved(found: Mapping[str, Any]) -> bool:
+    """Whether there is a curve to be drawn: runs that were scored on the way."""
+    return any(len(line["curve"]) > 2 for line in found["lines"])
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
@@ -121,7 +126,8 @@ def main(arguments: Sequence[str]) -> None:
         if not begin or not end:
             sys.exit(f"{PAGE} has no marks for {name}")
         page = f"{before}{begin}\n{tables(found, name)}\n\n{end}{after}"
-        draw(found, PAGE.with_name(f"results-{name}.svg"))
+        if curved(found):
+            draw(found, PAGE.with_name(f"results-{name}.svg"))
     PAGE.write_text(page)
 
 
