@@ -31,6 +31,7 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FORMS, FedKSeed, Steps
 from thinwire.methods.fedzo import FedZO, Start
 from thinwire.methods.gradualdiff import Exact, GradualDiff
+from thinwire.model.errors import ModelError
 from thinwire.runtime.cohort import cohort_of
 
 VERSION = "0" * 32  # as long as the name of a version
@@ -289,7 +290,10 @@ def _codes(at: Federation, method: CGFed, trained: Mapping[str, Tensor]) -> Fram
     values = sum(t.numel() for t in trained.values())
     codec: Mapping[str, Tensor] = components.untaught() if method.codec == "components" else {}
     if method.codec in LEARNT and method.artefact is not None and Path(method.artefact).exists():
-        codec = artefact.read(Path(method.artefact)).tensors
+        try:
+            codec = artefact.read(Path(method.artefact)).tensors
+        except ValueError as error:
+            raise ModelError(f"method.artefact: {error}") from None
     version = VERSION if method.downlink == "coded" else NONE
     codec_version = VERSION if codec or method.codec in LEARNT else NONE
     exact = {"none": 4 * values, "eden": Eden(32 / method.ratio).size(values)}.get(method.codec)
