@@ -68,7 +68,7 @@ class Children:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**self.environment, **extra},
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=_ask_kernel if sys.platform == "linux" else None,
                 start_new_session=True,  # Ctrl-C is for us, who then end it
             )
         self.running[name] = process
@@ -128,7 +128,7 @@ def _watch(parent: int) -> None:
     os._exit(0)
 
 
-def _end_with_parent() -> None:
+def _ask_kernel() -> None:
     # PR_SET_PDEATHSIG: the kernel ends this process when the thread that started it does
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
