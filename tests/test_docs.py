@@ -2,7 +2,7 @@
 
 A fenced block after `<!-- file: NAME -->` is written to that file before; one after `<!-- not run: WHY -->` is left
 alone. Commands of ours are run in the order of the page, with fields that make them short; make targets, benchmarks
-and recipes that are too long for a test must at least be there.
+and recipes that are too long for a test must at least be there. federation/test_page.py types all of docs/federation.md.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from thinwire.cli import app
 
 ROOT = Path(__file__).parent.parent
 HOWTO = ["choosing", "numbers", "adding", "scores"]
-PAGES = ["README.md", "docs/tutorial.md", "docs/data.md", *(f"docs/howto/{name}.md" for name in HOWTO)]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("tutorial", "data", "cgfed", "results", "federation"))]
+PAGES += [f"docs/howto/{name}.md" for name in HOWTO]
 SHORT = ["rounds=1", "threads=1", "method.batch_size=1", "data.max_length=128", "eval.rows=2", "eval.max_new_tokens=2"]
-SLOW = ("compare", "fit-codec", "server", "client", "local-federation", "chat")  # checked by their own tests
+SLOW = ("compare", "server", "client", "local-federation", "chat")  # checked by their own tests
 NEEDS = {f"docs/howto/{name}.md": "docs/tutorial.md" for name in HOWTO[:3]}  # whose files they go on with
 
 
@@ -91,6 +92,9 @@ def test_every_command_of_a_page_runs(page: str, model: Path, tmp_path: Path, mo
         for name in ("a", "b", "c", "d"):
             write_jsonl(tmp_path / "silos" / f"{name}.jsonl", tiny_rows(12))
     write_jsonl(tmp_path / "rows.jsonl", tiny_rows(4))
+    (tmp_path / "data" / "natural_instructions").mkdir(parents=True)
+    write_jsonl(tmp_path / "data" / "natural_instructions" / "train.jsonl", tiny_rows(60))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     write_tickets(tmp_path / "tickets.csv")
     (tmp_path / "some" / "huggingface").mkdir(parents=True)
     (tmp_path / "some" / "huggingface" / "folder").symlink_to(model)
@@ -108,6 +112,10 @@ def test_every_command_of_a_page_runs(page: str, model: Path, tmp_path: Path, mo
         elif words[1] in SLOW:
             assert not words[2].startswith("recipes/") or (ROOT / words[2]).is_file(), line
         else:
+            if words[1] == "keys":
+                pytest.importorskip("flwr", reason="the extra `flower` is not installed")
+                if words[2] == "register":  # the page shows how the line looks, and not a whole one
+                    words[-1] = (tmp_path / "keys" / f"{words[3]}.pub").read_text().strip()
             if words[1] == "report":
                 pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
             if "--plot" in words:
@@ -117,16 +125,18 @@ def test_every_command_of_a_page_runs(page: str, model: Path, tmp_path: Path, mo
             done = CliRunner().invoke(app, short(words[1:], model))
             assert done.exit_code == 0, f"{line}\n{done.output}"
             ran += 1
-    assert ran or page == "docs/howto/choosing.md"
+    assert ran or page in ("docs/howto/choosing.md", "docs/results.md")
 
 
 def short(words: list[str], model: Path) -> list[str]:
     """The command with fields that make it short."""
     if words[0] == "data":
         return [*words, f"model.path={model}", "data.max_length=128"]  # the tiny tokenizer makes more tokens
-    if words[0] not in ("run", "estimate"):
+    if words[0] not in ("run", "estimate", "fit-codec"):
         return words
     extra = [f"model.path={model}", *SHORT]
+    if "recipes/cgfed.toml" in words:
+        extra += ["rounds=2", "data.clients=3", "data.minimum=4", "cohort.n=3"]
     if "method.path=counting:Counting" in words:
         extra = [field for field in extra if not field.startswith("method.")]
     else:
@@ -136,6 +146,7 @@ def short(words: list[str], model: Path) -> list[str]:
 
 def test_pages_that_are_listed_are_there_and_their_commands_known() -> None:
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known |= {group.name for group in app.registered_groups}
     for page in [*PAGES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]:
         for line in commands(page):
             words = shlex.split(line, comments=True)

@@ -44,6 +44,9 @@ RANGE: dict[str, dict[str, Any]] = {
         f"gradualdiff, {codec}": {"method": {"name": "gradualdiff", **LOSSY, "codec": codec, "bits": bits}}
         for codec, bits in CODECS
     },
+    "gradualdiff, lowrank, down at twice the rank": {
+        "method": {"name": "gradualdiff", **LOSSY, "codec": "lowrank", "rank": 4, "down_rank": 8}
+    },
     **{
         f"cgfed, {name}": {"method": {"name": "cgfed", "steps": 2, **fields}, "model": {"lora": {"rank": 2}}}
         for name, fields in CODED.items()

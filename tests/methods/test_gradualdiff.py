@@ -238,6 +238,21 @@ def test_an_update_that_is_no_number_is_refused_and_the_round_goes_on(codec: str
     assert all(torch.isfinite(tensor).all() for tensor in federation.state.weights.values())
 
 
+def test_the_server_tells_two_clients_mean_whole_at_twice_their_rank(folder: Path, tmp_path: Path) -> None:
+    net, lost = tiny_net(folder), {}
+    for rank in (None, 1, 2):
+        fields = {"codec": "lowrank", "rank": 1, "bits": 8, "down_rank": rank}
+        federation = Federation(method(**fields), net, tmp_path / str(rank), rounds=1, sizes=(12, 8)).run()
+        weights, residue = federation.state.weights, federation.state.residue
+        assert residue is not None
+        matrix = next(name for name in weights if "q_proj" in name)
+        lost[rank] = float(residue[matrix].norm() / (weights[matrix] - net.base[matrix]).norm())
+        told = down_of(federation, 0, federation.held[0]).changes[matrix].numel()
+        assert told == federation.method.code(down=True).size(weights[matrix].shape)
+    assert lost[None] == lost[1] > 0.1, lost
+    assert lost[2] < 0.02, lost
+
+
 def test_unknown_bits_are_refused() -> None:
     for fields in ({"codec": "blocks", "bits": 3}, {"codec": "eden", "bits": 0.7}, {"codec": "topk", "bits": 2.5}):
         with pytest.raises(ValueError, match="bits"):

@@ -22,6 +22,9 @@ from thinwire.data.load import Row
 
 SENTIMENT = {"1": "positive", "0": "negative"}
 WORDS = range(8, 21)  # of a row of film-desk
+NOT_TEXT = re.compile(r"https?\S*|@\w*|^\s*[rm]t\b|[^\x00-\x7f]")
+POINTS = re.compile(r'([.,!?;:()"])')
+NOT_LETTERS = re.compile(r"[\W_]+")  # nor digits
 
 
 def movie_reviews() -> list[Row]:
@@ -58,9 +61,9 @@ def film_desk() -> list[Row]:
 
 
 def _plain(message: str) -> str:
-    message = re.sub(r"https?\S*|@\w*|^\s*[rm]t\b|[^\x00-\x7f]", " ", message.lower())
+    message = NOT_TEXT.sub(" ", message.lower())
     message = message.replace("&amp;", "&").replace("#", " ")
-    return " ".join(re.sub(r'([.,!?;:()"])', r" \1 ", message).split())
+    return " ".join(POINTS.sub(r" \1 ", message).split())
 
 
 def _reviews(source: str) -> Iterator[tuple[dict[str, str], str, int]]:
@@ -77,21 +80,23 @@ def _table(package: str, version: str, place: str, columns: set[str]) -> Iterato
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise DataError(absent)
-    end = 1
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := columns - set(reader.fieldnames or ()):
+        reader = csv.reader(file)
+        names = next(reader, [])
+        if missing := columns - set(names):
             raise DataError(f"{path.name}:1: column '{min(missing)}' is missing; {absent}")
-        for fields in reader:
+        places = {name: names.index(name) for name in columns}
+        most, end = max(places.values()), reader.line_num
+        for values in reader:
             line, end = end + 1, reader.line_num  # a text may run over several lines
-            if all(fields[name] is not None for name in columns):
-                yield fields, path.name, line
+            if len(values) > most:
+                yield {name: values[i] for name, i in places.items()}, path.name, line
 
 
 def _distinct(rows: Iterable[Row]) -> list[Row]:
     kept: dict[str, Row] = {}
     for row in rows:
-        same = "".join(filter(str.isalnum, row.fields["input"].casefold()))
+        same = NOT_LETTERS.sub("", row.fields["input"].casefold())
         if same:
             kept.setdefault(same, row)
     return list(kept.values())

@@ -238,7 +238,7 @@ def _differences(at: Federation, method: GradualDiff, trained: Mapping[str, Tens
     dtype = method.held_dtype(next(iter(trained.values())).dtype)
     values = sum(t.numel() for t in trained.values())
     low, high = coded_bits(method, dtype)
-    lossy = None if method.codec == "lossless" else _lossy(method, trained)
+    lossy = None if method.codec == "lossless" else [_lossy(method, trained, down) for down in (True, False)]
     empty = {name: torch.empty(0, dtype=torch.uint8) for name in trained}
     heads = [
         wire.frame.length(Change(VERSION, VERSION, VERSION, True, 1 << 63, empty, 0.0), run=at.identity),
@@ -249,14 +249,15 @@ def _differences(at: Federation, method: GradualDiff, trained: Mapping[str, Tens
     def coded(head: int, bits: float, more: float) -> float:
         return head + more + bits * values / 8
 
-    def step(head: int) -> Span:
-        """A step of one round, or a client's."""
+    def step(up: int) -> Span:
+        """The server's step of one round (0), or a client's (1)."""
+        head = heads[up]
         if lossy is not None:
-            return Span(head + lossy.least - slack, head + lossy.most + 4 * slack)
+            return Span(head + lossy[up].least - slack, head + lossy[up].most + 4 * slack)
         return Span(coded(head, low, 0), coded(head, high, 4 * slack))
 
     def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
-        up = step(heads[1])
+        up = step(1)
         if new and method.start == "sent":
             # without an old one a bfloat16 weight takes 10.6 bits; mantissas of others do not get shorter
             whole = {torch.bfloat16: 10.6, torch.float16: 13.5, torch.float32: 26.6}[dtype]
@@ -264,7 +265,7 @@ def _differences(at: Federation, method: GradualDiff, trained: Mapping[str, Tens
         if round == 1:
             return Span(heads[0] - 40 * len(trained), heads[0] + 4 * slack), up
         if lossy is not None and not new and client in at.cohorts[round - 2]:
-            return step(heads[0]), up
+            return step(0), up
         rounds = round - 1 if new else 1  # a newcomer is told all that has happened
         # who was away is told the exact difference of two versions, whatever the codec
         return Span(coded(heads[0], low / 2, 0), coded(heads[0], high * rounds**0.5, 4 * slack)), up
@@ -272,9 +273,9 @@ def _differences(at: Federation, method: GradualDiff, trained: Mapping[str, Tens
     return frames
 
 
-def _lossy(method: GradualDiff, trained: Mapping[str, Tensor]) -> Span:
-    """The bytes of all tensors' codes; top-k's positions are entropy-coded, and what is gated has none."""
-    code = method.code()
+def _lossy(method: GradualDiff, trained: Mapping[str, Tensor], down: bool) -> Span:
+    """The bytes of all tensors' codes, down or up; top-k's positions are entropy-coded, and what is gated has none."""
+    code = method.code(down)
     if isinstance(code, Factors):
         size = sum(code.size(tuple(tensor.shape)) for tensor in trained.values())
     elif isinstance(code, TopK):

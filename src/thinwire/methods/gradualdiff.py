@@ -45,6 +45,7 @@ from thinwire.wire import Illegal, LazyTensors
 from thinwire.wire.payload import Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
+Code = Blocks | Eden | Factors | TopK
 LARGEST = 6e4  # a change of a weight beyond this is no training; float16 still holds it
 START = "start"  # in place of a version: the start model, which every site has
 
@@ -126,6 +127,7 @@ class GradualDiff(Exact):
     codec: Literal["lossless", "lowrank", "blocks", "eden", "topk"] = "lossless"
     bits: float = 4  # a value: lowrank 8, 4 or 2; blocks 8, 4, 2 or 1 (signs); eden 4 to 1 or 0.5; topk 16, 8, 4 or 2
     rank: PositiveInt = 16  # of a matrix, that lowrank tells
+    down_rank: PositiveInt | None = None  # and that the server tells: of two clients' mean, twice theirs loses nothing
     share: float = Field(0.03, gt=0, le=1)  # of the weights, that topk tells
     feedback: bool = True  # what the codec loses is kept, and added to the next difference
     gate: bool = False  # what cannot change a weight as it is rounded is not told, but kept
@@ -182,7 +184,7 @@ class GradualDiff(Exact):
                 changes[name], left = coded(new, old), target - new.float()
             else:
                 wanted = target - old.float()
-                changes[name], told = self._lossy(old, wanted, key, i)
+                changes[name], told = self._lossy(self.code(), old, wanted, key, i)
                 left = wanted - told
             if self._keeps:
                 client.memory[name] = left
@@ -218,7 +220,7 @@ class GradualDiff(Exact):
                 weights[name] = self.rounded(target, old.dtype, key, i)
                 step[name] = coded(weights[name], old)
             else:
-                step[name], told_here = self._lossy(old, target - old.float(), key, i)
+                step[name], told_here = self._lossy(self.code(down=True), old, target - old.float(), key, i)
                 weights[name] = (old.float() + told_here).to(old.dtype)  # exactly what the peers make of it
             if self._keeps:
                 kept["residue"][name] = target - weights[name].float()
@@ -249,7 +251,7 @@ class GradualDiff(Exact):
                 elif len(down.changes):
                     if old is None:
                         raise Illegal("a lossy change needs a version to build on")
-                    told = self._undone(down.changes[name], name, spec, down.key, i)
+                    told = _undone(self.code(down=True), down.changes[name], name, spec, down.key, i)
                     old = (old.float() + told).to(old.dtype)
                 parameter.copy_(old)
             if self._keep(client) != down.version:
@@ -269,29 +271,23 @@ class GradualDiff(Exact):
     def _keeps(self) -> bool:
         return self.rounding == "residue" if self.codec == "lossless" else self.feedback
 
-    def code(self) -> Blocks | Eden | Factors | TopK:
-        """What tells a tensor of the lossy tier; ValueError for bits that it has not."""
+    def code(self, down: bool = False) -> Code:
+        """What tells a tensor of the lossy tier, up or down; ValueError for bits that it has not."""
         if self.codec == "eden":
             return Eden(self.bits)
         bits = int(self.bits)
         if bits != self.bits:
             raise ValueError(f"bits {self.bits} is not a whole number")
         if self.codec == "lowrank":
-            return Factors(self.rank, bits)
+            return Factors(self.down_rank or self.rank if down else self.rank, bits)
         return Blocks(bits) if self.codec == "blocks" else TopK(self.share, bits=bits)
 
-    def _lossy(self, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _lossy(self, code: Code, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
         """The code of what is wanted of this tensor, and what it says, float32."""
         told = torch.where(moves(old, wanted), wanted, 0.0) if self.gate else wanted
-        code, own = self.code(), _below(key, stream)
+        own = _below(key, stream)
         data = code.encode(told, own)
         return to_tensor(data), code.decode(data, old.shape, own)
-
-    def _undone(self, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
-        try:
-            return self.code().decode(to_bytes(change), like.shape, _below(key, stream))
-        except ValueError as error:
-            raise Illegal(f"{name}: {error}") from None
 
     def _differences(self, state: State, up: Difference) -> LazyTensors:
         """What the reply says of each tensor, float32, decoded when asked for."""
@@ -300,7 +296,7 @@ class GradualDiff(Exact):
 
         def read(name: str) -> Tensor:
             if self.codec != "lossless":
-                return self._undone(up.changes[name], name, specs[name], up.key, order[name])
+                return _undone(self.code(), up.changes[name], name, specs[name], up.key, order[name])
             old = state.weights[name]
             return decoded(up.changes[name], name, old, specs[name]).float() - old.float()
 
@@ -342,6 +338,14 @@ def decoded(change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor
     """The inverse; Illegal, with the tensor's name, for what is none."""
     try:
         return ulp.decode(to_bytes(change), old, like.dtype, like.shape)
+    except ValueError as error:
+        raise Illegal(f"{name}: {error}") from None
+
+
+def _undone(code: Code, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
+    """What a code says of a tensor, float32; Illegal, with the tensor's name, for bytes that are none."""
+    try:
+        return code.decode(to_bytes(change), like.shape, _below(key, stream))
     except ValueError as error:
         raise Illegal(f"{name}: {error}") from None
 
