@@ -76,14 +76,14 @@ def test_one_machine_in_one_process_and_as_a_federation(model: Path, place: Path
     alone, local = (json.loads((place / "runs" / name / "summary.json").read_text()) for name in ("alone", "local"))
     assert local["sha256"] == alone["sha256"]
     sizes = [
-        [(v["client"], v["bytes_down"], v["bytes_up"]) for line in file.read_text().splitlines() for v in visits(line)]
+        [(v["id"], v["bytes_down"], v["bytes_up"]) for line in file.read_text().splitlines() for v in visits(line)]
         for file in (place / "runs" / name / "rounds.jsonl" for name in ("alone", "local"))
     ]
     assert sizes[0] == sizes[1]
     for kind in ("logs", "at"):
         assert any((place / "runs" / "local" / "federation" / kind).iterdir())
     hurt = [visits(line) for line in (place / "runs" / "hurt" / "rounds.jsonl").read_text().splitlines()]
-    assert [any(v["error"] for v in round) for round in hurt] == [False, True, False]
+    assert [any("error" in v for v in round) for round in hurt] == [False, True, False]
 
 
 def visits(line: str) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def test_five_silos(model: Path, tmp_path: Path) -> None:
         "rounds=2",
         "method.steps=2",
         "method.seeds=64",
-        "data.max_length=128",
+        "data.max_length=512",
         "threads=1",
     ]
     plain, bound = lines_of("client")
@@ -141,7 +141,7 @@ def test_five_silos(model: Path, tmp_path: Path) -> None:
     folder = server / "runs" / "silos"
     rounds = [visits(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert len(rounds) == 2
-    assert [v["error"] for v in rounds[-1]] == [None] * 5, (tmp_path / "said.txt").read_text()
+    assert [v.get("error") for v in rounds[-1]] == [None] * 5, (tmp_path / "said.txt").read_text()
     assert (folder / "model" / "config.json").is_file()
     assert json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])
     for name in names:
