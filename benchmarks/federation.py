@@ -3,12 +3,14 @@
     python benchmarks/federation.py [thin] [wide] [sites] [--json FILE]
 
 thin    FedKSeed, 2 sites: seconds of the first and of later rounds on Flower, against the same rounds in one process
-wide    FedAvg in bfloat16, 2 sites, frames of 269 MB: peak memory of the hub's processes and of a site's, in models,
-        and seconds of a round, in pieces of 64 MiB and in one piece
+wide    FedZO in bfloat16, whose clients need little more than the model, 2 sites, frames of 269 MB: peak memory of the
+        hub's processes and of a site's, in models, and seconds of a round, in pieces of 64 MiB and in one piece
 sites   FedKSeed: seconds of a round with 20 sites of a tiny model, and with 6 of SmolLM2
 
-Memory is the sum of the peaks (VmHWM) of a side's processes; of those that Flower starts anew for each message, the
-largest alone. References are the targets: a hub of 6 models, a site of 4, twice the seconds of one piece.
+Memory is the sum of the peaks (VmHWM) of a side's processes, those that Flower starts anew for each message by the
+largest alone, beyond what the same processes take in the same run of a tiny model: interpreters and libraries are not
+counted, the model itself is. The sums as they are, and each process, are told beside it. References are the targets: a
+hub of 6 models, a site of 4, twice the seconds of one piece.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 PARTS = ("thin", "wide", "sites")
 HUB_MODELS, SITE_MODELS, SLOWER = 6, 4, 2
 SHORT_LIVED = ("flwr-clientapp", "flwr-serverapp")
+KINDS = (*SHORT_LIVED, "flower-superlink", "flower-supernode", "flower-superexec", "federation.worker")
 THIN = {"name": "fedkseed", "seeds": 128, "lr": 1e-4, "steps": 2, "batch_size": 4}
 
 
@@ -58,10 +61,10 @@ def settings(clients: int, rounds: int, method: dict[str, Any], **fields: Any) -
 
 
 class Peaks:
-    """The peak memory of each process below some, by the name of its command."""
+    """The peak memory of each process below some, by the kind of its command."""
 
     def __init__(self) -> None:
-        self.by_pid: dict[str, dict[int, int]] = {}
+        self.by_kind: dict[str, dict[int, int]] = {}
 
     def look(self, roots: list[int]) -> None:
         """Take note of the processes that there are."""
@@ -82,17 +85,16 @@ class Peaks:
             except OSError:
                 continue
             peak = next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")), 0)
-            name = next((name for name in SHORT_LIVED if name in command), str(pid))
-            seen = self.by_pid.setdefault(name, {})
+            seen = self.by_kind.setdefault(next((kind for kind in KINDS if kind in command), "others"), {})
             seen[pid] = max(seen.get(pid, 0), peak)
 
-    def total(self) -> int:
-        """The sum of the peaks; of the processes of one short-lived kind the largest."""
-        return sum(max(seen.values()) for seen in self.by_pid.values())
+    def parts(self) -> dict[str, int]:
+        """The sum of the peaks of each kind; of the processes of a short-lived one the largest."""
+        return {kind: (max if kind in SHORT_LIVED else sum)(seen.values()) for kind, seen in self.by_kind.items()}
 
 
-def federated(run: config.Run, folder: Path) -> tuple[list[float], int, int]:
-    """Seconds of each round on Flower; peak bytes of the hub's side and of the first site's."""
+def federated(run: config.Run, folder: Path) -> tuple[list[float], dict[str, int], dict[str, int]]:
+    """Seconds of each round on Flower; peak bytes of the hub's processes and of the first site's, by kind."""
     rows = build.rows_of(run.data, Key.root(run.seed))
     local, hub, site = Local(folder / "hub", named(run, rows.clients)), Peaks(), Peaks()
     out = folder / "out"
@@ -111,7 +113,7 @@ def federated(run: config.Run, folder: Path) -> tuple[list[float], int, int]:
     records = loop.read_records(out / "rounds.jsonl")
     if any("error" in client for record in records for client in record["clients"]):
         raise RuntimeError(f"a client was absent: {records}")
-    return [record["seconds"] for record in records], hub.total(), site.total()
+    return [record["seconds"] for record in records], hub.parts(), site.parts()
 
 
 def alone(run: config.Run, folder: Path) -> list[float]:
@@ -137,31 +139,49 @@ def thin(place: Path) -> list[Row]:
 
 def wide(place: Path) -> list[Row]:
     """Memory, in models, and seconds."""
-    method = {"name": "fedavg", "lr": 1e-4, "steps": 1, "batch_size": 1, "optimiser": "sgd"}
+    method = {"name": "fedzo", "lr": 1e-6, "steps": 1, "batch_size": 1, "law": "sign"}
     found = {}
-    for name, size in (("pieces", 1 << 26), ("one", 1 << 30)):
-        run = settings(2, 2, method, model={"dtype": "bfloat16"}, federation={"chunk_bytes": size})
+    shapes: dict[str, tuple[int, dict[str, Any]]] = {
+        "tiny": (1 << 26, {"path": str(tiny(place))}),
+        "pieces": (1 << 26, {}),
+        "one": (1 << 30, {}),
+    }
+    for name, (size, model) in shapes.items():
+        run = settings(2, 2, method, model={**model, "dtype": "bfloat16"}, federation={"chunk_bytes": size})
         (place / name).mkdir()
         found[name] = federated(run, place / name)
-    model = 269_030_016
-    (seconds, hub, site), (whole, hub_whole, site_whole) = found["pieces"], found["one"]
+    whole, rows = 269_030_016, []
+    for side, target, i in (("hub", HUB_MODELS, 1), ("site", SITE_MODELS, 2)):
+        parts = {name: run[i] for name, run in found.items()}
+        for kind in parts["pieces"]:
+            told = ", ".join(f"{name} {peak.get(kind, 0) / 1e6:.0f} MB" for name, peak in parts.items())
+            print(f"{side}: {kind}: {told}")  # noqa: T201
+        sums = {name: sum(peak.values()) / whole for name, peak in parts.items()}
+        print(f"{side}, libraries too: " + ", ".join(f"{name} {count:.2f} models" for name, count in sums.items()))  # noqa: T201
+        beyond = {name: sums[name] - sums["tiny"] for name in ("pieces", "one")}
+        rows += [
+            Row(f"{side} in pieces against the target", beyond["pieces"], target, "models"),
+            Row(f"{side} in pieces against one piece", beyond["pieces"], beyond["one"], "models"),
+        ]
+    seconds = {name: fmean(run[0]) for name, run in found.items()}
     return [
-        Row("hub in pieces against the target", hub / model, HUB_MODELS, "models"),
-        Row("site in pieces against the target", site / model, SITE_MODELS, "models"),
-        Row("hub in pieces against one piece", hub / model, hub_whole / model, "models"),
-        Row("site in pieces against one piece", site / model, site_whole / model, "models"),
-        Row("round in pieces against twice that in one piece", fmean(seconds), SLOWER * fmean(whole), "s"),
+        *rows,
+        Row("round in pieces against twice that in one piece", seconds["pieces"], SLOWER * seconds["one"], "s"),
     ]
+
+
+def tiny(place: Path) -> Path:
+    """A tiny model's folder."""
+    sys.path.insert(0, str(TESTS))
+    from tiny import tiny_folder
+
+    return tiny_folder(place / "model")
 
 
 def sites(place: Path) -> list[Row]:
     """Many sites."""
-    sys.path.insert(0, str(TESTS))
-    from tiny import tiny_folder
-
-    tiny_folder(place / "tiny")
     rows = []
-    for name, clients, model in (("20 sites, tiny", 20, {"path": str(place / "tiny")}), ("6 sites, SmolLM2", 6, {})):
+    for name, clients, model in (("20 sites, tiny", 20, {"path": str(tiny(place))}), ("6 sites, SmolLM2", 6, {})):
         (place / str(clients)).mkdir()
         run = settings(clients, 2, THIN, model=model)
         seconds, _, _ = federated(run, place / str(clients))

@@ -136,7 +136,7 @@ def average(
 ) -> tuple[Mapping[str, Tensor], Metrics]:
     """The mean of the replies' weights in the known ones' dtypes, and its metrics; the known ones without a reply."""
     mean, metrics = running_mean(replies, weighting)
-    return {name: tensor.to(known[name].dtype) for name, tensor in mean.items()} or known, metrics
+    return {name: mean.pop(name).to(known[name].dtype) for name in list(mean)} or known, metrics
 
 
 def running_mean(replies: Iterable[tuple[int, Trained]], weighting: str) -> tuple[dict[str, Tensor], Metrics]:
