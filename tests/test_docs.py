@@ -2,7 +2,7 @@
 
 A fenced block after `<!-- file: NAME -->` is written to that file before; one after `<!-- not run: WHY -->` is left
 alone. Commands of ours are run in the order of the page, with fields that make them short; make targets, benchmarks
-and recipes that are too long for a test must at least be there. federation/test_page.py types all of one page.
+and recipes that are too long for a test must at least be there. federation/test_five_silos.py types all of one page.
 """
 
 from __future__ import annotations
