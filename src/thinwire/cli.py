@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import shlex
@@ -222,6 +224,7 @@ app.add_typer(keys.app, name="keys")
 
 def main() -> None:
     """The entry point."""
+    atexit.register(gc.freeze)  # at its end the collector would walk through all that torch has made: two seconds
     try:
         status = app(prog_name="thinwire", standalone_mode=False)
         sys.stdout.flush()
