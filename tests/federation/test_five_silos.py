@@ -69,7 +69,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_one_machine_in_one_process_and_as_a_federation(model: Path, place: Path) -> None:
-    short = [f"model.path={model}", "rounds=3", *SHORT[1:], "method.steps=1"]
+    short = [f"model.path={model}", *SHORT, "rounds=3", "method.steps=1"]
     for command in ("run", "local-federation"):
         for line in lines_of(command):
             typed([*line, *short], place)
