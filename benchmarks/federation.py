@@ -4,17 +4,19 @@
 
 thin    FedKSeed, 2 sites: seconds of the first and of later rounds on Flower, against the same rounds in one process
 wide    FedZO in bfloat16, whose clients need little more than the model, 2 sites, frames of 269 MB: peak memory of the
-        hub's processes and of a site's, in models, and seconds of a round, in pieces of 64 MiB and in one piece
+        hub's processes and of a site's, in models, and seconds of a round, in pieces of 32 MiB and in one piece
 sites   FedKSeed: seconds of a round with 20 sites of a tiny model, and with 6 of SmolLM2
 
-Memory is the sum of the peaks (VmHWM) of a side's processes, those that Flower starts anew for each message by the
-largest alone, beyond what the same processes take in the same run of a tiny model: interpreters and libraries are not
-counted, the model itself is. The sums as they are, and each process, are told beside it. References are the targets: a
-hub of 6 models, a site of 4, twice the seconds of one piece.
+Memory is the sum of the peaks (VmHWM) of a side's processes from the end of the first round on, those that Flower
+starts anew for each message by the largest alone, beyond what the same processes take in the same run of a tiny model:
+interpreters and libraries are not counted, nor the loading of the model; the model itself is. The sums as they are,
+each process, and the same up to the end of the first round are told beside it. References are the targets: a hub of 6
+models, a site of 4, twice the seconds of one piece.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -65,6 +67,15 @@ class Peaks:
 
     def __init__(self) -> None:
         self.by_kind: dict[str, dict[int, int]] = {}
+        self.loading: dict[str, int] = {}
+
+    def begin_anew(self) -> None:
+        """Forget the peaks up to now, but for `loading`."""
+        self.loading = self.parts()
+        for pid in (pid for seen in self.by_kind.values() for pid in seen):
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{pid}/clear_refs").write_text("5")
+        self.by_kind = {}
 
     def look(self, roots: list[int]) -> None:
         """Take note of the processes that there are."""
@@ -93,8 +104,8 @@ class Peaks:
         return {kind: (max if kind in SHORT_LIVED else sum)(seen.values()) for kind, seen in self.by_kind.items()}
 
 
-def federated(run: config.Run, folder: Path) -> tuple[list[float], dict[str, int], dict[str, int]]:
-    """Seconds of each round on Flower; peak bytes of the hub's processes and of the first site's, by kind."""
+def federated(run: config.Run, folder: Path) -> tuple[list[float], Peaks, Peaks]:
+    """Seconds of each round on Flower; peak bytes of the hub's processes and of the first site's."""
     rows = build.rows_of(run.data, Key.root(run.seed))
     local, hub, site = Local(folder / "hub", named(run, rows.clients)), Peaks(), Peaks()
     out = folder / "out"
@@ -104,6 +115,9 @@ def federated(run: config.Run, folder: Path) -> tuple[list[float], dict[str, int
     def watch() -> None:
         hub.look([process.pid for process in local.server.children.running.values()])
         site.look([process.pid for process in local.sites[local.names[0]].children.running.values()])
+        if not hub.loading and loop.read_records(out / "rounds.jsonl"):
+            hub.begin_anew()
+            site.begin_anew()
 
     try:
         local.start()
@@ -113,7 +127,7 @@ def federated(run: config.Run, folder: Path) -> tuple[list[float], dict[str, int
     records = loop.read_records(out / "rounds.jsonl")
     if any("error" in client for record in records for client in record["clients"]):
         raise RuntimeError(f"a client was absent: {records}")
-    return [record["seconds"] for record in records], hub.parts(), site.parts()
+    return [record["seconds"] for record in records], hub, site
 
 
 def alone(run: config.Run, folder: Path) -> list[float]:
@@ -142,8 +156,8 @@ def wide(place: Path) -> list[Row]:
     method = {"name": "fedzo", "lr": 1e-6, "steps": 1, "batch_size": 1, "law": "sign"}
     found = {}
     shapes: dict[str, tuple[int, dict[str, Any]]] = {
-        "tiny": (1 << 26, {"path": str(tiny(place))}),
-        "pieces": (1 << 26, {}),
+        "tiny": (1 << 25, {"path": str(tiny(place))}),
+        "pieces": (1 << 25, {}),
         "one": (1 << 30, {}),
     }
     for name, (size, model) in shapes.items():
@@ -151,8 +165,12 @@ def wide(place: Path) -> list[Row]:
         (place / name).mkdir()
         found[name] = federated(run, place / name)
     whole, rows = 269_030_016, []
-    for side, target, i in (("hub", HUB_MODELS, 1), ("site", SITE_MODELS, 2)):
-        parts = {name: run[i] for name, run in found.items()}
+    for side, target, i in (("hub", HUB_MODELS, 0), ("site", SITE_MODELS, 1)):
+        peaks = {name: (run[1], run[2])[i] for name, run in found.items()}
+        first = {name: sum(peak.loading.values()) / whole for name, peak in peaks.items()}
+        told = ", ".join(f"{name} {count - first['tiny']:.2f}" for name, count in first.items())
+        print(f"{side}, models loaded and first round, beyond the tiny model's: {told} models")  # noqa: T201
+        parts = {name: peak.parts() for name, peak in peaks.items()}
         for kind in parts["pieces"]:
             told = ", ".join(f"{name} {peak.get(kind, 0) / 1e6:.0f} MB" for name, peak in parts.items())
             print(f"{side}: {kind}: {told}")  # noqa: T201

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class OneProcess(Grid):
         self.tamper: Callable[[int, Message], Message | None] = lambda client, reply: reply
         self.waiting: dict[str, Message] = {}
         self.bodies: list[int] = []  # bytes of each piece that passed
+        self.most = 0  # messages to one client that were on their way at a time
         self.numbers = itertools.count(1)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -43,6 +45,7 @@ class OneProcess(Grid):
             message.metadata.__dict__["_message_id"] = f"m{next(self.numbers)}"
             self.waiting[message.metadata.message_id] = message
             ids.append(message.metadata.message_id)
+        self.most = max(self.most, *Counter(other.metadata.dst_node_id for other in self.waiting.values()).values())
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

@@ -18,10 +18,11 @@ from grid import FIRST, OneProcess, entries, federate
 from thinwire import wire
 from thinwire.federation.payloads import Scores
 from thinwire.federation.survey import Refusal, Survey, join, record
+from thinwire.methods.fedavg import Weights
 from thinwire.methods.fedkseed import Gains, Steps
-from thinwire.runtime import loop
+from thinwire.runtime import checkpoint, loop
 from thinwire.runtime.envelope import pack, unpack
-from thinwire.runtime.flower import NoQuorum
+from thinwire.runtime.flower import AHEAD, NoQuorum
 
 THIN: dict[str, Any] = {"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}
 WIDE: dict[str, Any] = {"name": "fedavg", "lr": 1e-3, "steps": 2, "batch_size": 4}
@@ -75,10 +76,33 @@ def test_large_frames_pass_through_files(silos: Silos, tmp_path: Path, monkeypat
     monkeypatch.setattr(wire.frame, "SPOOL_ABOVE", 50_000)
     monkeypatch.setattr("thinwire.runtime.flower.SPOOL_ABOVE", 50_000)
     run = silos.run(WIDE, rounds=1)
-    job, _, _ = federate(silos, run, tmp_path / "there", chunk_bytes=30_000)
+    job, grid, _ = federate(silos, run, tmp_path / "there", chunk_bytes=30_000)
     loop.train(job)
     in_process(silos, run, tmp_path / "here", monkeypatch)
     assert state_of(tmp_path / "there")[0] == state_of(tmp_path / "here")[0]
+    assert len(grid.bodies) > 3 * 2 * 2 * AHEAD
+    assert grid.most == AHEAD
+
+
+def test_what_is_left_of_frames_is_removed(silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire.frame, "SPOOL_ABOVE", 50_000)
+    monkeypatch.setattr("thinwire.runtime.flower.SPOOL_ABOVE", 50_000)
+    job, grid, transport = federate(silos, silos.run(WIDE, rounds=1), tmp_path / "there", chunk_bytes=30_000)
+    loop.train(job)
+    spool = tmp_path / "there" / "spool"
+    spool.mkdir()
+    down = checkpoint.on_disk(tmp_path / "there" / "state", 1, Weights)  # FedAvg's state is what it sends
+    grid.tamper = lambda client, reply: None if client == 1 else reply
+    transport.deadline = 1.0
+    frames = (
+        (client, wire.encode(down, run=job.run, round=2, client=client, spool=spool))
+        for client in range(len(job.names))
+    )
+    replies = list(transport.exchange(frames))
+    assert [reply.frame is None for reply in replies] == [False, True, False]
+    left = {file.name for file in spool.iterdir()}
+    assert left == {reply.frame.path.name for reply in replies if isinstance(reply.frame, wire.Spooled)}
+    assert len(left) == 2
 
 
 class Replay:

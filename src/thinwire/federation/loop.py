@@ -96,6 +96,7 @@ def _train(grid: Grid, folder: Path) -> None:
     build.use_threads(run)
     before = memory.resident()
     net = build.net_of(run, remember=True)
+    memory.trim()  # loading has left as much again as the model
     rows = build.Rows({}, {name: read_jsonl(path) for name, path in hub.splits.items()})
     job = build.job(run, rows, net, folder, before, Watch())
     keys = public_keys(Path(hub.keys))

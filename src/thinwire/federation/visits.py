@@ -17,6 +17,7 @@ from thinwire.evaluate.evaluate import Split, evaluate
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.payloads import Ready, Scores
 from thinwire.keys import Key
+from thinwire.runtime import memory
 from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
 from thinwire.wire import Frame, Header, Illegal
 
@@ -69,6 +70,7 @@ class Visits:
         some = build.dataset(run.data, scored or rows, self.net.tokenizer, build.classes_of(run))
         self.scored = Split("sites", replace(some, examples=some.examples[: run.eval.rows]), run.eval.generate)
         self.versions = VersionStore(self.folder / "versions")
+        memory.trim()  # loading has left as much again as the model
         self.actions: dict[str, Callable[[Frame, Path, int], Frame]] = {
             "join": self.join,
             "train": self.train,

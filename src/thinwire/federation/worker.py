@@ -176,6 +176,7 @@ class Worker:
         from thinwire import wire
         from thinwire.config import method_name
         from thinwire.federation.fingerprint import difference
+        from thinwire.runtime import memory
 
         header = wire.peek(frame)
         run = self._prepared(str(table["settings"]))
@@ -190,6 +191,7 @@ class Worker:
             raise
         self.audit.note("in", action, name, frame)
         answer = run.actions[action](frame, self.spool, int(table["counted"]))
+        memory.trim()
         try:
             self.policy.release(answer)
         except Exception as error:

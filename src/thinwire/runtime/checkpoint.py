@@ -30,7 +30,7 @@ class Progress:
 
 def write(folder: Path, state: Any, progress: Progress) -> None:
     """Write the checkpoint of a round: to a temporary name, flushed, renamed; then drop all but the last two."""
-    final = folder / f"round-{progress.round:06d}"
+    final = _place(folder, progress.round)
     partial = folder / (final.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -47,7 +47,7 @@ def write(folder: Path, state: Any, progress: Progress) -> None:
     partial.rename(final)
     flush(folder)
     for old in rounds(folder)[:-KEPT]:
-        shutil.rmtree(folder / f"round-{old:06d}")
+        shutil.rmtree(_place(folder, old))
 
 
 def rounds(folder: Path) -> list[int]:
@@ -59,14 +59,25 @@ def rounds(folder: Path) -> list[int]:
 def read(folder: Path, state: type) -> tuple[Any, Progress] | None:
     """The newest checkpoint that is whole, None if there is none; a damaged one is passed over for the one before."""
     for round in reversed(rounds(folder)):
-        at = folder / f"round-{round:06d}"
         try:
-            progress = Progress(**json.loads((at / "progress.json").read_text()))
-            path = at / "state.frame"
-            return _in_memory(wire.decode(state, Spooled(path, path.stat().st_size))), progress
+            progress = Progress(**json.loads((_place(folder, round) / "progress.json").read_text()))
+            return _in_memory(on_disk(folder, round, state)), progress
         except (OSError, ValueError, TypeError, wire.WireError):
             continue
     return None
+
+
+def on_disk(folder: Path, round: int, state: type) -> Any:
+    """The state of a round's checkpoint, whose named tensors are read when asked for; until KEPT more were written.
+
+    Raises OSError or WireError for a checkpoint that is absent or damaged.
+    """
+    path = _place(folder, round) / "state.frame"
+    return wire.decode(state, Spooled(path, path.stat().st_size))
+
+
+def _place(folder: Path, round: int) -> Path:
+    return folder / f"round-{round:06d}"
 
 
 def _in_memory(state: Any) -> Any:

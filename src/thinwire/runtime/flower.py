@@ -2,7 +2,8 @@
 
 A message carries one piece of one frame: an array of bytes of a type of its own, and a record that says which piece.
 A site answers each piece; the answer to the last one is the reply's first piece, and the others are asked for. Both
-sides keep a large frame in a file, so that no process holds more of it than a piece.
+sides keep a large frame in a file, so that no process holds more of it than a piece; and no more than AHEAD pieces of a
+client are on their way at a time, for the engine's hub holds them in memory.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 POLL = 0.25  # seconds between two looks for replies
+AHEAD = 2  # messages of a client on their way: one that its site works on, and one that waits for it there
 GRACE = 60.0  # seconds beyond the deadline after which the engine drops a message
 
 
@@ -43,6 +46,8 @@ class _Call:
     transfer: str
     began: float
     counted: int  # the last round of the client that counts
+    frame: Frame  # b"" once all of it is on its way
+    ahead: deque[tuple[int, int]] = field(default_factory=deque)  # (offset, total) of messages to come; total 0: asks
     waiting: set[str] = field(default_factory=set)  # ids of messages that have no answer yet
     got: dict[int, int] = field(default_factory=dict)  # offset -> bytes of the reply
     total: int | None = None
@@ -54,6 +59,12 @@ class _Call:
     @property
     def done(self) -> bool:
         return self.error is not None or (self.total is not None and sum(self.got.values()) == self.total)
+
+    def drop(self) -> None:
+        """Remove the frame: all of it is on its way, or will not be."""
+        if isinstance(self.frame, Spooled):
+            self.frame.remove()
+        self.frame = b""
 
 
 class Flower:
@@ -77,7 +88,7 @@ class Flower:
         deadline: float = 3600.0,
         quorum: int = 1,
         patience: float = 120.0,
-        chunk_bytes: int = 1 << 26,
+        chunk_bytes: int = 1 << 25,
         max_bytes: int = MAX_FRAME,
         counted: Mapping[int, int] | None = None,
     ) -> None:
@@ -111,32 +122,44 @@ class Flower:
         calls: list[_Call] = []
         nodes: Mapping[int, int] = {}
         patient = time.monotonic() + self.patience  # for all together
-        for client, frame in frames:
-            round = peek(frame).round
-            if action == "train" and round != self._round:
-                self._round, self._until, self._answered = round, time.monotonic() + self.deadline, set()
-            if client not in nodes:
-                nodes = self._connected(client, patient)
-            counted = self.counted.get(client, 0)
-            call = _Call(client, nodes.get(client, 0), action, round, secrets.token_hex(8), time.monotonic(), counted)
-            calls.append(call)
-            try:
+        try:
+            for client, frame in frames:
+                round = peek(frame).round
+                if action == "train" and round != self._round:
+                    self._round, self._until, self._answered = round, time.monotonic() + self.deadline, set()
+                if client not in nodes:
+                    nodes = self._connected(client, patient)
+                call = _Call(
+                    client,
+                    nodes.get(client, 0),
+                    action,
+                    round,
+                    secrets.token_hex(8),
+                    time.monotonic(),
+                    self.counted.get(client, 0),
+                    frame,
+                    deque((offset, len(frame)) for offset in range(0, len(frame), self.chunk_bytes)),
+                )
+                calls.append(call)
                 if client not in nodes:
                     call.error = "not connected"
+                    call.drop()
                 else:
-                    self._send(call, frame)
-            finally:
-                if isinstance(frame, Spooled):
-                    frame.remove()
-        until = self._until if action == "train" else time.monotonic() + self.deadline
-        for call in calls:
-            while not call.done:
-                if time.monotonic() > until:
-                    call.error = f"late: no reply within {self.deadline:g} seconds"
-                    break
-                if not self._pull(calls):
-                    time.sleep(POLL)
-            yield self._reply(call)
+                    self._feed(call)
+                self._pull([other for other in calls if other.ahead])  # nobody waits while more frames are made
+            until = self._until if action == "train" else time.monotonic() + self.deadline
+            for call in calls:
+                while not call.done:
+                    if time.monotonic() > until:
+                        call.error = f"late: no reply within {self.deadline:g} seconds"
+                        break
+                    if not self._pull(calls):
+                        time.sleep(POLL)
+                call.drop()
+                yield self._reply(call)
+        finally:
+            for call in calls:
+                call.drop()
 
     def _connected(self, client: int, until: float) -> Mapping[int, int]:
         """The nodes that there are, once the client is among them or it is too late."""
@@ -144,10 +167,13 @@ class Flower:
             time.sleep(POLL)
         return nodes
 
-    def _send(self, call: _Call, frame: Frame) -> None:
-        total = len(frame)
-        for offset in range(0, total, self.chunk_bytes):
-            self._push(call, _piece(frame, offset, self.chunk_bytes), offset=offset, total=total)
+    def _feed(self, call: _Call) -> None:
+        """Send as many messages as may be on their way."""
+        while call.error is None and call.ahead and len(call.waiting) < AHEAD:
+            offset, total = call.ahead.popleft()
+            self._push(call, _piece(call.frame, offset, self.chunk_bytes) if total else b"", offset=offset, total=total)
+            if not call.ahead:
+                call.drop()
 
     def _push(self, call: _Call, piece: bytes, **place: int) -> None:
         from flwr.app import Message
@@ -179,6 +205,7 @@ class Flower:
                         self._take(call, message)
                     except (ValueError, OSError) as error:
                         call.error = f"{type(error).__name__}: {error}"
+                self._feed(call)
                 if call.done:
                     call.seconds = time.monotonic() - call.began
                     break
@@ -209,8 +236,7 @@ class Flower:
             first = len(piece)
             if offset != 0 or not 0 < first <= total:
                 raise ValueError("a reply that does not begin at its beginning")
-            for start in range(first, total, self.chunk_bytes):
-                self._push(call, b"", offset=start, total=0)
+            call.ahead.extend((start, 0) for start in range(first, total, self.chunk_bytes))
         if total != call.total or offset in call.got or offset + len(piece) > total:
             raise ValueError("pieces of a reply that do not fit together")
         call.got[offset] = len(piece)

@@ -109,11 +109,15 @@ def train(job: Job) -> Record:
             job.watch.evaluated(record)
 
     def save(finished: bool = False) -> Progress:
+        nonlocal state
         peak = max(progress.peak_memory_bytes, memory.peak() - job.memory_before_model)
         seconds = progress.seconds + time.perf_counter() - clock
         names = {str(id): version for id, version in held.items()}
         now = Progress(round, names, bytes_down, bytes_up, seconds, peak, finished)
         checkpoint.write(states, state, now)
+        if job.transport is not None:  # while clients elsewhere are at work the state need not lie in memory
+            state = checkpoint.on_disk(states, round, job.method.State)
+            memory.trim()
         return now
 
     memory.reset()

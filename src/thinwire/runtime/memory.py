@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ def reset() -> None:
     # Not Linux, or not allowed: the peak is then that of the whole process, never less than the true one.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def trim() -> None:
+    """Hand back to the system what has been freed, where its allocator keeps that for later (glibc's does)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(field: str) -> int:
