@@ -184,7 +184,7 @@ class Federation(_Section):
     deadline: PositiveFloat = 3600.0
     quorum: PositiveInt = 1
     patience: NonNegativeFloat = 120.0
-    chunk_bytes: int = Field(1 << 25, ge=1 << 10, le=1 << 30)
+    chunk_bytes: int = Field(3 << 24, ge=1 << 10, le=1 << 30)
     evaluate: bool = False
 
     @field_validator("sites")

@@ -14,7 +14,7 @@ import tomli_w
 from thinwire.config import ConfigError, Run
 from thinwire.federation.keys import public_bytes
 from thinwire.federation.loop import PUBLIC, Hub, Status
-from thinwire.federation.processes import BIN, Children, alive, free_port, wait_healthy
+from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
 from thinwire.federation.visits import told
 from thinwire.runtime.loop import read_records
 
@@ -145,7 +145,7 @@ class ServerSide:
             "--disable-runtime-dependency-installation",
         ]
         self.show([str(part) for part in command])
-        process = self.children.start("superlink", command)
+        process = self.children.start("superlink", command, **LEAN)
         if not wait_healthy(process, self.port, self.ca):
             raise Ended(f"the hub did not start: {self.children.last_line('superlink')}")
 
@@ -153,7 +153,7 @@ class ServerSide:
         address = f"127.0.0.1:{self.port}"
         command = [BIN / "flower-superexec", "--runtime-api-address", address, "--root-certificates", self.ca]
         self.show([str(part) for part in command])
-        self.children.start("superexec", command)
+        self.children.start("superexec", command, **LEAN)
 
     def _flwr(self, *args: str | Path) -> str:
         command = [str(BIN / "flwr"), *map(str, args)]

@@ -26,6 +26,10 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
+LEAN = {  # for processes that pass pieces on: what is freed goes back to the system at once, where that is glibc's matter
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+}
 WATCH = 1.0  # seconds between two looks at the parent
 GRACE = 8.0  # seconds that a process has to end by itself
 

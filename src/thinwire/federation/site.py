@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from thinwire.federation import channel
-from thinwire.federation.processes import BIN, Children, free_port
+from thinwire.federation.processes import BIN, LEAN, Children, free_port
 from thinwire.federation.worker import Site
 
 FIRST, MOST = 5.0, 60.0  # seconds before a dead node is started again: at first, and at most
@@ -83,5 +83,5 @@ class SiteSide:
             *("--port", str(self.port)),
         ]
         self.show(command)
-        self.children.start("supernode", command)
+        self.children.start("supernode", command, **LEAN)
         self.began, self.again = time.monotonic(), 0.0

@@ -130,8 +130,9 @@ class Net:
         any of its names is chosen. `remember` lets `rebuild` keep a copy of one set of weights. What a classifier's
         files lack of its head is drawn from `head_key`. ModelError: nothing is trainable, or see Base.
         """
-        self.model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
+        self._model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
         self.remember = remember
+        self._resting = False
         self._kept: tuple[bytes, dict[str, Tensor]] | None = None
         tied = _tied(model)
         if trainable is not None:
@@ -200,6 +201,24 @@ class Net:
         return net
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The resident model."""
+        self._wake()
+        return self._model
+
+    def rest(self) -> None:
+        """Give up the memory of the trainable weights until somebody asks for them; they are undefined then."""
+        self._resting = True
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+
+    def _wake(self) -> None:
+        if self._resting:
+            self._resting = False
+            for parameter in self._parameters.values():
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(iter(self._parameters.values())).device
@@ -220,16 +239,18 @@ class Net:
 
     def parameter(self, name: str) -> nn.Parameter:
         """The trainable parameter of that name; KeyError if there is none."""
+        self._wake()
         return self._parameters[name]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of each trainable parameter, in the order of `names`."""
+        self._wake()
         return iter(self._parameters.items())
 
     @torch.no_grad()
     def reset(self) -> None:
         """Weights := base, tensor by tensor, in place."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters():
             parameter.copy_(self.base[name])
 
     @torch.no_grad()
@@ -251,13 +272,13 @@ class Net:
         if self._kept is not None and self._kept[0] == token:
             with torch.no_grad():
                 for name, tensor in self._kept[1].items():
-                    self._parameters[name].copy_(tensor)
+                    self.parameter(name).copy_(tensor)
             return
         build()
         if self.remember:
             copies = self._kept[1] if self._kept is not None else {}
             self._kept = None  # if the copying below is interrupted, nothing half-new passes for the old
-            for name, parameter in self._parameters.items():
+            for name, parameter in self.parameters():
                 if name in copies:
                     copies[name].copy_(parameter.detach())
                 else:

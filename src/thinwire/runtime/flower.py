@@ -88,7 +88,7 @@ class Flower:
         deadline: float = 3600.0,
         quorum: int = 1,
         patience: float = 120.0,
-        chunk_bytes: int = 1 << 25,
+        chunk_bytes: int = 3 << 24,
         max_bytes: int = MAX_FRAME,
         counted: Mapping[int, int] | None = None,
     ) -> None:

@@ -115,8 +115,9 @@ def train(job: Job) -> Record:
         names = {str(id): version for id, version in held.items()}
         now = Progress(round, names, bytes_down, bytes_up, seconds, peak, finished)
         checkpoint.write(states, state, now)
-        if job.transport is not None:  # while clients elsewhere are at work the state need not lie in memory
+        if job.transport is not None:  # clients elsewhere work on nets of their own, and long: no model lies idle here
             state = checkpoint.on_disk(states, round, job.method.State)
+            job.net.rest()
             memory.trim()
         return now
 
