@@ -249,6 +249,25 @@ def test_parameters_frozen_before_are_not_in_names(tmp_path: Path) -> None:
     assert "model.norm.weight" not in Net(model, tokenizer, folder).names
 
 
+def test_a_resting_net_has_no_memory_and_is_filled_again(tmp_path: Path) -> None:
+    net = Net.open(str(tiny_folder(tmp_path / "m")), trainable=lambda name: "layers.1" in name)
+    before, frozen = (
+        net.state_sha256(),
+        {n: p.data_ptr() for n, p in net.model.named_parameters() if not p.requires_grad},
+    )
+    shapes = {name: (p.shape, p.dtype) for name, p in net.parameters()}
+    net.rest()
+    net.rest()
+    held = {n: p.untyped_storage().nbytes() for n, p in net._model.named_parameters() if p.requires_grad}
+    assert max(held.values()) <= 8
+    assert net.size == sum(net.base[name].numel() for name in net.names)
+    assert {name: (p.shape, p.dtype) for name, p in net.parameters()} == shapes
+    assert all(p.is_contiguous() for _, p in net.parameters())
+    net.reset()
+    assert net.state_sha256() == before
+    assert {n: p.data_ptr() for n, p in net.model.named_parameters() if not p.requires_grad} == frozen
+
+
 def test_rebuild_keeps_one_copy(net: Net) -> None:
     calls: list[float] = []
 

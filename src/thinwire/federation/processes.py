@@ -26,7 +26,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
-LEAN = {  # for processes that pass pieces on: what is freed goes back to the system at once, where that is glibc's matter
+LEAN = {  # for processes that pass pieces on: what glibc frees goes back to the system at once
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
 }
