@@ -41,6 +41,7 @@ clients = {CLIENTS}
 heldout = 0
 template = "completion"
 max_length = {LENGTH}
+too_long = "cut"
 """
 LOCAL = [f"method.batch_size={ROWS}", "method.lr=1e-5", "method.recompute=true"]
 
