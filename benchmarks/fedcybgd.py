@@ -1,6 +1,6 @@
 """A FedCyBGD client against one that trains the whole model: memory, seconds and bytes of a visit, over whole cycles.
 
-    python benchmarks/fedcybgd.py [--json FILE] [method.drop=0.3 ...]
+    python benchmarks/fedcybgd.py [memory] [seconds] [bytes] [--json FILE] [method.drop=0.3 ...]
 
 SmolLM2-135M, AdamW on float32 copies of what is trained, activations recomputed on both sides, 4 x 128 tokens a step.
 Ten clients visit ten blocks, each in a process of its own that does not hold the whole model. Memory: one step in
@@ -105,25 +105,43 @@ def sent(turns: int, settings: Sequence[str]) -> list[int]:
         shutil.rmtree(folder)
 
 
-def main() -> None:
-    """All rows."""
-    settings = [argument for argument in sys.argv[1:] if "=" in argument]
-    relay, rows = ["method.name=fedcybgd", *settings], []
+def memory(relay: Sequence[str]) -> list[Row]:
+    """Of a client."""
     small = ["model.dtype=bfloat16", "method.steps=1"]
     plain, cycle = cycles(1, "method.name=fedavg", *small)[0], cycles(CLIENTS, *relay, *small)
-    for name, peak in (("mean over a cycle", fmean(v.peak for v in cycle)), ("worst", max(v.peak for v in cycle))):
-        rows.append(Row(f"peak memory of a client, {name}", peak / 1e6, plain.peak / 1e6, "MB"))
+    found = (("mean over a cycle", fmean(visit.peak for visit in cycle)), ("worst", max(v.peak for v in cycle)))
+    return [Row(f"peak memory of a client, {name}", peak / 1e6, plain.peak / 1e6, "MB") for name, peak in found]
+
+
+def seconds(relay: Sequence[str]) -> list[Row]:
+    """Of a visit, and of the server around it."""
     steps = ["method.steps=2"]
     plain, cycle = cycles(1, "method.name=fedavg", *steps)[0], cycles(CLIENTS, *relay, *steps)
-    rows.append(Row("a visit, mean over a cycle", fmean(v.seconds for v in cycle), plain.seconds, "s"))
-    rows.append(Row("the server, a turn", fmean(v.server for v in cycle), plain.server, "s"))
+    return [
+        Row("a visit, mean over a cycle", fmean(visit.seconds for visit in cycle), plain.seconds, "s"),
+        Row("the server, a turn", fmean(visit.server for visit in cycle), plain.server, "s"),
+    ]
+
+
+def traffic(settings: Sequence[str]) -> list[Row]:
+    """Of a visit, both ways."""
     weights = build.net_of(config.parse({"method": {"name": "fedavg"}, "data": {"path": "x"}})).base
     whole = 2 * len(wire.encode(Weights({name: tensor.bfloat16() for name, tensor in weights.items()}))) / 1e6
     raw = sent(CLIENTS, [*settings, "method.start=sent", "method.coded=false"])
     coded = sent(2 * CLIENTS, [*settings, "method.start=sent"])
-    for name, turns in (("newcomer, raw", raw), ("newcomer", coded[:CLIENTS]), ("returning", coded[CLIENTS:])):
-        rows.append(Row(f"bytes down and up, {name}, mean over a cycle", fmean(turns) / 1e6, whole, "MB"))
-    finish(rows)
+    found = (("newcomer, raw", raw), ("newcomer", coded[:CLIENTS]), ("returning", coded[CLIENTS:]))
+    return [
+        Row(f"bytes down and up, {name}, mean over a cycle", fmean(turns) / 1e6, whole, "MB") for name, turns in found
+    ]
+
+
+def main() -> None:
+    """The parts that are named, or all."""
+    settings = [argument for argument in sys.argv[1:] if "=" in argument]
+    relay = ["method.name=fedcybgd", *settings]
+    parts = {"memory": lambda: memory(relay), "seconds": lambda: seconds(relay), "bytes": lambda: traffic(settings)}
+    chosen = [name for name in parts if name in sys.argv] or list(parts)
+    finish([row for name in chosen for row in parts[name]()])
 
 
 if __name__ == "__main__":
