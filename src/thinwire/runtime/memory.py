@@ -28,7 +28,7 @@ def reset() -> None:
 
 def trim() -> None:
     """Hand back to the system what has been freed, where its allocator keeps that for later (glibc's does)."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
