@@ -8,8 +8,11 @@ from updates import update
 
 from thinwire.compress import autoencoder, components
 from thinwire.compress.catalogue import BUCKETS, ERRORS, Code, Name, code_of
+from thinwire.compress.codes import to_tensor
 from thinwire.compress.image import Image
 from thinwire.compress.rotate import Eden
+from thinwire.methods.cgfed import Coded
+from thinwire.wire.frame import length
 
 SHAPES = {f"{i}.{f}": (8, 512) if f == "A" else (512, 8) for i in range(8) for f in "AB"}
 IMAGE = Image.packed(SHAPES)
@@ -39,6 +42,13 @@ def test_bytes_are_those_of_the_ratio(name: Name, ratio: int) -> None:
     data = code.encode(x, 5)
     assert 0.8 < len(data) / (4 * IMAGE.count / ratio) < 1.05
     assert code.decode(data, x.shape, 5).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["components", "learned"])
+def test_a_whole_frame_is_as_much_shorter(name: Name) -> None:
+    code = code_of(name, 16, IMAGE, learnt(name)).encode(update(IMAGE, 1), 5)
+    up = Coded(to_tensor(code), 2**31, False, 0.9, 1000, 2.5, 0)
+    assert length(up, run=2**32 - 1, round=100, client=1000) <= 4 * IMAGE.count // 16
 
 
 def test_no_codec_is_bitwise() -> None:

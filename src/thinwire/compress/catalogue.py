@@ -25,8 +25,8 @@ BUCKETS = {16: (7, 128), 32: (1, 72), 64: (1, 224)}
 """QSGD's levels and bucket by ratio, where updates take at most those bytes."""
 VALUES = 4
 """Bits of a value that top-k sends: finer ones leave room for fewer."""
-BESIDE = 128
-"""Bytes of a frame besides its code: `components` and `learned`, whose size is free, leave room for them."""
+HEADER = 128
+"""Bytes of a frame besides its code, at most: `components` and `learned`, whose size is free, leave room for them."""
 ERRORS = {0.5: 2.14, 1: 0.571, 2: 0.133}
 """EDEN's |decoded - x|^2 / |x|^2 by bits."""
 
@@ -112,7 +112,7 @@ def code_of(
         if ratio != 64:
             raise ValueError(f"the codec resnet has the ratio 64 and no other, not {ratio}")
         return Latents(image, tables)
-    return Components(image, size - min(BESIDE, size // 64), dict(tables), contract)
+    return Components(image, size - min(HEADER, size // 64), dict(tables), contract)
 
 
 def _topk(bits: float) -> TopK:
