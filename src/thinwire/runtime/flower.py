@@ -143,7 +143,6 @@ class Flower:
                 calls.append(call)
                 if client not in nodes:
                     call.error = "not connected"
-                    call.drop()
                 else:
                     self._feed(call)
                 self._pull([other for other in calls if other.ahead])  # nobody waits while more frames are made
