@@ -181,6 +181,21 @@ def test_who_returns_is_told_less_and_trains_the_same(net: Net, tmp_path: Path) 
     assert len(wire.encode(told(shared))) < len(wire.encode(first)) / 3  # a newcomer that has the start model
 
 
+def test_of_narrowed_layers_the_same_stays_in_each_cycle(net: Net, tmp_path: Path) -> None:
+    """So that they, too, are told as differences, be it to what was whole the last time."""
+    federation = Federation(method(lr=1e-5, dtype="bfloat16", drop=0.0, prune=0.5), net, tmp_path, rounds=9)
+    federation.versions = VersionStore(tmp_path / "many", 9)
+    for turn in range(5):
+        federation.step((turn % 3,))
+    narrow = [name for name in told(federation).cut if "." in name]
+    assert len(narrow) == 8
+    for client in (2, 0):  # in the third and the fourth turn before: those layers were narrow, and whole
+        again, first = told(federation, client, federation.held[client]), told(federation, client)
+        for name, change in again.changes.items():
+            if f"heads.{layer(name)}" in narrow and ".mlp." in name:
+                assert len(change) < len(first.changes[name]) / 3, (client, name)
+
+
 def test_a_client_without_the_model_in_memory_answers_the_same(folder: Path, net: Net, tmp_path: Path) -> None:
     federation = Federation(method(drop=0.34, prune=0.5), net, tmp_path).run(2)
     down, client = told(federation), federation.client(0, 3)

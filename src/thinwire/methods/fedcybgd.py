@@ -292,13 +292,17 @@ class FedCyBGD(Exact):
         return Blocks(layout, runs, tuple(names))
 
     def _cycle(self, state: State, server: Server) -> State:
-        """The state at the start of a cycle: importance measured on the weights as they are now, and an order."""
+        """The state at the start of a cycle: an order, and in the first one importance, on the weights as they are.
+
+        It is not measured again: one cycle turns a score by less than layers differ, but other channels would stay of
+        every narrowed layer, and a client that returns would have to be told all of them anew.
+        """
         at, net = self._blocks(server.net), server.net
         scores, parts = state.scores, dict(state.parts)
-        if (self.drop and self.variant != "full") or self.order == "importance":
+        if ((self.drop and self.variant != "full") or self.order == "importance") and not scores:
             fill(net, state.weights)
             scores = getattr(importance, self.importance)(net.model, at.layout.path, self._text(server))
-        if self.prune and self.variant != "full":
+        if self.prune and self.variant != "full" and not parts:
             fill(net, state.weights)
             try:
                 worth = importance.groups(net.model, at.layout.path, self._text(server))
@@ -346,8 +350,12 @@ class FedCyBGD(Exact):
 
     def _base(self, net: Net, known: Tensors | None, name: str, like: Spec, cut: Cut, at: Blocks) -> Tensor | None:
         """What both ends hold of a tensor that is to be told, if anything."""
-        if known is not None and name in known and specs_of(known)[name] == like:
-            return known[name]
+        if known is not None and name in known:
+            old: Tensor | None = known[name]
+            if known[name].shape == net.parameter(name).shape:  # whole then, and perhaps narrower now
+                old = shrink.sliced(name, known[name], cut, at.layout)
+            if old is not None and Spec.of(old) == like:
+                return old
         return shrink.sliced(name, self.start_of(net, name), cut, at.layout) if self.start == "shared" else None
 
     def _told(self, down: Proxy, net: Net, known: Tensors | None, at: Blocks) -> dict[str, Tensor]:
