@@ -294,8 +294,8 @@ class FedCyBGD(Exact):
     def _cycle(self, state: State, server: Server) -> State:
         """The state at the start of a cycle: an order, and in the first one importance, on the weights as they are.
 
-        It is not measured again: one cycle turns a score by less than layers differ, but other channels would stay of
-        every narrowed layer, and a client that returns would have to be told all of them anew.
+        It is not measured again: other channels would stay of every narrowed layer each time, and a client that returns
+        would have to be told all of them anew.
         """
         at, net = self._blocks(server.net), server.net
         scores, parts = state.scores, dict(state.parts)
