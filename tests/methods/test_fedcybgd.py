@@ -263,7 +263,7 @@ def test_what_cannot_be_is_told_before_anything_runs(
         Federation(method(**fields), net, tmp_path)
 
 
-def test_adapters_are_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
+def test_adapters_are_refused_before_anything_runs(folder: Path, net: Net, tmp_path: Path) -> None:
     adapt = partial(add_lora, rank=2, alpha=4.0, targets=["q_proj"], key=Key.root(0))
     with pytest.raises(ModelError, match=r"model\.lora: fedcybgd"):
         Federation(method(), Net.open(str(folder), adapt=adapt), tmp_path)
