@@ -4,7 +4,8 @@
 
 SmolLM2-135M, AdamW on float32 copies of what is trained, activations recomputed on both sides, 4 x 128 tokens a step.
 Ten clients visit ten blocks, each in a process of its own that does not hold the whole model. Memory: one step in
-bfloat16, the peak less what is resident after the imports. Seconds: twenty steps in bfloat16, decoding included. Bytes:
+bfloat16, the peak less what is resident after the imports. Seconds: twenty steps, decoding included, in bfloat16 unless
+model.dtype is given (where a processor has no bfloat16 products they would be all that is timed). Bytes:
 the demo's clients and rows, twenty steps a visit, for two cycles; all are newcomers in the first and return in the
 second; against whole bfloat16 weights both ways.
 """
@@ -116,8 +117,9 @@ def memory(relay: Sequence[str]) -> list[Row]:
 def seconds(relay: Sequence[str]) -> list[Row]:
     """Of a visit of twenty steps; what of it no step takes; and of the server around it."""
     few, many = (["model.dtype=bfloat16", f"method.steps={steps}"] for steps in (1, STEPS))
-    plain, cycle = cycles(1, "method.name=fedavg", *many)[0], cycles(CLIENTS, *relay, *many)
-    visit, short = (fmean(v.seconds for v in found) for found in (cycle, cycles(CLIENTS, *relay, *few)))
+    model = [setting for setting in relay if setting.startswith("model.")]
+    plain, cycle = cycles(1, "method.name=fedavg", *many, *model)[0], cycles(CLIENTS, *many, *relay)
+    visit, short = (fmean(v.seconds for v in found) for found in (cycle, cycles(CLIENTS, *few, *relay)))
     server = fmean(v.server for v in cycle)
     return [
         Row("a visit, mean over a cycle", visit, plain.seconds, "s"),
