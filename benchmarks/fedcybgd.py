@@ -116,10 +116,10 @@ def memory(relay: Sequence[str]) -> list[Row]:
 
 def seconds(relay: Sequence[str]) -> list[Row]:
     """Of a visit of twenty steps; what of it no step takes; and of the server around it."""
-    few, many = (["model.dtype=bfloat16", f"method.steps={steps}"] for steps in (1, STEPS))
-    model = [setting for setting in relay if setting.startswith("model.")]
-    plain, cycle = cycles(1, "method.name=fedavg", *many, *model)[0], cycles(CLIENTS, *many, *relay)
-    visit, short = (fmean(v.seconds for v in found) for found in (cycle, cycles(CLIENTS, *few, *relay)))
+    model = [setting for setting in relay if setting.startswith("model.")]  # the other side's too
+    few, many = (["model.dtype=bfloat16", f"method.steps={steps}", *model] for steps in (1, STEPS))
+    plain, cycle = cycles(1, "method.name=fedavg", *many)[0], cycles(CLIENTS, *relay, *many)
+    visit, short = (fmean(v.seconds for v in found) for found in (cycle, cycles(CLIENTS, *relay, *few)))
     server = fmean(v.server for v in cycle)
     return [
         Row("a visit, mean over a cycle", visit, plain.seconds, "s"),
