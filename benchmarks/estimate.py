@@ -30,7 +30,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedkseed": {"method": {"name": "fedkseed", "lr": 1e-6, "steps": 2, "seeds": 256}},
     "fedzo": {"method": {"name": "fedzo", "lr": 1e-6, "steps": 2, "law": "sign"}},
     "gradualdiff": {"method": {"name": "gradualdiff", "lr": 1e-5, "steps": 2, "dtype": "bfloat16", "start": "shared"}},
-    "fedcybgd": {"method": {"name": "fedcybgd", "lr": 1e-5, "steps": 2, "dtype": "bfloat16", "start": "shared"}},
+    "fedcybgd": {
+        "method": {"name": "fedcybgd", "lr": 1e-5, "steps": 2, "dtype": "bfloat16", "start": "shared"}
+        | {"drop": 0.45, "prune": 0.1}
+    },
     "cgfed": {"method": {"name": "cgfed", "lr": 1e-4, "steps": 2}, "model": {"lora": {}}},
 }
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "kelp", "maple", "pebble")

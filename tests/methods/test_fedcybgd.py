@@ -40,7 +40,7 @@ def net(folder: Path) -> Net:
 
 
 def method(**fields: Any) -> FedCyBGD:
-    return FedCyBGD(**({"blocks": 3, "spared": (1, 1)} | LOCAL | fields))
+    return FedCyBGD(**({"blocks": 3, "spared": (1, 1), "drop": 0.45, "prune": 0.1} | LOCAL | fields))
 
 
 def layer(name: str) -> int | None:

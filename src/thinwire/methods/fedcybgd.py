@@ -123,8 +123,8 @@ class FedCyBGD(Exact):
     extra: tuple[Literal["embeddings", "head"], ...] = ()  # blocks of their own for what is in no layer
     variant: Literal["relay", "parallel", "full"] = "relay"
     damping: float = Field(1.0, gt=0, le=1)  # a
-    drop: float = Field(0.45, ge=0, lt=1)  # of all layers, of those that are not updated yet
-    prune: float = Field(0.1, ge=0, lt=1)  # of the heads and channels of updated layers
+    drop: float = Field(0.0, ge=0, lt=1)  # of all layers, of those that are not updated yet
+    prune: float = Field(0.0, ge=0, lt=1)  # of the heads and channels of updated layers
     importance: Literal["influence", "perplexity", "taylor"] = "influence"
     spared: tuple[NonNegativeInt, NonNegativeInt] = (4, 2)  # first and last layers that are never dropped
     shown: float = Field(1.0, ge=0, le=1)  # of updated layers; the others are told as at the start (the published code)
