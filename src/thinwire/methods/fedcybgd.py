@@ -123,6 +123,7 @@ class FedCyBGD(Exact):
     extra: tuple[Literal["embeddings", "head"], ...] = ()  # blocks of their own for what is in no layer
     variant: Literal["relay", "parallel", "full"] = "relay"
     damping: float = Field(1.0, gt=0, le=1)  # a
+    # both cost more loss than a hundredth where answers are text, so neither is done unless asked for
     drop: float = Field(0.0, ge=0, lt=1)  # of all layers, of those that are not updated yet
     prune: float = Field(0.0, ge=0, lt=1)  # of the heads and channels of updated layers
     importance: Literal["influence", "perplexity", "taylor"] = "influence"
