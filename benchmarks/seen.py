@@ -2,7 +2,7 @@
 
     python benchmarks/seen.py [method.shown=0.5 method.veiled=true ...] [--json FILE]
 
-recipes/demo-fedcybgd.toml in bfloat16, read off the frames. `exact`: at the end of the cycle the last value that a
+recipes/demo-fedcybgd.toml in bfloat16, read off the raw frames. `exact`: at the end of the cycle the last value that a
 client was told of a weight, or has told itself, is the server's. `ever seen`: it was told some value, maybe an
 old one. Of all weights in layers; the mean over clients, and the client that knows most in place of a reference.
 """
@@ -59,6 +59,8 @@ class Watched:
     """A transport that reads the frames it carries, raw ones, down and up."""
 
     inner: InProcess
+    method: FedCyBGD
+    net: Net
     places: dict[str, Tensor]
     layout: Layout
     known: dict[int, Known] = field(default_factory=dict)
@@ -67,10 +69,11 @@ class Watched:
         for client, frame in frames:
             down = wire.decode(Proxy, frame)
             cut, known = Cut.unpacked(down.cut, self.layout), self.known[client]
+            told = self.method._told(down, self.net, None, self.method._blocks(self.net))
             for name, places in self.places.items():
                 part = shrink.sliced(name, places, cut, self.layout)
                 if part is not None:
-                    known.learn(name, down.changes[name], part)
+                    known.learn(name, told[name], part)
             for reply in self.inner.exchange([(client, frame)]):
                 assert reply.frame is not None, reply.error
                 up = wire.decode(Block, reply.frame)
@@ -100,7 +103,7 @@ def shares(net: Net, run: config.Run, folder: Path) -> Iterator[list[tuple[float
     places = {name: torch.arange(net.base[name].numel()).view(net.base[name].shape) for name in trained}
     blank = {name: torch.full(places[name].shape, torch.nan, dtype=torch.bfloat16) for name in trained}
     known = {id: Known({name: tensor.clone() for name, tensor in blank.items()}) for id in range(len(data))}
-    transport = Watched(InProcess(method, client), places, Layout.of(net.model, path), known)
+    transport = Watched(InProcess(method, client), method, net, places, Layout.of(net.model, path), known)
     state = method.init(server(0))
     for turn in range(1, turns + 1):
         id = (turn - 1) % len(data)

@@ -35,6 +35,12 @@ CODED: dict[str, dict[str, Any]] = {
     "EDEN, down too": {"codec": "eden", "downlink": "coded"},
     "none": {"codec": "none"},
 }
+AROUND: dict[str, dict[str, Any]] = {
+    "exact": {"around": "exact"},
+    "8bit": {"dtype": "bfloat16"},
+    "8bit, raw": {"coded": False},
+    "4bit, shared": {"around": "4bit", "start": "shared"},
+}
 RANGE: dict[str, dict[str, Any]] = {
     "fedkseed": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30}},
     "fedkseed, pro": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30, "pro": True}},
@@ -46,6 +52,10 @@ RANGE: dict[str, dict[str, Any]] = {
     },
     "gradualdiff, lowrank, down at twice the rank": {
         "method": {"name": "gradualdiff", **LOSSY, "codec": "lowrank", "rank": 4, "down_rank": 8}
+    },
+    **{
+        f"fedcybgd, {name}": {"method": {"name": "fedcybgd", "lr": 1e-4, "steps": 2, "blocks": 2, **fields}}
+        for name, fields in AROUND.items()
     },
     **{
         f"cgfed, {name}": {"method": {"name": "cgfed", "steps": 2, **fields}, "model": {"lora": {"rank": 2}}}

@@ -13,6 +13,7 @@ from federation import Federation, closed_data, tiny_net
 from torch import Tensor
 
 from thinwire import wire
+from thinwire.compress.quantise import Blocks
 from thinwire.core import Client, StaleVersion
 from thinwire.keys import Key
 from thinwire.methods.fedavg import FedAvg, fill
@@ -25,7 +26,7 @@ from thinwire.train.local import train_locally
 from thinwire.wire import Illegal
 
 LOCAL: dict[str, Any] = {"lr": 1e-2, "steps": 3, "batch_size": 4}
-WHOLE: dict[str, Any] = {"drop": 0.0, "prune": 0.0, "rounding": "nearest"}
+WHOLE: dict[str, Any] = {"drop": 0.0, "prune": 0.0, "around": "exact", "rounding": "nearest"}
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,54 @@ def test_who_returns_is_told_less_and_trains_the_same(net: Net, tmp_path: Path) 
         federation.method.client_update(again, client)
     shared = Federation(method(start="shared", dtype="bfloat16"), net, tmp_path / "shared")
     assert len(wire.encode(told(shared))) < len(wire.encode(first)) / 3  # a newcomer that has the start model
+
+
+@pytest.mark.parametrize(("around", "bits"), [("8bit", 8), ("4bit", 4)])
+@pytest.mark.parametrize("start", ["sent", "shared"])
+def test_matrices_around_the_block_come_in_few_bits(
+    start: str, around: str, bits: int, net: Net, tmp_path: Path
+) -> None:
+    """What the client then holds of them is what the code says, be it new or not, and in as many bytes or fewer."""
+    code, sizes = Blocks(bits), dict[bool, list[int]]()
+    for coded in (True, False):
+        fields = {"around": around, "coded": coded, "start": start, "dtype": "bfloat16"}
+        federation = Federation(method(lr=1e-4, **WHOLE | fields), net, tmp_path / str(coded), rounds=5)
+        federation.versions = VersionStore(tmp_path / f"{coded}-many", 9)
+        for turn in range(4):
+            federation.step((turn % 3,))
+        first, again = told(federation, 1), told(federation, 1, federation.held[1])
+        assert (first.block, first.version) == (1, again.version)
+        client = federation.client(1, 5)
+        ups = [federation.method.client_update(down, client) for down in (first, again)]
+        assert wire.encode(ups[0]) == wire.encode(ups[1])
+        held = client.versions.get(first.version)
+        assert held is not None
+        for name, weights in federation.state.weights.items():
+            expected = weights
+            if layer(name) not in (2, 3) and weights.dim() == 2:
+                rough = code.decode(code.encode(weights.float(), 0), weights.shape, 0)
+                expected = rough.bfloat16()
+                assert not torch.equal(expected, weights)
+            assert torch.equal(held[name], expected), name
+        sizes[coded] = [sum(t.nbytes for t in down.changes.values()) for down in (first, again)]
+    state = federation.state.weights
+    whole = sum(
+        2 * w.numel() if w.dim() < 2 or layer(name) in (2, 3) else code.size(w.numel()) for name, w in state.items()
+    )
+    assert sizes[False] == [whole, whole]
+    assert sizes[True][0] < whole
+    assert sizes[True][1] < (sizes[True][0] + 1 if start == "shared" else whole / 3)
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_few_bits_that_are_none_are_refused(coded: bool, net: Net, tmp_path: Path) -> None:
+    federation = Federation(method(coded=coded, **WHOLE | {"around": "8bit"}), net, tmp_path)
+    down, name = told(federation), "model.layers.5.mlp.up_proj.weight"
+    for wrong in (down.changes[name][:-1], down.changes[name].float(), torch.full_like(down.changes[name], 255)):
+        with pytest.raises(Illegal, match=name):
+            federation.method.client_update(
+                replace(down, changes={**down.changes, name: wrong}), federation.client(0, 1)
+            )
 
 
 def test_of_narrowed_layers_the_same_stays_in_each_cycle(net: Net, tmp_path: Path) -> None:

@@ -235,9 +235,14 @@ class Blocks:
         return 2 * -(-count // self.block) + -(-count * self.bits // 8)
 
     @property
+    def levels(self) -> NDArray[np.float32]:
+        """What the codes stand for, in units of the scale, ascending: float32 [2^bits], or [255] for 8 bits."""
+        return _levels(self.bits, self.stochastic)
+
+    @property
     def _limit(self) -> int:
         """The bits of the largest scale at which every level is finite."""
-        top = float(_levels(self.bits, self.stochastic)[-1])
+        top = float(self.levels[-1])
         return int(np.array(_LARGEST / top, np.float32).view(np.uint32)) >> 16
 
     def encode(self, x: Tensor, key: int) -> bytes:
@@ -283,7 +288,7 @@ class Blocks:
         # above the limit are also all that are negative, infinite or not a number
         if int(scales.max(initial=0)) > self._limit:
             raise ValueError("a scale is negative, not finite or too large")
-        codes, levels = unpack(body[split:], self.bits, count), _levels(self.bits, self.stochastic)
+        codes, levels = unpack(body[split:], self.bits, count), self.levels
         if int(codes.max(initial=0)) >= levels.size:
             raise ValueError("a code stands for no level")
         out = np.empty(count, np.float32)

@@ -18,9 +18,27 @@ from thinwire.compress.codes import octets
 def _read(words, contexts, counts, starts, left, states, out):
     """The symbols under their contexts to out, uint8 [n]; the index of the next word."""
     lanes = states.size
-    word = 2 * lanes
+    word, lane = 2 * lanes, 0
     for i in range(out.size):
-        out[i], word = rans.take(counts, starts, left, contexts[i], words, states, i % lanes, word)
+        # `rans.take`, without a call
+        c, x = contexts[i], states[lane]
+        slot, s = np.uint32(x & rans.MASK), 0
+        while slot >= starts[c, s + 1]:
+            s += 1
+        start = starts[c, s]
+        x = np.uint64(starts[c, s + 1] - start) * (x >> rans.BITS64) + np.uint64(slot - start)
+        if x < rans.LOW:
+            x <<= np.uint64(32)
+            if word < words.size:
+                x |= np.uint64(words[word])
+            word += 1
+        states[lane] = x
+        lane = 0 if lane + 1 == lanes else lane + 1
+        counts[c, s] += np.uint32(rans.STEP)
+        left[c] -= 1
+        if left[c] == 0:
+            rans.renew(counts, starts, left, c)
+        out[i] = s
     return word
 
 

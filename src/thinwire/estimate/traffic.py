@@ -329,18 +329,23 @@ def _blocks(at: Federation, method: FedCyBGD, trained: Mapping[str, Tensor]) -> 
     values = sum(t.numel() for t in trained.values())
     outside = sum(t.numel() for name, t in trained.items() if not any(part.isdigit() for part in name.split(".")))
     block = (values - outside) / method.blocks
-    low, high = coded_bits(method, dtype)
+    own = values if method.variant == "full" else block
+    whole = 8.0 * dtype.itemsize
+    low, high = coded_bits(method, dtype) if method.coded else (whole, whole)
+    around = whole if method.around == "exact" else int(method.around[0]) + 1 / 8
     names = sum(len(name) + 8 for name in trained)
+    slack = 4 * names  # what a coder puts in front of each tensor
 
     def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
-        up = Span(low * block / 8, high * block / 8 + names)
-        if method.variant == "full":
-            up = Span(low * values / 8, high * values / 8 + names)
-        if new and method.start == "sent":
-            shown = values - method.drop * (values - outside)
-            return Span(0.6 * shown * dtype.itemsize / 2, values * dtype.itemsize + 4 * names), up
+        up = Span(low * own / 8, high * own / 8 + slack)
+        if not method.coded or (new and method.start == "sent"):
+            least = own + (1 - method.prune) * (values - method.drop * (values - outside) - own)
+            ends = [(own * whole + (shown - own) * around) / 8 for shown in (least, values)]
+            return Span((0.6 if method.coded else 1.0) * ends[0], ends[1] + slack), up
         turns = min(round - 1, method.blocks)
-        return Span(names / 8, high * block * turns / 8 + 4 * names), up
+        rough = method.around != "exact" and method.start == "sent"  # what a client has of a block that was not its own
+        most = min(high, around) * block * turns + (whole if rough else high) * own
+        return Span(names / 8, most / 8 + slack), up
 
     return frames
 

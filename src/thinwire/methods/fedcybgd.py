@@ -6,7 +6,8 @@
 
 The proxy (the paper's hybrid compression, section 3.3) is a real smaller model: block j as it is; blocks that this
 cycle has not updated yet lose their least important layers; blocks that it has updated stay, with fewer heads and
-channels. What the client has seen of a tensor before, or has with the start model, is told as an exact difference.
+channels. Beyond the paper, matrices around the block, which do not train, are told in 8 or 4 bits a weight (`around`).
+What the client has seen of a tensor before, or has with the start model, is told as a difference.
 
 A classifier's head (pooler and all else after the layers) trains with every block, as in the paper.
 
@@ -17,7 +18,7 @@ client a round); or each another one, damped by a (`parallel`); or each the whol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import ClassVar, Literal
@@ -26,7 +27,9 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from thinwire.compress import importance, shrink
+from thinwire.compress import coarse, importance, shrink
+from thinwire.compress.codes import to_bytes, to_tensor
+from thinwire.compress.quantise import Blocks as Coarse
 from thinwire.compress.shrink import Cut, Width
 from thinwire.core import Client, Metrics, Server, StaleVersion
 from thinwire.keys import Key
@@ -71,7 +74,8 @@ class Proxy:
     """A smaller model around a block: what is left of each tensor, coded (uint8) or raw, by the whole model's names.
 
     `cut` says which layers, heads and channels those are. `base` is the version of an earlier proxy that the client
-    holds: tensors that have their shape in it are told as differences to it. `model` says whose weights they are.
+    holds: tensors that have their shape in it are told as differences to it. `model` says whose weights they are. Of
+    matrices that are not the block's there are few bits, uint8 in either case.
     """
 
     model: str
@@ -132,6 +136,7 @@ class FedCyBGD(Exact):
     veiled: bool = (
         False  # which layers are not shown is drawn once a client: those it sees only when they are its block
     )
+    around: Literal["exact", "8bit", "4bit"] = "8bit"  # how matrices that are not the block's are told
     coded: bool = True
     choose_step: bool = False  # take the best of steps 1, 1/2, 1/4 and 0 by the loss on the server's rows
     layers: str | None = None  # where the model's layers are; found where it is None
@@ -158,16 +163,13 @@ class FedCyBGD(Exact):
         net, at = server.net, self._blocks(server.net)
         block = state.left[client_id % len(state.left) if self.variant == "parallel" else 0]
         cut, hidden = self._cut(state, at, block), self._hidden(state, at, block, server, client_id)
-        told: dict[str, Tensor] = {}
+        known = server.versions.get(held) if held is not None else None
+        changes, told, own = dict[str, Tensor](), dict[str, Tensor](), {*at.names[block]}
         for name, weights in state.weights.items():
             source = self.start_of(net, name) if at.layer(name) in hidden else weights
             if (part := shrink.sliced(name, source, cut, at.layout)) is not None:
-                told[name] = part
-        known = server.versions.get(held) if held is not None else None
-        changes = {
-            name: coded(part, self._base(net, known, name, Spec.of(part), cut, at)) if self.coded else part
-            for name, part in told.items()
-        }
+                base = self._base(net, known, name, Spec.of(part), cut, at, name in own) if self.coded else None
+                changes[name], told[name] = self._tell(part, base, name in own)
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
         base = held if known is not None else None
         version = server.versions.put(told)  # only now: what is put may push out what is known
@@ -349,9 +351,13 @@ class FedCyBGD(Exact):
             others = [others[i] for i in order[: len(others) - math.ceil(self.shown * len(others))]]
         return {*others} - {*own}
 
-    def _base(self, net: Net, known: Tensors | None, name: str, like: Spec, cut: Cut, at: Blocks) -> Tensor | None:
+    def _base(
+        self, net: Net, known: Tensors | None, name: str, like: Spec, cut: Cut, at: Blocks, own: bool
+    ) -> Tensor | None:
         """What both ends hold of a tensor that is to be told, if anything."""
-        if known is not None and name in known:
+        # what was around another block is rough, and an exact tensor nearer to the start model's
+        rough = own and self.start == "shared" and self._coarse(like.shape, own=False) is not None
+        if known is not None and name in known and not rough:
             old: Tensor | None = known[name]
             if known[name].shape == net.parameter(name).shape:  # whole then, and perhaps narrower now
                 old = shrink.sliced(name, known[name], cut, at.layout)
@@ -374,10 +380,37 @@ class FedCyBGD(Exact):
         }
         if list(down.changes) != list(specs):
             raise Illegal("the names of the changes are not those of the proxy")
-        return {
-            name: self._read(down.changes[name], name, self._base(net, known, name, spec, cut, at), spec)
-            for name, spec in specs.items()
-        }
+        own, told = {*at.names[down.block]}, dict[str, Tensor]()
+        for name, spec in specs.items():
+            base = self._base(net, known, name, spec, cut, at, name in own)
+            told[name] = self._heard(down.changes[name], name, base, spec, name in own)
+        return told
+
+    def _coarse(self, shape: Sequence[int], own: bool) -> Coarse | None:
+        """What tells a tensor in few bits, if it is so told."""
+        return None if self.around == "exact" or own or len(shape) < 2 else Coarse(int(self.around[0]))
+
+    def _tell(self, part: Tensor, base: Tensor | None, own: bool) -> tuple[Tensor, Tensor]:
+        """How a tensor of the proxy travels, and what it is there."""
+        code = self._coarse(part.shape, own)
+        if code is None:
+            return coded(part, base) if self.coded else part, part
+        data = code.encode(part.float(), 0)
+        told = code.decode(data, part.shape, 0).to(part.dtype)
+        return to_tensor(coarse.encode(data, code, base, part.numel()) if self.coded else data), told
+
+    def _heard(self, change: Tensor, name: str, base: Tensor | None, like: Spec, own: bool) -> Tensor:
+        """The inverse; Illegal where it is not what it should be."""
+        code = self._coarse(like.shape, own)
+        if code is None:
+            return self._read(change, name, base, like)
+        try:
+            data = to_bytes(change)
+            if self.coded:
+                data = memoryview(coarse.decode(data, code, base, math.prod(like.shape)))
+            return code.decode(data, like.shape, 0).to(like.dtype)
+        except ValueError as error:
+            raise Illegal(f"{name}: {error}") from None
 
     def _read(self, change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor:
         """A tensor as it was told; Illegal where it is not what it should be."""

@@ -1,0 +1,91 @@
+"""Weights in few bits, foretold by older ones: what goes in comes out, small moves cost little, and damage shows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from thinwire.compress import coarse
+from thinwire.compress.quantise import Blocks
+
+CODES = [Blocks(bits, block) for bits in (8, 4, 2, 1) for block in (128, 5)]
+
+
+def normal(count: int, seed: int, scale: float = 0.1) -> Tensor:
+    return scale * torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None)  # the first example compiles
+@given(
+    st.sampled_from(CODES),
+    st.integers(0, 700),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([None, 0.0, 1e-6, 1e-2, 1e3]),
+    st.integers(0, 1000),
+)
+def test_round_trip(code: Blocks, count: int, dtype: torch.dtype, moved: float | None, seed: int) -> None:
+    """From nothing, from the same, from weights that have moved a little, and from others altogether."""
+    new = normal(count, seed).to(dtype)
+    new[: count // 4] = 0
+    old = None if moved is None else (new.float() + normal(count, seed + 1, moved)).to(dtype)
+    data = code.encode(new.float(), 0)
+    assert coarse.decode(coarse.encode(data, code, old, count), code, old, count) == data
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_it_takes_the_entropy_of_the_levels_or_of_their_moves(bits: int) -> None:
+    code, count = Blocks(bits), 200_000
+    new = normal(count, 0).bfloat16()
+    data = code.encode(new.float(), 0)
+    levels = code.decode(data, (count,), 0)
+    scales = torch.frombuffer(bytearray(data[: 2 * math.ceil(count / 128)]), dtype=torch.bfloat16).float()
+    codes = (levels / scales.repeat_interleave(128)[:count]).mul(1000).round()
+    _, counts = codes.unique(return_counts=True)
+    entropy = float(-(counts * (counts / count).log2()).sum()) / 8
+    whole = len(coarse.encode(data, code, None, count))
+    assert entropy < whole < 1.02 * entropy + 2 * count / 128
+    told = levels.bfloat16()
+    for old in (new, told):  # what is known exactly, or as it was told
+        assert len(coarse.encode(data, code, old, count)) < count / 200
+    moved = (new.float() + normal(count, 1, 1e-4)).bfloat16()
+    few = coarse.encode(code.encode(moved.float(), 0), code, told, count)
+    assert len(few) < whole / 8
+
+
+@pytest.mark.parametrize("damage", ["empty", "head", "shift", "cut", "longer", "levels"])
+@pytest.mark.parametrize("moved", [None, 1e-2])
+def test_damage_is_seen(damage: str, moved: float | None) -> None:
+    code, count = Blocks(8), 1000
+    new = normal(count, 0)
+    old = None if moved is None else new + normal(count, 1, moved)
+    data = coarse.encode(code.encode(new, 0), code, old, count)
+    hurt = {
+        "empty": b"",
+        "head": data[:5],
+        "shift": b"\x07" + data[1:],
+        "cut": data[:-1],
+        "longer": data + b"\0",
+        "levels": data[:1] + b"\xff\xff" + data[3:],
+    }[damage]
+    with pytest.raises(ValueError, match=r"coarse|symbols|integers|packed"):
+        coarse.decode(hurt, code, old, count)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 400), st.integers(1, 255), st.sampled_from(CODES))
+def test_no_byte_that_is_changed_breaks_more_than_the_code(place: int, change: int, code: Blocks) -> None:
+    """What decodes in spite of it is some other code of as many weights, or one that the code itself refuses."""
+    count = 300
+    old = normal(count, 1)
+    data = bytearray(coarse.encode(code.encode(normal(count, 0), 0), code, old, count))
+    data[place % len(data)] ^= change
+    try:
+        found = coarse.decode(bytes(data), code, old, count)
+    except ValueError:
+        return
+    assert len(found) == code.size(count)
