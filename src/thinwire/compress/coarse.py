@@ -80,7 +80,7 @@ def encode(data: bytes, code: Blocks, old: Tensor | None, count: int) -> bytes:
     scales = body[: 2 * blocks].view("<u2").astype(np.uint16)
     codes = unpack(body[2 * blocks :], code.bits, count)
     distances = np.empty(count, np.uint8)
-    _distances(codes, _foretold(old, scales, code, count), code.levels.size, distances)
+    _distances(codes, foretold(old, scales, code, count), code.levels.size, distances)
     shift = _best(distances)
     tokens = np.minimum(distances >> np.uint8(shift), _BEYOND)
     told = integers.pack(scales.astype(np.int64) - _scales(old, code, blocks))
@@ -113,7 +113,7 @@ def decode(data: bytes | memoryview, code: Blocks, old: Tensor | None, count: in
     # beyond these no scale is one, and the code will say so
     scales = wanted.clip(0, 65535).astype(np.uint16)
     codes = np.empty(count, np.uint8)
-    if not _moved(_foretold(old, scales, code, count), distances, code.levels.size, codes):
+    if not _moved(foretold(old, scales, code, count), distances, code.levels.size, codes):
         raise ValueError("a coarse weight has moved beyond the levels")
     return scales.astype("<u2").tobytes() + pack(codes, code.bits).tobytes()
 
@@ -144,7 +144,7 @@ def _scales(old: Tensor | None, code: Blocks, blocks: int) -> NDArray[np.int64]:
     return data[: 2 * blocks].view("<u2").astype(np.int64)
 
 
-def _foretold(old: Tensor | None, scales: Scales, code: Blocks, count: int) -> Codes:
+def foretold(old: Tensor | None, scales: Scales, code: Blocks, count: int) -> Codes:
     """The codes that the old weights have under these scales."""
     codes = np.full(count, code.levels.size // 2, np.uint8)
     if old is not None:
