@@ -23,8 +23,11 @@ def _read(words, contexts, counts, starts, left, states, out):
         # `rans.take`, without a call
         c, x = contexts[i], states[lane]
         slot, s = np.uint32(x & rans.MASK), 0
-        while slot >= starts[c, s + 1]:
-            s += 1
+        if slot >= starts[c, 1]:
+            s = 8 * (slot >= starts[c, 8])
+            s += 4 * (slot >= starts[c, s + 4])
+            s += 2 * (slot >= starts[c, s + 2])
+            s += slot >= starts[c, s + 1]
         start = starts[c, s]
         x = np.uint64(starts[c, s + 1] - start) * (x >> rans.BITS64) + np.uint64(slot - start)
         if x < rans.LOW:
