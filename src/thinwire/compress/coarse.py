@@ -59,15 +59,18 @@ def _distances(codes, foretold, levels, out):
 
 
 @njit(nogil=True, cache=True)
-def _moved(foretold, distances, levels, out):
-    """The codes again; False where a distance is none."""
-    good = True
+def _moved(foretold, tokens, shift, low, beyond, levels, out):
+    """The codes again, of tokens and the low bits, or beyond the last token a byte; False where a distance is none."""
+    largest, b = 0, 0
     for i in range(out.size):
-        z = np.int32(distances[i])
-        good = good and z < levels
-        up = levels - (z + 1) // 2 if z % 2 else z // 2
-        out[i] = (np.int32(foretold[i]) + up) % levels
-    return good
+        z = np.int32(tokens[i]) << shift | np.int32(low[i])
+        if b < beyond.size and tokens[i] == _BEYOND:
+            z, b = np.int32(beyond[b]), b + 1
+        largest = max(largest, z)
+        code = np.int32(foretold[i]) + ((z >> 1) ^ -(z & 1))
+        code += levels if code < 0 else 0
+        out[i] = code - levels if code >= levels else code
+    return largest < levels
 
 
 def encode(data: bytes, code: Blocks, old: Tensor | None, count: int) -> bytes:
@@ -86,7 +89,7 @@ def encode(data: bytes, code: Blocks, old: Tensor | None, count: int) -> bytes:
     told = integers.pack(scales.astype(np.int64) - _scales(old, code, blocks))
     drawn = symbols.encode(tokens, np.zeros(count, np.uint8), 1)
     plain = pack(distances & np.uint8((1 << shift) - 1), shift).tobytes() if shift else b""
-    beyond = distances[_beyond(tokens, shift)].tobytes()
+    beyond = distances[tokens == _BEYOND].tobytes() if shift < _SHIFTS[-1] else b""
     return _HEAD.pack(shift, len(told), len(drawn)) + told + drawn + plain + beyond
 
 
@@ -99,28 +102,20 @@ def decode(data: bytes | memoryview, code: Blocks, old: Tensor | None, count: in
     starts = np.cumsum([_HEAD.size, *lengths, -(-count * shift // 8)])
     if shift not in _SHIFTS or starts[-1] > body.size:
         raise ValueError("coarse weights are shorter than their head says")
-    told, drawn, plain, beyond = np.split(body, starts)[1:]
+    moves, drawn, plain, beyond = np.split(body, starts)[1:]
     tokens = symbols.decode(drawn.data, np.zeros(count, np.uint8), 1)
-    large = _beyond(tokens, shift)
-    if beyond.size != np.count_nonzero(large):
+    if beyond.size != (np.count_nonzero(tokens == _BEYOND) if shift < _SHIFTS[-1] else 0):
         raise ValueError("coarse weights have another length than their tokens say")
-    distances = tokens << np.uint8(shift)
-    if shift:
-        distances |= unpack(plain, shift, count)
-    distances[large] = beyond
+    low = unpack(plain, shift, count) if shift else np.zeros(count, np.uint8)
     blocks = -(-count // code.block)
-    wanted = integers.unpack(told.tobytes(), blocks) + _scales(old, code, blocks)
+    wanted = integers.unpack(moves.tobytes(), blocks) + _scales(old, code, blocks)
     # beyond these no scale is one, and the code will say so
     scales = wanted.clip(0, 65535).astype(np.uint16)
     codes = np.empty(count, np.uint8)
-    if not _moved(foretold(old, scales, code, count), distances, code.levels.size, codes):
+    told = foretold(old, scales, code, count)
+    if not _moved(told, tokens, shift, low, beyond, code.levels.size, codes):
         raise ValueError("a coarse weight has moved beyond the levels")
     return scales.astype("<u2").tobytes() + pack(codes, code.bits).tobytes()
-
-
-def _beyond(tokens: Codes, shift: int) -> NDArray[np.bool_]:
-    """Which distances their tokens do not tell."""
-    return (tokens == _BEYOND) & (shift < _SHIFTS[-1])
 
 
 def _best(distances: Codes) -> int:

@@ -339,7 +339,7 @@ def _blocks(at: Federation, method: FedCyBGD, trained: Mapping[str, Tensor]) -> 
     def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
         up = Span(low * own / 8, high * own / 8 + slack)
         if not method.coded or (new and method.start == "sent"):
-            least = own + (1 - method.prune) * (values - method.drop * (values - outside) - own)
+            least = own + (1 - method.prune) * max(values - method.drop * (values - outside) - own, 0)
             ends = [(own * whole + (shown - own) * around) / 8 for shown in (least, values)]
             return Span((0.6 if method.coded else 1.0) * ends[0], ends[1] + slack), up
         turns = min(round - 1, method.blocks)
