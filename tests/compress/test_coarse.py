@@ -13,7 +13,7 @@ from torch import Tensor
 from thinwire.compress import coarse
 from thinwire.compress.quantise import Blocks
 
-CODES = [Blocks(bits, block) for bits in (8, 4, 2, 1) for block in (128, 5)]
+CODES = [Blocks(bits, block) for bits in (8, 7, 6, 4, 2, 1) for block in (128, 5)]
 
 
 def normal(count: int, seed: int, scale: float = 0.1) -> Tensor:
@@ -37,7 +37,7 @@ def test_round_trip(code: Blocks, count: int, dtype: torch.dtype, moved: float |
     assert coarse.decode(coarse.encode(data, code, old, count), code, old, count) == data
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 7, 4])
 def test_it_takes_the_entropy_of_the_levels_or_of_their_moves(bits: int) -> None:
     code, count = Blocks(bits), 200_000
     new = normal(count, 0).bfloat16()

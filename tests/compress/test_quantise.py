@@ -17,16 +17,19 @@ from thinwire.compress.codes import pack, unpack
 from thinwire.compress.quantise import CENTROIDS, TINY, TRIALS, Blocks
 from thinwire.perturb.cpu import words
 
-CODECS = [Blocks(8), Blocks(4), Blocks(2), Blocks(1)]
-RANDOM = [Blocks(bits, stochastic=True) for bits in (8, 4, 2)]
+CODECS = [Blocks(8), Blocks(7), Blocks(5), Blocks(4), Blocks(2), Blocks(1)]
+RANDOM = [Blocks(bits, stochastic=True) for bits in (8, 6, 4, 2)]
 EVERY = CODECS + RANDOM
 # of the bytes and of what they decode to: what a change of them orphans is every recorded frame
 DIGESTS = {
     "8": "6088e11033640beb",
+    "7": "40d1dea2bf33143a",
+    "5": "ce34d4b41c3ba487",
     "4": "09a48915e9080622",
     "2": "37422a51a88fff6b",
     "1": "190c28161433cbb7",
     "8r": "b934f408a1c1a129",
+    "6r": "8fac7597c02885c7",
     "4r": "ad0fbb2b760e3a79",
     "2r": "9d28047ec71e4e5b",
 }
@@ -49,8 +52,8 @@ def bfloat(code: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 def levels(codec: Blocks) -> NDArray[np.float64]:
     """What the docstring says that the codes stand for."""
-    if codec.bits == 8:
-        return np.arange(-127, 128.0)
+    if codec.bits > 4:
+        return np.arange(1 - 2.0 ** (codec.bits - 1), 2.0 ** (codec.bits - 1))
     if codec.stochastic:
         return np.linspace(-1, 1, 2**codec.bits) * (2**codec.bits - 1) / 2
     half = np.array([1.0] if codec.bits == 1 else np.float32(CENTROIDS[codec.bits]), np.float64)
@@ -124,7 +127,8 @@ def test_the_scales_are_those_of_the_docstring(law: str) -> None:
     def scales(codec: Blocks) -> NDArray[np.float64]:
         return read(codec, codec.encode(flat, 3), flat.numel())[0].reshape(10, 128)[:, 0]
 
-    assert np.allclose(scales(Blocks(8)), np.abs(x).max(1) / 127, rtol=half_digit)
+    for bits, top in ((8, 127), (7, 63), (5, 15)):
+        assert np.allclose(scales(Blocks(bits)), np.abs(x).max(1) / top, rtol=half_digit)
     assert np.allclose(scales(Blocks(1)), np.abs(x).mean(1), rtol=half_digit)
     for codec in RANDOM:
         ratio = scales(codec) * levels(codec)[-1] / np.abs(x).max(1)
@@ -215,7 +219,7 @@ def test_zeros_stay_zeros_beside_other_blocks(codec: Blocks) -> None:
     assert torch.equal(passed(Blocks(8), x)[:128] == 0, (x[:128].abs() < x[:128].abs().max() / 254))
 
 
-@pytest.mark.parametrize("codec", [Blocks(8), Blocks(1)], ids=name)
+@pytest.mark.parametrize("codec", [Blocks(8), Blocks(7), Blocks(6), Blocks(5), Blocks(1)], ids=name)
 @given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=40))
 def test_what_was_decoded_is_encoded_without_loss(codec: Blocks, values: list[float]) -> None:
     once = passed(Blocks(codec.bits, block=8), torch.tensor(values, dtype=torch.float32))
@@ -302,7 +306,7 @@ def test_views_are_encoded_as_their_elements() -> None:
 
 
 def test_rates() -> None:
-    assert [codec.rate for codec in CODECS] == [8.125, 4.125, 2.125, 1.125]
+    assert [codec.rate for codec in CODECS] == [8.125, 7.125, 5.125, 4.125, 2.125, 1.125]
     assert 8 * Blocks(2).size(1 << 20) == Blocks(2).rate * (1 << 20)
 
 

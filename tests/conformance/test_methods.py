@@ -73,7 +73,7 @@ ROWS: dict[str, tuple[Method, tuple[int | range, int | range]]] = {
         (range(60_000), range(4_000)),
     ),
     "fedcybgd": (
-        FedCyBGD(lr=1e-2, steps=4, batch_size=4, blocks=2, drop=0.5, prune=0.5, spared=(0, 0)),
+        FedCyBGD(lr=1e-2, steps=4, batch_size=4, blocks=2, common=0, drop=0.5, prune=0.5, spared=(0, 0)),
         (range(50_000), range(40_000)),
     ),
     "fedcybgd-parallel": (
@@ -90,7 +90,7 @@ ROWS: dict[str, tuple[Method, tuple[int | range, int | range]]] = {
             rounding="nearest",
             order="random",
         ),
-        (range(90_000), range(60_000)),
+        (range(110_000), range(100_000)),
     ),
     "fedcybgd-full": (FedCyBGD(lr=3e-3, steps=4, batch_size=4, variant="full"), (range(110_000), range(110_000))),
     "cgfed": (CGFed(lr=1e-2, steps=4, batch_size=4, ratio=16), (range(60_000), range(400))),

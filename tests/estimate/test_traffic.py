@@ -37,8 +37,9 @@ CODED: dict[str, dict[str, Any]] = {
 }
 AROUND: dict[str, dict[str, Any]] = {
     "exact": {"around": "exact"},
-    "8bit": {"dtype": "bfloat16"},
-    "8bit, raw": {"coded": False},
+    "7bit": {"dtype": "bfloat16"},
+    "8bit, raw": {"coded": False, "around": "8bit"},
+    "alone": {"common": 0, "coded": False},
     "4bit, shared": {"around": "4bit", "start": "shared"},
 }
 RANGE: dict[str, dict[str, Any]] = {

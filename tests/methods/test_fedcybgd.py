@@ -14,16 +14,19 @@ from torch import Tensor
 
 from thinwire import wire
 from thinwire.compress.quantise import Blocks
+from thinwire.compress.shrink import Cut
 from thinwire.core import Client, StaleVersion
 from thinwire.keys import Key
 from thinwire.methods.fedavg import FedAvg, fill
 from thinwire.methods.fedcybgd import FedCyBGD, Proxy
+from thinwire.methods.gradualdiff import decoded
 from thinwire.model.adapters import add_lora
 from thinwire.model.errors import ModelError
 from thinwire.model.flat import Net
 from thinwire.runtime.store import VersionStore
 from thinwire.train.local import train_locally
 from thinwire.wire import Illegal
+from thinwire.wire.payload import Spec
 
 LOCAL: dict[str, Any] = {"lr": 1e-2, "steps": 3, "batch_size": 4}
 WHOLE: dict[str, Any] = {"drop": 0.0, "prune": 0.0, "around": "exact", "rounding": "nearest"}
@@ -41,7 +44,7 @@ def net(folder: Path) -> Net:
 
 
 def method(**fields: Any) -> FedCyBGD:
-    return FedCyBGD(**({"blocks": 3, "spared": (1, 1), "drop": 0.45, "prune": 0.1} | LOCAL | fields))
+    return FedCyBGD(**({"blocks": 3, "common": 0, "spared": (1, 1), "drop": 0.45, "prune": 0.1} | LOCAL | fields))
 
 
 def layer(name: str) -> int | None:
@@ -55,13 +58,13 @@ def told(federation: Federation, client: int = 0, held: str | None = None) -> Pr
     return down
 
 
-@pytest.mark.parametrize("coded", [True, False])
-def test_without_compression_it_is_the_plain_relay(coded: bool, net: Net, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("coded", "common"), [(True, 0), (False, 0), (True, 1), (False, 2)])
+def test_without_compression_it_is_the_plain_relay(coded: bool, common: int, net: Net, tmp_path: Path) -> None:
     """Slow: all else frozen in the whole model, which goes from client to client."""
-    federation = Federation(method(coded=coded, **WHOLE), net, tmp_path, rounds=4)
+    federation = Federation(method(coded=coded, common=common, **WHOLE), net, tmp_path, rounds=4)
     weights = {name: net.base[name].clone() for name in net.names}
     for turn in range(4):
-        id, own = turn % 3, {2 * (turn % 3), 2 * (turn % 3) + 1}
+        id, own = turn % 3, {2 * (turn % 3), 2 * (turn % 3) + 1, *range(6 - 2 * common, 6)}
         fill(net, weights)
         block = [p for name, p in net.parameters() if layer(name) in own]
         for _, p in net.parameters():
@@ -115,6 +118,44 @@ def test_a_client_that_does_not_answer_leaves_its_block_to_the_next(net: Net, tm
         federation.step((id,))
     assert federation.state.updated == [0, 1, 2, 3]
     assert federation.state.left == [2]
+
+
+def test_the_last_blocks_train_in_every_turn(net: Net, tmp_path: Path) -> None:
+    """They are whole in every proxy, count as updated from the first turn on, and clients at once share them."""
+    federation = Federation(
+        method(common=1, spared=(0, 0), extra=("embeddings", "head"), prune=0.5), net, tmp_path, rounds=6, sizes=(12,)
+    )
+    for turn in range(6):
+        down, old = told(federation), federation.state
+        cut = Cut.unpacked(down.cut, federation.method._blocks(net).layout)
+        assert {4, 5} <= {*cut.layers} - {*cut.widths}
+        federation.step()
+        assert federation.history[-1].visits[0].error is None
+        moved = {layer(n) for n, w in federation.state.weights.items() if not torch.equal(w, old.weights[n])}
+        own = {0: {0, 1}, 1: {2, 3}, 2: set[int](), 3: {None}, 4: {None}, 5: {0, 1}}[turn]
+        assert moved == own | {4, 5}
+        assert {4, 5} <= {*federation.state.ever}
+    assert federation.state.updated == [0, 1, 4, 5]
+    both = Federation(method(common=1, variant="parallel", **WHOLE), net, tmp_path / "parallel").run(1)
+    assert not [visit.error for at in both.history for visit in at.visits.values() if visit.error]
+    assert len(both.state.left) == 3
+
+
+def test_of_what_trains_in_every_turn_who_returns_is_told_the_difference_to_what_it_had(
+    net: Net, tmp_path: Path
+) -> None:
+    """With rough weights around the block, exact ones of its own are differences to the start model; not these."""
+    fields = {"common": 1, "around": "8bit", "drop": 0.0, "prune": 0.0, "start": "shared"}
+    federation = Federation(method(**fields), net, tmp_path, rounds=4, sizes=(12,)).run(3)
+    down, at = told(federation, held=federation.held[0]), federation.method._blocks(net)
+    known = federation.server(4, (0,)).versions.get(down.base)
+    assert known is not None
+    for number in (0, 4, 5):
+        name = f"model.layers.{number}.mlp.up_proj.weight"
+        base, now = known[name] if number > 3 else net.base[name], federation.state.weights[name]
+        assert torch.equal(decoded(down.changes[name], name, base, Spec.of(now)), now)
+        assert name in at.names[down.block]
+        assert (name in at.each) == (number > 3)
 
 
 def test_clients_in_one_round_train_one_block_or_each_another(net: Net, tmp_path: Path) -> None:
@@ -301,6 +342,7 @@ def test_behind_a_veil_a_client_never_sees_some_layers_but_as_its_block(net: Net
     ("fields", "line"),
     [
         ({"blocks": 7}, "method.blocks: 6 layers cannot make 7 blocks"),
+        ({"common": 4}, "method.common: there are 3 blocks, not 4"),
         ({"choose_step": True}, "method.choose_step: needs rows at the server, data.public"),
         ({"layers": "model.nothing"}, "LlamaForCausalLM has no list of layers of one class at 'model.nothing'"),
     ],

@@ -299,7 +299,7 @@ def test_bad_classes_are_one_line(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("importance", ["influence", "perplexity", "taylor"])
 def test_fedcybgd_trains_the_head_with_every_block(importance: str, place: Path, tmp_path: Path) -> None:
-    method = METHODS["fedcybgd"][0] | {"importance": importance, "blocks": 4, "drop": 0.5, "steps": 2}
+    method = METHODS["fedcybgd"][0] | {"importance": importance, "blocks": 4, "drop": 0.5, "steps": 2, "common": 0}
     run, rows, net = opened(run_of(place, method=method))
     federation = Federation(run.method, net, tmp_path, sizes=(), rounds=4)
     federation.data = [build.client_data(run, held, net.tokenizer) for held in rows.clients.values()]

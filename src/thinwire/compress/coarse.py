@@ -33,7 +33,8 @@ _SHIFTS = range(5)  # by 4, each distance below 256 has a token
 @njit(nogil=True, cache=True)
 def _nearest(x, scales, block, levels, codes):
     """The code of the level, times the scale of the block, that is nearest to each x; the middle one for scale 0."""
-    middle, even = levels.size // 2, levels.size == 255
+    middle, even = levels.size // 2, levels.size % 2 == 1
+    low = np.float32(-middle)
     for b in range(scales.size):
         part, code, scale = x[b * block : (b + 1) * block], codes[b * block : (b + 1) * block], scales[b]
         if scale == 0:
@@ -42,7 +43,7 @@ def _nearest(x, scales, block, levels, codes):
         for i in range(part.size):
             level = part[i] / scale
             if even:
-                code[i] = np.uint8(np.int32(np.rint(min(max(level, np.float32(-127)), np.float32(127)))) + 127)
+                code[i] = np.uint8(np.int32(np.rint(min(max(level, low), -low))) + middle)
             else:
                 below = 0
                 for j in range(levels.size - 1):

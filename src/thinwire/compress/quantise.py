@@ -1,4 +1,4 @@
-"""Numbers in 8, 4, 2 or 1 bits: a scale for every block of them, and a few levels that each number is rounded to.
+"""Numbers in 1 to 8 bits: a scale for every block of them, and a few levels that each number is rounded to.
 
 Scales are bfloat16: updates of a fine-tuned model are near 1e-5, where a float16 scale has a digit left or none. Every
 kernel here works in a fixed order, on one thread, without fused or reordered arithmetic: the same bytes and the same
@@ -34,6 +34,9 @@ TRIALS = (0.8, 0.9, 1.0, 1.15, 1.35)
 
 TINY = 2.0**-100
 """A block with nothing this large is sent as zeros, so that no scale and no decoded number is denormal."""
+
+EVEN = 5
+"""Bits from which on levels are even: so many fit a block's own distribution as well as a Gaussian's."""
 
 TILE = 1 << 16
 """About as many elements have their random words drawn at a time."""
@@ -186,9 +189,10 @@ def _from_levels(codes, scales, block, levels, out):
 
 @cache
 def _levels(bits: int, even: bool) -> NDArray[np.float32]:
-    """What the codes stand for, in units of the scale, ascending: float32 [2^bits], or [255] for 8 bits."""
-    if bits == 8:
-        return np.arange(-127, 128, dtype=np.float32)
+    """What the codes stand for, in units of the scale, ascending: float32 [2^bits], or [2^bits - 1] from 5 bits on."""
+    if bits >= EVEN:
+        top = 2 ** (bits - 1) - 1
+        return np.arange(-top, top + 1, dtype=np.float32)
     if even:
         return np.arange(2**bits, dtype=np.float32) - np.float32((2**bits - 1) / 2)
     half = np.array((1.0,) if bits == 1 else CENTROIDS[bits], np.float32)
@@ -197,20 +201,20 @@ def _levels(bits: int, even: bool) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blockwise quantisation to `bits` (8, 4, 2 or 1) an element, with one bfloat16 scale for each `block` elements.
+    """Blockwise quantisation to `bits` (1, 2, 4 to 8) an element, with one bfloat16 scale for each `block` elements.
 
-    8: the levels -127 .. 127 times max |x| / 127. 4 and 2: the Lloyd-Max levels of a Gaussian at the scale, out of a
+    8: the levels -127 .. 127 times max |x| / 127; 7, 6, 5: -63 .. 63, and so on. 4 and 2: the Lloyd-Max levels of a Gaussian at the scale, out of a
     few, that leaves the least squared error. 1: mean |x| times the sign (BitDelta, scaled signSGD). All these are
     biased: use them with error feedback, e <- x + e - decode(encode(x + e)).
 
-    stochastic, for 8, 4 and 2 bits: even levels from -max |x| to max |x| (255, 16, 4 of them), and each number goes to
+    stochastic, for 2 bits and more: even levels from -max |x| to max |x| (255, ..., 16, 4 of them), and each number goes to
     one of its two neighbours at random so that E[decode] = x (QSGD with the largest for the norm). Draws have 32 bits.
     A number above 2^127 may be cut by up to 1 %, so that no decoded one is infinite.
 
     Bytes: the scales, 16 bits each, little-endian; then the codes, `bits` each, the low bits of a byte first, the rest
     of the last byte zero. Blocks with nothing as large as 2^-100 have scale 0 and decode to zeros. Encoding and
-    decoding give the same bits on every machine. Encoding what was decoded gives the same again with 8 bits and with 1
-    bit; with 4 and 2 it may find another scale, and so may differ.
+    decoding give the same bits on every machine. Encoding what was decoded gives the same again with 5 to 8 bits and
+    with 1; with 4 and 2 it may find another scale, and so may differ.
     """
 
     bits: int
@@ -218,8 +222,8 @@ class Blocks:
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (1, 2, 4, 8):
-            raise ValueError(f"bits {self.bits} is not one of 1, 2, 4, 8")
+        if self.bits not in (1, 2, 4, 5, 6, 7, 8):
+            raise ValueError(f"bits {self.bits} is not one of 1, 2, 4, 5, 6, 7, 8")
         if not 1 <= self.block <= 1 << 20:
             raise ValueError(f"block {self.block} is not in [1, 2**20]")
         if self.stochastic and self.bits == 1:
@@ -236,7 +240,7 @@ class Blocks:
 
     @property
     def levels(self) -> NDArray[np.float32]:
-        """What the codes stand for, in units of the scale, ascending: float32 [2^bits], or [255] for 8 bits."""
+        """What the codes stand for, in units of the scale, ascending: float32, as many as `bits` can tell or one fewer."""
         return _levels(self.bits, self.stochastic)
 
     @property
@@ -255,8 +259,8 @@ class Blocks:
         scales, codes = np.empty(-(-flat.size // self.block), np.uint16), np.empty(flat.size, np.uint8)
         if self.stochastic:
             self._draw_codes(flat, key, scales, codes)
-        elif self.bits == 8:
-            _to_even_levels(flat, self.block, 127, self._limit, scales, codes)
+        elif self.bits >= EVEN:
+            _to_even_levels(flat, self.block, self.levels.size // 2, self._limit, scales, codes)
         elif self.bits == 1:
             _to_signs(flat, self.block, self._limit, scales, codes)
         else:
@@ -268,7 +272,7 @@ class Blocks:
         self, flat: NDArray[np.float32], key: int, scales: NDArray[np.uint16], codes: NDArray[np.uint8]
     ) -> None:
         """Stochastic rounding, tile by tile, each with the random words of a stream of its own."""
-        top = 127.0 if self.bits == 8 else (2**self.bits - 1) / 2
+        top = (self.levels.size - 1) / 2
         blocks = max(1, TILE // self.block)
         for tile, low in enumerate(range(0, scales.size, blocks)):
             part = slice(low * self.block, (low + blocks) * self.block)

@@ -82,7 +82,7 @@ def server_memory(run: Run, model: Sketch) -> Memory | None:
         kept = method.rounding == "residue" if method.codec == "lossless" else method.feedback
         mean += 4 * size * (kept + {"average": 0, "momentum": 1, "adam": 2, "yogi": 2}[method.server])
     if isinstance(method, FedCyBGD):
-        mean = mean // method.blocks if method.variant == "relay" else mean
+        mean = mean * min(method.blocks, 1 + method.common) // method.blocks if method.variant == "relay" else mean
     own = max(model.largest_bytes, _coding(method, model))
     return Memory(model.weight_bytes + held + mean, 0, 0, 0, base + own)
 
@@ -113,7 +113,8 @@ def _proxy(method: FedCyBGD, model: Sketch, forward: Pass) -> Memory:
     """A smaller model around a block that is trained alone, others dropped or narrowed."""
     inside = sum(t.numel() for name, t in model.trained.items() if any(part.isdigit() for part in name.split(".")))
     dropped = 0.0 if method.variant == "full" else method.drop
-    block = model.size if method.variant == "full" else inside // method.blocks
+    trained = min(method.blocks, 1 + method.common)  # blocks of most turns
+    block = model.size if method.variant == "full" else inside * trained // method.blocks
     return Memory(
         model.weight_bytes - int(dropped * inside) * model.dtype.itemsize,
         block * model.dtype.itemsize,

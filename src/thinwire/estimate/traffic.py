@@ -329,7 +329,10 @@ def _blocks(at: Federation, method: FedCyBGD, trained: Mapping[str, Tensor]) -> 
     values = sum(t.numel() for t in trained.values())
     outside = sum(t.numel() for name, t in trained.items() if not any(part.isdigit() for part in name.split(".")))
     block = (values - outside) / method.blocks
-    own = values if method.variant == "full" else block
+    # in the turn of one of the last blocks, and in any other
+    few, most_own = max(1, method.common) * block, min(method.blocks, method.common + 1) * block
+    if method.variant == "full":
+        few = most_own = values
     whole = 8.0 * dtype.itemsize
     low, high = coded_bits(method, dtype) if method.coded else (whole, whole)
     around = whole if method.around == "exact" else int(method.around[0]) + 1 / 8
@@ -337,14 +340,15 @@ def _blocks(at: Federation, method: FedCyBGD, trained: Mapping[str, Tensor]) -> 
     slack = 4 * names  # what a coder puts in front of each tensor
 
     def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
-        up = Span(low * own / 8, high * own / 8 + slack)
+        up = Span(low * few / 8, high * most_own / 8 + slack)
         if not method.coded or (new and method.start == "sent"):
-            least = own + (1 - method.prune) * max(values - method.drop * (values - outside) - own, 0)
-            ends = [(own * whole + (shown - own) * around) / 8 for shown in (least, values)]
-            return Span((0.6 if method.coded else 1.0) * ends[0], ends[1] + slack), up
+            left = max(values - method.drop * (values - outside) - few, 0)
+            least = few * whole + (1 - method.prune) * left * around
+            most = most_own * whole + (values - most_own) * around
+            return Span((0.6 if method.coded else 1.0) * least / 8, most / 8 + slack), up
         turns = min(round - 1, method.blocks)
         rough = method.around != "exact" and method.start == "sent"  # what a client has of a block that was not its own
-        most = min(high, around) * block * turns + (whole if rough else high) * own
+        most = min(high, around) * block * turns + (whole if rough else high) * most_own
         return Span(names / 8, most / 8 + slack), up
 
     return frames

@@ -6,10 +6,11 @@
 
 The proxy (the paper's hybrid compression, section 3.3) is a real smaller model: block j as it is; blocks that this
 cycle has not updated yet lose their least important layers; blocks that it has updated stay, with fewer heads and
-channels. Beyond the paper, matrices around the block, which do not train, are told in 8 or 4 bits a weight (`around`).
+channels. Beyond the paper, matrices around the block, which do not train, are told in a few bits a weight (`around`).
 What the client has seen of a tensor before, or has with the start model, is told as a difference.
 
-A classifier's head (pooler and all else after the layers) trains with every block, as in the paper.
+A classifier's head (pooler and all else after the layers) trains with every block, as in the paper; beyond it, so do
+the layers of the last `common` blocks.
 
 Variants: several clients in a turn train the same block, and the server takes their mean (`relay` with more than one
 client a round); or each another one, damped by a (`parallel`); or each the whole model in its turn (`full`).
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import ClassVar, Literal
@@ -46,7 +48,7 @@ from thinwire.wire.payload import Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
 STEPS = (1.0, 0.5, 0.25, 0.0)  # of which a server that checks takes the best
-EACH = -2  # the block of a classifier's head
+EACH = -2  # the block of what trains with every block
 ROWS, LENGTH = 8, 128  # of the text that importance is measured on, where the server has no rows of its own
 
 
@@ -100,11 +102,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where a model's layers are, and what layers and parameters each block has: runs of layers, then extra ones."""
+    """Where a model's layers are; each block's run of them; what trains in its turn, extra blocks' last, and in each."""
 
     layout: shrink.Layout
     layers: tuple[tuple[int, ...], ...]
     names: tuple[tuple[str, ...], ...]
+    each: frozenset[str] = frozenset()
 
     @property
     def depth(self) -> int:
@@ -114,6 +117,10 @@ class Blocks:
     def layer(self, name: str) -> int | None:
         """Which layer a parameter belongs to."""
         return layer_of(name, self.layout.path)
+
+    def trained(self, block: int) -> set[int]:
+        """The layers that train in a block's turn."""
+        return {layer for name in self.names[block] if (layer := self.layer(name)) is not None}
 
 
 class FedCyBGD(Exact):
@@ -125,6 +132,7 @@ class FedCyBGD(Exact):
     blocks: PositiveInt = 10
     order: Literal["ascending", "descending", "random", "importance"] = "ascending"
     extra: tuple[Literal["embeddings", "head"], ...] = ()  # blocks of their own for what is in no layer
+    common: NonNegativeInt = 1  # last blocks of layers that train in every turn
     variant: Literal["relay", "parallel", "full"] = "relay"
     damping: float = Field(1.0, gt=0, le=1)  # a
     # both cost more loss than a hundredth where answers are text, so neither is done unless asked for
@@ -136,7 +144,7 @@ class FedCyBGD(Exact):
     veiled: bool = (
         False  # which layers are not shown is drawn once a client: those it sees only when they are its block
     )
-    around: Literal["exact", "8bit", "4bit"] = "8bit"  # how matrices that are not the block's are told
+    around: Literal["exact", "8bit", "7bit", "6bit", "4bit"] = "7bit"  # how matrices that are not the block's are told
     coded: bool = True
     choose_step: bool = False  # take the best of steps 1, 1/2, 1/4 and 0 by the loss on the server's rows
     layers: str | None = None  # where the model's layers are; found where it is None
@@ -152,10 +160,10 @@ class FedCyBGD(Exact):
         if len(server.net.names) < sum(1 for _ in server.net.model.parameters()):
             raise ModelError("model.lora: fedcybgd builds smaller models of plain layers, without adapters")
         weights = {name: self.start_of(server.net, name) for name in server.net.names}
-        names = self._blocks(server.net).names
-        each = {*names[0]}.intersection(*names[1:]) if len(names) > 1 else set[str]()
+        at = self._blocks(server.net)
         member = [
-            EACH if name in each else next((b for b, own in enumerate(names) if name in own), -1) for name in weights
+            EACH if name in at.each else next((b for b, own in enumerate(at.names) if name in own), -1)
+            for name in weights
         ]
         return self._cycle(State(weights, server.key.fold("shown").word(), member, [], [], [], [], {}), server)
 
@@ -253,7 +261,7 @@ class FedCyBGD(Exact):
             losses = {step: self._loss(server, moved(step)) for step in STEPS}
             step = min(STEPS, key=lambda step: losses[step] if math.isfinite(losses[step]) else math.inf)
             after = moved(step)
-        layers = {layer for block in blocks if block < len(at.layers) for layer in at.layers[block]}
+        layers = {layer for block in blocks for layer in at.trained(block)}
         state = replace(
             state,
             weights=weights | after,
@@ -283,16 +291,21 @@ class FedCyBGD(Exact):
             raise ModelError(f"method.blocks: {error}") from None
         first = next(i for i, name in enumerate(net.names) if of[name] is not None)
         after = tuple(name for name in net.names[first:] if of[name] is None)
-        each = after if is_classifier(net.model) else ()
-        names = [(*(name for name in net.names if of[name] in run), *each) for run in runs]
+        if self.common > self.blocks:
+            raise ModelError(f"method.common: there are {self.blocks} blocks, not {self.common}")
+        head = {*after} if is_classifier(net.model) else set[str]()
+        last = {layer for run in runs[len(runs) - self.common :] for layer in run}
+        each = frozenset(head).union(name for name in net.names if of[name] in last)
+        blocks = [{name for name in net.names if of[name] in run} for run in runs]
         for extra in self.extra:
-            if extra == "head" and each:
+            if extra == "head" and head:
                 raise ModelError("method.extra: a classifier's head trains with every block, and is none of its own")
             before = tuple(name for name in net.names[:first] if of[name] is None)
             if not (own := before if extra == "embeddings" else after):
                 raise ModelError(f"method.extra: the model has no parameters that are its {extra} alone")
-            names.append((*own, *each))
-        return Blocks(layout, runs, tuple(names))
+            blocks.append({*own})
+        names = tuple(tuple(name for name in net.names if name in own or name in each) for own in blocks)
+        return Blocks(layout, runs, names, each)
 
     def _cycle(self, state: State, server: Server) -> State:
         """The state at the start of a cycle: an order, and in the first one importance, on the weights as they are.
@@ -325,8 +338,8 @@ class FedCyBGD(Exact):
 
     def _cut(self, state: State, at: Blocks, block: int) -> Cut:
         """What is left of the model around a block."""
-        own = at.layers[block] if block < len(at.layers) else ()
-        updated, (first, last) = set(state.updated) - {*own}, self.spared
+        own = at.trained(block)
+        updated, (first, last) = set(state.updated) - own, self.spared
         free = [n for n in range(first, at.depth - last) if n not in own and n not in updated]
         count = min(round(self.drop * at.depth), len(free)) if self.variant != "full" else 0
         gone = importance.drop(state.scores, free, count) if count else ()
@@ -341,7 +354,7 @@ class FedCyBGD(Exact):
 
     def _hidden(self, state: State, at: Blocks, block: int, server: Server, client_id: int) -> set[int]:
         """Updated layers that the client is told as they were at the start."""
-        own = at.layers[block] if block < len(at.layers) else ()
+        own = at.trained(block)
         if self.veiled:
             order = Key.root(state.key).fold("client", client_id).permutation(at.depth).tolist()
             others = [n for n in order[: at.depth - math.ceil(self.shown * at.depth)] if n in state.ever]
@@ -349,14 +362,15 @@ class FedCyBGD(Exact):
             others = [n for n in state.ever if n not in own]
             order = server.key.fold("shown").permutation(len(others)).tolist()
             others = [others[i] for i in order[: len(others) - math.ceil(self.shown * len(others))]]
-        return {*others} - {*own}
+        return {*others} - own
 
     def _base(
         self, net: Net, known: Tensors | None, name: str, like: Spec, cut: Cut, at: Blocks, own: bool
     ) -> Tensor | None:
         """What both ends hold of a tensor that is to be told, if anything."""
         # what was around another block is rough, and an exact tensor nearer to the start model's
-        rough = own and self.start == "shared" and self._coarse(like.shape, own=False) is not None
+        exact = self._coarse(like.shape, own=False) is None or name in at.each
+        rough = own and self.start == "shared" and not exact
         if known is not None and name in known and not rough:
             old: Tensor | None = known[name]
             if known[name].shape == net.parameter(name).shape:  # whole then, and perhaps narrower now
@@ -371,7 +385,7 @@ class FedCyBGD(Exact):
             cut = Cut.unpacked(down.cut, at.layout)
         except ValueError as error:
             raise Illegal(str(error)) from None
-        if not {at.layer(name) for name in at.names[down.block]} - {None} <= {*cut.layers} - {*cut.widths}:
+        if not at.trained(down.block) <= {*cut.layers} - {*cut.widths}:
             raise Illegal(f"the cut leaves block {down.block} not whole")
         specs = {
             name: Spec(self.held_dtype(p.dtype), shape)
@@ -380,11 +394,14 @@ class FedCyBGD(Exact):
         }
         if list(down.changes) != list(specs):
             raise Illegal("the names of the changes are not those of the proxy")
-        own, told = {*at.names[down.block]}, dict[str, Tensor]()
-        for name, spec in specs.items():
-            base = self._base(net, known, name, spec, cut, at, name in own)
-            told[name] = self._heard(down.changes[name], name, base, spec, name in own)
-        return told
+        own = {*at.names[down.block]}
+
+        def heard(name: str) -> Tensor:
+            base = self._base(net, known, name, specs[name], cut, at, name in own)
+            return self._heard(down.changes[name], name, base, specs[name], name in own)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # most of it is in kernels without Python's lock
+            return dict(zip(specs, pool.map(heard, specs), strict=True))
 
     def _coarse(self, shape: Sequence[int], own: bool) -> Coarse | None:
         """What tells a tensor in few bits, if it is so told."""
