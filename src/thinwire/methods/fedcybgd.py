@@ -102,7 +102,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where a model's layers are; each block's run of them; what trains in its turn, extra blocks' last, and in each."""
+    """Where a model's layers are; each block's run of them; what trains in each turn, extra blocks last, and in all."""
 
     layout: shrink.Layout
     layers: tuple[tuple[int, ...], ...]
