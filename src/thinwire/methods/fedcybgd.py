@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import ClassVar, Literal
@@ -400,8 +399,7 @@ class FedCyBGD(Exact):
             base = self._base(net, known, name, specs[name], cut, at, name in own)
             return self._heard(down.changes[name], name, base, specs[name], name in own)
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # most of it is in kernels without Python's lock
-            return dict(zip(specs, pool.map(heard, specs), strict=True))
+        return {name: heard(name) for name in specs}
 
     def _coarse(self, shape: Sequence[int], own: bool) -> Coarse | None:
         """What tells a tensor in few bits, if it is so told."""
