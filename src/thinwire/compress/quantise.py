@@ -213,7 +213,7 @@ class Blocks:
 
     Bytes: the scales, 16 bits each, little-endian; then the codes, `bits` each, the low bits of a byte first, the rest
     of the last byte zero. Blocks with nothing as large as 2^-100 have scale 0 and decode to zeros. Encoding and
-    decoding give the same bytes on every machine. Encoding what was decoded gives the same again with 5 to 8 bits and
+    decoding give the same bits on every machine. Encoding what was decoded gives the same again with 5 to 8 bits and
     with 1; with 4 and 2 it may find another scale, and so may differ.
     """
 

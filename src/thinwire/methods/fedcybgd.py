@@ -393,13 +393,11 @@ class FedCyBGD(Exact):
         }
         if list(down.changes) != list(specs):
             raise Illegal("the names of the changes are not those of the proxy")
-        own = {*at.names[down.block]}
-
-        def heard(name: str) -> Tensor:
-            base = self._base(net, known, name, specs[name], cut, at, name in own)
-            return self._heard(down.changes[name], name, base, specs[name], name in own)
-
-        return {name: heard(name) for name in specs}
+        own, told = {*at.names[down.block]}, dict[str, Tensor]()
+        for name, spec in specs.items():
+            base = self._base(net, known, name, spec, cut, at, name in own)
+            told[name] = self._heard(down.changes[name], name, base, spec, name in own)
+        return told
 
     def _coarse(self, shape: Sequence[int], own: bool) -> Coarse | None:
         """What tells a tensor in few bits, if it is so told."""
