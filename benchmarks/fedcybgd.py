@@ -4,8 +4,8 @@
 
 SmolLM2-135M, AdamW on float32 copies of what is trained, activations recomputed on both sides, 4 x 128 tokens a step.
 Unless told otherwise with the method's defaults: nothing dropped or pruned, 7 bits a weight around what trains.
-Ten clients visit ten blocks, each in a process of its own that does not hold the whole model. Memory: one step in
-bfloat16, the peak less what is resident after the imports. Seconds: twenty steps in bfloat16, decoding included; with
+Ten clients visit ten blocks, each in a process of its own that does not hold the whole model, and take twenty steps in
+bfloat16. Memory: the peak less what is resident after the imports. Seconds: decoding included; with
 `model.dtype=float32 method.dtype=bfloat16` both sides compute in float32, for processors without products of bfloat16.
 Bytes: the demo's clients and rows, twenty steps a visit, for two cycles; all are newcomers in the first and return in
 the second; against whole bfloat16 weights both ways.
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -113,20 +114,25 @@ def dtype(settings: Sequence[str]) -> str:
     return next((setting for setting in settings if setting.startswith("model.dtype=")), "model.dtype=bfloat16")
 
 
+@cache
+def twenty(*relay: str) -> tuple[Visit, list[Visit]]:
+    """A visit with the whole model, and a cycle's."""
+    many = [dtype(relay), f"method.steps={STEPS}"]
+    return cycles(1, "method.name=fedavg", *many)[0], cycles(CLIENTS, *relay, *many)
+
+
 def memory(relay: Sequence[str]) -> list[Row]:
     """Of a client."""
-    small = [dtype(relay), "method.steps=1"]
-    plain, cycle = cycles(1, "method.name=fedavg", *small)[0], cycles(CLIENTS, *relay, *small)
+    plain, cycle = twenty(*relay)
     found = (("mean over a cycle", fmean(visit.peak for visit in cycle)), ("worst", max(v.peak for v in cycle)))
     return [Row(f"peak memory of a client, {name}", peak / 1e6, plain.peak / 1e6, "MB") for name, peak in found]
 
 
 def seconds(relay: Sequence[str]) -> list[Row]:
-    """Of a visit of twenty steps; what of it no step takes; and of the server around it."""
-    few, many = ([dtype(relay), f"method.steps={steps}"] for steps in (1, STEPS))
-    plain, cycle = cycles(1, "method.name=fedavg", *many)[0], cycles(CLIENTS, *relay, *many)
-    visit, short = (fmean(v.seconds for v in found) for found in (cycle, cycles(CLIENTS, *relay, *few)))
-    server = fmean(v.server for v in cycle)
+    """Of a visit; what of it no step takes; and of the server around it."""
+    plain, cycle = twenty(*relay)
+    short = fmean(v.seconds for v in cycles(CLIENTS, *relay, dtype(relay), "method.steps=1"))
+    visit, server = fmean(v.seconds for v in cycle), fmean(v.server for v in cycle)
     return [
         Row("a visit, mean over a cycle", visit, plain.seconds, "s"),
         Row(

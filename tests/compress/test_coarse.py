@@ -33,28 +33,35 @@ def test_round_trip(code: Blocks, count: int, dtype: torch.dtype, moved: float |
     new = normal(count, seed).to(dtype)
     new[: count // 4] = 0
     old = None if moved is None else (new.float() + normal(count, seed + 1, moved)).to(dtype)
-    data = code.encode(new.float(), 0)
-    assert coarse.decode(coarse.encode(data, code, old, count), code, old, count) == data
+    scales, codes = code.rounded(new.float(), 0)
+    found = coarse.decode(coarse.encode(scales, codes, code, old), code, old, count)
+    assert (found[0] == scales).all()
+    assert (found[1] == codes).all()
 
 
 @pytest.mark.parametrize("bits", [8, 7, 4])
 def test_it_takes_the_entropy_of_the_levels_or_of_their_moves(bits: int) -> None:
     code, count = Blocks(bits), 200_000
     new = normal(count, 0).bfloat16()
-    data = code.encode(new.float(), 0)
-    levels = code.decode(data, (count,), 0)
-    scales = torch.frombuffer(bytearray(data[: 2 * math.ceil(count / 128)]), dtype=torch.bfloat16).float()
-    codes = (levels / scales.repeat_interleave(128)[:count]).mul(1000).round()
-    _, counts = codes.unique(return_counts=True)
+    scales, codes = code.rounded(new.float(), 0)
+    levels = code.values(scales, codes, (count,))
+    counts = torch.from_numpy(codes).unique(return_counts=True)[1]
     entropy = float(-(counts * (counts / count).log2()).sum()) / 8
-    whole = len(coarse.encode(data, code, None, count))
+    whole = len(coarse.encode(scales, codes, code, None))
     assert entropy < whole < 1.02 * entropy + 2 * count / 128
     told = levels.bfloat16()
     for old in (new, told):  # what is known exactly, or as it was told
-        assert len(coarse.encode(data, code, old, count)) < count / 200
+        assert len(coarse.encode(scales, codes, code, old)) < count / 200
     moved = (new.float() + normal(count, 1, 1e-4)).bfloat16()
-    few = coarse.encode(code.encode(moved.float(), 0), code, told, count)
+    few = coarse.encode(*code.rounded(moved.float(), 0), code, told)
     assert len(few) < whole / 8
+
+
+@pytest.mark.parametrize("bits", [8, 7, 6, 5, 4, 2])
+def test_scales_alone_are_those_of_the_codes(bits: int) -> None:
+    x = normal(1000, 0)
+    x[:200] = 0
+    assert (Blocks(bits).scales(x) == Blocks(bits).rounded(x, 0)[0]).all()
 
 
 @pytest.mark.parametrize("damage", ["empty", "head", "shift", "cut", "longer", "levels"])
@@ -63,7 +70,7 @@ def test_damage_is_seen(damage: str, moved: float | None) -> None:
     code, count = Blocks(8), 1000
     new = normal(count, 0)
     old = None if moved is None else new + normal(count, 1, moved)
-    data = coarse.encode(code.encode(new, 0), code, old, count)
+    data = coarse.encode(*code.rounded(new, 0), code, old)
     hurt = {
         "empty": b"",
         "head": data[:5],
@@ -82,10 +89,10 @@ def test_no_byte_that_is_changed_breaks_more_than_the_code(place: int, change: i
     """What decodes in spite of it is some other code of as many weights, or one that the code itself refuses."""
     count = 300
     old = normal(count, 1)
-    data = bytearray(coarse.encode(code.encode(normal(count, 0), 0), code, old, count))
+    data = bytearray(coarse.encode(*code.rounded(normal(count, 0), 0), code, old))
     data[place % len(data)] ^= change
     try:
-        found = coarse.decode(bytes(data), code, old, count)
+        scales, codes = coarse.decode(bytes(data), code, old, count)
     except ValueError:
         return
-    assert len(found) == code.size(count)
+    assert (scales.size, codes.size) == (math.ceil(count / code.block), count)

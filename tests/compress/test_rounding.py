@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from thinwire.compress.rounding import moves, stochastic
+from thinwire.perturb.cpu import words
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -31,6 +34,28 @@ def test_what_the_dtype_holds_stays(dtype: torch.dtype) -> None:
     x = torch.tensor([0.0, -0.0, 1.0, -0.5, 2.0**-14, 60000.0]).to(dtype)
     for key in range(50):
         assert torch.equal(stochastic(x.float(), dtype, key, 0).view(torch.int16), x.view(torch.int16))
+
+
+def slow(x: torch.Tensor, dtype: torch.dtype, key: int, stream: int) -> torch.Tensor:
+    """The other neighbour where the draw is below the share of the way to it."""
+    near = x.to(dtype)
+    gap, pattern = x - near.float(), near.view(torch.int16)
+    other = torch.where((gap > 0) == (x > 0), pattern + 1, pattern - 1).view(dtype)
+    draws = torch.from_numpy(words(key, [stream], (x.numel() + 3) // 4).view("<u2")[0, : x.numel()].copy()).float()
+    return torch.where((draws + 0.5) / 65536 < gap / (other.float() - near.float()), other, near)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_it_is_the_slow_one_to_the_bit(dtype: torch.dtype) -> None:
+    """Numbers of every exponent, zeros, denormal ones, and what is beyond the range."""
+    patterns = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0))
+    edges = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-40, 3.4e38, -3.4e38, 65519.0, 65520.0, math.inf, -math.inf])
+    x = torch.cat([patterns.int().view(torch.float32), edges])
+    x = x[~x.isnan()]
+    for key in range(3):
+        found, expected = stochastic(x, dtype, key, 7), slow(x, dtype, key, 7)
+        assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+    assert stochastic(torch.tensor([math.nan]), dtype, 0, 0).isnan().all()
 
 
 def test_signs_and_sizes_do_not_matter() -> None:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from thinwire.data.batch import IGNORE, Batch, Example, collate, collate_packed
-from thinwire.train.objective import keeps_apart, loss, losses, scores, token_losses
+from thinwire.train.objective import cross_entropies, keeps_apart, loss, losses, scores, token_losses
 
 OPEN = [
     Example((1, 2, 3), (4, 5, EOS)),
@@ -233,3 +233,20 @@ def test_a_model_that_would_mix_packed_examples_is_known() -> None:
     assert not keeps_apart(Mixing(), OPEN[0], OPEN[1])
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)).eval()
     assert not keeps_apart(bloom, OPEN[0], OPEN[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [50, 3000])
+def test_cross_entropies_are_those_of_the_whole_matrix_to_the_bit(dtype: torch.dtype, width: int) -> None:
+    """In one tile and in several, with labels that do not count, and no row at all."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (0, 1, 700):
+        whole = (4 * torch.randn(rows, width, generator=generator)).to(dtype).requires_grad_()
+        labels = torch.randint(0, width, (rows,), generator=generator)
+        labels[::3] = IGNORE
+        above = torch.rand(rows, generator=generator)
+        expected = F.cross_entropy(whole.float(), labels, ignore_index=IGNORE, reduction="none")
+        found = cross_entropies(whole, labels)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+        assert torch.equal(torch.autograd.grad(found, whole, above)[0], torch.autograd.grad(expected, whole, above)[0])

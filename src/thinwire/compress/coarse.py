@@ -6,7 +6,7 @@ Without old weights it is the distance to the middle level.
 
     head     shift, bytes of the scales, bytes of the tokens
     scales   their differences to those of the old weights, packed as `integers`
-    tokens   z >> shift for the distance z = 0, -1, 1, -2, ..., and 15 where that is 15 or more
+    tokens   z >> shift for the distance z = 0, -1, 1, -2, ..., and 15 where that is 15 or more; coded as `counted`
     plain    the low bits of each z, as many as the shift; then, if that is below 4, a byte for each z of token 15
 """
 
@@ -19,11 +19,9 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.compress import integers, symbols
-from thinwire.compress.codes import flatten, octets, pack, unpack
-from thinwire.compress.quantise import Blocks
-
-Scales, Codes = NDArray[np.uint16], NDArray[np.uint8]
+from thinwire.compress import counted, integers
+from thinwire.compress.codes import flatten, octets, pack
+from thinwire.compress.quantise import Blocks, Codes, Scales
 
 _HEAD = struct.Struct("<BII")
 _BEYOND = 15
@@ -60,41 +58,48 @@ def _distances(codes, foretold, levels, out):
 
 
 @njit(nogil=True, cache=True)
-def _moved(foretold, tokens, shift, low, beyond, levels, out):
-    """The codes again, of tokens and the low bits, or beyond the last token a byte; False where a distance is none."""
-    largest, b = 0, 0
-    for i in range(out.size):
-        z = np.int32(tokens[i]) << shift | np.int32(low[i])
-        if b < beyond.size and tokens[i] == _BEYOND:
+def _move(codes, tokens, shift, plain, beyond, levels):
+    """From the foretold codes to the new ones, in place, by tokens, low bits, and a byte beyond the last token.
+
+    The largest distance, or more than there are levels where bits follow the last low ones.
+    """
+    largest, b, at, mask = 0, 0, 0, np.int32((1 << shift) - 1)
+    for i in range(codes.size):
+        z = np.int32(tokens[i])
+        if b < beyond.size and z == _BEYOND:
             z, b = np.int32(beyond[b]), b + 1
+            at += shift
+        elif shift:
+            byte = at >> 3
+            pair = np.int32(plain[byte])
+            if byte + 1 < plain.size:
+                pair |= np.int32(plain[byte + 1]) << 8
+            z = z << shift | ((pair >> (at & 7)) & mask)
+            at += shift
         largest = max(largest, z)
-        code = np.int32(foretold[i]) + ((z >> 1) ^ -(z & 1))
+        code = np.int32(codes[i]) + ((z >> 1) ^ -(z & 1))
         code += levels if code < 0 else 0
-        out[i] = code - levels if code >= levels else code
-    return largest < levels
+        codes[i] = code - levels if code >= levels else code
+    return levels if at & 7 and plain[at >> 3] >> (at & 7) else largest
 
 
-def encode(data: bytes, code: Blocks, old: Tensor | None, count: int) -> bytes:
-    """The `code.size(count)` bytes that the code made of weights, in fewer.
+def encode(scales: Scales, codes: Codes, code: Blocks, old: Tensor | None) -> bytes:
+    """What the code has rounded weights to, in few bytes.
 
     old: as many weights, of any float dtype, on the CPU, finite (ValueError).
     """
-    body = octets(data)
-    blocks = -(-count // code.block)
-    scales = body[: 2 * blocks].view("<u2").astype(np.uint16)
-    codes = unpack(body[2 * blocks :], code.bits, count)
-    distances = np.empty(count, np.uint8)
-    _distances(codes, foretold(old, scales, code, count), code.levels.size, distances)
+    distances = np.empty(codes.size, np.uint8)
+    _distances(codes, foretold(old, scales, code, codes.size), code.levels.size, distances)
     shift = _best(distances)
     tokens = np.minimum(distances >> np.uint8(shift), _BEYOND)
-    told = integers.pack(scales.astype(np.int64) - _scales(old, code, blocks))
-    drawn = symbols.encode(tokens, np.zeros(count, np.uint8), 1)
+    told = integers.pack(scales.astype(np.int64) - _scales(old, code, scales.size))
+    drawn = counted.encode(tokens)
     plain = pack(distances & np.uint8((1 << shift) - 1), shift).tobytes() if shift else b""
     beyond = distances[tokens == _BEYOND].tobytes() if shift < _SHIFTS[-1] else b""
     return _HEAD.pack(shift, len(told), len(drawn)) + told + drawn + plain + beyond
 
 
-def decode(data: bytes | memoryview, code: Blocks, old: Tensor | None, count: int) -> bytes:
+def decode(data: bytes | memoryview, code: Blocks, old: Tensor | None, count: int) -> tuple[Scales, Codes]:
     """The inverse, given the same old weights; ValueError for bytes that `encode` would not have made."""
     body = octets(data)
     if body.size < _HEAD.size:
@@ -104,19 +109,17 @@ def decode(data: bytes | memoryview, code: Blocks, old: Tensor | None, count: in
     if shift not in _SHIFTS or starts[-1] > body.size:
         raise ValueError("coarse weights are shorter than their head says")
     moves, drawn, plain, beyond = np.split(body, starts)[1:]
-    tokens = symbols.decode(drawn.data, np.zeros(count, np.uint8), 1)
+    tokens = counted.decode(drawn.data, count)
     if beyond.size != (np.count_nonzero(tokens == _BEYOND) if shift < _SHIFTS[-1] else 0):
         raise ValueError("coarse weights have another length than their tokens say")
-    low = unpack(plain, shift, count) if shift else np.zeros(count, np.uint8)
     blocks = -(-count // code.block)
     wanted = integers.unpack(moves.tobytes(), blocks) + _scales(old, code, blocks)
     # beyond these no scale is one, and the code will say so
     scales = wanted.clip(0, 65535).astype(np.uint16)
-    codes = np.empty(count, np.uint8)
-    told = foretold(old, scales, code, count)
-    if not _moved(told, tokens, shift, low, beyond, code.levels.size, codes):
+    codes = foretold(old, scales, code, count)
+    if _move(codes, tokens, shift, plain, beyond, code.levels.size) >= code.levels.size:
         raise ValueError("a coarse weight has moved beyond the levels")
-    return scales.astype("<u2").tobytes() + pack(codes, code.bits).tobytes()
+    return scales, codes
 
 
 def _best(distances: Codes) -> int:
@@ -136,8 +139,7 @@ def _scales(old: Tensor | None, code: Blocks, blocks: int) -> NDArray[np.int64]:
     """Those that the old weights have."""
     if old is None:
         return np.zeros(blocks, np.int64)
-    data = octets(code.encode(old.float(), 0))
-    return data[: 2 * blocks].view("<u2").astype(np.int64)
+    return code.scales(old.float()).astype(np.int64)
 
 
 def foretold(old: Tensor | None, scales: Scales, code: Blocks, count: int) -> Codes:

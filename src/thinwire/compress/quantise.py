@@ -41,6 +41,8 @@ EVEN = 5
 TILE = 1 << 16
 """About as many elements have their random words drawn at a time."""
 
+Scales, Codes = NDArray[np.uint16], NDArray[np.uint8]
+
 _LARGEST = float(np.finfo(np.float32).max)
 _MAGIC = np.float32(1.5 * 2**23)
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -87,14 +89,28 @@ def _to_signs(x, block, limit, scales, codes):
             code[i] = part[i] >= 0 if total > 0 else 1
 
 
+@njit(inline="always")
+def _even_scale(part, top, limit, single):
+    """max |x| / top of a block, as a bfloat16's bits."""
+    largest = _largest(part)
+    return _bfloat(np.float64(largest) / top, limit, single) if largest >= TINY else np.uint16(0)
+
+
+@njit(nogil=True, cache=True)
+def _to_even_scales(x, block, top, limit, scales):
+    """The scales that `_to_even_levels` finds, alone."""
+    single = np.empty(1, np.float32)
+    for b in range(scales.size):
+        scales[b] = _even_scale(x[b * block : (b + 1) * block], top, limit, single)
+
+
 @njit(nogil=True, cache=True)
 def _to_even_levels(x, block, top, limit, scales, codes):
     """The nearest of -top .. top times the scale max |x| / top."""
     single = np.empty(1, np.float32)
     for b in range(scales.size):
         part, code = x[b * block : (b + 1) * block], codes[b * block : (b + 1) * block]
-        largest = _largest(part)
-        scales[b] = _bfloat(np.float64(largest) / top, limit, single) if largest >= TINY else 0
+        scales[b] = _even_scale(part, top, limit, single)
         scale, high = _value(scales[b], single), np.float32(top)
         if scale == 0:
             code[:] = top
@@ -254,6 +270,18 @@ class Blocks:
 
         ValueError unless x is finite float32 on the CPU.
         """
+        return self.join(*self.rounded(x, key))
+
+    def decode(self, data: bytes | memoryview, shape: Sequence[int], key: int) -> Tensor:
+        """The tensor back, float32 of that shape; ValueError for bytes that `encode` would not have made of one."""
+        check_key(key)
+        return self.values(*self.split(data, elements(shape)), shape)
+
+    def rounded(self, x: Tensor, key: int) -> tuple[Scales, Codes]:
+        """What `encode` finds before it is bytes: the scales, as bits of bfloat16, and a code below 2^bits for each x.
+
+        The key and errors are those of `encode`.
+        """
         check_key(key)
         flat = flatten(x)
         scales, codes = np.empty(-(-flat.size // self.block), np.uint16), np.empty(flat.size, np.uint8)
@@ -266,7 +294,27 @@ class Blocks:
         else:
             half = np.array(CENTROIDS[self.bits], np.float32)
             _to_centroids(flat, self.block, tuple(half), tuple((half[1:] + half[:-1]) / 2), self._limit, scales, codes)
+        return scales, codes
+
+    def scales(self, x: Tensor) -> Scales:
+        """Those of `rounded`, without the codes; for levels that are not drawn."""
+        if self.bits < EVEN or self.stochastic:
+            return self.rounded(x, 0)[0]
+        flat = flatten(x)
+        scales = np.empty(-(-flat.size // self.block), np.uint16)
+        _to_even_scales(flat, self.block, self.levels.size // 2, self._limit, scales)
+        return scales
+
+    def join(self, scales: Scales, codes: Codes) -> bytes:
+        """Scales and codes as bytes."""
         return scales.astype("<u2").tobytes() + pack(codes, self.bits).tobytes()
+
+    def split(self, data: bytes | memoryview, count: int) -> tuple[Scales, Codes]:
+        """The inverse for `count` codes; ValueError for another number of bytes, or bits after the last code."""
+        body, split = octets(data), 2 * -(-count // self.block)
+        if body.size != self.size(count):
+            raise ValueError(f"{body.size} bytes for {count} elements, expected {self.size(count)}")
+        return body[:split].view("<u2").astype(np.uint16), unpack(body[split:], self.bits, count)
 
     def _draw_codes(
         self, flat: NDArray[np.float32], key: int, scales: NDArray[np.uint16], codes: NDArray[np.uint8]
@@ -281,20 +329,14 @@ class Blocks:
                 flat[part], draws, self.block, top, self._limit, scales[low : low + blocks], codes[part]
             )
 
-    def decode(self, data: bytes | memoryview, shape: Sequence[int], key: int) -> Tensor:
-        """The tensor back, float32 of that shape; ValueError for bytes that `encode` would not have made of one."""
-        check_key(key)
-        count = elements(shape)
-        body, split = octets(data), 2 * -(-count // self.block)
-        if body.size != self.size(count):
-            raise ValueError(f"{body.size} bytes for {count} elements, expected {self.size(count)}")
-        scales = body[:split].view("<u2").astype(np.uint16)
+    def values(self, scales: Scales, codes: Codes, shape: Sequence[int]) -> Tensor:
+        """What scales and codes stand for, float32 of that shape; ValueError where one stands for nothing."""
         # above the limit are also all that are negative, infinite or not a number
         if int(scales.max(initial=0)) > self._limit:
             raise ValueError("a scale is negative, not finite or too large")
-        codes, levels = unpack(body[split:], self.bits, count), self.levels
+        levels = self.levels
         if int(codes.max(initial=0)) >= levels.size:
             raise ValueError("a code stands for no level")
-        out = np.empty(count, np.float32)
+        out = np.empty(codes.size, np.float32)
         _from_levels(codes, scales, self.block, levels, out)
         return torch.from_numpy(out).reshape(tuple(shape))

@@ -27,6 +27,7 @@ from thinwire.model.hollow import hollow
 from thinwire.model.load import DTYPES
 from thinwire.model.quantised import HEADS
 from thinwire.model.task import Task, has_head, task_in
+from thinwire.train.objective import cross_entropies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -161,7 +162,7 @@ def _loss(net: PreTrainedModel, task: Task, rows: int, length: int, answer: int)
     width = max(1, min(answer, length - 1))
     options["logits_to_keep"] = torch.arange(length - 1 - width, length - 1)
     logits = net(input_ids=ids, use_cache=False, **options).logits[:, -width:]
-    return F.cross_entropy(logits.float().flatten(0, 1), torch.zeros(rows * width, dtype=torch.int64))
+    return cross_entropies(logits.flatten(0, 1), torch.zeros(rows * width, dtype=torch.int64)).mean()
 
 
 def _sides(layer: nn.Module) -> tuple[int, int]:

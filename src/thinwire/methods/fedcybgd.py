@@ -197,7 +197,6 @@ class FedCyBGD(Exact):
             raise Illegal(f"the changes do not make the version {down.version:.12}")
         client.held = down.version
         cut, own = Cut.unpacked(down.cut, at.layout), at.names[down.block]
-        start = {name: told[name] for name in own}
         place = "cpu" if net.device.type == "meta" else net.device
         given = {}
         for name in list(told):  # one by one, or there would be twice as much
@@ -212,13 +211,17 @@ class FedCyBGD(Exact):
             parameter.requires_grad_(True)
         masters: list[Tensor] = []
         loss, skipped = self.train(client, down.lr, masters, model, trained)
+        # read again: in memory while the block trains, it would be as much as the block
+        if (start := client.versions.get(down.version)) is None:
+            raise Illegal(f"the version {down.version:.12} was lost during the visit")
         key, changes = client.key.fold("code").word(), {}
         for i, (name, master) in enumerate(zip(own, masters, strict=True)):
             target = master.detach().float().cpu()
             if not torch.isfinite(target).all():
                 raise Illegal(f"the update of {name} is not finite")
-            new = self.rounded(target, start[name].dtype, key, i)
-            changes[name] = coded(new, start[name]) if self.coded else new
+            old = start[name]
+            new = self.rounded(target, old.dtype, key, i)
+            changes[name] = coded(new, old) if self.coded else new
         return Block(down.block, changes, len(client.data), loss, skipped)
 
     def check(self, state: State, client_id: int, up: Block) -> None:
@@ -408,9 +411,9 @@ class FedCyBGD(Exact):
         code = self._coarse(part.shape, own)
         if code is None:
             return coded(part, base) if self.coded else part, part
-        data = code.encode(part.float(), 0)
-        told = code.decode(data, part.shape, 0).to(part.dtype)
-        return to_tensor(coarse.encode(data, code, base, part.numel()) if self.coded else data), told
+        scales, codes = code.rounded(part.float(), 0)
+        data = coarse.encode(scales, codes, code, base) if self.coded else code.join(scales, codes)
+        return to_tensor(data), code.values(scales, codes, part.shape).to(part.dtype)
 
     def _heard(self, change: Tensor, name: str, base: Tensor | None, like: Spec, own: bool) -> Tensor:
         """The inverse; Illegal where it is not what it should be."""
@@ -418,10 +421,9 @@ class FedCyBGD(Exact):
         if code is None:
             return self._read(change, name, base, like)
         try:
-            data = to_bytes(change)
-            if self.coded:
-                data = memoryview(coarse.decode(data, code, base, math.prod(like.shape)))
-            return code.decode(data, like.shape, 0).to(like.dtype)
+            data, count = to_bytes(change), math.prod(like.shape)
+            found = coarse.decode(data, code, base, count) if self.coded else code.split(data, count)
+            return code.values(*found, like.shape).to(like.dtype)
         except ValueError as error:
             raise Illegal(f"{name}: {error}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinwire.data.batch import IGNORE, Batch, Example, collate, collate_packed
+
+_TILE = 1 << 20  # about as many logits are float32 at a time
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -65,8 +68,49 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     labels = batch.labels[:, batch.labels.shape[1] - width :]
     preceded = batch.attention_mask[:, length - 1 - width : length - 1].bool()
     labels = labels.masked_fill(~preceded, IGNORE).to(logits.device)
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    losses = cross_entropies(logits.flatten(0, 1), labels.flatten())
     return losses.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each row's cross-entropy in float32 [rows], 0 where the label is IGNORE; differentiable once.
+
+    logits: any float dtype [rows, vocabulary]; labels: int64 [rows]. What `F.cross_entropy(logits.float(), ...)` gives,
+    to the bit, and its gradient; but a tile of rows is float32 at a time, where that would keep three such matrices.
+    """
+    losses: Tensor = _CrossEntropies.apply(logits, labels)
+    return losses
+
+
+class _CrossEntropies(torch.autograd.Function):
+    """The softmax is computed again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        return torch.cat([_of_tile(*tile) for tile in _tiles(logits, labels)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for part, own, above, out in _tiles(logits, labels, gradient, found):
+            leaf = part.detach().requires_grad_()
+            with torch.enable_grad():
+                losses = _of_tile(leaf, own)
+            out.copy_(torch.autograd.grad(losses, leaf, above)[0])
+        return found, None
+
+
+def _of_tile(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+
+
+def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, a few at a time; the first one is the widest."""
+    rows = max(1, _TILE // tensors[0].shape[1])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 @torch.inference_mode()
