@@ -55,13 +55,12 @@ def measure(part: str, folder: Path, law: str) -> dict[str, float]:
     """One part, in this process: seconds, bytes at the peak, parameters."""
     import torch
 
-    from thinwire import wire
+    from thinwire import memory, wire
     from thinwire.core import Client, Server
     from thinwire.data.batch import Dataset, Example
     from thinwire.keys import Key
     from thinwire.methods.fedkseed import FedKSeed
     from thinwire.model.flat import Net
-    from thinwire.runtime import memory
     from thinwire.runtime.store import ClientMemory, VersionStore
     from thinwire.train.objective import loss
 

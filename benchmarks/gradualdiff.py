@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 from rows import Row, finish
 
-from thinwire import apart, build, config, wire
+from thinwire import apart, build, config, memory, wire
 from thinwire.compress import ulp
 from thinwire.core import Reply, Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
 from thinwire.methods.gradualdiff import Difference
-from thinwire.runtime import memory
 from thinwire.runtime.store import VersionStore
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo-gradualdiff.toml"

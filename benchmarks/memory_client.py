@@ -22,11 +22,10 @@ def measure(side: str) -> int:
     """Bytes at the peak, of one side, in this process."""
     import torch
 
-    from thinwire import build, config
+    from thinwire import build, config, memory
     from thinwire.core import Client
     from thinwire.keys import Key
     from thinwire.methods.fedkseed import FedKSeed
-    from thinwire.runtime import memory
     from thinwire.runtime.store import ClientMemory, VersionStore
     from thinwire.train.objective import loss
 

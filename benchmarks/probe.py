@@ -20,13 +20,13 @@ from typing import get_args
 import torch
 from rows import Row, finish
 
+from thinwire import memory
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
 from thinwire.methods.fedkseed import rebuild
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.probe import Probe
-from thinwire.runtime import memory
 from thinwire.train.objective import loss
 
 ROWS, LENGTH, TURNS, SEEDS = 4, 128, 12, 4096

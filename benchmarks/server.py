@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from rows import Row, finish
 
-from thinwire import wire
+from thinwire import memory, wire
 from thinwire.core import Reply, Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedkseed import FedKSeed, Steps, rounded
-from thinwire.runtime import memory
 from thinwire.runtime.store import VersionStore
 
 TARGET = 20_000

@@ -14,15 +14,16 @@ PARTS = {"model", "train", "perturb", "compress", "privacy"}
 ALLOWED = {
     "wire": set[str](),
     "keys": set[str](),
+    "memory": set[str](),
     "core": {"wire", "keys"},
     "data": {"keys"},
     "model": {"keys", "data"},
     "train": {"keys", "data", "model"},
     "perturb": {"keys", "data", "model", "train"},
     "compress": {"perturb", "model"},
-    "methods": {"core", "wire", "keys", "data"} | PARTS,
+    "methods": {"core", "wire", "keys", "memory", "data"} | PARTS,
     "evaluate": {"keys", "data", "model", "train"},
-    "runtime": {"core", "wire", "keys"},
+    "runtime": {"core", "wire", "keys", "memory"},
     "config": {"core", "methods", "runtime"},
     "report": {"data"},
 }

@@ -87,8 +87,7 @@ class Processes:
 
 def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     """The server's side: a process that holds no client's rows."""
-    from thinwire import build, config
-    from thinwire.runtime import memory
+    from thinwire import build, config, memory
     from thinwire.runtime.store import VersionStore
 
     run = config.load(folder / "run.toml")
@@ -123,8 +122,7 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
 
 def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
     """One visit: a process that holds the client's rows, its model and its frame."""
-    from thinwire import build, config
-    from thinwire.runtime import memory
+    from thinwire import build, config, memory
     from thinwire.runtime.store import ClientMemory, VersionStore
 
     run = config.load(folder / "run.toml")

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire import build, config
+from thinwire import build, config, memory
 from thinwire.config import ConfigError
 from thinwire.core import Method
 from thinwire.data import partition
@@ -22,7 +22,6 @@ from thinwire.methods import FedKSeed
 from thinwire.model.folder import whole_folder
 from thinwire.model.load import DTYPES
 from thinwire.model.settle import quiet
-from thinwire.runtime import memory
 from thinwire.runtime.cohort import All, Segment
 from thinwire.runtime.loop import Record, Watch, read_records, train
 

@@ -62,9 +62,8 @@ def run(
         settle()
         from safetensors import SafetensorError
 
-        from thinwire import build, config
+        from thinwire import build, config, memory
         from thinwire.data.description import shortened
-        from thinwire.runtime import memory
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
         from thinwire.trackers import Trackers, check, trackers_of

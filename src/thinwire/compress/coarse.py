@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from thinwire.compress import counted, integers
-from thinwire.compress.codes import flatten, octets, pack
+from thinwire.compress.codes import flatten, octets, pack, unpack
 from thinwire.compress.quantise import Blocks, Codes, Scales
 
 _HEAD = struct.Struct("<BII")
@@ -58,29 +58,13 @@ def _distances(codes, foretold, levels, out):
 
 
 @njit(nogil=True, cache=True)
-def _move(codes, tokens, shift, plain, beyond, levels):
-    """From the foretold codes to the new ones, in place, by tokens, low bits, and a byte beyond the last token.
-
-    The largest distance, or more than there are levels where bits follow the last low ones.
-    """
-    largest, b, at, mask = 0, 0, 0, np.int32((1 << shift) - 1)
+def _move(codes, distances, levels):
+    """From the foretold codes to the new ones, in place: the inverse of `_distances`."""
     for i in range(codes.size):
-        z = np.int32(tokens[i])
-        if b < beyond.size and z == _BEYOND:
-            z, b = np.int32(beyond[b]), b + 1
-            at += shift
-        elif shift:
-            byte = at >> 3
-            pair = np.int32(plain[byte])
-            if byte + 1 < plain.size:
-                pair |= np.int32(plain[byte + 1]) << 8
-            z = z << shift | ((pair >> (at & 7)) & mask)
-            at += shift
-        largest = max(largest, z)
+        z = np.int32(distances[i])
         code = np.int32(codes[i]) + ((z >> 1) ^ -(z & 1))
         code += levels if code < 0 else 0
         codes[i] = code - levels if code >= levels else code
-    return levels if at & 7 and plain[at >> 3] >> (at & 7) else largest
 
 
 def encode(scales: Scales, codes: Codes, code: Blocks, old: Tensor | None) -> bytes:
@@ -109,16 +93,23 @@ def decode(data: bytes | memoryview, code: Blocks, old: Tensor | None, count: in
     if shift not in _SHIFTS or starts[-1] > body.size:
         raise ValueError("coarse weights are shorter than their head says")
     moves, drawn, plain, beyond = np.split(body, starts)[1:]
-    tokens = counted.decode(drawn.data, count)
-    if beyond.size != (np.count_nonzero(tokens == _BEYOND) if shift < _SHIFTS[-1] else 0):
+    distances = counted.decode(drawn.data, count)
+    far = distances == _BEYOND if shift < _SHIFTS[-1] else np.zeros(0, np.bool_)
+    if beyond.size != np.count_nonzero(far):
         raise ValueError("coarse weights have another length than their tokens say")
+    if shift:
+        distances <<= np.uint8(shift)
+        distances |= unpack(plain, shift, count)
+    if beyond.size:
+        distances[far] = beyond
+    if int(distances.max(initial=0)) >= code.levels.size:
+        raise ValueError("a coarse weight has moved beyond the levels")
     blocks = -(-count // code.block)
     wanted = integers.unpack(moves.tobytes(), blocks) + _scales(old, code, blocks)
     # beyond these no scale is one, and the code will say so
     scales = wanted.clip(0, 65535).astype(np.uint16)
     codes = foretold(old, scales, code, count)
-    if _move(codes, tokens, shift, plain, beyond, code.levels.size) >= code.levels.size:
-        raise ValueError("a coarse weight has moved beyond the levels")
+    _move(codes, distances, code.levels.size)
     return scales, codes
 
 

@@ -81,17 +81,19 @@ def _pack(codes, bits, out):
 def _unpack(data, bits, codes):
     """The inverse of `_pack`; False where a bit after the last code is set."""
     whole, step, mask = codes.size // 8, np.uint64(bits), (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-    for g in range(whole + 1):
-        word, shift = np.uint64(0), np.uint64(0)
-        for j in range(bits * g, min(bits * g + bits, data.size)):
-            word |= np.uint64(data[j]) << shift
-            shift += np.uint64(8)
-        for j in range(8 * g, min(8 * g + 8, codes.size)):
-            codes[j] = word & mask
-            word >>= step
-        if g == whole and word:
-            return False
-    return True
+    for g in range(whole):  # eight codes, without a condition: vector code
+        word = np.uint64(0)
+        for j in range(bits):
+            word |= np.uint64(data[bits * g + j]) << np.uint64(8 * j)
+        for j in range(8):
+            codes[8 * g + j] = (word >> np.uint64(j) * step) & mask
+    word = np.uint64(0)
+    for j in range(bits * whole, data.size):
+        word |= np.uint64(data[j]) << np.uint64(8 * (j - bits * whole))
+    for j in range(8 * whole, codes.size):
+        codes[j] = word & mask
+        word >>= step
+    return word == 0
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

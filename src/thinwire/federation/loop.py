@@ -83,11 +83,10 @@ def serve(grid: Grid, folder: Path) -> None:
 
 
 def _train(grid: Grid, folder: Path) -> None:
-    from thinwire import build, config
+    from thinwire import build, config, memory
     from thinwire.data.load import read_jsonl
     from thinwire.federation.fingerprint import fingerprints
     from thinwire.federation.survey import Survey, join
-    from thinwire.runtime import memory
     from thinwire.runtime.flower import Flower
     from thinwire.runtime.loop import Watch, train
 

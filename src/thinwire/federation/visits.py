@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire import build, config, wire
+from thinwire import build, config, memory, wire
 from thinwire.core import Client, serve
 from thinwire.data import partition
 from thinwire.data.load import Row, read_jsonl
@@ -17,7 +17,6 @@ from thinwire.evaluate.evaluate import Split, evaluate
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.payloads import Ready, Scores
 from thinwire.keys import Key
-from thinwire.runtime import memory
 from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
 from thinwire.wire import Frame, Header, Illegal
 

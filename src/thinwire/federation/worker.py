@@ -173,10 +173,9 @@ class Worker:
 
     def _work(self, action: str, table: Table, frame: Any) -> Any:
         """The reply to a whole frame."""
-        from thinwire import wire
+        from thinwire import memory, wire
         from thinwire.config import method_name
         from thinwire.federation.fingerprint import difference
-        from thinwire.runtime import memory
 
         header = wire.peek(frame)
         run = self._prepared(str(table["settings"]))

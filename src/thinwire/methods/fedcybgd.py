@@ -28,6 +28,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from thinwire import memory
 from thinwire.compress import coarse, importance, shrink
 from thinwire.compress.codes import to_bytes, to_tensor
 from thinwire.compress.quantise import Blocks as Coarse
@@ -210,6 +211,7 @@ class FedCyBGD(Exact):
         for parameter in trained:
             parameter.requires_grad_(True)
         masters: list[Tensor] = []
+        memory.trim()  # decoding has left much that training would add to
         loss, skipped = self.train(client, down.lr, masters, model, trained)
         # read again: in memory while the block trains, it would be as much as the block
         if (start := client.versions.get(down.version)) is None:

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thinwire import memory
 from thinwire.core import Client, Method, Metrics, Round, Server, Transport, Visit, run_round
 from thinwire.keys import Key
-from thinwire.runtime import checkpoint, memory
+from thinwire.runtime import checkpoint
 from thinwire.runtime.checkpoint import Progress
 from thinwire.runtime.cohort import Segment, cohort_of
 from thinwire.runtime.inprocess import InProcess

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from thinwire.runtime import memory
+from thinwire import memory
 
 MIB = 1 << 20
 
