@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from thinwire.data.batch import IGNORE, Batch, Example, collate, collate_packed
 
-_TILE = 1 << 20  # about as many logits are float32 at a time
+# about as many logits are float32 at a time: what a CPU's cache holds; a GPU has that memory, and launches cost it more
+_TILE, _TILE_ELSEWHERE = 1 << 20, 1 << 26
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -109,7 +110,8 @@ def _of_tile(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of each, a few at a time; the first one is the widest."""
-    rows = max(1, _TILE // tensors[0].shape[1])
+    widest = tensors[0]
+    rows = max(1, (_TILE if widest.device.type == "cpu" else _TILE_ELSEWHERE) // widest.shape[1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
