@@ -343,6 +343,7 @@ def test_behind_a_veil_a_client_never_sees_some_layers_but_as_its_block(net: Net
     [
         ({"blocks": 7}, "method.blocks: 6 layers cannot make 7 blocks"),
         ({"common": 4}, "method.common: there are 3 blocks, not 4"),
+        ({"drop": 0.9}, "method.drop: 5 of 6 layers are more than the 3 that can be dropped: the first 1"),
         ({"choose_step": True}, "method.choose_step: needs rows at the server, data.public"),
         ({"layers": "model.nothing"}, "LlamaForCausalLM has no list of layers of one class at 'model.nothing'"),
     ],

@@ -161,6 +161,13 @@ class FedCyBGD(Exact):
             raise ModelError("model.lora: fedcybgd builds smaller models of plain layers, without adapters")
         weights = {name: self.start_of(server.net, name) for name in server.net.names}
         at = self._blocks(server.net)
+        (first, last), wanted = self.spared, round(self.drop * at.depth)
+        most = max(len({*range(first, at.depth - last)} - at.trained(block)) for block in range(len(at.names)))
+        if self.variant != "full" and wanted > most:
+            raise ModelError(
+                f"method.drop: {wanted} of {at.depth} layers are more than the {most} that can be dropped: the first "
+                f"{first} and the last {last} (method.spared) and those that train stay"
+            )
         member = [
             EACH if name in at.each else next((b for b, own in enumerate(at.names) if name in own), -1)
             for name in weights
