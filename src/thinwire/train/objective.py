@@ -92,7 +92,7 @@ class _CrossEntropies(torch.autograd.Function):
         return torch.cat([_of_tile(*tile) for tile in _tiles(logits, labels)])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, labels = ctx.saved_tensors
         found = torch.empty_like(logits)
