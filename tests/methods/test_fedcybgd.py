@@ -377,6 +377,19 @@ def test_a_proxy_that_is_none_is_refused(net: Net, tmp_path: Path) -> None:
             federation.method.client_update(wrong, federation.client(0, 3))
 
 
+def test_a_version_that_is_lost_during_the_visit_is_said(net: Net, tmp_path: Path) -> None:
+    federation = Federation(method(), net, tmp_path)
+    client = federation.client(0, 1)
+
+    class Losing(VersionStore):
+        def get(self, version: str) -> None:
+            return None
+
+    client.versions = Losing(tmp_path / "losing")
+    with pytest.raises(Illegal, match="was lost during the visit"):
+        federation.method.client_update(told(federation), client)
+
+
 @pytest.mark.parametrize("coded", [True, False])
 def test_a_reply_that_is_none_is_refused(coded: bool, net: Net, tmp_path: Path) -> None:
     federation = Federation(method(coded=coded), net, tmp_path)
