@@ -16,6 +16,7 @@ ALLOWED = {
     "keys": set[str](),
     "memory": set[str](),
     "errors": set[str](),
+    "records": set[str](),
     "core": {"wire", "keys"},
     "data": {"keys"},
     "model": {"keys", "data"},
@@ -24,7 +25,7 @@ ALLOWED = {
     "compress": {"perturb", "model"},
     "methods": {"core", "wire", "keys", "memory", "data"} | PARTS,
     "evaluate": {"keys", "data", "model", "train"},
-    "runtime": {"core", "wire", "keys", "memory", "errors"},
+    "runtime": {"core", "wire", "keys", "memory", "errors", "records"},
     "config": {"core", "methods", "runtime", "errors"},
     "report": {"data"},
 }

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from thinwire.errors import RunError
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
 
 
@@ -23,6 +25,9 @@ def one_line() -> Iterator[None]:
         yield
     except Stopped as stop:
         typer.echo(f"thinwire: {stop}", err=True)
+        raise typer.Exit(1) from None
+    except RunError as error:
+        typer.echo(f"thinwire: {error}".replace("\n", " "), err=True)
         raise typer.Exit(1) from None
     except ValueError as error:
         from thinwire.config import ConfigError
