@@ -55,7 +55,7 @@ LOCK_ARGS ?=
 
 .PHONY: lock sbom audit licences
 
-$(TOOLS_READY):
+$(TOOLS_READY): Makefile
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
 	touch $(TOOLS_READY)
