@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from thinwire.terminal import Stopped, one_line, settle
+from thinwire.terminal import Stopped, echo, one_line, settle
 
 TICK = 0.5  # seconds between two looks at the processes
 
@@ -66,11 +66,11 @@ def client(
         side = SiteSide(site, server, key, ca, show=_show)
         try:
             side.start()
-            typer.echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
+            echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
             while True:
                 time.sleep(TICK)
                 if (line := side.tick()) is not None:
-                    typer.echo(line)
+                    echo(line)
         except KeyboardInterrupt:
             raise Stopped(f"{site.name}: stopped; it takes part again with the same command") from None
         finally:
@@ -78,7 +78,7 @@ def client(
 
 
 def _show(command: Sequence[str]) -> None:
-    typer.echo(f"$ {shlex.join(command)}")
+    echo(f"$ {shlex.join(command)}")
 
 
 def _interrupt(*_: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thinwire.terminal import one_line
+from thinwire.terminal import echo, one_line
 
 if TYPE_CHECKING:
     from thinwire.data.proposal import Proposal
@@ -78,10 +78,10 @@ def init(
                 out.write(text)
         except FileExistsError:
             raise ConfigError(f"{file}: exists already; choose another name") from None
-        typer.echo(f"wrote {file}")
+        echo(f"wrote {file}")
         for line in told:
-            typer.echo(f"  {line}")
-        typer.echo(f"look at it, then: thinwire data {file}")
+            echo(f"  {line}")
+        echo(f"look at it, then: thinwire data {file}")
 
 
 def _placeholder() -> tuple[list[str], list[str]]:

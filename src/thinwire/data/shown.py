@@ -15,6 +15,6 @@ def printable(text: str) -> str:
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def printable_json(value: Any) -> str:
-    """The value as JSON for people, indented; control characters are JSON's own escapes."""
-    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, indent=2, ensure_ascii=False))
+def printable_json(value: Any, ascii: bool = True) -> str:
+    """The value as JSON for people, indented, in ASCII or not; control characters are JSON's own escapes."""
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, indent=2, ensure_ascii=ascii))

@@ -58,10 +58,7 @@ class Local:
         watch: Callable[[], None] = lambda: None,
     ) -> None:
         """See a run in a folder through, looking after all processes; hub.Ended where it does not come to its end."""
-        files = {
-            name: str(write_rows(folder.resolve() / "federation" / name, held))
-            for name, held in splits.items()
-        }
+        files = {name: str(write_rows(folder.resolve() / "federation" / name, held)) for name, held in splits.items()}
         self.server.prepare(folder, run, files)
 
         def tick() -> None:
