@@ -25,6 +25,8 @@ from thinwire.runtime.loop import Record, Watch, read_records
 if TYPE_CHECKING:
     from thinwire.standings import Line
 
+LISTED = 50  # clients that a line names
+
 
 def size(count: float) -> str:
     """Bytes for people, in powers of ten."""
@@ -107,7 +109,9 @@ class Live(Watch):
         self.console.print(f"{run.name}: {method_name(run.method)} on {run.model.path}", soft_wrap=True)
         what = f"all {number(net.size)} parameters" if run.model.lora is None else f"{number(net.size)} LoRA factors"
         self.console.print(f"  {what} are trained, over {_many(run.rounds, 'round')}")
-        self.console.print(f"  {_many(held, 'row')} stay where they are, with {_many(len(rows.clients), 'client')}")
+        who = f": {_listed(list(rows.clients))}" if run.data.partition == "files" else ""
+        many = _many(len(rows.clients), "client")
+        self.console.print(f"  {_many(held, 'row')} stay where they are, with {many}{who}", soft_wrap=bool(who))
         if resume:
             self.console.print(f"  going on from the last checkpoint in {folder}", soft_wrap=True)
 
@@ -289,6 +293,11 @@ def print_scores(scores: Sequence[Record]) -> None:
 
 def _many(count: int, thing: str) -> str:
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _score(record: Record) -> str:

@@ -110,7 +110,7 @@ def _own(data: str) -> tuple[list[str], list[str]]:
     told = [f"{len(rows):,} rows, with the columns {', '.join(found.columns)}"]
     if folder:
         lines.append(_line("partition", "files", "a client a file"))
-        told.append(f"clients: the {len(clients)} files of {data}")
+        told.append(f"clients: the {len(clients)} files of {data}: {', '.join(clients)}")
     elif found.client is not None:
         lines.append(_line("partition", "column", "a client for each value of the column"))
         lines.append(_line("column", found.client))

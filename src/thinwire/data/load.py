@@ -143,14 +143,14 @@ def _row(fields: Any, source: str, line: int, what: str) -> Row:
 def _parsed(content: bytes, source: str, line: int) -> Any:
     """What stands in a line, or from that line on."""
     try:
-        return json.loads(content.decode(), object_pairs_hook=_object)
+        return json.loads(content.rstrip().decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         line += content.count(b"\n", 0, error.start)
         raise DataError(f"{source}:{line}: the line is not UTF-8") from None
     except json.JSONDecodeError as error:
         problem = f"{error.msg}, column {error.colno}"
-        if error.pos >= len(error.doc.rstrip()):
-            problem = "it ends before its object does; one object a line, or one array of them, is expected"
+        if error.pos >= len(error.doc):
+            problem = "it ends within an object; one object a line, or one array of them, is expected"
         raise DataError(f"{source}:{line + error.lineno - 1}: the line is not JSON ({problem})") from None
     except KeyError as error:
         raise DataError(f"{source}:{line}: two fields are called {error.args[0]!r}") from None
