@@ -18,7 +18,7 @@ TICK = 0.5  # seconds between two looks at the processes
 
 def client(
     server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the federation's server is reached.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="This site's rows: .jsonl, .csv, .tsv or .parquet.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="This site's rows, a .jsonl file.")],
     key: Annotated[Path, typer.Option(help="This site's private key, of `thinwire keys site`.")],
     ca: Annotated[Path, typer.Option(help="The server's ca.crt.")],
     name: Annotated[str | None, typer.Option(help="This site's name; the key's file name by default.")] = None,
@@ -35,7 +35,8 @@ def client(
     with one_line():
         settle()
         from thinwire.config import ConfigError
-        from thinwire.data.source import read_file
+        from thinwire.data.load import read_jsonl
+        from thinwire.data.source import reader_of
         from thinwire.federation.policy import Policy
         from thinwire.federation.processes import require_flower
         from thinwire.federation.site import SiteSide
@@ -47,9 +48,13 @@ def client(
                 raise ConfigError(f"{option}: {path} is not a file")
         if key.stat().st_mode & 0o077:
             raise ConfigError(f"--key: {key} can be read by others than its owner; chmod 600 {key}")
-        for path in (data, heldout):
-            if path is not None:
-                read_file(path)
+        for option, rows in (("--data", data), ("--heldout", heldout)):
+            if rows is not None and reader_of(rows) not in (None, read_jsonl):
+                raise ConfigError(
+                    f"{option}: {rows} is a {rows.suffix} file by its name; a site's rows are a .jsonl file"
+                )
+            if rows is not None:
+                read_jsonl(rows)
         Policy.load(policy)
         site = Site(
             name=name or key.stem,

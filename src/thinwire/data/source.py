@@ -39,7 +39,7 @@ def read(source: str) -> list[Row]:
     """
     if source in PACKAGED:
         return PACKAGED[source]()
-    if _reader(Path(source)) is None and not Path(source).is_file() and hub.place_of(source) is not None:
+    if reader_of(Path(source)) is None and not Path(source).is_file() and hub.place_of(source) is not None:
         return hub.read_hub(source)
     return read_file(source)
 
@@ -48,7 +48,12 @@ def read_file(path: str | Path) -> list[Row]:
     """The rows of a file or of a saved data set on this machine; DataError where it cannot be read or holds none."""
     if _is_saved(Path(path)):
         return hub.read_hub(str(path))
-    return (_reader(Path(path)) or read_jsonl)(path)
+    return (reader_of(Path(path)) or read_jsonl)(path)
+
+
+def reader_of(path: Path) -> Callable[[str | Path], list[Row]] | None:
+    """What reads a file of such a name, that of a compressed file among them; None where its ending says nothing."""
+    return READERS.get(Path(_unpacked(path.name)).suffix.lower())
 
 
 def is_folder_of_files(source: str) -> bool:
@@ -98,7 +103,7 @@ def _no_client(path: Path) -> str | None:
         return "hidden"
     if path.is_dir():
         return None if _is_saved(path) else "a folder"
-    if _reader(path) is None:
+    if reader_of(path) is None:
         return "no kind of file that is read"
     # A link that leads nowhere is a client whose rows are gone: its reader refuses it.
     return "no file" if path.exists() and not path.is_file() else None
@@ -107,10 +112,6 @@ def _no_client(path: Path) -> str | None:
 def _is_saved(path: Path) -> bool:
     place = hub.place_of(str(path))
     return place is not None and place.saved
-
-
-def _reader(path: Path) -> Callable[[str | Path], list[Row]] | None:
-    return READERS.get(Path(_unpacked(path.name)).suffix.lower())
 
 
 def _unpacked(name: str) -> str:
