@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from thinwire.data.shown import printable, printable_json
+from thinwire.errors import RunError
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
 
@@ -66,6 +67,9 @@ def _ends() -> Iterator[None]:
         yield
     except Stopped as stop:
         _complain(str(stop))
+        raise typer.Exit(1) from None
+    except RunError as error:
+        _complain(str(error))
         raise typer.Exit(1) from None
     except ValueError as error:
         from thinwire.config import ConfigError

@@ -57,7 +57,8 @@ def local_federation(
 
         again = f"go on with: thinwire local-federation {file} --out {folder} --resume"
         try:
-            echo(f"a hub and {len(local.names)} sites are starting; what they say is in {folder}/federation")
+            who = ", ".join(local.names)
+            echo(f"a hub and {len(local.names)} sites are starting ({who}); what they say is in {folder}/federation")
             local.start()
             local.follow(folder, settings, rows.splits, watch)
             progress.tick()
