@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thinwire.terminal import one_line, settle
+from thinwire.terminal import echo, one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.config import Data
@@ -57,12 +57,12 @@ def _lines() -> Iterator[str]:
     if shown:
         import readline  # noqa: F401 - its import makes input() one that edits
 
-        typer.echo("Ctrl-D leaves.")
+        echo("Ctrl-D leaves.")
     while True:
         try:
             line = input("> ") if shown else sys.stdin.readline()
         except EOFError:
-            typer.echo()
+            echo()
             return
         if not shown and not line:
             return
@@ -104,7 +104,7 @@ def _chooser(net: Net, data: Data, choices: Sequence[str]) -> Callable[[str], No
         with torch.inference_mode():
             shares = scores(net.model, batch)[0].softmax(0)
         best = int(shares.argmax())
-        typer.echo(f"{choices[best]} ({float(shares[best]):.3f})")
+        echo(f"{choices[best]} ({float(shares[best]):.3f})")
 
     return answer
 
@@ -135,9 +135,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
         length = tokens["input_ids"].shape[1]
         if room is not None and length >= room:
             messages.clear()
-            typer.echo(
-                f"thinwire: {length} tokens do not fit into the model's {room}; forgot the talk so far", err=True
-            )
+            echo(f"thinwire: {length} tokens do not fit into the model's {room}; forgot the talk so far", err=True)
             return
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         made = net.model.generate(
@@ -165,6 +163,6 @@ def _namer(net: Net, classes: tuple[str, ...]) -> Callable[[str], None]:
         with torch.inference_mode():
             shares = net.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).logits.softmax(1)
         best = int(shares.argmax())
-        typer.echo(f"{classes[best]} ({float(shares[0, best]):.3f})")
+        echo(f"{classes[best]} ({float(shares[0, best]):.3f})")
 
     return answer
