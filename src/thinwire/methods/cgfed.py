@@ -381,6 +381,7 @@ class CGFed(OnFactors):
 
     def _weights(self, down: Told, client: Client, image: Image) -> Tensors:
         """The factors as told; StaleVersion where the step is from a version that is not held."""
+        check_keys(down.key)
         if down.version == NONE:
             return down.weights
         weights: Tensors | None = down.weights
