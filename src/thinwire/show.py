@@ -115,6 +115,10 @@ class Live(Watch):
         if resume:
             self.console.print(f"  going on from the last checkpoint in {folder}", soft_wrap=True)
 
+    def noticed(self, line: str) -> None:
+        """See Watch."""
+        self.console.print(f"  {line}", soft_wrap=True)
+
     def rows_shortened(self, line: str | None) -> None:
         """How many rows were cut or left out, if any."""
         if line is not None:

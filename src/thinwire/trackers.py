@@ -62,6 +62,10 @@ class Trackers(Watch):
         self.inner.evaluated(record)
         self._log(record["round"], of_eval(record))
 
+    def noticed(self, line: str) -> None:
+        """See Watch."""
+        self.inner.noticed(line)
+
     def _log(self, round: int, values: Mapping[str, float]) -> None:
         for tracker in self.trackers:
             tracker.log(round, values)

@@ -28,6 +28,7 @@ from thinwire.methods.fedkseed import (
     Gains,
     Steps,
     draws_key,
+    grid_of,
     rebuild,
     rounded,
     seed_probabilities,
@@ -448,3 +449,58 @@ def test_the_mean_of_g_z_is_the_gradient(tmp_path: Path, law: Any, most: int) ->
         assert cosine == pytest.approx(math.sqrt(multiple / (multiple + 1)), abs=0.05)
     assert len(cosines) == (3 if most == 16 else 2)
     assert cosines[most] > (0.95 if most == 16 else 0.85)
+
+
+def test_the_unit_does_not_carry_a_scalar_beyond_its_bound() -> None:
+    zeros = torch.zeros(16, dtype=torch.float64)
+    state = Accumulators(1, zeros, 1.0, zeros, zeros + 1)
+    for form, scalar in (("float16", torch.float16), ("float32", torch.float32)):
+        method = FedKSeed(seeds=16, steps=2, scalars=form)
+        good = Steps(None, torch.full((2,), 6e4, dtype=scalar), 1.0, 8, 0.5)
+        method.check(state, 0, good)
+        with pytest.raises(wire.Illegal, match="unit is 6"):
+            method.check(state, 0, dataclasses.replace(good, unit=6e4))
+    method = FedKSeed(seeds=16, steps=2, scalars="int8")
+    good = Steps(None, torch.full((2,), 127, dtype=torch.int8), 6e4 / 127, 8, 0.5)
+    method.check(state, 0, good)
+    with pytest.raises(wire.Illegal, match="unit is 480"):
+        method.check(state, 0, dataclasses.replace(good, unit=480.0))
+
+
+def test_the_grid_is_the_honest_one_to_the_bit_unless_a_reply_is_far_from_all() -> None:
+    rng = np.random.default_rng(0)
+    gains = rng.normal(size=500)
+    plain = math.sqrt(np.square(gains).mean()) / 4
+    lengths = np.stack([rng.uniform(1, 7, 10), rng.uniform(1, 70, 10)])
+    assert grid_of(gains, 0.0, lengths) == plain
+    assert grid_of(gains, 0.0, None) == plain
+    assert grid_of(np.zeros(0), 0.0, None) == 0.0
+    assert grid_of(np.zeros(0), 0.25, None) == 0.25
+    assert grid_of(gains, plain, None) == plain  # and stays
+    lengths[:, 3] *= 1e4  # one reply is all that there is to be seen of the mean
+    poisoned = grid_of(gains, 0.0, lengths)
+    assert poisoned < plain / 50
+
+
+def test_a_grid_that_swallows_the_gains_is_made_anew() -> None:
+    gains = np.concatenate([np.full(50, 1e3), np.full(450, 1.0)])
+    coarse = 1e3 / 4
+    assert grid_of(gains, coarse, None) == 1.0
+    assert grid_of(gains, 1.0, None) == 1.0
+
+
+def test_one_reply_does_not_set_the_grid(net: Net, tmp_path: Path) -> None:
+    """Of four, all on every direction: the grid is within a factor of eight of what it is without that reply."""
+
+    def shout(client: int, frame: wire.Frame) -> wire.Frame:
+        header, up = wire.peek(frame), wire.decode(Steps, frame)
+        if client != 1:
+            return frame
+        up = dataclasses.replace(up, scalars=torch.full_like(up.scalars, 6e4))
+        return wire.encode(up, run=1, round=header.round, client=1, held=header.held)
+
+    method = FedKSeed(seeds=16, steps=16, batch_size=2)
+    honest = Federation(method, net, tmp_path / "a", sizes=(8, 8, 8, 8)).run(1)
+    loud = Federation(method, net, tmp_path / "b", sizes=(8, 8, 8, 8), tamper=shout).run(1)
+    assert loud.history[0].visits[1].error is None  # legal: it counts, but its size is not the grid's
+    assert honest.state.grid < loud.state.grid < 8 * honest.state.grid

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +17,15 @@ import pytest
 from federation import closed_data, tiny_net
 from tiny import tiny_folder, tiny_rows, write_jsonl
 
+from thinwire.core import Method, Server
+from thinwire.errors import ConfigError, Damaged, RunError
 from thinwire.keys import Key
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.flat import Net
 from thinwire.runtime import checkpoint
-from thinwire.runtime.cohort import All, Uniform
+from thinwire.runtime.cohort import All, Only, Uniform
 from thinwire.runtime.loop import Job, Watch, read_records, train
 
 METHODS = {
@@ -49,10 +54,10 @@ class StopIn(Watch):
             raise KeyboardInterrupt
 
 
-def job(net: Net, folder: Path, method: str = "fedkseed", **changes: Any) -> Job:
+def job(net: Net, folder: Path, method: str | Method = "fedkseed", **changes: Any) -> Job:
     data = [closed_data(net, rows, rows) for rows in (12, 8, 16)]
     fields: dict[str, Any] = {
-        "method": METHODS[method],
+        "method": method if isinstance(method, Method) else METHODS[method],
         "net": net,
         "clients": data,
         "names": ["a", "b", "c"],
@@ -189,3 +194,166 @@ lr = 1e-4
     ends = [json.loads((tmp_path / out / "summary.json").read_text()) for out in ("whole", "killed")]
     assert ends[0]["sha256"] == ends[1]["sha256"]
     assert [r["round"] for r in read_records(rounds)] == [1, 2, 3, 4, 5, 6]
+
+
+# What is damaged between two processes
+
+
+class Notes(Watch):
+    """Keeps what people are told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def noticed(self, line: str) -> None:
+        self.lines.append(line)
+
+
+RESIDUE = GradualDiff(lr=3e-3, steps=2, batch_size=4, rounding="residue")
+
+
+def cut(net: Net, folder: Path, method: Any = RESIDUE) -> Path:
+    """A run of four rounds that was stopped in the third."""
+    with pytest.raises(KeyboardInterrupt):
+        train(job(net, folder, watch=StopIn(3, 1), method=method))
+    return folder
+
+
+def flip(file: Path, at: int = -20) -> None:
+    whole = bytearray(file.read_bytes())
+    whole[at] ^= 1
+    file.write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(net: Net, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train(job(net, tmp_path_factory.mktemp("undisturbed"), method=RESIDUE))
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "empty"])
+def test_a_clients_memory_that_is_damaged_is_said_and_the_checkpoint_before_is_taken(
+    how: str, net: Net, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    cut(net, tmp_path)
+    file = tmp_path / "state" / "clients" / "2" / "000002.safetensors"
+    if how == "flipped":
+        flip(file)
+    elif how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-9] if how == "cut" else b"")
+    watch = Notes()
+    ended = train(job(net, tmp_path, watch=watch, method=RESIDUE))
+    assert ended["sha256"] == undisturbed["sha256"]
+    assert [line for line in watch.lines if "going on from round 1" in line and "memory of client 2" in line]
+    assert [r["round"] for r in read_records(tmp_path / "rounds.jsonl")] == [1, 2, 3, 4]
+
+
+def test_memory_that_is_damaged_in_both_checkpoints_ends_in_a_line_and_nothing_is_touched(
+    net: Net, tmp_path: Path
+) -> None:
+    cut(net, tmp_path)
+    for file in (tmp_path / "state" / "clients").glob("*/*.safetensors"):
+        flip(file)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(Damaged, match=r"no checkpoint is whole .round 2: the memory of client"):
+        train(job(net, tmp_path, method=RESIDUE))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_over(net: Net, tmp_path: Path) -> None:
+    cut(net, tmp_path)
+    for folder in (tmp_path / "state").glob("round-*"):
+        shutil.rmtree(folder)
+    kept = (tmp_path / "rounds.jsonl").read_bytes()
+    with pytest.raises(RunError, match=r"there is no checkpoint, but rounds.jsonl has rounds that have ended"):
+        train(job(net, tmp_path, method=RESIDUE))
+    assert (tmp_path / "rounds.jsonl").read_bytes() == kept
+
+
+def test_one_damaged_checkpoint_is_said(net: Net, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    cut(net, tmp_path)
+    flip(tmp_path / "state" / "round-000002" / "state.frame")
+    watch = Notes()
+    assert train(job(net, tmp_path, watch=watch, method=RESIDUE))["sha256"] == undisturbed["sha256"]
+    assert watch.lines[0].startswith("the checkpoint of round 2: ")
+
+
+@pytest.mark.parametrize("content", [b"", None, b"\xff\xfe{\n"])
+def test_evaluations_that_are_lost_are_said_and_cost_no_model(
+    net: Net, tmp_path: Path, undisturbed: dict[str, Any], content: bytes | None
+) -> None:
+    cut(net, tmp_path)
+    if content is None:
+        (tmp_path / "evals.jsonl").unlink()
+    else:
+        (tmp_path / "evals.jsonl").write_bytes(content)
+    watch = Notes()
+    ended = train(job(net, tmp_path, watch=watch, method=RESIDUE))
+    assert ended["sha256"] == undisturbed["sha256"]
+    assert (ended["first"], len(ended["final"])) == ([], 1)
+    assert any("2 of 2 records are lost" in line for line in watch.lines)
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+def test_what_a_killed_process_has_left_half_written_is_removed(net: Net, tmp_path: Path) -> None:
+    cut(net, tmp_path)
+    left = [".model.0123456789ab.tmp/model.safetensors", ".model.0123456789ab.old/config.json", "spool/x.frame"]
+    left += ["state/clients/1/.tmpA1b2C3", "state/versions/x.safetensors.part", "state/round-000003.part/state.frame"]
+    for name in left:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    train(job(net, tmp_path, method=RESIDUE))
+    assert not [name for name in left if (tmp_path / name).exists()]
+    assert not list(tmp_path.glob(".model.*"))
+
+
+class Poison(FedAvg):
+    """The mean comes out as no number in round 2, as that of float16 weights at the end of their range may."""
+
+    def aggregate(self, state: Any, server: Server, replies: Any) -> Any:
+        state, metrics = super().aggregate(state, server, replies)
+        if server.round == 2:
+            next(iter(state.weights.values())).view(-1)[0] = math.nan
+        return state, metrics
+
+
+def test_a_state_that_is_no_number_ends_the_run_before_it_is_kept(net: Net, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"after round 2 model.embed_tokens.weight is not finite") as error:
+        train(job(net, tmp_path, method=Poison(steps=1, batch_size=4)))
+    assert "\n" not in str(error.value)
+    assert checkpoint.rounds(tmp_path / "state") == [0, 1]
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, None])
+def test_a_last_loss_that_is_no_number_is_no_result(net: Net, tmp_path: Path, loss: float | None) -> None:
+    scores = iter([2.0, loss])
+    with pytest.raises(RunError, match="after the last round, 4, the loss on heldout is not finite"):
+        train(job(net, tmp_path, evaluate=lambda: [{"split": "heldout", "loss": next(scores)}], eval_every=0))
+    assert not (tmp_path / "summary.json").exists()
+    text = (tmp_path / "evals.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_a_cohort_of_clients_that_are_not_there_is_refused(net: Net, tmp_path: Path) -> None:
+    segments = [All(rounds=1), Only(clients=(1, 3, 7))]
+    with pytest.raises(ConfigError, match=r"cohort.1.clients: no client 3, 7: there are 3 clients, 0 to 2"):
+        train(job(net, tmp_path, segments=segments))
+    assert not (tmp_path / "state").exists()
+
+
+def test_the_traceback_of_a_reply_is_in_the_runs_log(net: Net, tmp_path: Path) -> None:
+    class Faulty(FedAvg):
+        def check(self, state: Any, client_id: int, up: Any) -> None:
+            if client_id == 1:
+                raise KeyError("lm_head")
+
+    train(job(net, tmp_path, method=Faulty(steps=1, batch_size=4)))
+    text = (tmp_path / "log.txt").read_text()
+    assert "round 2, client 1: its reply cannot be used" in text
+    assert "Traceback" in text
+    assert [c.get("error") for c in read_records(tmp_path / "rounds.jsonl")[1]["clients"]] == [
+        None, "KeyError: 'lm_head'", None
+    ]  # fmt: skip

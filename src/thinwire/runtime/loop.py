@@ -143,6 +143,7 @@ def _train(job: Job) -> Record:
 
     memory.reset()
     clock = time.perf_counter()
+    notes: list[str] = []
     found = checkpoint.read(states, job.method.State, lambda kept: memories.check(kept.memory or {}))
     if found is None:
         if read_records(job.folder / "rounds.jsonl"):
@@ -154,15 +155,15 @@ def _train(job: Job) -> Record:
         state = job.method.init(server(0))
     else:
         state, progress = found.state, found.progress
-        for reason in found.passed:
-            job.watch.noticed(f"the checkpoint of {reason}; going on from round {progress.round}")
+        notes += [f"the checkpoint of {reason}; going on from round {progress.round}" for reason in found.passed]
     spool = _cleared(job.folder)
     round, bytes_down, bytes_up = progress.round, progress.bytes_down, progress.bytes_up
     held = {int(id): version for id, version in progress.held.items()}
     memories.rewind(round)
-    notes = records.rewind(job.folder / "rounds.jsonl", round, round)
+    notes += records.rewind(job.folder / "rounds.jsonl", round, round)
     notes += records.rewind(job.folder / "evals.jsonl", round if found else -1, progress.evals)
     for note in notes:
+        LOG.warning(note)
         job.watch.noticed(note)
     evals = len(read_records(job.folder / "evals.jsonl"))
     examples = _examples(read_records(job.folder / "rounds.jsonl"))
