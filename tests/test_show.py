@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.table import Column, Table
 from rich.text import Text
 
+from thinwire import config
+from thinwire.build import Rows
+from thinwire.data.load import Row
 from thinwire.data.shown import printable
-from thinwire.show import Screen, number, print_methods, print_scores, print_summary, share, size, span
+from thinwire.show import Live, Screen, number, print_methods, print_scores, print_summary, share, size, span
 
 
 @pytest.mark.parametrize(
@@ -114,6 +119,17 @@ def test_the_summary_says_before_and_after_and_what_was_sent(
     assert "1 round in 1 min 01 s, peak memory 200.0 MB; in all 400 B down, 100 B up" in lines
     assert lines[-1] == f"the model is in {tmp_path / 'model'}"  # in one line, however long
     assert all(len(line) <= 80 for line in out.splitlines()[:-1])
+
+
+def test_a_run_names_the_clients_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = {f"silo-{i}": [Row({"output": "x"}, "x", 1)] for i in range(52)}
+    net: Any = SimpleNamespace(size=10)
+    for partition, line in (("files", ": silo-0, silo-1, "), ("iid", "")):
+        tree = {"data": {"path": "silos", "partition": partition}, "method": {"name": "fedavg"}}
+        Live(config.parse(tree, "x"), Rows(held, {}), net, tmp_path)
+        (found,) = (text for text in capsys.readouterr().out.splitlines() if "stay where they are" in text)
+        assert found.startswith(f"  52 rows stay where they are, with 52 clients{line}")
+        assert found.endswith("silo-49 and 2 more" if partition == "files" else "clients")
 
 
 OTHERS = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\b\r[link=http://x]"

@@ -31,7 +31,7 @@ def echo_json(value: Any, ascii: bool = True) -> None:
 
 
 class Notes(logging.Handler):
-    """Prints warnings on stderr, each once."""
+    """Prints warnings on stderr, each once; what comes with a traceback is for a run's log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
-        if (text := record.getMessage()) not in self._seen:
+        if record.exc_info is None and (text := record.getMessage()) not in self._seen:
             self._seen.add(text)
             _complain(text)
 
