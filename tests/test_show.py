@@ -180,3 +180,20 @@ def test_scores_and_methods_are_lines_of_any_length(capsys: pytest.CaptureFixtur
     assert f"own: {'b' * 90}\n" in out
     assert f"  order = [1]  ({'a' * 90})\n" in out
     assert "  lr = null  (float | None)\n" in out
+
+
+def test_a_split_that_is_there_at_one_end_alone_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A site that is gone at the end, one that came later, and a loss that was no number."""
+    folder = run_folder(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["first"].append({"split": "sites_train", "loss": 2.5, "accuracy": None, "samples": []})
+    summary["final"].append({"split": "sites", "loss": 0.75, "accuracy": None, "samples": []})
+    summary["first"][0]["loss"] = None
+    (folder / "summary.json").write_text(json.dumps(summary))
+    print_summary(folder)
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "loss" in line and "│" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["heldout loss", "", "1.000"],
+        ["sites_train loss", "2.500", ""],
+        ["sites loss", "", "0.750"],
+    ]

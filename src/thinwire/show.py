@@ -174,7 +174,7 @@ class Live(Watch):
         when = f"after round {record['round']}" if record["round"] else "at the start"
         self.console.print(f"  {when}, {record['split']}: {_score(record)}")
         better = next((key for key in ("accuracy", "rouge_l") if record.get(key) is not None), "loss")
-        self.scored = f"{record['split']} {better} {record[better]:.3f}"
+        self.scored = f"{record['split']} {better} {_points(record[better])}"
 
 
 def print_summary(folder: Path, note: str | None = None) -> None:
@@ -184,9 +184,11 @@ def print_summary(folder: Path, note: str | None = None) -> None:
     rounds = read_records(folder / "rounds.jsonl")
     last = {row["split"]: row for row in summary["final"]}  # sites that were absent have no row
     evals = [(row, last[row["split"]]) for row in summary["first"] if row["split"] in last]
-    if evals:
+    start = {row["split"]: row for row in summary["first"]}
+    if start or last:
         table = Table("score", Column("before", justify="right"), Column("after", justify="right"))
-        for first, final in evals:
+        for split in {**start, **last}:
+            before, after = start.get(split, {}), last.get(split, {})
             for field, name in (
                 ("loss", "loss"),
                 ("accuracy", "accuracy"),
@@ -194,8 +196,8 @@ def print_summary(folder: Path, note: str | None = None) -> None:
                 ("bleu", "BLEU"),
                 ("exact_match", "exact match"),
             ):
-                if final.get(field) is not None:
-                    table.add_row(f"{first['split']} {name}", f"{first[field]:.3f}", f"{final[field]:.3f}")
+                if before.get(field) is not None or after.get(field) is not None:
+                    table.add_row(f"{split} {name}", _points(before.get(field)), _points(after.get(field)))
         console.print(table)
     file = folder / "run.toml"
     whole = "all factors" if file.exists() and config.load(file).model.lora is not None else "whole model"
@@ -206,9 +208,9 @@ def print_summary(folder: Path, note: str | None = None) -> None:
         table.add_row(way, f"{mean:,.0f}", f"{summary['model_bytes']:,}", share(mean, summary["model_bytes"]))
     console.print(table)
     for first, final in evals:
-        if first["samples"]:
+        if first["samples"] and final["samples"]:
             console.print(f"{first['split']}: what the model answers")
-        for before, after in zip(first["samples"], final["samples"], strict=True):
+        for before, after in zip(first["samples"], final["samples"], strict=False):
             prompt = " ".join(before["prompt"].split())
             console.print(f"  {prompt if len(prompt) < 75 else '... ' + prompt[-70:]}")
             parts = [f"before: {_short(before['answer'])}", f"after: {_short(after['answer'])}"]
@@ -305,7 +307,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _score(record: Record) -> str:
-    parts = [f"loss {record['loss']:.4f}"]
+    parts = [f"loss {record['loss']:.4f}" if record["loss"] is not None else "loss not finite"]
     if record["perplexity"] is not None:
         parts.append(f"perplexity {record['perplexity']:.3f}")
     if record["accuracy"] is not None:
@@ -317,6 +319,11 @@ def _score(record: Record) -> str:
     if record.get("exact_match") is not None:
         parts.append(f"exact match {record['exact_match']:.3f}")
     return ", ".join(parts)
+
+
+def _points(score: float | None) -> str:
+    """A score; nothing where it was not measured, or is no number."""
+    return "" if score is None else f"{score:.3f}"
 
 
 def _short(text: str) -> str:
