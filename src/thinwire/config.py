@@ -32,12 +32,9 @@ from pydantic import (
 )
 
 from thinwire.core import Method
+from thinwire.errors import ConfigError as ConfigError
 from thinwire.methods import METHODS
 from thinwire.runtime.cohort import All, Cohort
-
-
-class ConfigError(ValueError):
-    """The run file is wrong; the message is one line that names the field."""
 
 
 class _Section(BaseModel):
