@@ -16,6 +16,7 @@ from flwr.app import Message
 from grid import FIRST, OneProcess, entries, federate
 
 from thinwire import wire
+from thinwire.federation.local import OPEN
 from thinwire.federation.payloads import Scores
 from thinwire.federation.survey import Refusal, Survey, join, record
 from thinwire.methods.fedavg import Weights
@@ -266,7 +267,7 @@ def test_a_worker_refuses_frames_that_are_not_for_it(silos: Silos, tmp_path: Pat
 )
 def test_the_site_s_policy_is_kept(policy: str, says: str, silos: Silos, tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
-    file.write_text(policy)
+    file.write_text(OPEN + policy)
     job, _, _ = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run", policy=file)
     with pytest.raises(NoQuorum, match=says):
         loop.train(job)

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from thinwire.config import ConfigError
+from thinwire.errors import ConfigError
 
 BIN = Path(sys.executable).parent
 QUIET = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from thinwire.federation import channel
 from thinwire.federation.processes import BIN, LEAN, Children, free_port
+from thinwire.federation.progress import Notices
 from thinwire.federation.worker import Site
 
 FIRST, MOST = 5.0, 60.0  # seconds before a dead node is started again: at first, and at most
@@ -29,9 +30,12 @@ class SiteSide:
         *,
         show: Callable[[Sequence[str]], None] = lambda command: None,
     ) -> None:
-        self.sockets = channel.folder()
-        self.site = replace(site, socket=str(self.sockets / "worker"))
         self.folder = Path(site.folder).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        self.sockets = channel.folder(self.folder)
+        self.site = replace(site, socket=str(self.sockets / "worker"))
+        self.notices = Notices(self.folder / "notices.txt")
         self.server, self.key, self.ca, self.show = server, key.resolve(), ca.resolve(), show
         self.children = Children(self.folder / "flwr", self.folder / "logs")
         self.site.write(self.folder / "site.json")
