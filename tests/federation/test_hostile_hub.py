@@ -1,4 +1,4 @@
-"""What a hub can do to a site that follows its own policy: one worker in this process, asked by a hub that means harm."""
+"""What a hub that means harm can do to a site that keeps a policy: one worker, in this process."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Attack:
         """A run file under a template that all sites allow."""
         return self.silos.run(method, rounds=9, **{**fields, "data": {**NAMED, **fields.get("data", {})}})
 
-    def about(self, run: config.Run, **changes: Any) -> dict[str, Any]:
+    def about(self, run: config.Run, changes: dict[str, Any] | None = None) -> dict[str, Any]:
         """The settings and hashes as an honest hub has them, but for the changes."""
         plain = told(run, ("north",), SESSION)
-        settings = json.dumps({**json.loads(plain), **changes})
+        settings = json.dumps({**json.loads(plain), **(changes or {})})
         tiny = build.net_of(run.model_copy(update={"model": self.run().model}))
         return {"settings": settings, **fingerprints(run, tiny)}
 
@@ -72,11 +72,11 @@ class Attack:
     def hello(self, run: config.Run) -> bytes:
         return bytes(wire.encode(Hello(), run=build.identity(run), client=0))  # type: ignore[arg-type]
 
-    def ask(self, action: str, about: dict[str, Any], frame: bytes, **table: Any) -> str | bytes:
+    def ask(self, action: str, about: dict[str, Any], frame: bytes, table: dict[str, Any] | None = None) -> str | bytes:
         """Put one whole frame to the worker."""
         self.count += 1
         fields = {"action": action, "transfer": f"{self.count:016x}", "offset": 0, "total": len(frame), "room": 1 << 20}
-        answer, body = self.worker.answer({**about, **fields, "counted": 0, **table}, frame)
+        answer, body = self.worker.answer({**about, **fields, "counted": 0, **(table or {})}, frame)
         return str(answer["error"]) if "error" in answer else body
 
     def lines(self) -> list[dict[str, Any]]:
@@ -130,10 +130,10 @@ def test_an_honest_hub_is_answered_and_every_line_follows_from_the_last(attack: 
 def test_no_name_of_the_hub_s_choice_gets_out_of_the_folder(changes: dict[str, Any], attack: Attack) -> None:
     before = everything(attack.place.parent)
     run = attack.run()
-    about = attack.about(run, **changes)
+    about = attack.about(run, changes)
     for action, frame in (("join", attack.hello(run)), ("train", attack.frame(run))):
         assert "not a run" in str(attack.ask(action, about, frame)) or "policy" in str(attack.ask(action, about, frame))
-    shutil.rmtree(attack.place / "hub")
+    shutil.rmtree(attack.place / "hub", ignore_errors=True)
     new = everything(attack.place.parent) - before
     assert {path.name for path in new} == {"audit.jsonl", "notices.txt"}
 
@@ -161,7 +161,7 @@ def test_no_name_of_the_hub_s_choice_gets_out_of_the_folder(changes: dict[str, A
 )
 def test_a_table_of_wrong_values_is_no_question(table: dict[str, Any], attack: Attack) -> None:
     run = attack.run()
-    assert str(attack.ask("join", attack.about(run), attack.hello(run), **table)).startswith("not a question")
+    assert str(attack.ask("join", attack.about(run), attack.hello(run), table)).startswith("not a question")
     assert not list(attack.place.glob("spool/*"))
 
 
@@ -221,7 +221,7 @@ def test_what_goes_wrong_with_rows_is_said_in_one_text_and_is_in_the_log(attack:
     about, hello = attack.about(run), attack.hello(run)
     texts = set()
     for rows in ([{"text": "no column"}], [{"instruction": "a", "input": "b", "output": ""}], []):
-        write_jsonl(Path(attack.site.data), rows)
+        Path(attack.site.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
         attack.worker = Worker(attack.site)
         texts.add(attack.ask("join", about, hello))
     Path(attack.site.data).unlink()
@@ -257,14 +257,14 @@ def test_a_frame_is_not_begun_beyond_the_policy_or_the_disk(
 ) -> None:
     attack = Attack(silos, tmp_path, policy="max_bytes_in = 1000")
     about = attack.about(attack.run())
-    assert "1001 bytes to come in" in str(attack.ask("train", about, b"x", total=1001))
+    assert "1001 bytes to come in" in str(attack.ask("train", about, b"x", {"total": 1001}))
     monkeypatch.setattr(worker, "SPARE", 1 << 60)
-    assert "no room for a frame of 900 bytes" in str(attack.ask("train", about, b"x", total=900))
+    assert "no room for a frame of 900 bytes" in str(attack.ask("train", about, b"x", {"total": 900}))
     assert not list(attack.place.glob("spool/*"))
 
 
 @pytest.mark.parametrize(
-    "pieces", [[(0, 10), (5, 10)], [(0, 10), (0, 10)], [(95, 10)], [(i * 4, 1) for i in range(20)]]
+    "pieces", [[(0, 10), (5, 10)], [(0, 10), (0, 10)], [(95, 10)], [(i * 4, 1) for i in range(17)]]
 )
 def test_pieces_overlap_nowhere_and_come_in_no_crumbs(pieces: list[tuple[int, int]], attack: Attack) -> None:
     about = attack.about(attack.run())
@@ -282,7 +282,7 @@ def test_a_round_is_answered_once(attack: Attack) -> None:
     others = {attack.ask("train", about, attack.frame(run, draws=draws)) for draws in range(30)}
     assert others == {"Illegal: round 1 is answered already, to another request"}
     other = attack.run({**THIN, "lr": 1e-2})  # the same session under another file is another run, of another number
-    said = attack.ask("train", attack.about(other, run=build.identity(run)), first)
+    said = attack.ask("train", attack.about(other, {"run": build.identity(run)}), first)
     assert said == "Illegal: round 1 is answered already, to another request"
     assert attack.ask("train", about, first) == reply  # what a retry needs
     attack.worker = Worker(attack.site)  # and from the disk, too
@@ -303,13 +303,15 @@ def test_rounds_and_run_files_are_counted(silos: Silos, tmp_path: Path) -> None:
     replies = [attack.ask("train", about, attack.frame(run, round)) for round in (1, 2, 3)]
     assert [isinstance(reply, bytes) for reply in replies] == [True, True, False]
     assert "more than 2 answers in a run" in str(replies[2])
-    said = [attack.ask("join", attack.about(run, session=f"{n:016x}"), attack.hello(run)) for n in range(4)]
+    said = [attack.ask("join", attack.about(run, {"session": f"{n:016x}"}), attack.hello(run)) for n in range(4)]
     assert [isinstance(reply, bytes) for reply in said] == [True, True, False, False]
     assert "more than 3 run files" in str(said[2])
     assert len(list((attack.place / "runs").iterdir())) == 2
     attack.worker = Worker(attack.site)  # a folder that is gone, and a process that is new, begin no budget anew
     assert "more than 2 answers" in str(attack.ask("train", about, attack.frame(run, 4)))
-    assert "more than 3 run files" in str(attack.ask("join", attack.about(run, session="f" * 16), attack.hello(run)))
+    assert "more than 3 run files" in str(
+        attack.ask("join", attack.about(run, {"session": "f" * 16}), attack.hello(run))
+    )
 
 
 @pytest.mark.parametrize(

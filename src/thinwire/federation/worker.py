@@ -119,7 +119,7 @@ class Worker:
         from thinwire.wire import WireError
 
         try:
-            return self._answer(Question.of(table), body)
+            return self._answer(self._question(table, body), body)
         except Refused as refused:
             return {"total": 0, "error": str(refused)}, b""
         except WireError as wrong:
@@ -127,6 +127,13 @@ class Worker:
         except Exception:
             traceback.print_exc()
             return {"total": 0, "error": FAILED}, b""
+
+    def _question(self, table: Table, body: bytes) -> Question:
+        try:
+            return Question.of(table)
+        except Refused as wrong:
+            self.audit.note("in", body, f"refused: {wrong}")
+            raise
 
     def _answer(self, question: Question, body: bytes) -> tuple[Table, bytes]:
         if question.total == 0:
@@ -213,7 +220,7 @@ class Worker:
             frame.remove()
 
     def _work(self, question: Question, frame: Any) -> Any:
-        """The reply to a whole frame. The log has what came before anything is done with it, and what leaves before it goes."""
+        """The reply to a whole frame. The log has what came before it is worked on, and what leaves before it goes."""
         from thinwire import memory, wire
         from thinwire.federation.audit import sha256
         from thinwire.federation.fingerprint import difference
