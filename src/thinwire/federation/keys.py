@@ -96,6 +96,33 @@ def make_server(hosts: Sequence[str], folder: Path) -> Path:
     return ca_file
 
 
+def check_server(folder: Path) -> None:
+    """ConfigError where server.crt is not valid now, not of ca.crt, or not of server.key, as sites would find."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization as form
+
+    again = "make another with: thinwire keys server --host NAME"
+    try:
+        own, authority = (
+            x509.load_pem_x509_certificate((folder / f"{name}.crt").read_bytes()) for name in ("server", "ca")
+        )
+        key = form.load_pem_private_key((folder / "server.key").read_bytes(), None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: its certificates cannot be read ({error}); {again}") from None
+    now = datetime.datetime.now(datetime.UTC)
+    for name, found in (("ca.crt", authority), ("server.crt", own)):
+        if now > found.not_valid_after_utc:
+            raise ConfigError(f"{folder / name}: has expired on {found.not_valid_after_utc:%Y-%m-%d}; {again}")
+        if now < found.not_valid_before_utc:
+            raise ConfigError(f"{folder / name}: is not valid before {found.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
+    try:
+        own.verify_directly_issued_by(authority)
+    except Exception:  # a signature, a name or a kind of key that does not fit: each has a type of its own
+        raise ConfigError(f"{folder / 'server.crt'}: is not of the authority in ca.crt; {again}") from None
+    if key.public_key() != own.public_key():
+        raise ConfigError(f"{folder / 'server.key'}: is not the key of server.crt; {again}")
+
+
 def register(name: str, public: str | Path, folder: Path) -> Path:
     """Keep a site's public half, given as a file or as its line, under the site's name: sites/NAME.pub."""
     _name(name)
