@@ -63,7 +63,6 @@ def server(
         splits = {name: str(Path(path).resolve()) for name, path in _splits(settings).items()}
         home = folder.resolve() / "federation"
         if expose:
-            typer.echo(f"thinwire: {RISK}", err=True)
             side = ServerSide(home, keys, sites, host=host, port=port, show=_show)
             start = None
         else:
@@ -78,6 +77,8 @@ def server(
             listening(host, port, "--listen")
         if hub_port is not None and not expose:
             listening("127.0.0.1", hub_port, "--hub-port")
+        if expose:
+            typer.echo(f"thinwire: {RISK}", err=True)
         stack.enter_context(locked(folder))
         cli._record(folder, settings)
         if not expose:
