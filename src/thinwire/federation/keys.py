@@ -123,8 +123,11 @@ def check_server(folder: Path) -> None:
         raise ConfigError(f"{folder / 'server.key'}: is not the key of server.crt; {again}")
 
 
-def register(name: str, public: str | Path, folder: Path) -> Path:
-    """Keep a site's public half, given as a file or as its line, under the site's name: sites/NAME.pub."""
+def register(name: str, public: str | Path, folder: Path, rows: int | None = None) -> Path:
+    """Keep a site's public half, given as a file or as its line, under the site's name: sites/NAME.pub.
+
+    `rows`: how many it may say that it has trained on, in sites/NAME.rows; what is there stays where it is None.
+    """
     _name(name)
     line = str(public)
     if not line.startswith("ecdsa-"):
@@ -141,7 +144,18 @@ def register(name: str, public: str | Path, folder: Path) -> Path:
     if target.exists() and public_bytes(target) != pem:
         raise ConfigError(f"{target}: {name} has another key already; remove the file to replace it")
     target.write_text(line.strip() + "\n", encoding="utf-8")
+    if rows is not None:
+        target.with_name(f"{name}.rows").write_text(f"{rows}\n", encoding="utf-8")
     return target
+
+
+def caps_of(folder: Path, sites: Sequence[str]) -> dict[int, int]:
+    """Client -> the rows that its site was registered with, of those that were registered with a number."""
+    files = {client: folder / "sites" / f"{name}.rows" for client, name in enumerate(sites)}
+    try:
+        return {client: int(file.read_text()) for client, file in files.items() if file.exists()}
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'sites'}: a file of rows that holds no number ({error})") from None
 
 
 def public_bytes(path: Path) -> bytes:
