@@ -23,6 +23,7 @@ from tiny import tiny_rows, write_jsonl
 from thinwire import build, wire
 from thinwire.errors import ConfigError
 from thinwire.federation import channel
+from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.payloads import Hello
 from thinwire.federation.policy import task_of
 from thinwire.federation.processes import Children
@@ -46,6 +47,7 @@ def test_a_visit_beyond_the_policy_s_seconds_is_ended_whatever_it_is_at(tmp_path
     children, settings = side.children, told(run, ("north",), "0" * 16)
     hello = bytes(wire.encode(Hello(), run=build.identity(run), client=0))  # type: ignore[arg-type]
     table = {"action": "join", "transfer": "0" * 16, "offset": 0, "total": len(hello), "room": 1, "counted": 0}
+    table |= fingerprints(run, build.net_of(run))
     try:
         children.start("supernode", ["sleep", "600"])
         children.start("worker", [sys.executable, "-m", "thinwire.federation.worker", side.folder / "site.json"])

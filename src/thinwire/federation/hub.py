@@ -62,7 +62,9 @@ class ServerSide:
         known = (place / "hub.json").exists()
         session = Hub.load(folder).session if known else secrets.token_hex(8)
         Hub(str(self.keys), session, self.sites, splits).write(folder)
-        shutil.copytree(APP, place / "app", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        (place / "app").mkdir(exist_ok=True)
+        for file in (file for file in APP.iterdir() if file.is_file()):
+            shutil.copyfile(file, place / "app" / file.name)
         (place / "app" / "site.json").write_text(told(run, self.sites, session), encoding="utf-8")
 
     @property
