@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from thinwire.federation.question import Refused
 from thinwire.runtime.store import flush
-from thinwire.wire import Frame, Illegal, Spooled, peek
+from thinwire.wire import Frame, Illegal, Spooled
 from thinwire.wire.frame import SPOOL_ABOVE
 
 
@@ -24,12 +25,12 @@ class Spent:
         self.runs: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def asks(self, run: str, settings: str, most: int) -> None:
-        """A run file, by its hash, is about to be read rows under; Illegal where `most` were already."""
+        """A run file, by its hash, is about to be worked with; Refused where `most` were already."""
         known = self.runs.get(run, {"files": [], "rounds": {}})
         if settings in known["files"]:
             return
         if sum(len(other["files"]) for other in self.runs.values()) >= most:
-            raise Illegal(f"this site's policy does not allow more than {most} run files")
+            raise Refused(f"this site's policy does not allow more than {most} run files")
         self._write(run, {**known, "files": [*known["files"], settings]})
 
     def admit(self, run: str, action: str, round: int, most: int, floor: int = 0) -> None:
@@ -106,8 +107,3 @@ def drop_old(runs: Path, kept: int, current: str) -> None:
     )
     for folder in folders[: max(0, len(folders) + 1 - kept)]:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def says_nothing(frame: Frame) -> bool:
-    """Whether an answer is of a kind that is the same whatever the site's rows are."""
-    return peek(frame).kind in ("Ready", "Stale")

@@ -113,7 +113,7 @@ class Visits:
             self.fingerprints = fingerprints(self.settings, self.net)
 
     def allow(self) -> None:
-        """Count a run file under which rows are about to be read; Illegal beyond the policy's bound."""
+        """Count a run file for which a model and rows are about to be read; Refused beyond the policy's bound."""
         if self.data is None:
             self.spent.asks(self.name, self.asked[:16], self.policy.max_runs)
 

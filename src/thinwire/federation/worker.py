@@ -7,7 +7,6 @@ ends with the process that started it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import signal
@@ -224,8 +223,7 @@ class Worker:
         from thinwire import memory, wire
         from thinwire.federation.audit import sha256
         from thinwire.federation.fingerprint import difference
-        from thinwire.federation.policy import task_of
-        from thinwire.federation.spent import says_nothing
+        from thinwire.federation.policy import EMPTY, task_of
 
         action = question.action
         about: dict[str, Any] = {"action": action}
@@ -235,7 +233,7 @@ class Worker:
             run = self._asked(question.settings)
             about = {"action": action, "method": run.ran, "template": task_of(run.settings.data), **about}
             self.policy.admit(action, run.settings, run.path, frame)
-            request = hashlib.sha256(f"{run.asked} {sha256(frame)}".encode()).hexdigest()
+            request = sha256(frame)
             kept = run.replies.get(action, header.round, request)
             run.expect(header, action, kept is not None)
         except Exception as error:
@@ -248,6 +246,7 @@ class Worker:
             if kept is not None:
                 self.audit.note("out", kept, "passed", **about | {"kind": wire.peek(kept).kind, "again": True})
                 return kept
+            run.allow()
             run.load()
             if (other := difference(run.fingerprints, question.hashes())) is not None:
                 raise Refused(f"{self.site.name} cannot take part: {other}")
@@ -264,7 +263,7 @@ class Worker:
         about["kind"] = wire.peek(answer).kind
         try:
             self.policy.release(answer)
-            if not says_nothing(answer):
+            if about["kind"] not in EMPTY:
                 answer = run.replies.keep(action, header.round, request, answer)
                 self.spent.add(run.name, action, header.round)
         except Exception as error:
@@ -280,10 +279,6 @@ class Worker:
 
         if shutil.disk_usage(self.spool).free < SPARE:
             raise Refused("this site's disk is full")
-        try:
-            run.allow()
-        except WireError as error:
-            raise Refused(f"{type(error).__name__}: {error}") from None
         run.read()
         try:
             return run.actions[action](frame, self.spool, counted)
@@ -292,7 +287,8 @@ class Worker:
 
     def _notice(self, action: str, error: Exception) -> None:
         """Have the operator of this site read why it does not answer; what the server is told may say less."""
-        self.notices.add(f"{self.site.name}: does not {action}: {error}")
+        kind = "" if isinstance(error, Refused | ValueError) else f"{type(error).__name__}: "
+        self.notices.add(f"{self.site.name}: does not {action}: {kind}{error}")
 
     def _asked(self, settings: str) -> Visits:
         if self.run is None or self.settings != settings:
