@@ -103,24 +103,30 @@ def check_server(folder: Path) -> None:
 
     again = "make another with: thinwire keys server --host NAME"
     try:
-        own, authority = (
-            x509.load_pem_x509_certificate((folder / f"{name}.crt").read_bytes()) for name in ("server", "ca")
+        chain, roots = (
+            x509.load_pem_x509_certificates((folder / name).read_bytes()) for name in ("server.crt", "ca.crt")
         )
         key = form.load_pem_private_key((folder / "server.key").read_bytes(), None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: its certificates cannot be read ({error}); {again}") from None
-    now = datetime.datetime.now(datetime.UTC)
-    for name, found in (("ca.crt", authority), ("server.crt", own)):
+    now, own = datetime.datetime.now(datetime.UTC), chain[0]
+    for name, found in [("server.crt", found) for found in chain] + [("ca.crt", roots[0])]:
         if now > found.not_valid_after_utc:
             raise ConfigError(f"{folder / name}: has expired on {found.not_valid_after_utc:%Y-%m-%d}; {again}")
         if now < found.not_valid_before_utc:
             raise ConfigError(f"{folder / name}: is not valid before {found.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
-    try:
-        own.verify_directly_issued_by(authority)
-    except Exception:  # a signature, a name or a kind of key that does not fit: each has a type of its own
-        raise ConfigError(f"{folder / 'server.crt'}: is not of the authority in ca.crt; {again}") from None
+    if len(chain) == 1 and not any(_issued(own, root) for root in roots):  # of a longer one sites see to the links
+        raise ConfigError(f"{folder / 'server.crt'}: is not of the authority in ca.crt; {again}")
     if key.public_key() != own.public_key():
         raise ConfigError(f"{folder / 'server.key'}: is not the key of server.crt; {again}")
+
+
+def _issued(own: x509.Certificate, root: x509.Certificate) -> bool:
+    try:
+        own.verify_directly_issued_by(root)
+    except Exception:  # a signature, a name or a kind of key that does not fit: each has a type of its own
+        return False
+    return True
 
 
 def register(name: str, public: str | Path, folder: Path, rows: int | None = None) -> Path:
