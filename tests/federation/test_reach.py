@@ -274,12 +274,12 @@ def test_a_proxy_that_does_not_stay_up_ends_the_server_with_its_words(tmp_path: 
     front = proxy.Front(children, [sys.executable, "-S", "-c", "print('nginx: [emerg] no such file'); print('bye')"])
     front.start()
 
-    def dies() -> None:
+    def dies() -> str | None:
         children.running["proxy"].wait(60)
         front.began = time.monotonic()  # however long this machine has taken
-        front.tick()
+        return front.tick()
 
-    dies()
+    assert dies() == "the proxy has ended, and is started again: nginx: [emerg] no such file"
     with pytest.raises(Ended, match=r"the proxy does not stay up: nginx: \[emerg\] no such file"):
         dies()
     children.stop()

@@ -73,6 +73,8 @@ def server(
                     "--listen: neither nginx nor caddy is installed here, and without a proxy Flower's control paths "
                     "would be open to all; install one, or run your own as the files say that --own-proxy writes"
                 )
+        if not expose:
+            proxy.check(home, keys)
         if not own_proxy:
             listening(host, port, "--listen")
         if hub_port is not None and not expose:
@@ -93,8 +95,8 @@ def server(
         again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"
 
         def tick() -> None:
-            if front is not None:
-                front.tick()
+            if front is not None and (line := front.tick()) is not None:
+                typer.echo(line)
             progress.tick()
 
         try:

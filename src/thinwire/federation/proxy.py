@@ -20,7 +20,7 @@ FILES = {"nginx": "nginx.conf", "caddy": "Caddyfile"}
 # Sites are registered by the server, and unregistered by nobody but it.
 ALLOWED = "^/v1/fleet/(?!register-node$|unregister-node$)[a-z-]+$"
 
-QUICK = 1.0  # seconds within which a proxy that has just been started dies where something is wrong with it
+QUICK = 3.0  # seconds within which a proxy that has just been started dies where something is wrong with it
 
 NGINX = """# Written by thinwire server. Sites reach the fleet's paths; all else of the hub stays on its own machine.
 daemon off;
@@ -87,11 +87,16 @@ https://:{port} {{
 """
 
 
+def check(*folders: Path) -> None:
+    """ConfigError for a folder that cannot stand in the programs' files."""
+    for folder in folders:
+        if any(mark in str(folder.resolve()) for mark in FORBIDDEN):
+            raise ConfigError(f"{folder}: nginx and caddy take no path with one of {' '.join(FORBIDDEN[:-1])} in it")
+
+
 def write(place: Path, keys: Path, host: str, port: int, hub: int) -> dict[str, Path]:
     """Write the configurations of nginx and caddy into a folder; returns them by program."""
-    for folder in (place.resolve(), keys.resolve()):
-        if any(mark in str(folder) for mark in FORBIDDEN):
-            raise ConfigError(f"{folder}: nginx and caddy take no path with one of {' '.join(FORBIDDEN[:-1])} in it")
+    check(place, keys)
     place.mkdir(parents=True, exist_ok=True)
     fields = {"place": place.resolve(), "keys": keys.resolve(), "host": host, "port": port, "hub": hub}
     files = {name: place / file for name, file in FILES.items()}
@@ -124,11 +129,13 @@ class Front:
         self.began = time.monotonic()
         self.children.start("proxy", self.command)
 
-    def tick(self) -> None:
-        """Look after it."""
+    def tick(self) -> str | None:
+        """Look after it; a line where it has died and was started again."""
         if self.children.running["proxy"].poll() is None:
-            return
+            return None
+        said = self.children.why("proxy")
         self.quick = self.quick + 1 if time.monotonic() - self.began < QUICK else 0
         if self.quick == 2:
-            raise Ended(f"the proxy does not stay up: {self.children.why('proxy')}")
+            raise Ended(f"the proxy does not stay up: {said}")
         self.start()
+        return f"the proxy has ended, and is started again: {said}"
