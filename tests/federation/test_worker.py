@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from thinwire.federation import channel
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.payloads import Hello
 from thinwire.federation.policy import task_of
-from thinwire.federation.processes import Children
+from thinwire.federation.processes import Children, alive
+from thinwire.federation.progress import Notices, Progress, notices_of
 from thinwire.federation.site import SiteSide
 from thinwire.federation.visits import told
 from thinwire.federation.worker import Site, Worker
@@ -148,3 +151,46 @@ def test_children_are_named_by_their_last_error(tmp_path: Path) -> None:
     children.start("x", [sys.executable, "-S", "-c", "print('INFO: new')"]).wait(60)
     assert children.why("x") == "INFO: new"  # not that of the process before
     children.stop()
+
+
+RELAY = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from thinwire.federation.relay import relay
+from thinwire.runtime.envelope import pack
+message = SimpleNamespace(content=pack(b"x", transfer="0" * 16))
+print("ready", flush=True)
+relay(message, SimpleNamespace(node_config={"socket": sys.argv[1]}), Path(sys.argv[2]))
+"""
+PARENT = (
+    "import subprocess, sys; c = subprocess.Popen([sys.executable, *sys.argv[1:]]); print(c.pid, flush=True); c.wait()"
+)
+
+
+def test_a_relay_that_waits_for_its_worker_ends_with_flower_s_process(tmp_path: Path) -> None:
+    silent = channel.listen(tmp_path / "worker")
+    (tmp_path / "site.json").write_text("{}")
+    command = [sys.executable, "-c", PARENT, "-c", RELAY, str(tmp_path / "worker"), str(tmp_path / "site.json")]
+    with silent, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        relay = int(parent.stdout.readline())
+        link, _ = silent.accept()  # it has asked, and waits
+        with link:
+            assert alive(relay)
+            parent.kill()
+            until = time.monotonic() + 60
+            while alive(relay):
+                assert time.monotonic() < until
+                time.sleep(0.1)
+
+
+def test_what_the_server_s_loop_notes_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "federation").mkdir()
+    Notices(notices_of(tmp_path)).add("of an earlier run")
+    said: list[str] = []
+    progress, notes = Progress(tmp_path, 3, said.append), Notices(notices_of(tmp_path))
+    for line in ("south has not joined: \x1b[2Jno\nrows", "south has not joined: \x1b[2Jno\nrows", "x" * 9000):
+        notes.add(line)
+        progress.tick()
+    assert said == ["south has not joined: [2Jno rows", "x" * 497 + "..."]
