@@ -12,12 +12,13 @@ import shutil
 import signal
 import sys
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from thinwire.federation import channel
 from thinwire.federation.channel import Table
+from thinwire.federation.incoming import Incoming
 from thinwire.federation.processes import end_with_parent
 from thinwire.federation.question import Question, Refused
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 FAILED = "its rows cannot be used, or its work with them failed; its own log says why"
 SPARE = 1 << 26  # bytes of the disk that stay free
 MOST = 300  # characters of an error that a server is told
-GAPS = 16  # between the pieces of a frame that are here: they come in order, or nearly so
 
 
 @dataclass(frozen=True)
@@ -61,35 +61,6 @@ class Site:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-@dataclass
-class _Incoming:
-    """Pieces of a frame that are here: as ranges, sorted, that do not touch."""
-
-    transfer: str
-    total: int
-    got: list[tuple[int, int]] = field(default_factory=list)
-    small: bytes = b""
-    path: Path | None = None
-
-    def add(self, start: int, end: int) -> None:
-        """Take note of a piece; Refused for one that overlaps another, or a frame in crumbs."""
-        if not 0 <= start < end <= self.total or any(start < e and s < end for s, e in self.got):
-            raise Refused("pieces of a frame that do not fit together")
-        ranges = sorted([*self.got, (start, end)])
-        self.got = ranges[:1]
-        for s, e in ranges[1:]:
-            if s == self.got[-1][1]:
-                self.got[-1] = (self.got[-1][0], e)
-            else:
-                self.got.append((s, e))
-        if len(self.got) > GAPS:
-            raise Refused("pieces of a frame that do not fit together")
-
-    @property
-    def whole(self) -> bool:
-        return self.got == [(0, self.total)]
-
-
 class Worker:
     """One site's worker; `answer` is what it does with a question."""
 
@@ -106,7 +77,7 @@ class Worker:
         self.spool = self.folder / "spool"
         shutil.rmtree(self.spool, ignore_errors=True)
         self.spool.mkdir(parents=True)
-        self.incoming: _Incoming | None = None
+        self.incoming: Incoming | None = None
         self.outgoing: tuple[str, Any] | None = None
         self.settings = ""
         self.run: Visits | None = None
@@ -160,7 +131,7 @@ class Worker:
             self._drop_outgoing()
             if len(body) != total and total + SPARE > shutil.disk_usage(self.spool).free:
                 self._refuse(question, body, f"this site has no room for a frame of {total} bytes")
-            self.incoming = at = _Incoming(transfer, total)
+            self.incoming = at = Incoming(transfer, total)
         try:
             if total != at.total:
                 raise Refused("pieces of a frame that do not fit together")
