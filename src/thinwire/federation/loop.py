@@ -86,6 +86,7 @@ def _train(grid: Grid, folder: Path) -> None:
     from thinwire import build, config, memory
     from thinwire.data.load import read_jsonl
     from thinwire.federation.fingerprint import fingerprints
+    from thinwire.federation.keys import caps_of
     from thinwire.federation.progress import Notices, notices_of
     from thinwire.federation.survey import Survey, join
     from thinwire.runtime import checkpoint
@@ -120,7 +121,8 @@ def _train(grid: Grid, folder: Path) -> None:
         notices.add(f"{name} has not joined: {why}")
     keep = 8 + run.method.versions_each * len(hub.sites)
     survey = Survey(transport, run.method, job.run, spool) if federation.evaluate else None
-    train(replace(job, names=list(hub.sites), transport=transport, survey=survey, keep_versions=keep))
+    caps = caps_of(Path(hub.keys), hub.sites)
+    train(replace(job, names=list(hub.sites), transport=transport, survey=survey, keep_versions=keep, caps=caps))
 
 
 def counted(folder: Path) -> dict[int, int]:
