@@ -16,6 +16,7 @@ from silos import Silos
 
 from thinwire import build, config
 from thinwire.federation.fingerprint import fingerprints
+from thinwire.federation.local import OPEN
 from thinwire.federation.visits import told
 from thinwire.federation.worker import Site, Worker
 from thinwire.model.flat import Net
@@ -83,11 +84,14 @@ def federate(
     clients = silos.rows(run).clients
     silos.begin(run, folder)
     workers = []
+    if policy is None:
+        policy = folder / "policy.toml"
+        policy.write_text(OPEN)
     for name in clients:
         place, data = folder / "at" / name, silos.folder / "data" / f"{name}.jsonl"
-        site = Site(name, str(data), str(place), "", hold_out=False, policy=str(policy) if policy else None)
+        site = Site(name, str(data), str(place), "", hold_out=False, policy=str(policy), allow_model=True)
         workers.append(Worker(site))
-    grid = OneProcess(workers, told(run, tuple(clients), "session"))
+    grid = OneProcess(workers, told(run, tuple(clients), "0123456789abcdef"))
     net = net or build.net_of(run, remember=True)
     spool = folder / "spool"
     about = fingerprints(run, net)

@@ -9,8 +9,9 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
@@ -75,9 +76,9 @@ def run(
         check(settings)
         folder = out if out is not None else Path("runs") / settings.name
         rank = parallel.join()
-        _check_place(folder, resume)
+        check_place(folder, resume)
         with locked(folder) if not rank else contextlib.nullcontext():
-            _claim(folder, settings, resume)
+            claim(folder, settings, resume)
             if (folder / "summary.json").exists():
                 echo(f"{folder}: this run is complete")
                 print_summary(folder)
@@ -94,7 +95,7 @@ def run(
             with Live(settings, rows, net, folder, resume) as watch:
                 job = build.job(whole, rows, net, folder, before, watch)
                 watch.rows_shortened(shortened(job.names, job.clients, settings.data.max_length))
-                _record(folder, settings, build.fingerprints(job))
+                record(folder, settings, build.fingerprints(job))
                 try:
                     with Trackers(watch, trackers_of(settings, folder)) as job.watch:
                         train(job)
@@ -242,7 +243,7 @@ def main() -> None:
     sys.exit(status)
 
 
-def _check_place(folder: Path, resume: bool) -> None:
+def check_place(folder: Path, resume: bool) -> None:
     """Refuse what is no folder, and no run to resume, before a lock makes one."""
     from thinwire import config
 
@@ -253,12 +254,12 @@ def _check_place(folder: Path, resume: bool) -> None:
         raise config.ConfigError(f"{folder}: there is no run to resume")
 
 
-def _claim(folder: Path, settings: Run, resume: bool) -> None:
+def claim(folder: Path, settings: Run, resume: bool) -> None:
     """Refuse a folder that holds anything but, under --resume, this very run."""
     from thinwire import config
     from thinwire.runtime.folder import FILE
 
-    _check_place(folder, resume)
+    check_place(folder, resume)
     if not (folder / "run.toml").exists():
         if folder.exists() and {path.name for path in folder.iterdir()} - {FILE, "run.toml.part"}:
             raise config.ConfigError(f"{folder}: not empty, and not a run; choose another --out")
@@ -272,7 +273,7 @@ def _claim(folder: Path, settings: Run, resume: bool) -> None:
         raise config.ConfigError(f"{folder}: holds another run: {difference}")
 
 
-def _record(folder: Path, settings: Run, fingerprints: dict[str, str]) -> None:
+def record(folder: Path, settings: Run, fingerprints: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write run.toml; ConfigError where a run goes on that began with other rows or another start model."""
     from thinwire import config, records
 
@@ -280,12 +281,12 @@ def _record(folder: Path, settings: Run, fingerprints: dict[str, str]) -> None:
     if file.exists():
         began = config.load(file).environment
         for name, what in (("rows", "the clients' rows"), ("weights", "the start model's weights")):
-            if began.get(name, fingerprints[name]) != fingerprints[name]:
+            if name in began and began[name] != fingerprints.get(name, began[name]):
                 raise config.ConfigError(
                     f"{folder}: {what} are not those that the run began with; put them back, or begin anew with "
                     "another --out"
                 )
-    environment = _environment() | fingerprints
+    environment = {**_environment(), **fingerprints}
     folder.mkdir(parents=True, exist_ok=True)
     records.replace(file, settings.model_copy(update={"environment": environment}).to_toml().encode())
 

@@ -176,6 +176,7 @@ class Federation(_Section):
     A reply that takes longer than `deadline` seconds counts as absent for the round; a round with fewer replies than
     `quorum` ends the run, which can go on later. A site that is not connected is waited for at most `patience` seconds.
     Frames beyond `chunk_bytes` travel in pieces. With `evaluate` each site scores the weights on its held-out rows too.
+    `max_examples`: that a site may claim, and so count in a mean, where it was not registered with a number of its own.
     """
 
     sites: tuple[str, ...] = ()
@@ -184,6 +185,7 @@ class Federation(_Section):
     patience: NonNegativeFloat = 120.0
     chunk_bytes: int = Field(3 << 24, ge=1 << 10, le=1 << 30)
     evaluate: bool = False
+    max_examples: PositiveInt | None = None
 
     @field_validator("sites")
     @classmethod

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import builtins
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import refused
-from tiny import tiny_rows, write_jsonl
+from test_cli import refused, thinwire
+from tiny import tiny_folder, tiny_rows, write_jsonl
 
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
-from thinwire.federation import keys, proxy
+from thinwire.federation import hub, keys, local, proxy, reach, site
+from thinwire.runtime.folder import locked
 
 RUN = """
 [data]
@@ -28,6 +31,20 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
     path.write_text(RUN + '[federation]\nsites = ["north", "south"]\n')
     return path
+
+
+@pytest.fixture(autouse=True)
+def _mask() -> Iterator[None]:
+    """The commands change what this process's files may be read by."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def readable(folder: Path) -> list[str]:
+    """What others may read, or enter, below a folder."""
+    found = [path for path in (folder, *folder.rglob("*")) if path.stat().st_mode & 0o077]
+    return sorted(str(path.relative_to(folder.parent)) for path in found)
 
 
 def test_without_flower_one_line_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,3 +109,64 @@ def test_a_client_checks_its_files_before_it_starts_anything(tmp_path: Path) -> 
     (tmp_path / "north.key").chmod(0o644)
     assert "can be read by others" in line()
     assert not (tmp_path / "site").exists()
+
+
+def test_what_a_local_federation_writes_is_its_owner_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_folder(tmp_path / "model")
+    rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(12))
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'[model]\npath = "{tmp_path / "model"}"\n[data]\npath = "{rows}"\nclients = 2\n[method]\nname = "fedkseed"\n'
+    )
+
+    def start(self: local.Local) -> None:
+        self.server.prepare(tmp_path / "out", local_run(tmp_path / "out"), {})
+        for one in self.sites.values():
+            one.children.start("worker", ["sh", "-c", "echo x > " + str(one.folder / "made-by-a-child")]).wait(60)
+        raise hub.Ended("as far as this test goes")
+
+    monkeypatch.setattr(local.Local, "start", start)
+    monkeypatch.setattr(hub.ServerSide, "stop", lambda self: None)
+    (tmp_path / "out").mkdir(mode=0o755)
+    result = thinwire("local-federation", file, "--out", tmp_path / "out")
+    assert (result.code, "as far as this test goes" in result.err) == (1, True), result
+    assert len(list((tmp_path / "out").rglob("data.jsonl"))) == len(list((tmp_path / "out").rglob("made-by-*"))) == 2
+    assert readable(tmp_path / "out") == ["out"]  # the user's own folder; what it holds is closed
+    with locked(tmp_path / "out"):
+        line = refused("local-federation", file, "--out", tmp_path / "out", "--resume")
+    assert line == f"{tmp_path / 'out'}: another process (pid {os.getpid()}) is at work here"
+
+
+def local_run(folder: Path) -> Any:
+    from thinwire import config
+
+    return config.load(folder / "run.toml")
+
+
+def test_what_a_client_writes_is_its_owner_s_and_a_folder_is_one_client_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys.make_site("north", tmp_path)
+    keys.make_server([], tmp_path)
+    rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(3))
+    place = tmp_path / "site"
+    (place / "runs").mkdir(parents=True)
+    place.chmod(0o755)  # as an older thinwire made it
+    options = ["--server", "127.0.0.1:1", "--data", rows, "--key", tmp_path / "north.key", "--ca", tmp_path / "ca.crt"]
+    monkeypatch.setattr(reach, "greet", lambda server, ca: None)
+
+    def start(self: site.SiteSide) -> None:
+        (self.folder / "logs").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(site.SiteSide, "start", start)
+    line = thinwire("client", *options, "--folder", place, "--allow-model")
+    assert "north: stopped; it takes part again with the same command" in line.err
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert [path for path in readable(place) if path != "site/runs"] == []
+    (place / "audit.jsonl").write_text('{"before": "x"}\n')
+    line = thinwire("client", *options, "--folder", place, "--allow-model")
+    assert "audit.jsonl:1: does not follow from the line before" in line.err
+    with locked(place):
+        line = refused("client", *options, "--folder", place, "--allow-model")
+    assert line == f"{place}: another process (pid {os.getpid()}) is at work here"

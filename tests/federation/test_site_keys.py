@@ -41,6 +41,21 @@ def test_the_server_registers_public_halves_by_name(tmp_path: Path) -> None:
     assert sorted(public_keys(home)) == ["north", "south"]
 
 
+def test_a_site_is_registered_with_its_rows(tmp_path: Path) -> None:
+    north, south = (keys.make_site(name, tmp_path / "at") for name in ("north.1", "south"))
+    home = tmp_path / "keys"
+    assert thinwire("keys", "register", "north.1", north, "--out", home, "--rows", "12").code == 0
+    assert thinwire("keys", "register", "south", south, "--out", home).code == 0
+    assert keys.caps_of(home, ("south", "north.1", "west")) == {1: 12}
+    assert thinwire("keys", "register", "north.1", north, "--out", home).code == 0  # without a number it stays
+    assert keys.caps_of(home, ("north.1",)) == {0: 12}
+    assert thinwire("keys", "register", "north.1", north, "--out", home, "--rows", "0").code == 2
+    assert sorted(public_keys(home)) == ["north.1", "south"]
+    (home / "sites" / "south.rows").write_text("many")
+    with pytest.raises(ConfigError, match="holds no number"):
+        keys.caps_of(home, ("south",))
+
+
 def test_another_key_does_not_take_a_name_over(tmp_path: Path) -> None:
     keys.register("north", keys.make_site("north", tmp_path / "a"), tmp_path)
     with pytest.raises(ConfigError, match="north has another key already"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from silos import Silos, in_process, state_of, visits
+from tiny import tiny_folder
 
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
@@ -16,8 +18,10 @@ from flwr.app import Message
 from grid import FIRST, OneProcess, entries, federate
 
 from thinwire import wire
+from thinwire.federation.local import OPEN
 from thinwire.federation.payloads import Scores
 from thinwire.federation.survey import Refusal, Survey, join, record
+from thinwire.federation.worker import Worker
 from thinwire.methods.fedavg import Weights
 from thinwire.methods.fedkseed import Gains, Steps
 from thinwire.runtime import checkpoint, loop
@@ -266,7 +270,7 @@ def test_a_worker_refuses_frames_that_are_not_for_it(silos: Silos, tmp_path: Pat
 )
 def test_the_site_s_policy_is_kept(policy: str, says: str, silos: Silos, tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
-    file.write_text(policy)
+    file.write_text(OPEN + policy)
     job, _, _ = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run", policy=file)
     with pytest.raises(NoQuorum, match=says):
         loop.train(job)
@@ -289,6 +293,114 @@ def test_a_site_with_another_model_tokenizer_or_prompt_cannot_join(name: str, si
     what = {"base": "base model", "tokenizer": "tokenizer", "prompt": "prompt template"}[name]
     with pytest.raises(Refusal, match=f"north cannot take part: {what}: the server's is 0000"):
         join(transport, job.run, 3, job.names, 3)
+
+
+@pytest.mark.parametrize("trouble", ["name", "policy", "rows", "model"])
+def test_a_site_that_cannot_take_part_is_out_alone(trouble: str, silos: Silos, tmp_path: Path) -> None:
+    """The others run to the end without it, and the reason is in one line; only a quorum that is not met ends a run."""
+    job, grid, transport = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run")
+    site = grid.workers[1].site
+    if trouble == "name":
+        site, says = replace(site, name="zurich"), "zurich is not one of the run's sites: north, south, west"
+    elif trouble == "policy":
+        (tmp_path / "closed.toml").write_text('methods = ["fedavg"]')
+        site, says = replace(site, policy=str(tmp_path / "closed.toml")), "does not allow the method fedkseed"
+    elif trouble == "rows":
+        (tmp_path / "rows.jsonl").write_text('{"text": "no column"}\n')
+        site, says = replace(site, data=str(tmp_path / "rows.jsonl")), "its rows cannot be used"
+    else:
+        tiny_folder(tmp_path / "other", seed=5)
+        site, says = replace(site, model=str(tmp_path / "other")), "base model: the server's is"
+    grid.workers[1] = Worker(site)
+    absent = join(transport, job.run, 3, job.names, 2)
+    assert list(absent) == ["south"]
+    assert says in absent["south"]
+    loop.train(job)
+    errors = [error for *_, error in visits(tmp_path / "run")[0]]
+    assert errors[::2] == [None, None]
+    assert says in str(errors[1])
+    with pytest.raises(NoQuorum, match=r"2 of 3 sites have joined, 3 must; south: "):
+        join(transport, job.run, 3, job.names, 3)
+
+
+def test_a_node_that_comes_back_within_the_patience_has_joined(silos: Silos, tmp_path: Path) -> None:
+    from flwr.app import Error
+
+    job, grid, transport = federate(silos, silos.run(THIN), tmp_path / "run", patience=60.0)
+    away = 2
+
+    def unavailable(client: int, reply: Message) -> Message:
+        nonlocal away
+        if client == 1 and away:
+            away -= 1
+            return Message(Error(3, "Node Unavailable"), reply_to=reply)
+        return reply
+
+    grid.tamper = unavailable
+    assert join(transport, job.run, 3, job.names, 3) == {}
+    transport.patience, away = 0.0, 1
+    assert "Node Unavailable" in join(transport, job.run, 3, job.names, 2)["south"]
+    transport.nodes = dict
+    absent = join(transport, job.run, 3, job.names, 0)  # a run that has begun asks for no quorum here
+    assert absent == dict.fromkeys(("north", "south", "west"), "not connected")
+
+
+def test_an_answer_to_joining_has_no_room_for_more(silos: Silos, tmp_path: Path) -> None:
+    job, grid, transport = federate(silos, silos.run(THIN), tmp_path / "run")
+
+    def large(client: int, reply: Message) -> Message:
+        frame, about = unpack(reply.content)
+        if client == 1:
+            reply.content = pack(frame, **{**about, "total": 1 << 20})
+        return reply
+
+    grid.tamper = large
+    assert "1048576 bytes, beyond the cap of 65536" in join(transport, job.run, 3, job.names, 2)["south"]
+
+
+def test_a_site_s_words_are_one_short_line(silos: Silos, tmp_path: Path) -> None:
+    job, grid, _ = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run")
+    words = "\x1b[2J\x1b]0;owned\x07" + "no\r\nround 9 of 9: all is well\u202e " + "x" * 5_000_000
+
+    def rude(client: int, reply: Message) -> Message:
+        if client == 1:
+            reply.content = pack(b"", transfer="0" * 16, total=0, error=words)
+        return reply
+
+    grid.tamper = rude
+    loop.train(job)
+    error = str(visits(tmp_path / "run")[0][1][3])
+    assert error.isprintable()
+    assert len(error) == 200
+    assert "no round 9 of 9" in error
+
+
+@pytest.mark.parametrize("gone", ["at the end", "at the start"])
+def test_a_group_of_scores_may_come_and_go(gone: str, silos: Silos, tmp_path: Path) -> None:
+    """A site whose rows hold none out is a group of its own; a survey has a record of each group that answered."""
+    run = silos.run(THIN, eval={"every": 1})
+    job, grid, transport = federate(silos, run, tmp_path / "run")
+    held = silos.folder / "heldout.jsonl"
+    for client in (0, 2):
+        grid.workers[client] = Worker(replace(grid.workers[client].site, heldout=str(held)))
+    survey = Survey(transport, run.method, job.run, tmp_path / "run" / "spool")
+    away = {"at the end": (2,), "at the start": (0,)}[gone]
+
+    def some(state: Any, server: Any, known: dict[int, str]) -> list[dict[str, Any]]:
+        there = {client: FIRST + client for client in range(3) if client != 1 or server.round not in away}
+        transport.nodes = lambda: there
+        try:
+            return survey(state, server, known)
+        finally:
+            transport.nodes = lambda: {client: FIRST + client for client in range(3)}
+
+    job.survey = some
+    job.card = None
+    loop.train(job)
+    found = [(r["round"], r["split"]) for r in loop.read_records(tmp_path / "run" / "evals.jsonl")]
+    both = ["sites", "sites_train"]
+    want = [(round, name) for round in (0, 1, 2) for name in both if name == "sites" or round not in away]
+    assert [entry for entry in found if entry[1] in both] == want
 
 
 @pytest.mark.parametrize("method", [THIN, WIDE], ids=["fedkseed", "fedavg"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ import typer
 
 from thinwire.terminal import Stopped, echo, one_line, settle
 
+RETRY = 2.0  # seconds between two attempts to reach a server
 TICK = 0.5  # seconds between two looks at the processes
 
 
@@ -26,28 +29,44 @@ def client(
         Path | None, typer.Option(metavar="FILE", help="Rows to score on; by default the share that the run holds out.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The start model's folder here, if not the run file's.")] = None,
+    allow_model: Annotated[
+        bool, typer.Option("--allow-model", help="Without --model, load what the server's run file names.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="In place of the run file's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="In place of the run file's.")] = None,
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="What may leave this site, a TOML file.")] = None,
     folder: Annotated[Path, typer.Option(help="For the log, the client's memory, and temporary files.")] = Path("site"),
 ) -> None:
     """Take part in federations with this machine's rows: started once, it serves run after run until it is stopped."""
-    with one_line():
+    with one_line(), ExitStack() as stack:
         settle()
-        from thinwire.config import ConfigError
-        from thinwire.data.load import read_jsonl
-        from thinwire.data.source import reader_of
-        from thinwire.federation.policy import Policy
+        from thinwire.errors import ConfigError
         from thinwire.federation.processes import require_flower
-        from thinwire.federation.site import SiteSide
-        from thinwire.federation.worker import Site
+        from thinwire.federation.reach import Away, greet, place_of
 
         require_flower()
+        os.umask(0o077)  # what lies in the site's folder is for its owner
+        place_of(server, "--server")
         for option, path in (("--key", key), ("--ca", ca)):
             if not path.is_file():
                 raise ConfigError(f"{option}: {path} is not a file")
         if key.stat().st_mode & 0o077:
             raise ConfigError(f"--key: {key} can be read by others than its owner; chmod 600 {key}")
+        try:
+            greet(server, ca)
+            waits = ""
+        except Away as away:
+            echo(f"{away}; waiting for it")
+            waits = str(away)
+        # what follows takes its time to import
+        from thinwire.data.load import read_jsonl
+        from thinwire.data.source import reader_of
+        from thinwire.federation.audit import broken
+        from thinwire.federation.policy import Policy
+        from thinwire.federation.site import SiteSide
+        from thinwire.federation.worker import Site
+        from thinwire.runtime.folder import locked
+
         for option, rows in (("--data", data), ("--heldout", heldout)):
             if rows is not None and reader_of(rows) not in (None, read_jsonl):
                 raise ConfigError(
@@ -55,7 +74,9 @@ def client(
                 )
             if rows is not None:
                 read_jsonl(rows)
-        Policy.load(policy)
+        rules = Policy.load(policy)
+        if model is None and not (allow_model or rules.model):
+            raise ConfigError("--model: missing; or --allow-model takes the one that the server's run file names")
         site = Site(
             name=name or key.stem,
             data=str(data.resolve()),
@@ -66,10 +87,23 @@ def client(
             device=device,
             threads=threads,
             policy=str(policy.resolve()) if policy is not None else None,
+            allow_model=allow_model,
         )
+        stack.enter_context(locked(folder))
+        if (wrong := broken(folder / "audit.jsonl")) is not None:
+            echo(f"thinwire: {wrong}", err=True)
         signal.signal(signal.SIGTERM, _interrupt)
         side = SiteSide(site, server, key, ca, show=_show)
         try:
+            while waits:
+                time.sleep(RETRY)
+                try:
+                    greet(server, ca)
+                    break
+                except Away as away:
+                    if str(away) != waits:
+                        echo(f"{away}; waiting for it")
+                    waits = str(away)
             side.start()
             echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
             while True:

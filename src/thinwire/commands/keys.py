@@ -51,6 +51,9 @@ def register(
     name: Annotated[str, typer.Argument(help="The site's name, as the run file has it.")],
     public: Annotated[str, typer.Argument(metavar="PUBLIC", help="The site's public half: a file, or the line.")],
     out: Folder = Path("keys"),
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="The rows that it has: it may not say that it trained on more.")
+    ] = None,
 ) -> None:
     """At the server: bind a site's name to its public key."""
     with one_line():
@@ -58,4 +61,4 @@ def register(
         from thinwire.federation.processes import require_flower
 
         require_flower()
-        echo(f"{name} is whoever holds the other half of {keys.register(name, public, out)}")
+        echo(f"{name} is whoever holds the other half of {keys.register(name, public, out, rows)}")

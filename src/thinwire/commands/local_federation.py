@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +21,7 @@ def local_federation(
     kill_a_client: Annotated[bool, typer.Option("--kill-a-client", help="Kill a site's node after round 1.")] = False,
 ) -> None:
     """Run a run file on Flower with a server and sites on this machine, as a federation of machines would."""
-    with one_line():
+    with one_line(), ExitStack() as stack:
         settle()
         from thinwire import build, cli, config
         from thinwire.federation.hub import Ended, rounds_of
@@ -27,9 +29,11 @@ def local_federation(
         from thinwire.federation.processes import require_flower
         from thinwire.federation.progress import Progress
         from thinwire.keys import Key
+        from thinwire.runtime.folder import locked
         from thinwire.show import print_summary
 
         require_flower()
+        os.umask(0o077)  # what lies below the run's folder is for its owner
         changes = list(overrides or [])
         settings = config.load(file, changes)
         if clients is not None and settings.data.partition in ("iid", "dirichlet"):
@@ -38,12 +42,14 @@ def local_federation(
         if clients is not None and len(rows.clients) != clients:
             raise config.ConfigError(f"--clients: the data has {len(rows.clients)} clients, not {clients}")
         folder = out if out is not None else Path("runs") / settings.name
-        cli._claim(folder, settings, resume)
+        cli.check_place(folder, resume)
+        stack.enter_context(locked(folder))
+        cli.claim(folder, settings, resume)
         if (folder / "summary.json").exists():
             echo(f"{folder}: this run is complete")
             print_summary(folder)
             return
-        cli._record(folder, settings)
+        cli.record(folder, settings)
         local = Local(folder / "federation", named(settings, rows.clients), echo)
         progress, killed = Progress(folder, settings.rounds, echo), False
 

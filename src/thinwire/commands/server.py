@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,23 +36,30 @@ def server(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
 ) -> None:
     """Run a run file with sites on other machines: the hub on loopback, and a proxy that lets sites through to it."""
-    with one_line():
+    with one_line(), ExitStack() as stack:
         settle()
         from thinwire import cli, config
         from thinwire.federation import proxy
         from thinwire.federation.hub import Ended, ServerSide, federation_of
         from thinwire.federation.processes import require_flower
         from thinwire.federation.progress import Progress
+        from thinwire.federation.reach import listening, place_of
+        from thinwire.runtime.cohort import check_clients
+        from thinwire.runtime.folder import locked
         from thinwire.show import print_summary
 
         require_flower()
-        host, port = _place(listen)
+        os.umask(0o077)  # what lies below the run's folder is for its owner
+        host, port = place_of(listen, "--listen")
         if own_proxy and expose:
             raise config.ConfigError("--own-proxy, --expose-control-api: one of them")
         settings = config.load(file, overrides or [])
         sites = federation_of(settings)
+        check_clients(settings.cohort, len(sites))
         folder = out if out is not None else Path("runs") / settings.name
-        cli._claim(folder, settings, resume)
+        cli.check_place(folder, resume)
+        stack.enter_context(locked(folder))
+        cli.claim(folder, settings, resume)
         if (folder / "summary.json").exists():
             echo(f"{folder}: this run is complete")
             print_summary(folder)
@@ -58,7 +67,6 @@ def server(
         splits = {name: str(Path(path).resolve()) for name, path in _splits(settings).items()}
         home = folder.resolve() / "federation"
         if expose:
-            echo(f"thinwire: {RISK}", err=True)
             side = ServerSide(home, keys, sites, host=host, port=port, show=_show)
             start = None
         else:
@@ -69,25 +77,34 @@ def server(
                     "--listen: neither nginx nor caddy is installed here, and without a proxy Flower's control paths "
                     "would be open to all; install one, or run your own as the files say that --own-proxy writes"
                 )
-        cli._record(folder, settings)
+        if not expose:
+            proxy.check(home, keys)
+        if not own_proxy:
+            listening(host, port, "--listen")
+        if hub_port is not None and not expose:
+            listening("127.0.0.1", hub_port, "--hub-port")
+        if expose:
+            echo(f"thinwire: {RISK}", err=True)
+        cli.record(folder, settings)
         if not expose:
             files = proxy.write(home / "proxy", keys, host, port, side.port)
             if own_proxy:
                 echo(f"your proxy is to do what {files['nginx']} or {files['caddy']} says; the hub is {side.port}")
+        front = proxy.Front(side.children, start) if start is not None else None
         progress = Progress(folder, settings.rounds, echo)
         signal.signal(signal.SIGTERM, _interrupt)
         again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"
 
         def tick() -> None:
-            if start is not None and side.children.running["proxy"].poll() is not None:
-                side.children.start("proxy", start)
+            if front is not None and (line := front.tick()) is not None:
+                echo(line)
             progress.tick()
 
         try:
             side.start()
-            if start is not None:
-                _show(start)
-                side.children.start("proxy", start)
+            if front is not None:
+                _show(front.command)
+                front.start()
             echo(f"sites join with: thinwire client --server HOST:{port} --data FILE --key KEY --ca ca.crt")
             side.prepare(folder, settings, splits)
             side.follow(folder, tick)
@@ -105,15 +122,6 @@ def _splits(settings: Any) -> dict[str, str]:
     """The rows that the server scores itself: of files that the run names. What sites hold stays there."""
     named = {"heldout": settings.data.heldout, "heldout_tasks": settings.data.heldout_tasks}
     return {name: path for name, path in named.items() if isinstance(path, str)}
-
-
-def _place(listen: str) -> tuple[str, int]:
-    from thinwire.config import ConfigError
-
-    host, colon, port = listen.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ConfigError(f"--listen: {listen!r} is not HOST:PORT")
-    return host, int(port)
 
 
 def _show(command: Sequence[str]) -> None:

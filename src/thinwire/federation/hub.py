@@ -12,7 +12,7 @@ from pathlib import Path
 import tomli_w
 
 from thinwire.config import ConfigError, Run
-from thinwire.federation.keys import public_bytes
+from thinwire.federation.keys import check_server, public_bytes
 from thinwire.federation.loop import PUBLIC, Hub, Status
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
 from thinwire.federation.visits import told
@@ -52,6 +52,7 @@ class ServerSide:
                 raise ConfigError(f"{self.keys / name}: missing; a site's key is registered by: thinwire keys register")
         if not (self.keys / "server.crt").is_file():
             raise ConfigError(f"{self.keys}: holds no certificate; make one with: thinwire keys server --host NAME")
+        check_server(self.keys)
         self.children = Children(self.home / "flwr", self.home / "logs")
 
     def prepare(self, folder: Path, run: Run, splits: dict[str, str]) -> None:
@@ -61,7 +62,9 @@ class ServerSide:
         known = (place / "hub.json").exists()
         session = Hub.load(folder).session if known else secrets.token_hex(8)
         Hub(str(self.keys), session, self.sites, splits).write(folder)
-        shutil.copytree(APP, place / "app", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        (place / "app").mkdir(exist_ok=True)
+        for file in (file for file in APP.iterdir() if file.is_file()):
+            shutil.copyfile(file, place / "app" / file.name)
         (place / "app" / "site.json").write_text(told(run, self.sites, session), encoding="utf-8")
 
     @property
@@ -73,6 +76,7 @@ class ServerSide:
         """Start the hub and wait until it is well, then register the sites' keys. Ended: it did not start."""
         flwr = self.home / "flwr"
         flwr.mkdir(parents=True, exist_ok=True)
+        self.home.chmod(0o700)  # made by an older thinwire, perhaps
         address = f"127.0.0.1:{self.port}"
         connection = {"address": address, "root-certificates": str(self.ca)}
         (flwr / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
@@ -107,9 +111,7 @@ class ServerSide:
                 status = Status.read(folder)
                 if status is None:
                     if time.monotonic() > until:
-                        raise Ended(
-                            f"Flower did not start the server's process: {self.children.last_line('superexec')}"
-                        )
+                        raise Ended(f"Flower did not start the server's process: {self.children.why('superexec')}")
                 elif status.state == "done":
                     return
                 elif status.state == "stopped":
@@ -146,8 +148,8 @@ class ServerSide:
         ]
         self.show([str(part) for part in command])
         process = self.children.start("superlink", command, **LEAN)
-        if not wait_healthy(process, self.port, self.ca):
-            raise Ended(f"the hub did not start: {self.children.last_line('superlink')}")
+        if (wrong := wait_healthy(process, self.port, self.ca)) is not None:
+            raise Ended(f"the hub did not start: {wrong or self.children.why('superlink')}")
 
     def _superexec(self) -> None:
         address = f"127.0.0.1:{self.port}"

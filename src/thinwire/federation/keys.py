@@ -96,8 +96,44 @@ def make_server(hosts: Sequence[str], folder: Path) -> Path:
     return ca_file
 
 
-def register(name: str, public: str | Path, folder: Path) -> Path:
-    """Keep a site's public half, given as a file or as its line, under the site's name: sites/NAME.pub."""
+def check_server(folder: Path) -> None:
+    """ConfigError where server.crt is not valid now, not of ca.crt, or not of server.key, as sites would find."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization as form
+
+    again = "make another with: thinwire keys server --host NAME"
+    try:
+        chain, roots = (
+            x509.load_pem_x509_certificates((folder / name).read_bytes()) for name in ("server.crt", "ca.crt")
+        )
+        key = form.load_pem_private_key((folder / "server.key").read_bytes(), None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: its certificates cannot be read ({error}); {again}") from None
+    now, own = datetime.datetime.now(datetime.UTC), chain[0]
+    for name, found in [("server.crt", found) for found in chain] + [("ca.crt", roots[0])]:
+        if now > found.not_valid_after_utc:
+            raise ConfigError(f"{folder / name}: has expired on {found.not_valid_after_utc:%Y-%m-%d}; {again}")
+        if now < found.not_valid_before_utc:
+            raise ConfigError(f"{folder / name}: is not valid before {found.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
+    if len(chain) == 1 and not any(_issued(own, root) for root in roots):  # of a longer one sites see to the links
+        raise ConfigError(f"{folder / 'server.crt'}: is not of the authority in ca.crt; {again}")
+    if key.public_key() != own.public_key():
+        raise ConfigError(f"{folder / 'server.key'}: is not the key of server.crt; {again}")
+
+
+def _issued(own: x509.Certificate, root: x509.Certificate) -> bool:
+    try:
+        own.verify_directly_issued_by(root)
+    except Exception:  # a signature, a name or a kind of key that does not fit: each has a type of its own
+        return False
+    return True
+
+
+def register(name: str, public: str | Path, folder: Path, rows: int | None = None) -> Path:
+    """Keep a site's public half, given as a file or as its line, under the site's name: sites/NAME.pub.
+
+    `rows`: how many it may say that it has trained on, in sites/NAME.rows; what is there stays where it is None.
+    """
     _name(name)
     line = str(public)
     if not line.startswith("ecdsa-"):
@@ -114,7 +150,18 @@ def register(name: str, public: str | Path, folder: Path) -> Path:
     if target.exists() and public_bytes(target) != pem:
         raise ConfigError(f"{target}: {name} has another key already; remove the file to replace it")
     target.write_text(line.strip() + "\n", encoding="utf-8")
+    if rows is not None:
+        target.with_name(f"{name}.rows").write_text(f"{rows}\n", encoding="utf-8")
     return target
+
+
+def caps_of(folder: Path, sites: Sequence[str]) -> dict[int, int]:
+    """Client -> the rows that its site was registered with, of those that were registered with a number."""
+    files = {client: folder / "sites" / f"{name}.rows" for client, name in enumerate(sites)}
+    try:
+        return {client: int(file.read_text()) for client, file in files.items() if file.exists()}
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'sites'}: a file of rows that holds no number ({error})") from None
 
 
 def public_bytes(path: Path) -> bytes:

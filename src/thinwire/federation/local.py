@@ -16,6 +16,17 @@ from thinwire.federation.hub import ServerSide
 from thinwire.federation.site import SiteSide
 from thinwire.federation.worker import Site
 
+# Whoever starts this federation owns the rows and the run file.
+OPEN = f"""templates = "any"
+choices = "any"
+lengths = [2, {1 << 40}]
+drop = true
+max_rounds = {1 << 40}
+max_runs = {1 << 40}
+max_steps = {1 << 40}
+max_batch = {1 << 40}
+"""
+
 
 class Local:
     """Server and sites below one folder: `clients` are the sites' rows by name. `say` is given lines for people."""
@@ -30,13 +41,15 @@ class Local:
         files: dict[str, Path] = {}
         for name, held in clients.items():
             files[name] = write_rows(self.place(name) / "data", held)
+            (self.place(name) / "policy.toml").write_text(OPEN)
             if not (self.place(name) / f"{name}.key").exists():
                 keys.register(name, keys.make_site(name, self.place(name)), secrets)
         self.server = ServerSide(self.home, secrets, self.names)
         self.sites: dict[str, SiteSide] = {}
         for name in self.names:
             place = self.place(name)
-            site = Site(name, str(files[name]), str(place), "", hold_out=False)
+            given = {"data": str(files[name]), "policy": str(place / "policy.toml")}
+            site = Site(name, folder=str(place), socket="", hold_out=False, allow_model=True, **given)
             address = f"127.0.0.1:{self.server.port}"
             self.sites[name] = SiteSide(site, address, place / f"{name}.key", self.server.ca)
 

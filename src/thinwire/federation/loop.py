@@ -86,7 +86,10 @@ def _train(grid: Grid, folder: Path) -> None:
     from thinwire import build, config, memory
     from thinwire.data.source import read_file
     from thinwire.federation.fingerprint import fingerprints
+    from thinwire.federation.keys import caps_of
+    from thinwire.federation.progress import Notices, notices_of
     from thinwire.federation.survey import Survey, join
+    from thinwire.runtime import checkpoint
     from thinwire.runtime.flower import Flower
     from thinwire.runtime.loop import Watch, train
 
@@ -112,10 +115,15 @@ def _train(grid: Grid, folder: Path) -> None:
         max_bytes=job.max_bytes,
         counted=counted(folder),
     )
-    join(transport, job.run, len(hub.sites), hub.sites, federation.quorum)
+    began = bool(checkpoint.rounds(folder / "state"))  # then its rounds ask for a quorum, and joining is no condition
+    notices = Notices(notices_of(folder))
+    for name, why in join(transport, job.run, len(hub.sites), hub.sites, 0 if began else federation.quorum).items():
+        notices.add(f"{name} has not joined: {why}")
     keep = 8 + run.method.versions_each * len(hub.sites)
     survey = Survey(transport, run.method, job.run, spool) if federation.evaluate else None
-    train(replace(job, names=list(hub.sites), transport=transport, survey=survey, keep_versions=keep))
+    most = federation.max_examples
+    caps = {id: most for id in range(len(hub.sites)) if most is not None} | caps_of(Path(hub.keys), hub.sites)
+    train(replace(job, names=list(hub.sites), transport=transport, survey=survey, keep_versions=keep, caps=caps))
 
 
 def counted(folder: Path) -> dict[int, int]:

@@ -1,22 +1,22 @@
-"""What may leave a site, and the log of all that did: a file of each, both the site's own."""
+"""What a server may ask of a site and what may leave it: a file of the site's own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
 import tomllib
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from thinwire.config import ConfigError
+from thinwire.config import ConfigError, Data, Run, method_name
+from thinwire.data.templates import NAMED
 from thinwire.methods import METHODS
-from thinwire.wire import Frame, Illegal, Spooled, peek
+from thinwire.wire import Frame, Illegal, peek
 
 EMPTY = ("Ready", "Stale")  # kinds that say nothing of a site's rows
-STEP = 1 << 22  # bytes of a frame's file that are hashed at a time
+LEAST = Annotated[int, Field(ge=2)]
 
 
 class Policy(BaseModel):
@@ -24,6 +24,13 @@ class Policy(BaseModel):
 
     `max_bytes`: of a frame that leaves, `max_bytes_in`: of one that arrives. `evaluate`: whether scores may leave.
     `code`: classes of methods that are not thinwire's own, as method.path names them.
+
+    How rows are read: `templates`, names and `task_of` other ones; `choices`, sets of answers; `lengths`, the least and
+    the largest max_length; `drop`, whether rows may be left out for their length. `model`: whether the server may name
+    the start model of a site that names none.
+
+    How much: `max_rounds` answers of a kind in a run, `max_runs` run files in all, `max_steps` and `max_batch` of a
+    visit, whose time is `seconds` at most. `kept_runs`: folders of runs that stay here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,10 +41,21 @@ class Policy(BaseModel):
     max_bytes_in: PositiveInt = 1 << 38
     evaluate: bool = True
     code: tuple[str, ...] = ()
+    templates: tuple[str, ...] | Literal["any"] = tuple(NAMED)
+    choices: tuple[tuple[str, ...], ...] | Literal["any"] = ()
+    lengths: tuple[LEAST, LEAST] = (32, 1 << 15)
+    drop: bool = False
+    model: bool = False
+    max_rounds: PositiveInt = 10_000
+    max_runs: PositiveInt = 1000
+    max_steps: PositiveInt = 10_000
+    max_batch: PositiveInt = 1024
+    seconds: PositiveFloat = 86_400.0
+    kept_runs: PositiveInt = 8
 
     @classmethod
     def load(cls, path: Path | None) -> Policy:
-        """The policy in a TOML file, the open one without a file; ConfigError names the file and the field."""
+        """The policy in a TOML file, the default one without a file; ConfigError names the file and the field."""
         if path is None:
             return cls()
         try:
@@ -47,22 +65,49 @@ class Policy(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:  # a date is no value of any field
             raise ConfigError(f"{path}: not TOML: {error}") from None
         if unknown := set(policy.methods) - set(METHODS):
             raise ConfigError(f"{path}: methods: {min(unknown)!r} is not a method; known: {', '.join(sorted(METHODS))}")
         return policy
 
-    def admit(self, action: str, method: str, path: str | None, frame: Frame) -> None:
-        """Illegal if a frame may not be worked on here."""
+    def admit(self, action: str, run: Run, path: str | None, frame: Frame) -> None:
+        """Illegal if a frame of this run may not be worked on here; looks at no row, no model and no path."""
+        name, data = method_name(run.method), run.data
         if path is not None and path not in self.code:
             raise Illegal(f"this site's policy does not allow the class {path}")
-        if path is None and method not in self.methods:
-            raise Illegal(f"this site's policy does not allow the method {method}")
+        if path is None and name not in self.methods:
+            raise Illegal(f"this site's policy does not allow the method {name}")
         if action == "evaluate" and not self.evaluate:
             raise Illegal("this site's policy does not allow evaluation")
         if len(frame) > self.max_bytes_in:
             raise Illegal(f"this site's policy does not allow a frame of {len(frame)} bytes to come in")
+        if self.templates != "any" and (task := task_of(data)) not in self.templates:
+            raise Illegal(f'this site\'s policy does not allow the template; to allow it, add "{task}" to templates')
+        if self.choices != "any" and data.choices is not None and data.choices not in self.choices:
+            asked = json.dumps(data.choices)
+            raise Illegal(f"this site's policy does not allow these choices; to allow them, add {asked} to choices")
+        if not self.lengths[0] <= data.max_length <= self.lengths[1]:
+            raise Illegal(f"this site's policy does not allow data.max_length = {data.max_length}")
+        if data.too_long == "drop" and not self.drop:
+            raise Illegal('this site\'s policy does not allow data.too_long = "drop"')
+        self._admit_work(run, path)
+
+    def _admit_work(self, run: Run, path: str | None) -> None:
+        fields = {name: value for name, value in dict(run.method).items() if type(value) is int and name != "seeds"}
+        steps = fields.pop("steps", 1) * fields.pop("queries", 1)
+        if steps > self.max_steps:
+            raise Illegal(f"this site's policy does not allow {steps} steps a visit")
+        batches = {f"method.{name}": fields.pop(name) for name in ("batch_size",) if name in fields}
+        for name, value in {**batches, "eval.batch_size": run.eval.batch_size}.items():
+            if value > self.max_batch:
+                raise Illegal(f"this site's policy does not allow {name} = {value}")
+        bounds = {f"method.{name}": value for name, value in fields.items()} if path is None else {}
+        bounds["eval.max_new_tokens"] = run.eval.max_new_tokens
+        bounds["model.lora.rank"] = run.model.lora.rank if run.model.lora is not None else 0
+        for name, value in bounds.items():  # what else sizes something: none is near this where a run is meant to end
+            if value > 1 << 15:
+                raise Illegal(f"this site does not take {name} = {value}")
 
     def release(self, frame: Frame) -> None:
         """Illegal if a frame may not leave."""
@@ -73,42 +118,10 @@ class Policy(BaseModel):
             raise Illegal(f"this site's policy does not allow a frame of {len(frame)} bytes to leave")
 
 
-class Audit:
-    """An append-only file with a line of JSON for each frame: time, direction, action, method, round, bytes, sha256."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-
-    def note(self, direction: str, action: str, method: str, frame: Frame, verdict: str = "passed") -> None:
-        """Append a line, and have it on the disk before the frame goes on."""
-        header = peek(frame)
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "direction": direction,
-            "action": action,
-            "method": method,
-            "kind": header.kind,
-            "run": header.run,
-            "round": header.round,
-            "client": header.client,
-            "bytes": len(frame),
-            "sha256": _sha256(frame),
-            "verdict": verdict,
-        }
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, (json.dumps(line) + "\n").encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _sha256(frame: Frame) -> str:
-    if isinstance(frame, Spooled):
-        digest = hashlib.sha256()
-        with frame.path.open("rb") as file:
-            while chunk := file.read(STEP):
-                digest.update(chunk)
-        return digest.hexdigest()
-    return hashlib.sha256(frame).hexdigest()
+def task_of(data: Data) -> str:
+    """How rows are shown, as a policy lists it: a template's name, or 16 hex digits for what a run file writes out."""
+    if data.prompt is None and data.words is None:
+        return data.template
+    words = None if data.words is None else sorted(data.words.items())
+    shown = json.dumps([data.template, data.prompt, data.answer, words])
+    return hashlib.sha256(shown.encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import ssl
@@ -15,9 +16,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
-from thinwire.config import ConfigError
+from thinwire.errors import ConfigError
 
 BIN = Path(sys.executable).parent
 QUIET = {
@@ -30,6 +32,9 @@ LEAN = {  # for processes that pass pieces on: what glibc frees goes back to the
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
 }
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+LEVEL = re.compile(r"^(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL) *: *")
+ERROR = re.compile(r"^(ERROR|CRITICAL) *:|\[(emerg|alert|crit|error)\]|^Error: |^[A-Za-z_.]+(Error|Exception): ")
 WATCH = 1.0  # seconds between two looks at the parent
 GRACE = 8.0  # seconds that a process has to end by itself
 
@@ -61,11 +66,13 @@ class Children:
     def __init__(self, home: Path, logs: Path) -> None:
         self.environment, self.logs = environment(home), logs
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.began: dict[str, int] = {}  # where in its log a process begins
 
     def start(self, name: str, command: Sequence[str | Path], **extra: str) -> subprocess.Popen[bytes]:
         """Start a process under a name; what it says goes to NAME.log."""
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:
+            self.began[name] = log.tell()
             process = subprocess.Popen(
                 [str(part) for part in command],
                 stdin=subprocess.DEVNULL,
@@ -94,10 +101,11 @@ class Children:
             raise RuntimeError(f"{Path(command[0]).name}: {said[-1] if said else f'exit status {done.returncode}'}")
         return done.stdout
 
-    def last_line(self, name: str) -> str:
-        """What a process said last."""
-        lines = (self.logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+    def why(self, name: str) -> str:
+        """What a process has said of its end since it was started: its last error, else its last line."""
+        with (self.logs / f"{name}.log").open("rb") as log:
+            log.seek(self.began.get(name, 0))
+            return last_error(log.read().decode(errors="replace"))
 
     def terminate(self) -> None:
         """Ask all to end, the last one first."""
@@ -114,6 +122,20 @@ class Children:
             _signal(process, signal.SIGKILL)  # its group too: Flower leaves children of its own behind
             process.wait()
         self.running.clear()
+
+
+def last_error(said: str) -> str:
+    """The last error in what a process of Flower's, nginx or Python has said, in one line; without one the last line.
+
+    Flower's errors go on over lines that have no level of their own.
+    """
+    lines = [line for line in (COLOUR.sub("", line).strip() for line in said.splitlines()) if line]
+    errors = [i for i, line in enumerate(lines) if ERROR.search(line)]
+    if not errors:
+        return lines[-1] if lines else "it said nothing"
+    first = errors[-1]
+    rest = takewhile(lambda line: not LEVEL.match(line), lines[first + 1 :]) if LEVEL.match(lines[first]) else ()
+    return " ".join(LEVEL.sub("", line) for line in [lines[first], *rest] if "more information" not in line)[:400]
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -152,22 +174,19 @@ def alive(pid: int) -> bool:
     return True
 
 
-def healthy(port: int, ca: Path | None) -> bool:
-    """Whether a hub or node on loopback says that it is well."""
-    scheme = "https" if ca else "http"
-    context = ssl.create_default_context(cafile=str(ca)) if ca else None
-    try:
-        with urllib.request.urlopen(f"{scheme}://127.0.0.1:{port}/health", timeout=2, context=context) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path | None, seconds: float = 240.0) -> bool:
-    """Wait until it is, or has ended, or time is up; whether it is."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and process.poll() is None:
-        if healthy(port, ca):
-            return True
+def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path, seconds: float = 240.0) -> str | None:
+    """Wait until a hub on loopback says that it is well; what is wrong where it does not, "" where it has ended."""
+    until, context = time.monotonic() + seconds, ssl.create_default_context(cafile=str(ca))
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            return ""
+        try:
+            with urllib.request.urlopen(f"https://127.0.0.1:{port}/health", timeout=2, context=context) as answer:
+                if answer.status == 200:
+                    return None
+        except (urllib.error.URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                return f"its certificate is not good for this machine's loopback ({reason.verify_message})"
         time.sleep(0.1)
-    return False
+    return f"it does not answer within {seconds:g} seconds"

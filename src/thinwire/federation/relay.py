@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thinwire.federation.channel import Down, ask
+from thinwire.federation.processes import end_with_parent
 from thinwire.runtime.envelope import pack, unpack
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ def relay(message: Message, context: Context, settings: Path) -> Message:
     """The worker's answer to a message, as a reply; what goes wrong travels as the record's `error`."""
     from flwr.app import Message
 
+    end_with_parent()  # Flower leaves this process behind when its own has died
     transfer = ""
     try:
         piece, about = unpack(message.content)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from thinwire.errors import ConfigError
 from thinwire.federation import channel
 from thinwire.federation.processes import BIN, LEAN, Children, free_port
+from thinwire.federation.progress import Notices
+from thinwire.federation.reach import Away, greet
 from thinwire.federation.worker import Site
 
 FIRST, MOST = 5.0, 60.0  # seconds before a dead node is started again: at first, and at most
+KNOWN = {  # what Flower says, and what it means here
+    "[code: 2004]": "the server does not take this site's key: it is not registered there (thinwire keys register), "
+    "or another node is connected with it, or was a minute ago",
+}
 STEADY = 120.0  # seconds after which a node that dies is a new trouble and not the old one
 
 
@@ -29,9 +38,13 @@ class SiteSide:
         *,
         show: Callable[[Sequence[str]], None] = lambda command: None,
     ) -> None:
-        self.sockets = channel.folder()
-        self.site = replace(site, socket=str(self.sockets / "worker"))
         self.folder = Path(site.folder).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        self.sockets = channel.folder(self.folder)
+        self.site = replace(site, socket=str(self.sockets / "worker"))
+        self.lines: deque[str] = deque()  # to be said
+        self.notices = Notices(self.folder / "notices.txt")
         self.server, self.key, self.ca, self.show = server, key.resolve(), ca.resolve(), show
         self.children = Children(self.folder / "flwr", self.folder / "logs")
         self.site.write(self.folder / "site.json")
@@ -48,17 +61,21 @@ class SiteSide:
 
         The hub refuses a node whose predecessor it still takes for connected, for a minute: so with a growing pause.
         """
-        if self.children.running["worker"].poll() is not None:
+        self.lines.extend(self.notices.new())
+        if (status := self.children.running["worker"].poll()) is not None:
+            late = status == -signal.SIGALRM
+            why = "was at one visit for longer than the policy's seconds" if late else "had died"
             self._worker()
-            return f"{self.site.name}: its worker had died, and is started again"
+            self.lines.append(f"{self.site.name}: its worker {why}, and is started again")
+        if self.lines:
+            return self.lines.popleft()
         if self.children.running["supernode"].poll() is None:
             return None
         now = time.monotonic()
         if self.again == 0.0:
             self.wait = FIRST if now - self.began > STEADY else min(self.wait * 2, MOST)
             self.again = now + self.wait
-            said = self.children.last_line("supernode")
-            return f"{self.site.name}: its node has ended ({said}); again in {self.wait:g} seconds"
+            return f"{self.site.name}: its node has ended: {self._why()}; again in {self.wait:g} seconds"
         if now >= self.again:
             self._node()
         return None
@@ -67,6 +84,15 @@ class SiteSide:
         """End both."""
         self.children.stop()
         shutil.rmtree(self.sockets, ignore_errors=True)
+
+    def _why(self) -> str:
+        """Why the node has ended: what a handshake of our own finds, else what it has said, in words of ours."""
+        try:
+            greet(self.server, self.ca)
+        except (Away, ConfigError) as wrong:
+            return str(wrong)
+        said = self.children.why("supernode")
+        return next((text for mark, text in KNOWN.items() if mark in said), said)
 
     def _worker(self) -> None:
         command = [sys.executable, "-m", "thinwire.federation.worker", self.folder / "site.json"]

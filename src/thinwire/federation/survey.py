@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from thinwire import wire
-from thinwire.core import Method, Server
+from thinwire.core import Method, Reply, Server
 from thinwire.federation.payloads import Hello, Ready, Scores
 from thinwire.runtime.flower import Flower, NoQuorum
 from thinwire.wire import Frame, Ledger, WireError
 
+SMALL = 1 << 16  # bytes of an answer that holds no weights
+PAUSE = 1.0  # seconds between two questions to a site whose node is coming back
+PASSING = ("the engine ", "not connected", "the site's worker ")  # what may be over in a moment
 
-class Refusal(RuntimeError):
-    """A site says that it cannot take part."""
+
+class Refusal(NoQuorum):
+    """Fewer sites than the quorum can take part; the message has the reason of each that cannot."""
 
 
-def join(transport: Flower, run: int, clients: int, names: Sequence[str], quorum: int) -> None:
-    """Ask each site to get ready, which loads its model; Refusal if one says that it cannot, NoQuorum if few answer."""
-    hello = [(client, wire.encode(Hello(), run=run, client=client)) for client in range(clients)]
-    ready = 0
-    for reply in transport.ask("join", hello):
-        if reply.frame is not None:
-            header = wire.peek(reply.frame)
-            wire.decode(Ready, reply.frame)
-            ready += header.client == reply.client
-        elif reply.error is not None and "cannot take part" in reply.error:
-            raise Refusal(reply.error)
-        elif reply.error is not None and not reply.error.startswith(("late", "not connected")):
-            raise Refusal(f"{names[reply.client]}: {reply.error}")
-    if ready < min(quorum, clients):
-        raise NoQuorum(f"{ready} of {clients} sites have joined, {quorum} must")
+def join(transport: Flower, run: int, clients: int, names: Sequence[str], quorum: int) -> dict[str, str]:
+    """Ask each site to get ready, which loads its model; returns why the others are absent, by name.
+
+    A site whose node is away or fails is asked again for as long as a round would wait for it. Refusal where fewer
+    than `quorum` are ready.
+    """
+    absent = dict.fromkeys(range(clients), "not connected")
+    asked, until = list(absent), time.monotonic() + transport.patience
+    while asked:
+        hello = [(client, wire.encode(Hello(), run=run, client=client)) for client in asked]
+        for reply in transport.ask("join", hello, max_bytes=SMALL, patience=max(0.0, until - time.monotonic())):
+            absent[reply.client] = _refused(reply)
+            if not absent[reply.client]:
+                del absent[reply.client]
+        asked = [client for client in asked if absent.get(client, "").startswith(PASSING)]
+        if time.monotonic() + PAUSE > until:
+            break
+        if asked:
+            time.sleep(PAUSE)
+    reasons = {names[client]: reason for client, reason in absent.items()}
+    if clients - len(absent) < min(quorum, clients):
+        why = "".join(f"; {name}: {reason}" for name, reason in reasons.items())
+        raise Refusal(f"{clients - len(absent)} of {clients} sites have joined, {quorum} must{why}")
+    return reasons
+
+
+def _refused(reply: Reply) -> str:
+    """Why a site does not take part, empty where it does."""
+    if reply.frame is None:
+        return reply.error or "no reply"
+    try:
+        wire.decode(Ready, reply.frame, SMALL)
+        client = wire.peek(reply.frame).client
+    except WireError as error:
+        return f"{type(error).__name__}: {error}"
+    return "" if client == reply.client else f"a reply of client {client}"
 
 
 class Survey:
@@ -55,12 +81,12 @@ class Survey:
 
         scores: list[Scores] = []
         errors: dict[str, str] = {}
-        for reply in self.transport.ask("evaluate", frames()):
+        for reply in self.transport.ask("evaluate", frames(), max_bytes=SMALL):
             try:
                 if reply.frame is None:
                     errors[str(reply.client)] = reply.error or "no reply"
                     continue
-                found = wire.decode(Scores, ledger.up(reply.client, reply.frame), 1 << 16)
+                found = wire.decode(Scores, ledger.up(reply.client, reply.frame), SMALL)
                 header = wire.peek(reply.frame)
                 if (header.run, header.client) != (self.run, reply.client) or found.examples < 1:
                     raise WireError("scores of another run, client, or of no rows")

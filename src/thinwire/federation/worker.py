@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
+import signal
 import sys
-import tomllib
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from thinwire.federation import channel
 from thinwire.federation.channel import Table
+from thinwire.federation.incoming import Incoming
 from thinwire.federation.processes import end_with_parent
+from thinwire.federation.question import Question, Refused
+
+if TYPE_CHECKING:
+    from thinwire.federation.visits import Visits
+
+FAILED = "its rows cannot be used, or its work with them failed; its own log says why"
+SPARE = 1 << 26  # bytes of the disk that stay free
+MOST = 300  # characters of an error that a server is told
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Site:
     device: str | None = None
     threads: int | None = None
     policy: str | None = None
+    allow_model: bool = False
 
     def write(self, path: Path) -> None:
         """The file that `load` reads."""
@@ -52,111 +61,108 @@ class Site:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-@dataclass
-class _Incoming:
-    """Pieces of a frame that are here."""
-
-    total: int
-    got: dict[int, int] = field(default_factory=dict)
-    small: bytes = b""
-    path: Path | None = None
-
-
-class Refused(Exception):
-    """The site does not answer; the message, which the server is told, says why."""
-
-
 class Worker:
     """One site's worker; `answer` is what it does with a question."""
 
     def __init__(self, site: Site) -> None:
-        from thinwire.federation.policy import Audit, Policy
+        from thinwire.federation.audit import Audit
+        from thinwire.federation.policy import Policy
+        from thinwire.federation.progress import Notices
+        from thinwire.federation.spent import Spent
 
         self.site, self.folder = site, Path(site.folder)
         self.policy = Policy.load(Path(site.policy) if site.policy else None)
-        self.audit = Audit(self.folder / "audit.jsonl")
+        self.audit, self.spent = Audit(self.folder / "audit.jsonl"), Spent(self.folder)
+        self.notices = Notices(self.folder / "notices.txt")
         self.spool = self.folder / "spool"
         shutil.rmtree(self.spool, ignore_errors=True)
         self.spool.mkdir(parents=True)
-        self.incoming: dict[str, _Incoming] = {}
-        self.outgoing: dict[str, Any] = {}
+        self.incoming: Incoming | None = None
+        self.outgoing: tuple[str, Any] | None = None
         self.settings = ""
-        self.run: Any = None
+        self.run: Visits | None = None
+        if self.audit.unanswered():
+            self.audit.note("out", b"", "ended: no answer was given")
 
     def answer(self, table: Table, body: bytes) -> tuple[Table, bytes]:
         """The answer to a question: see relay. Its `error` is for the server, and tells nothing of rows."""
         from thinwire.wire import WireError
 
         try:
-            return self._answer(table, body)
+            return self._answer(self._question(table, body), body)
         except Refused as refused:
             return {"total": 0, "error": str(refused)}, b""
         except WireError as wrong:
-            return {"total": 0, "error": f"{type(wrong).__name__}: {wrong}"}, b""
-        except ValueError as error:
-            from thinwire.data.errors import DataError
-
+            return {"total": 0, "error": f"{type(wrong).__name__}: {wrong}"[:MOST]}, b""
+        except Exception:
             traceback.print_exc()
-            told = "its rows cannot be used; its own log says why" if isinstance(error, DataError) else str(error)
-            return {"total": 0, "error": f"{type(error).__name__}: {told}"}, b""
-        except Exception as error:
-            traceback.print_exc()
-            return {"total": 0, "error": f"the site failed: {type(error).__name__}; its own log says more"}, b""
+            return {"total": 0, "error": FAILED}, b""
 
-    def _answer(self, table: Table, body: bytes) -> tuple[Table, bytes]:
-        transfer, offset, total = str(table["transfer"]), int(table["offset"]), int(table["total"])
-        size = int(table["room"])
-        if total == 0:
-            return self._piece(transfer, offset, size)
-        if not self._whole(transfer, offset, total, body):
-            return {"total": 0}, b""
-        frame = self._frame(transfer)
+    def _question(self, table: Table, body: bytes) -> Question:
         try:
-            answer = self._work(str(table["action"]), table, frame)
+            return Question.of(table)
+        except Refused as wrong:
+            self.audit.note("in", body, f"refused: {wrong}")
+            raise
+
+    def _answer(self, question: Question, body: bytes) -> tuple[Table, bytes]:
+        if question.total == 0:
+            return self._piece(question)
+        frame = self._taken(question, body)
+        if frame is None:
+            return {"total": 0}, b""
+        self._drop_outgoing()  # a site answers one frame at a time: what is left of another is stale
+        try:
+            self.outgoing = (question.transfer, self._work(question, frame))
         finally:
             self._drop(frame)
-        for old in self.outgoing.values():  # one site answers one frame at a time: what is left of others is stale
-            self._drop(old)
-        self.outgoing = {transfer: answer}
-        return self._piece(transfer, 0, size)
+        return self._piece(question.model_copy(update={"offset": 0}))
 
-    def _whole(self, transfer: str, offset: int, total: int, body: bytes) -> bool:
-        """Take in a piece; whether all are here."""
-        if not re.fullmatch("[0-9a-f]{16}", transfer):
-            raise Refused("a transfer without a name")
+    def _taken(self, question: Question, body: bytes) -> Any:
+        """Take in a piece: the frame once all of it is here, else None. There is one transfer at a time."""
+        from thinwire.wire import Spooled
+
+        transfer, total = question.transfer, question.total
         if total > self.policy.max_bytes_in:
-            raise Refused(f"this site's policy does not allow a frame of {total} bytes to come in")
-        at = self.incoming.setdefault(transfer, _Incoming(total))
-        if total != at.total or offset in at.got or not body or offset < 0 or offset + len(body) > total:
-            raise Refused("pieces of a frame that do not fit together")
-        at.got[offset] = len(body)
+            self._refuse(question, body, f"this site's policy does not allow a frame of {total} bytes to come in")
+        at = self.incoming
+        if at is None or at.transfer != transfer:
+            self._drop_incoming()
+            self._drop_outgoing()
+            if len(body) != total and total + SPARE > shutil.disk_usage(self.spool).free:
+                self._refuse(question, body, f"this site has no room for a frame of {total} bytes")
+            self.incoming = at = Incoming(transfer, total)
+        try:
+            if total != at.total:
+                raise Refused("pieces of a frame that do not fit together")
+            at.add(question.offset, question.offset + len(body))
+        except Refused as wrong:
+            self._drop_incoming()
+            self._refuse(question, body, str(wrong))
         if len(body) == total:
-            at.small = body
-            return True
+            self.incoming = None
+            return body
         if at.path is None:
             at.path = self.spool / f"{transfer}.down"
             at.path.touch(mode=0o600)
         with at.path.open("r+b") as file:
-            file.seek(offset)
+            file.seek(question.offset)
             file.write(body)
-        return sum(at.got.values()) == total
+        if not at.whole:
+            return None
+        self.incoming = None
+        return Spooled(at.path, at.total)
 
-    def _frame(self, transfer: str) -> Any:
+    def _refuse(self, question: Question, body: bytes, why: str) -> NoReturn:
+        self.audit.note("in", body, f"refused: {why}", action=question.action)
+        raise Refused(why)
+
+    def _piece(self, question: Question) -> tuple[Table, bytes]:
         from thinwire.wire import Spooled
 
-        at = self.incoming.pop(transfer)
-        for other in self.incoming.values():
-            if other.path is not None:
-                other.path.unlink(missing_ok=True)
-        self.incoming.clear()
-        return at.small if at.path is None else Spooled(at.path, at.total)
-
-    def _piece(self, transfer: str, offset: int, size: int) -> tuple[Table, bytes]:
-        from thinwire.wire import Spooled
-
-        if transfer not in self.outgoing:
+        if self.outgoing is None or self.outgoing[0] != question.transfer:
             raise Refused("the rest of a reply that is not here any more")
-        frame = self.outgoing[transfer]
+        frame, offset, size = self.outgoing[1], question.offset, question.room
         if isinstance(frame, Spooled):
             with frame.path.open("rb") as file:
                 file.seek(offset)
@@ -165,57 +171,110 @@ class Worker:
             piece = frame[offset : offset + size]
         return {"offset": offset, "total": len(frame)}, piece
 
+    def _drop_incoming(self) -> None:
+        if self.incoming is not None:
+            lost, self.incoming = self.incoming, None
+            self.audit.note("in", b"", f"dropped: {sum(e - s for s, e in lost.got)} of {lost.total} bytes came")
+            if lost.path is not None:
+                lost.path.unlink(missing_ok=True)
+
+    def _drop_outgoing(self) -> None:
+        if self.outgoing is not None:
+            self._drop(self.outgoing[1])
+            self.outgoing = None
+
     def _drop(self, frame: Any) -> None:
         from thinwire.wire import Spooled
 
-        if isinstance(frame, Spooled):
+        if isinstance(frame, Spooled) and frame.path.parent == self.spool:  # else a run keeps it
             frame.remove()
 
-    def _work(self, action: str, table: Table, frame: Any) -> Any:
-        """The reply to a whole frame."""
+    def _work(self, question: Question, frame: Any) -> Any:
+        """The reply to a whole frame. The log has what came before it is worked on, and what leaves before it goes."""
         from thinwire import memory, wire
-        from thinwire.config import method_name
+        from thinwire.federation.audit import sha256
         from thinwire.federation.fingerprint import difference
+        from thinwire.federation.policy import EMPTY, task_of
 
-        header = wire.peek(frame)
-        run = self._prepared(str(table["settings"]))
-        name = method_name(run.settings.method)
+        action = question.action
+        about: dict[str, Any] = {"action": action}
         try:
-            self.policy.admit(action, name, run.path, frame)
-            run.expect(header, action)
-            if (other := difference(run.fingerprints, table)) is not None:
-                raise Refused(f"{self.site.name} cannot take part: {other}")
+            header = wire.peek(frame)
+            about |= {"kind": header.kind[:40], "run": header.run, "round": header.round, "client": header.client}
+            run = self._asked(question.settings)
+            about = {"action": action, "method": run.ran, "template": task_of(run.settings.data), **about}
+            self.policy.admit(action, run.settings, run.path, frame)
+            request = sha256(frame)
+            kept = run.replies.get(action, header.round, request)
+            run.expect(header, action, kept is not None)
         except Exception as error:
-            self.audit.note("in", action, name, frame, f"refused: {error}")
+            why = str(error) if isinstance(error, Refused | wire.WireError) else FAILED
+            self.audit.note("in", frame, f"refused: {why}", **about)
+            self._notice(action, error)
             raise
-        self.audit.note("in", action, name, frame)
-        answer = run.actions[action](frame, self.spool, int(table["counted"]))
+        self.audit.note("in", frame, **about)
+        try:
+            if kept is not None:
+                self.audit.note("out", kept, "passed", **about | {"kind": wire.peek(kept).kind, "again": True})
+                return kept
+            run.allow()
+            run.load()
+            if (other := difference(run.fingerprints, question.hashes())) is not None:
+                raise Refused(f"{self.site.name} cannot take part: {other}")
+            answer = self._done(run, action, frame, question.counted)
+        except Exception as error:
+            # what went wrong with rows, or after a look at them, is the site's to know: the same words for all of it
+            why = str(error) if isinstance(error, Refused) else FAILED
+            self.audit.note("out", why.encode(), f"error: {why}", **about | {"kind": "error"})
+            self._notice(action, error)
+            if not isinstance(error, Refused):
+                traceback.print_exc()
+            raise Refused(why) from None
         memory.trim()
+        about["kind"] = wire.peek(answer).kind
         try:
             self.policy.release(answer)
+            if about["kind"] not in EMPTY:
+                answer = run.replies.keep(action, header.round, request, answer)
+                self.spent.add(run.name, action, header.round)
         except Exception as error:
-            self.audit.note("out", action, name, answer, f"refused: {error}")
+            self.audit.note("out", answer, f"refused: {error}", **about)
+            self._notice(action, error)
             self._drop(answer)
             raise
-        self.audit.note("out", action, name, answer)
+        self.audit.note("out", answer, **about)
         return answer
 
-    def _prepared(self, settings: str) -> Any:
+    def _done(self, run: Visits, action: str, frame: Any, counted: int) -> Any:
+        from thinwire.wire import WireError
+
+        if shutil.disk_usage(self.spool).free < SPARE:
+            raise Refused("this site's disk is full")
+        run.read()
+        try:
+            return run.actions[action](frame, self.spool, counted)
+        except WireError as error:  # of the frame: methods raise it for what they are told, before they look at rows
+            raise Refused(f"{type(error).__name__}: {error}"[:MOST]) from None
+
+    def _notice(self, action: str, error: Exception) -> None:
+        """Have the operator of this site read why it does not answer; what the server is told may say less."""
+        kind = "" if isinstance(error, Refused | ValueError) else f"{type(error).__name__}: "
+        self.notices.add(f"{self.site.name}: does not {action}: {kind}{error}")
+
+    def _asked(self, settings: str) -> Visits:
         if self.run is None or self.settings != settings:
             from thinwire.federation.visits import Visits
 
-            told = json.loads(settings)
-            method = tomllib.loads(told["toml"]).get("method", {})
-            if (path := method.get("path")) is not None and path not in self.policy.code:
-                raise Refused(f"this site's policy does not allow the class {path}")  # before it is imported
+            asked = Visits(self.site, self.policy, settings, self.folder, self.spent)
             self.run, self.settings = None, ""  # one model in memory, not two
-            self.run, self.settings = Visits(self.site, told, self.folder), settings
+            self.run, self.settings = asked, settings
         return self.run
 
 
 def main(path: Path) -> None:
     """Serve the site in a file until the parent ends."""
     end_with_parent()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     site = Site.load(path)
     server = channel.listen(Path(site.socket))
     import thinwire.federation.visits  # noqa: F401 - takes seconds, and nobody waits for it now
@@ -228,7 +287,11 @@ def main(path: Path) -> None:
                 table, body = channel.receive(link)
                 if worker is None:
                     worker = Worker(site)
-                channel.send(link, *worker.answer(table, body))
+                # the kernel ends this process when time is up, whatever it is at: no handler of ours could
+                signal.setitimer(signal.ITIMER_REAL, worker.policy.seconds)
+                answer = worker.answer(table, body)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                channel.send(link, *answer)
     finally:
         Path(site.socket).unlink(missing_ok=True)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 POLL = 0.25  # seconds between two looks for replies
 AHEAD = 2  # messages of a client on their way: one that its site works on, and one that waits for it there
+SHOWN = 200  # characters of an error that are kept
 GRACE = 60.0  # seconds beyond the deadline after which the engine drops a message
 
 
@@ -47,6 +48,7 @@ class _Call:
     began: float
     counted: int  # the last round of the client that counts
     frame: Frame  # b"" once all of it is on its way
+    max_bytes: int  # of the reply
     ahead: deque[tuple[int, int]] = field(default_factory=deque)  # (offset, total) of messages to come; total 0: asks
     waiting: set[str] = field(default_factory=set)  # ids of messages that have no answer yet
     got: dict[int, int] = field(default_factory=dict)  # offset -> bytes of the reply
@@ -117,11 +119,21 @@ class Flower:
             round, self._round = self._round, -1  # a second attempt at it has time anew
             raise NoQuorum(f"round {round}: {came}{lost}")
 
-    def ask(self, action: str, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
-        """Send each frame for `action`; yield the replies in the frames' order."""
+    def ask(
+        self,
+        action: str,
+        frames: Iterable[tuple[int, Frame]],
+        *,
+        max_bytes: int | None = None,
+        patience: float | None = None,
+    ) -> Iterator[Reply]:
+        """Send each frame for `action`; yield the replies in the frames' order.
+
+        `max_bytes` of a reply and `patience` are the transport's own where they are not given.
+        """
         calls: list[_Call] = []
         nodes: Mapping[int, int] = {}
-        patient = time.monotonic() + self.patience  # for all together
+        patient = time.monotonic() + (self.patience if patience is None else patience)  # for all
         try:
             for client, frame in frames:
                 round = peek(frame).round
@@ -138,6 +150,7 @@ class Flower:
                     time.monotonic(),
                     self.counted.get(client, 0),
                     frame,
+                    self.max_bytes if max_bytes is None else min(max_bytes, self.max_bytes),
                     deque((offset, len(frame)) for offset in range(0, len(frame), self.chunk_bytes)),
                 )
                 calls.append(call)
@@ -203,7 +216,7 @@ class Flower:
                     try:
                         self._take(call, message)
                     except (ValueError, OSError) as error:
-                        call.error = f"{type(error).__name__}: {error}"
+                        call.error = printable(f"{type(error).__name__}: {error}", SHOWN)
                 self._feed(call)
                 if call.done:
                     call.seconds = time.monotonic() - call.began
@@ -212,13 +225,14 @@ class Flower:
 
     def _take(self, call: _Call, message: Message) -> None:
         if message.has_error():
-            call.error = f"the engine says: {message.error.reason or 'no reason'} (code {message.error.code})"
+            reason = printable(message.error.reason or "no reason", SHOWN)
+            call.error = f"the engine says: {reason} (code {message.error.code})"
             return
         if message.metadata.src_node_id != call.node:
             raise ValueError(f"node {message.metadata.src_node_id} answers for client {call.client}")
         piece, about = unpack(message.content)
         if about.get("error"):
-            call.error = str(about["error"])
+            call.error = printable(str(about["error"]), SHOWN)
             return
         if of(about, "transfer", str) != call.transfer:
             raise ValueError("an answer to another frame")
@@ -228,8 +242,8 @@ class Flower:
         offset = of(about, "offset")
         assert isinstance(total, int)
         assert isinstance(offset, int)
-        if not 0 < total <= self.max_bytes:
-            raise ValueError(f"a reply of {total} bytes, beyond the cap of {self.max_bytes}")
+        if not 0 < total <= call.max_bytes:
+            raise ValueError(f"a reply of {total} bytes, beyond the cap of {call.max_bytes}")
         if call.total is None:
             call.total = total
             first = len(piece)
@@ -263,6 +277,12 @@ class Flower:
         if header.round != call.round:
             return Reply(call.client, None, seconds, f"Illegal: a replayed reply of round {header.round}")
         return Reply(call.client, frame, seconds)
+
+
+def printable(text: str, most: int) -> str:
+    """A text from elsewhere as one line of at most `most` characters, none of which steers a terminal."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _piece(frame: Frame, offset: int, size: int) -> bytes:

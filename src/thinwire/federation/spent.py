@@ -1,0 +1,109 @@
+"""What a site has answered, run by run, and the answers themselves for as long as they may be asked for again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from thinwire.federation.question import Refused
+from thinwire.runtime.store import flush
+from thinwire.wire import Frame, Illegal, Spooled
+from thinwire.wire.frame import SPOOL_ABOVE
+
+
+class Spent:
+    """How much of a site's budget is gone: spent.json, which outlives the folders of runs.
+
+    A run has the hashes of its run files, and for each action how many rounds were answered and which was the last.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "spent.json"
+        self.runs: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def asks(self, run: str, settings: str, most: int) -> None:
+        """A run file, by its hash, is about to be worked with; Refused where `most` were already."""
+        known = self.runs.get(run, {"files": [], "rounds": {}})
+        if settings in known["files"]:
+            return
+        if sum(len(other["files"]) for other in self.runs.values()) >= most:
+            raise Refused(f"this site's policy does not allow more than {most} run files")
+        self._write(run, {**known, "files": [*known["files"], settings]})
+
+    def admit(self, run: str, action: str, round: int, most: int, floor: int = 0) -> None:
+        """Illegal for a round that was answered, or lies before one that was or `floor`, and beyond `most` answers."""
+        count, newest = self.of(run, action)
+        if round < max(newest, floor):
+            raise Illegal(
+                f"a frame of round {round} after one of round {max(newest, floor)}: it is replayed, or the server has "
+                "gone back"
+            )
+        if count and round == newest:
+            raise Illegal(f"round {round} is answered already, to another request")
+        if count >= most:
+            raise Illegal(f"this site's policy does not allow more than {most} answers in a run")
+
+    def add(self, run: str, action: str, round: int) -> None:
+        """A round is being answered."""
+        known = self.runs.get(run, {"files": [], "rounds": {}})
+        count, _ = self.of(run, action)
+        self._write(run, {**known, "rounds": {**known["rounds"], action: [count + 1, round]}})
+
+    def of(self, run: str, action: str) -> tuple[int, int]:
+        """How many rounds of a run were answered, and the last of them; 0, 0 at first."""
+        count, newest = self.runs.get(run, {}).get("rounds", {}).get(action, (0, 0))
+        return count, newest
+
+    def _write(self, run: str, entry: dict[str, Any]) -> None:
+        self.runs = {**self.runs, run: entry}
+        partial = self.path.with_suffix(".part")
+        partial.write_text(json.dumps(self.runs))
+        flush(partial)
+        partial.replace(self.path)
+
+
+class Replies:
+    """The last answer to each action, in files named by action, round and the request's hash."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, action: str, round: int, request: str) -> Frame | None:
+        """The answer that was given to this very request."""
+        path = self._path(action, round, request)
+        if not path.is_file():
+            return None
+        size = path.stat().st_size
+        return Spooled(path, size) if size > SPOOL_ABOVE else path.read_bytes()
+
+    def keep(self, action: str, round: int, request: str, frame: Frame) -> Frame:
+        """Keep an answer in place of the action's last one; returns it as it is to be sent."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, old = self._path(action, round, request), list(self.folder.glob(f"{action}-*"))
+        if isinstance(frame, Spooled):
+            os.replace(frame.path, path)
+            frame = Spooled(path, frame.size)
+        else:
+            partial = path.with_suffix(".part")
+            partial.write_bytes(frame)
+            partial.replace(path)
+        flush(path)
+        for other in old:
+            if other != path:
+                other.unlink(missing_ok=True)
+        return frame
+
+    def _path(self, action: str, round: int, request: str) -> Path:
+        return self.folder / f"{action}-{round:06d}-{request[:32]}.frame"
+
+
+def drop_old(runs: Path, kept: int, current: str) -> None:
+    """Remove the folders of runs that were not used for longest, beyond `kept` with the current one."""
+    folders = sorted(
+        (f for f in runs.glob("*") if f.name != current and f.is_dir()), key=lambda f: f.stat().st_mtime_ns
+    )
+    for folder in folders[: max(0, len(folders) + 1 - kept)]:
+        shutil.rmtree(folder, ignore_errors=True)
