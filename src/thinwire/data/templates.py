@@ -6,7 +6,7 @@ NAMED,
     alpaca       instruction rows, the text of Stanford Alpaca; the answer follows "### Response:" at once
     plain        instruction rows, nothing but blank lines between the parts
     completion   prompt and completion as they are
-    chat         any shape, through the tokenizer's own chat template up to where the assistant begins
+    chat         any shape, as the tokenizer's own chat template writes the whole talk
 
 or two Jinja templates, Jinja("{% if input is defined %}{{ input }}{% endif %} It was", " {{ output }}"). There a column
 that is absent or null is not defined, and to use it is an error.
@@ -20,15 +20,16 @@ from __future__ import annotations
 import functools
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jinja2
 import jinja2.meta
 import jinja2.sandbox
 
+from thinwire.data.chat import Message, messages_of, turn
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.load import SHAPES, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,7 @@ AnyTemplate: TypeAlias = "Template | Jinja | Chat"
 JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
 )
+del JINJA.filters["random"], JINJA.globals["lipsum"]  # the same rows are the same prompts
 
 
 @functools.lru_cache
@@ -126,10 +128,16 @@ NAMED: dict[str, AnyTemplate] = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text; the model reads prompt + answer with nothing between them."""
+    """A row as text; the model reads prompt + answer with nothing between them.
+
+    `end` is how a chat template ends the answer; where it is empty the tokenizer's end token does. `notes` are lines
+    about what people may not expect of the row's text.
+    """
 
     prompt: str
     answer: str
+    end: str = ""
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def named(name: str) -> AnyTemplate:
@@ -145,7 +153,8 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
     Only Chat looks at the tokenizer.
     """
     if isinstance(template, Chat):
-        return Rendered(_chat_prompt(row, tokenizer), answer_value(row, template))
+        said = turn(row, talk_of(row), tokenizer)
+        return Rendered(said.prompt, said.answer, said.end, (*said.notes, *_passed_over(row)))
     if isinstance(template, Jinja):
         columns = _columns_of(row)
         rendered = Rendered(_jinja(template.prompt, columns, row), _jinja(template.answer, columns, row))
@@ -167,13 +176,18 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
 def answer_value(row: Row, template: AnyTemplate) -> str:
     """The bare answer, as the data has it; DataError where it is blank, or made of several columns."""
     column = answer_column(row, template)
-    if column == "messages" and isinstance(template, Chat):
-        value = messages_of(row)[-1]["content"]
-    else:
-        value = row.text(column)
+    value = _message(row) if column == "messages" and isinstance(template, Chat) else row.text(column)
     if not value.strip():
         raise row.error(f"field '{column}' is empty: there is no answer to learn")
     return value
+
+
+def with_answer(row: Row, column: str, value: Any) -> Row:
+    """The row with another bare answer in its `column`; in `messages` that is what the last one says."""
+    if column == "messages":
+        *talk, last = messages_of(row)
+        value = [*talk, {**last, "content": value}]
+    return Row({**row.fields, column: value}, row.source, row.line)
 
 
 def answer_text(template: AnyTemplate, value: str) -> str:
@@ -204,39 +218,40 @@ def references(row: Row, template: AnyTemplate, answer: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.strip() for text in (answer, *others)))
 
 
-def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template (other templates: alpaca, plain, completion)")
-    match row.answer_column():
+def talk_of(row: Row) -> list[Message]:
+    """The row as messages, the answer the last of them; DataError for a row of no known shape, and a blank answer."""
+    match column := row.answer_column():
         case "messages":
-            messages = messages_of(row)[:-1]
+            messages = messages_of(row)
+            if set(messages[-1]) <= {"role", "content"}:
+                answer_value(row, Chat())
+            return messages
         case "completion":
-            messages = [{"role": "user", "content": row.text("prompt")}]
+            asked = row.text("prompt")
         case _:
-            parts = [row.text("instruction")]
-            if row.fields.get("input") is not None and row.text("input").strip():
-                parts.append(row.text("input"))
-            messages = [{"role": "user", "content": "\n\n".join(parts)}]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except jinja2.TemplateError as error:  # raised by templates that want turns to alternate, or no system message
-        raise row.error(f"the tokenizer's chat template refuses the row ({error})") from None
+            if "conversations" in row.fields and column not in row.fields:
+                raise row.error(
+                    "field 'conversations' is not read: name it 'messages', and in each message 'from' 'role' (user, "
+                    "assistant, system or tool) and 'value' 'content'"
+                )
+            asked = row.text("instruction")
+            if row.has("input"):
+                asked += "\n\n" + row.text("input")
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer_value(row, Chat())}]
 
 
-def messages_of(row: Row) -> list[dict[str, str]]:
-    """The column `messages`, role and content of each; DataError where they do not end with the assistant's."""
-    value = row.value("messages")
-    if not isinstance(value, list) or len(value) < 2:
-        raise row.error("field 'messages' is not a list of at least two messages")
-    messages = []
-    for i, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise row.error(f"message {i} is not an object with 'role' and 'content'")
-        content = row.as_text(message["content"], f"the content of message {i}")
-        messages.append({"role": message["role"], "content": content})
-    if messages[-1]["role"] != "assistant":
-        raise row.error(f"the last message is from '{messages[-1]['role']}', not from the assistant")
-    return messages
+def _message(row: Row) -> str:
+    last = messages_of(row)[-1]
+    if "content" not in last:
+        raise row.error("the last message has no text")
+    return str(last["content"])
+
+
+def _passed_over(row: Row) -> list[str]:
+    """A line for a row that has answers in several columns."""
+    taken = row.answer_column()
+    others = [f"'{answer}'" for *_, answer in SHAPES if answer != taken and row.has(answer)]
+    return [f"rows with several answers: '{taken}' is read, {' and '.join(others)} not"] if others else []
 
 
 def _answer_column(template: Template | Jinja) -> str:

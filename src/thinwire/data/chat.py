@@ -1,0 +1,311 @@
+"""What a tokenizer's chat template writes of a talk: the prompt, the answer, and the end of the answer's turn.
+
+All three are cut out of the template's own rendering of the whole talk, the answer in it. Its generation prompt is not
+taken: many templates write something else before an answer (a closed thought, a channel, a space), or none at all. Where
+the answer stands is found by rendering the talk once more with a mark in its place; only where what the assistant says
+is more than a text (a thought, a call of a tool) the generation prompt says where it begins.
+
+The templates' clock stands still at CLOCK, so that the same rows make the same prompts on any day and at any site.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import jinja2
+import jinja2.filters
+
+from thinwire.data.errors import DataError
+from thinwire.data.load import Row, kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+CLOCK = datetime(2024, 7, 26)  # noqa: DTZ001 - templates ask for local time
+PATIENCE = 30.0  # seconds that a template may take
+MARK = "\ue000\ue001\ue002"  # stands for the answer: no letters that a template may change, no space that it may cut
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+SAID = (*THOUGHTS, "content", "tool_calls", "function_call")  # what a message says; its other keys are about it
+TEXTS = (None, "text", "input_text", "output_text")  # types of a part of a content that are text
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`prompt` + `answer` + `end` is how the rendering begins; an `end` that is empty is the tokenizer's end token.
+
+    `notes`: lines about what the template does that people may not expect.
+    """
+
+    prompt: str
+    answer: str
+    end: str
+    notes: tuple[str, ...] = ()
+
+
+def turn(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Turn:
+    """The last message as the template writes it, and what stands before it; DataError where it does not write it."""
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template (other templates: alpaca, plain, completion)")
+    tools = listed(row, "tools") if row.answer_column() == "messages" and row.has("tools") else None
+    seen: set[str] = set()
+    write = functools.partial(_write, row, tokenizer, seen=seen, tools=tools)
+    *talk, last = messages
+    about = {key: value for key, value in last.items() if key not in SAID}
+    marked, whole = write([*talk, {**about, "content": MARK}]), write(messages)
+    if (times := marked.count(MARK)) != 1:
+        raise row.error(f"the tokenizer's chat template writes the assistant's answer {times} times, not once")
+    before, after = marked.split(MARK)
+    stop = max(len(before), len(whole) - len(after))
+    content = last.get("content", "")
+    if whole.startswith(before) and whole[stop:] == after and _same(whole[len(before) : stop], content):
+        start = len(before)
+    else:
+        start, stop = _spoken(whole, before, after, write(talk), write(talk, header=True), tokenizer)
+    answer = whole[start:stop]
+    if _bare(content) not in _bare(answer):
+        raise row.error(
+            f"the tokenizer's chat template writes the answer {_short(content)} as {_short(answer)}; "
+            "data.prompt and data.answer of your own take it as it is"
+        )
+    if not answer.strip():
+        raise row.error("the tokenizer's chat template writes nothing of the answer")
+    end = _end(whole[stop:], tokenizer)
+    notes = [*seen, *_lost(talk, last, whole, answer)]
+    if tools and whole == _write(row, tokenizer, messages, seen=seen):
+        notes.append("the chat template leaves out the tools of the rows")
+    return Turn(whole[:start], answer, end, tuple(notes))
+
+
+def remarks(
+    row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, ends: Collection[str]
+) -> list[str]:
+    """What a template does that holds for all rows: another generation prompt, another end, no beginning."""
+    found = turn(row, messages, tokenizer)
+    lines = []
+    header = _write(row, tokenizer, messages[:-1], header=True)
+    if header != found.prompt:
+        common = len(os.path.commonprefix([header, found.prompt]))
+        lines.append(
+            f"the chat template's generation prompt is not what it writes before an answer ({_short(header[common:])}, "
+            f"and not {_short(found.prompt[common:])}): what is read and trained is what it writes"
+        )
+    eos = tokenizer.eos_token
+    for end in sorted(ends):
+        if end and not stops(tokenizer, [end])[0]:
+            lines.append(
+                f"the chat template ends an answer with the text {_short(end)}, which is no token of its own: whoever "
+                "serves the model has to stop there"
+            )
+        elif end and (eos is None or eos not in end):
+            lines.append(
+                f"answers end as the chat template has it, with {_short(end)}, not with the tokenizer's end token "
+                f"{_short(eos or '')}: whoever serves the model has to stop there"
+            )
+    bos = tokenizer.bos_token_id
+    if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]:
+        if list(tokenizer(found.prompt, add_special_tokens=False)["input_ids"])[:1] != [bos]:
+            lines.append(
+                f"the chat template does not begin with {_short(str(tokenizer.bos_token))}, which the tokenizer puts "
+                "before a text: it stands before the prompts"
+            )
+    return lines
+
+
+def stops(tokenizer: PreTrainedTokenizerBase, ends: Collection[str]) -> tuple[set[int], tuple[str, ...]]:
+    """Where an answer is over: the tokens of the ends, and the ends that have no token of their own."""
+    tokens, texts = set(), []
+    for end in sorted(ends):
+        named = _names(tokenizer).findall(end)
+        tokens.update(int(tokenizer.convert_tokens_to_ids(name)) for run in named for name in _apart(run, tokenizer))
+        if end and not named:
+            texts.append(end)
+    return tokens, tuple(texts)
+
+
+def messages_of(row: Row) -> list[Message]:
+    """The column `messages`, its nulls left out and its contents as text; DataError where the last isn't the assistant's.
+
+    A message may hold any keys that the template knows. Contents in parts are joined, line by line, where all are text.
+    """
+    value = listed(row, "messages") if isinstance(row.value("messages"), str) else row.value("messages")
+    if not isinstance(value, list) or len(value) < 2:
+        raise row.error("field 'messages' is not a list of at least two messages")
+    messages = []
+    for i, raw in enumerate(value, 1):
+        message = {key: part for key, part in raw.items() if part is not None} if isinstance(raw, Mapping) else {}
+        says = any(message.get(key) for key in SAID if key != "content")
+        if not isinstance(message.get("role"), str) or ("content" not in raw and not says):
+            raise row.error(f"message {i} is not an object with 'role' and 'content'")
+        if "content" in message or not says:
+            message["content"] = _text(row, raw["content"], f"the content of message {i}")
+        messages.append(message)
+    if messages[-1]["role"] != "assistant":
+        raise row.error(f"the last message is from '{messages[-1]['role']}', not from the assistant")
+    return messages
+
+
+def listed(row: Row, column: str) -> list[Any]:
+    """The list in a column, which may be written as JSON, as tables without lists have it; DataError for all else."""
+    value = row.value(column)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if not isinstance(value, list):
+        raise row.error(f"field '{column}' is not a list{' of at least two messages' * (column == 'messages')}")
+    return value
+
+
+def _text(row: Row, content: Any, name: str) -> str:
+    if not isinstance(content, list):
+        return row.as_text(content, name)
+    texts = []
+    for i, part in enumerate(content, 1):
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") in TEXTS else part
+        if not isinstance(text, str):
+            what = f"of type {part['type']!r}" if isinstance(part, Mapping) and "type" in part else kind(part)
+            raise row.error(f"part {i} of {name} is {what}, not text")
+        texts.append(row.as_text(text, f"part {i} of {name}"))
+    return "\n".join(texts)
+
+
+def _spoken(
+    whole: str, before: str, after: str, talk: str, header: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int]:
+    """Where in the rendering an answer begins and stops that is more than a text."""
+    start = len(os.path.commonprefix([whole, before]))
+    if start < len(before) and whole.startswith(header) and header != talk:
+        start = len(header)
+    stop = len(whole) - len(after)
+    if stop < start or whole[stop:] != after:
+        closed = re.search(rf"(?:{_names(tokenizer).pattern})\s*$", whole[start:])
+        stop = start + closed.start() if closed else len(whole)
+    return start, stop
+
+
+def _end(after: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what stands after an answer, all up to its first special tokens; without any the text, without its space."""
+    found = _names(tokenizer).search(after)
+    return after[: found.end()] if found else after.rstrip()
+
+
+@functools.lru_cache(maxsize=4)
+def _names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Special and added tokens, one or several without anything between."""
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {*tokenizer.all_special_tokens}
+    longest_first = sorted((name for name in names if name.strip()), key=len, reverse=True)
+    return re.compile(f"(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})+")
+
+
+def _apart(run: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return re.findall(_names(tokenizer).pattern.removesuffix("+"), run)
+
+
+def _lost(talk: Sequence[Message], last: Message, whole: str, answer: str) -> Iterator[str]:
+    """A line for each kind of thing that the template leaves out."""
+    bare = None
+    for message in talk:
+        content = message.get("content", "")
+        if message["role"] == "assistant":  # templates that know of thoughts leave out those of earlier turns
+            content = content.rpartition("</think>")[2]
+        if content.strip() not in whole:
+            bare = bare or _bare(whole)
+            if _bare(content) not in bare:
+                yield f"the chat template leaves out or changes what the role '{message['role']}' says"
+    thought = next((text for key in THOUGHTS if isinstance(text := last.get(key), str)), "")
+    if _bare(thought) not in _bare(answer):
+        yield "the chat template leaves out the thought of the answer"
+    for call in last.get("tool_calls") or ():
+        about = call.get("function", call) if isinstance(call, Mapping) else {}
+        if isinstance(about, Mapping) and str(about.get("name", "")) not in answer:
+            yield "the chat template leaves out the answer's calls of tools"
+
+
+def _write(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    seen: set[str] | None = None,
+    tools: list[Any] | None = None,
+    header: bool = False,
+) -> str:
+    """The rendering; DataError for a template that refuses the messages, or fails on them."""
+    try:
+        with _still(set() if seen is None else seen), _within(PATIENCE):
+            text = tokenizer.apply_chat_template(
+                list(messages), tools=tools or None, tokenize=False, add_generation_prompt=header
+            )
+    except jinja2.TemplateError as error:  # raised by templates that want turns to alternate, or no system message
+        problem = (str(error) or type(error).__name__).splitlines()[0]
+        raise row.error(f"the tokenizer's chat template refuses the row ({problem})") from None
+    except Exception as error:  # whatever a template does with the row's values
+        problem = (str(error) or type(error).__name__).splitlines()[0]
+        raise row.error(f"the tokenizer's chat template fails on the row ({problem})") from None
+    return row.as_text(str(text), "what the chat template makes of the row")
+
+
+@contextlib.contextmanager
+def _still(seen: set[str]) -> Iterator[None]:
+    """Inside, the templates' clock says CLOCK and what they draw is the first; `seen` gets a line where one is asked."""
+    from transformers.utils import chat_template_utils as theirs
+
+    class Clock:
+        @staticmethod
+        def now() -> datetime:
+            seen.add(f"the chat template asks for the date: it is {CLOCK:%d %B %Y} in all prompts, whatever the day")
+            return CLOCK
+
+    class Chance:
+        @staticmethod
+        def choice(values: Sequence[Any]) -> Any:
+            seen.add("the chat template draws at random: it always gets the first")
+            return values[0]
+
+    with patch.object(theirs, "datetime", Clock), patch.object(jinja2.filters, "random", Chance):
+        yield
+
+
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """TimeoutError inside, after so long: in the main thread, where no other alarm is set."""
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    if not main or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before if before is not None else signal.SIG_DFL)
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether the texts are the same but for space."""
+    return one == other or _bare(one) == _bare(other)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:20]}...{text[-17:]}")
