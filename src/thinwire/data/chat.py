@@ -1,7 +1,7 @@
 """What a tokenizer's chat template writes of a talk: the prompt, the answer, and the end of the answer's turn.
 
 All three are cut out of the template's own rendering of the whole talk, the answer in it. Its generation prompt is not
-taken: many templates write something else before an answer (a closed thought, a channel, a space), or none at all. Where
+taken: many templates write something else before an answer (a closed thought, a channel, a space), or have none. Where
 the answer stands is found by rendering the talk once more with a mark in its place; only where what the assistant says
 is more than a text (a thought, a call of a tool) the generation prompt says where it begins.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import re
 import signal
 import threading
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 
-CLOCK = datetime(2024, 7, 26)  # noqa: DTZ001 - templates ask for local time
+CLOCK = datetime(2024, 7, 26)
 PATIENCE = 30.0  # seconds that a template may take
 MARK = "\ue000\ue001\ue002"  # stands for the answer: no letters that a template may change, no space that it may cut
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
@@ -59,7 +58,7 @@ def turn(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
     """The last message as the template writes it, and what stands before it; DataError where it does not write it."""
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template (other templates: alpaca, plain, completion)")
-    tools = listed(row, "tools") if row.answer_column() == "messages" and row.has("tools") else None
+    tools = _tools(row)
     seen: set[str] = set()
     write = functools.partial(_write, row, tokenizer, seen=seen, tools=tools)
     *talk, last = messages
@@ -97,10 +96,10 @@ def remarks(
     lines = []
     header = _write(row, tokenizer, messages[:-1], header=True)
     if header != found.prompt:
-        common = len(os.path.commonprefix([header, found.prompt]))
+        shared = common(header, found.prompt)
         lines.append(
-            f"the chat template's generation prompt is not what it writes before an answer ({_short(header[common:])}, "
-            f"and not {_short(found.prompt[common:])}): what is read and trained is what it writes"
+            f"the chat template's generation prompt is not what it writes before an answer ({_short(header[shared:])}, "
+            f"and not {_short(found.prompt[shared:])}): what is read and trained is what it writes"
         )
     eos = tokenizer.eos_token
     for end in sorted(ends):
@@ -115,12 +114,13 @@ def remarks(
                 f"{_short(eos or '')}: whoever serves the model has to stop there"
             )
     bos = tokenizer.bos_token_id
-    if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]:
-        if list(tokenizer(found.prompt, add_special_tokens=False)["input_ids"])[:1] != [bos]:
-            lines.append(
-                f"the chat template does not begin with {_short(str(tokenizer.bos_token))}, which the tokenizer puts "
-                "before a text: it stands before the prompts"
-            )
+    first = list(tokenizer("a")["input_ids"])[:1]
+    begun = list(tokenizer(found.prompt, add_special_tokens=False)["input_ids"])[:1]
+    if first == [bos] and begun != [bos]:
+        lines.append(
+            f"the chat template does not begin with {_short(str(tokenizer.bos_token))}, which the tokenizer puts "
+            "before a text: it stands before the prompts"
+        )
     return lines
 
 
@@ -136,11 +136,11 @@ def stops(tokenizer: PreTrainedTokenizerBase, ends: Collection[str]) -> tuple[se
 
 
 def messages_of(row: Row) -> list[Message]:
-    """The column `messages`, its nulls left out and its contents as text; DataError where the last isn't the assistant's.
+    """The column `messages`, without nulls, contents as text; DataError where the last is not the assistant's.
 
     A message may hold any keys that the template knows. Contents in parts are joined, line by line, where all are text.
     """
-    value = listed(row, "messages") if isinstance(row.value("messages"), str) else row.value("messages")
+    value = row.value("messages")
     if not isinstance(value, list) or len(value) < 2:
         raise row.error("field 'messages' is not a list of at least two messages")
     messages = []
@@ -157,15 +157,22 @@ def messages_of(row: Row) -> list[Message]:
     return messages
 
 
-def listed(row: Row, column: str) -> list[Any]:
-    """The list in a column, which may be written as JSON, as tables without lists have it; DataError for all else."""
-    value = row.value(column)
+def _tools(row: Row) -> list[Any] | None:
+    """The tools that a row of messages names, which tables without lists hold as JSON; None where it names none."""
+    if row.answer_column() != "messages" or not row.has("tools"):
+        return None
+    value = row.value("tools")
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list):
-        raise row.error(f"field '{column}' is not a list{' of at least two messages' * (column == 'messages')}")
+        raise row.error("field 'tools' is not a list")
     return value
+
+
+def common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How long the beginning is that two texts, or lists of tokens, have in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _text(row: Row, content: Any, name: str) -> str:
@@ -185,7 +192,7 @@ def _spoken(
     whole: str, before: str, after: str, talk: str, header: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int]:
     """Where in the rendering an answer begins and stops that is more than a text."""
-    start = len(os.path.commonprefix([whole, before]))
+    start = common(whole, before)
     if start < len(before) and whole.startswith(header) and header != talk:
         start = len(header)
     stop = len(whole) - len(after)
@@ -259,7 +266,7 @@ def _write(
 
 @contextlib.contextmanager
 def _still(seen: set[str]) -> Iterator[None]:
-    """Inside, the templates' clock says CLOCK and what they draw is the first; `seen` gets a line where one is asked."""
+    """Inside, the templates' clock says CLOCK, and what they draw is the first; `seen` gets a line of each asked."""
     from transformers.utils import chat_template_utils as theirs
 
     class Clock:

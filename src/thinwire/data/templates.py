@@ -19,16 +19,13 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import jinja2
-import jinja2.meta
-import jinja2.sandbox
-
 from thinwire.data.chat import Message, messages_of, turn
 from thinwire.data.errors import DataError
+from thinwire.data.jinja import Jinja as Jinja
+from thinwire.data.jinja import columns_of, fill, used
 from thinwire.data.load import SHAPES, Row
 
 if TYPE_CHECKING:
@@ -47,11 +44,6 @@ ALPACA_BARE = (
 
 
 AnyTemplate: TypeAlias = "Template | Jinja | Chat"
-
-JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
-)
-del JINJA.filters["random"], JINJA.globals["lipsum"]  # the same rows are the same prompts
 
 
 @functools.lru_cache
@@ -101,19 +93,6 @@ class Template:
 
 
 @dataclass(frozen=True)
-class Jinja:
-    """Jinja templates over a row's columns; DataError for one that cannot be read, and an answer without a column."""
-
-    prompt: str
-    answer: str
-
-    def __post_init__(self) -> None:
-        _compiled(self.prompt)
-        if not _used(self.answer):
-            raise DataError(f"the answer template {self.answer!r} uses no column")
-
-
-@dataclass(frozen=True)
 class Chat:
     """The tokenizer's chat template. An instruction row becomes one message of the user."""
 
@@ -156,8 +135,8 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
         said = turn(row, talk_of(row), tokenizer)
         return Rendered(said.prompt, said.answer, said.end, (*said.notes, *_passed_over(row)))
     if isinstance(template, Jinja):
-        columns = _columns_of(row)
-        rendered = Rendered(_jinja(template.prompt, columns, row), _jinja(template.answer, columns, row))
+        columns = columns_of(row)
+        rendered = Rendered(fill(template.prompt, columns, row), fill(template.answer, columns, row))
         if not rendered.answer.strip():
             raise row.error("the answer is empty: there is no answer to learn")
         return rendered
@@ -182,9 +161,14 @@ def answer_value(row: Row, template: AnyTemplate) -> str:
     return value
 
 
+def is_talk(row: Row, column: str) -> bool:
+    """Whether the column holds messages."""
+    return column == "messages" and isinstance(row.fields.get(column), list)
+
+
 def with_answer(row: Row, column: str, value: Any) -> Row:
-    """The row with another bare answer in its `column`; in `messages` that is what the last one says."""
-    if column == "messages":
+    """The row with another bare answer in its `column`; of messages that is what the last one says."""
+    if is_talk(row, column):
         *talk, last = messages_of(row)
         value = [*talk, {**last, "content": value}]
     return Row({**row.fields, column: value}, row.source, row.line)
@@ -197,12 +181,17 @@ def answer_text(template: AnyTemplate, value: str) -> str:
     column = _answer_column(template)
     if isinstance(template, Template):
         return _fill(template.answer, {column: value})
-    return _jinja(template.answer, {column: value}, Row({}, "the answer template", 1))
+    return fill(template.answer, {column: value}, Row({}, "the answer template", 1))
 
 
 def answer_column(row: Row, template: AnyTemplate) -> str:
     """The column that holds the row's answer; DataError where the answer is made of several."""
     return row.answer_column() if isinstance(template, Chat) else _answer_column(template)
+
+
+def answer_columns(template: Template | Jinja) -> tuple[str, ...]:
+    """The columns of which the template makes an answer."""
+    return _columns(template.answer) if isinstance(template, Template) else used(template.answer)
 
 
 def references(row: Row, template: AnyTemplate, answer: str) -> tuple[str, ...]:
@@ -213,7 +202,7 @@ def references(row: Row, template: AnyTemplate, answer: str) -> tuple[str, ...]:
     if not isinstance(listed, list):
         raise row.error("field 'references' is not a list of texts")
     values = [row.as_text(value, f"entry {i} of field 'references'") for i, value in enumerate(listed, 1)]
-    single = isinstance(template, Chat) or len(_answer_columns(template)) == 1
+    single = isinstance(template, Chat) or len(answer_columns(template)) == 1
     others = [answer_text(template, value) if single else value for value in values]
     return tuple(dict.fromkeys(text.strip() for text in (answer, *others)))
 
@@ -255,46 +244,7 @@ def _passed_over(row: Row) -> list[str]:
 
 
 def _answer_column(template: Template | Jinja) -> str:
-    columns = _answer_columns(template)
+    columns = answer_columns(template)
     if len(columns) != 1:
         raise DataError(f"the answer template {template.answer!r} must name one {{column}} here, not {len(columns)}")
     return columns[0]
-
-
-def _answer_columns(template: Template | Jinja) -> tuple[str, ...]:
-    return _columns(template.answer) if isinstance(template, Template) else _used(template.answer)
-
-
-@functools.lru_cache
-def _compiled(text: str) -> jinja2.Template:
-    try:
-        return JINJA.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the Jinja template {text!r} cannot be read (line {error.lineno}: {error.message})") from None
-
-
-@functools.lru_cache
-def _used(text: str) -> tuple[str, ...]:
-    """The columns that a Jinja template uses."""
-    _compiled(text)
-    return tuple(sorted(jinja2.meta.find_undeclared_variables(JINJA.parse(text)) - set(JINJA.globals)))
-
-
-def _columns_of(row: Row) -> dict[str, Any]:
-    """What a Jinja template sees of a row."""
-    return {
-        name: row.as_text(value, f"field '{name}'") if isinstance(value, str) else value
-        for name, value in row.fields.items()
-        if value is not None
-    }
-
-
-def _jinja(text: str, columns: Mapping[str, Any], row: Row) -> str:
-    try:
-        return _compiled(text).render(columns)
-    except jinja2.UndefinedError as error:
-        present = ", ".join(columns) or "none"
-        raise row.error(f"the Jinja template uses what the row lacks: {error.message} (present: {present})") from None
-    except Exception as error:  # whatever filters and operators raise on the row's values
-        problem = (str(error) or type(error).__name__).splitlines()[0]
-        raise row.error(f"the Jinja template fails on the row ({problem})") from None

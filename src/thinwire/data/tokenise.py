@@ -10,7 +10,6 @@ token, as elsewhere.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,8 +132,9 @@ def shuffle_answers(rows: Sequence[Row], key: Key, column: str | None = None) ->
 
 
 def _take(row: Row, column: str) -> tuple[Any, Any]:
-    value = templates.answer_value(row, Chat()) if column == "messages" else row.value(column)
-    return value, row.fields.get("references")
+    return templates.answer_value(row, Chat()) if templates.is_talk(row, column) else row.value(column), row.fields.get(
+        "references"
+    )
 
 
 def _put(row: Row, column: str, value: Any, references: Any) -> Row:
@@ -186,7 +186,8 @@ def _heads(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[t
     follows = [prompt + "a" for prompt in prompts]
     if not tokenizer.is_fast:
         pairs = zip(prompts, _encode(prompts, tokenizer), _encode(follows, tokenizer), strict=True)
-        return [(tuple(os.path.commonprefix([alone, before])), len(prompt)) for prompt, alone, before in pairs]
+        shared = [(prompt, alone, chat.common(alone, before)) for prompt, alone, before in pairs]
+        return [(a[:n], len(text if n == len(a) else text.rstrip(" "))) for text, a, n in shared]
     found = tokenizer(follows, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     heads = []
     for prompt, tokens, offsets in zip(prompts, found["input_ids"], found["offset_mapping"], strict=True):
@@ -237,7 +238,7 @@ def _cut_left(prompt: Tokens, room: int, bos: int | None) -> Tokens:
 def _candidates(
     choices: Sequence[str], row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Tokens, ...]:
-    """The tokens of each choice, behind the row's prompt; DataError where two are alike, or one is empty or too long."""
+    """The tokens of each choice, behind the row's prompt; DataError for two alike, one empty, one too long."""
     if len(choices) < 2:
         raise DataError("choices lists fewer than two answers")
     for choice in choices:
