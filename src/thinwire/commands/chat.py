@@ -162,7 +162,6 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
                 attention_mask=torch.ones_like(prompt),
                 streamer=None if texts else _streamer(tokenizer, ends),
                 max_new_tokens=longest if room is None else min(longest, room - length),
-                **({"stop_strings": list(texts), "tokenizer": tokenizer} if texts else {}),
             )
         text = said(tokenizer, made[0, length:].tolist(), ends, texts)
         if texts:  # an end that is a text is known when it is there

@@ -43,7 +43,7 @@ TEXTS = (None, "text", "input_text", "output_text")  # types of a part of a cont
 
 @dataclass(frozen=True)
 class Turn:
-    """`prompt` + `answer` + `end` is how the rendering begins; an `end` that is empty is the tokenizer's end token.
+    """`prompt` + `answer` + `end` is how the rendering begins; where `end` holds no token of its own, eos follows.
 
     `notes`: lines about what the template does that people may not expect.
     """
@@ -105,8 +105,8 @@ def remarks(
     for end in sorted(ends):
         if end and not stops(tokenizer, [end])[0]:
             lines.append(
-                f"the chat template ends an answer with the text {_short(end)}, which is no token of its own: whoever "
-                "serves the model has to stop there"
+                f"the chat template ends an answer with the text {_short(end)}, which is no token of its own: the "
+                f"tokenizer's end token {_short(eos or '')} is trained behind it"
             )
         elif end and (eos is None or eos not in end):
             lines.append(

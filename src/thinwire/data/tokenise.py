@@ -46,8 +46,8 @@ def tokenise(
     answer its end; where both are too long each gets half. With "answer" the answer alone is cut, and a prompt that
     leaves no room for it is an error. With "drop" the row is left out. How many were cut or left out is counted in the
     data set. Neither prompt nor answer is ever empty. The prompt starts with bos where the tokenizer puts it
-    there by default. Open answers end in the eos token with `eos`, or in what the chat template ends them with,
-    unless they were cut. With `choices` the bare answer of every row must be one of them, and their tokens, without
+    there by default. With `eos` open answers end in what the chat template ends them with, and in the eos token where
+    that is nothing or no token, unless they were cut. With `choices` the bare answer of every row must be one of them, and their tokens, without
     that end, are the candidates.
 
     DataError for no rows, for rows that the template refuses, an answer that is not among the choices, rows of which
@@ -58,7 +58,7 @@ def tokenise(
     if max_length < 2:
         raise DataError(f"max_length is {max_length}; prompt and answer need a token each")
     rendered = [templates.render(row, template, tokenizer) for row in rows]
-    if choices is None and eos and tokenizer.eos_token_id is None and not all(text.end for text in rendered):
+    if choices is None and eos and tokenizer.eos_token_id is None and not all(_closed(rendered, tokenizer).values()):
         raise DataError("the tokenizer has no eos token to end answers with (eos = false leaves it out)")
     prompts, answers = _tokens(rendered, template, tokenizer, ended=choices is None and eos)
     if choices is None:
@@ -166,8 +166,9 @@ def _tokens(
             for i, tokens in zip(bare, _encode([texts[i].answer for i in bare], tokenizer), strict=True):
                 answers[i] = tokens
     if ended:
+        closed = _closed(texts, tokenizer)
         answers = [
-            tokens and (tokens if text.end else (*tokens, tokenizer.eos_token_id))
+            tokens and (tokens if closed[text.end] else (*tokens, tokenizer.eos_token_id))
             for text, tokens in zip(texts, answers, strict=True)
         ]
     return _begun(encoded, tokenizer), answers
@@ -179,6 +180,11 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[To
     # verbose=False: a text beyond the model's length is cut here, the tokenizer need not warn of it.
     ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [tuple(tokens) for tokens in ids]
+
+
+def _closed(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """For each end of the answers whether it has a token of its own, so that no end token need follow."""
+    return {end: bool(chat.stops(tokenizer, [end])[0]) for end in {text.end for text in texts}}
 
 
 def _heads(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tokens, int]]:

@@ -94,7 +94,6 @@ def generate(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
                 max_new_tokens=max(1, min(max_new_tokens, positions - length)),
-                **({"stop_strings": list(texts), "tokenizer": tokenizer} if texts else {}),
             )
             for i, tokens in zip(picked, made[:, length:].tolist(), strict=True):
                 answers[i] = said(tokenizer, tokens, ends, texts)
@@ -107,6 +106,9 @@ def said(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: Collec
     text = str(tokenizer.decode(tokens[:stop], skip_special_tokens=True))
     for end in texts:
         text = text.partition(end)[0]
+        if stop == len(tokens):  # there was no room for all of the end
+            begun = next((n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n])), 0)
+            text = text[: len(text) - begun]
     return text.strip()
 
 
