@@ -47,8 +47,8 @@ def tokenise(
     leaves no room for it is an error. With "drop" the row is left out. How many were cut or left out is counted in the
     data set. Neither prompt nor answer is ever empty. The prompt starts with bos where the tokenizer puts it
     there by default. With `eos` open answers end in what the chat template ends them with, and in the eos token where
-    that is nothing or no token, unless they were cut. With `choices` the bare answer of every row must be one of them, and their tokens, without
-    that end, are the candidates.
+    that is nothing or no token, unless they were cut. With `choices` the bare answer of every row must be one of them,
+    and their tokens, without that end, are the candidates.
 
     DataError for no rows, for rows that the template refuses, an answer that is not among the choices, rows of which
     none fits (NoRowsLeft), choices that cannot be told apart, and a tokenizer without the tokens that this needs.
