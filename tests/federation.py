@@ -18,6 +18,7 @@ from thinwire.model.flat import Net
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame
+from thinwire.wire.frame import header_room
 
 PROMPT = Template("{input}: it was", " {output}")
 Tamper = Callable[[int, Frame], Frame | None]
@@ -52,6 +53,8 @@ class Federation:
     state: Any = None
     round: int = 0
     held: dict[int, str] = field(default_factory=dict)
+    caps: dict[int, int] = field(default_factory=dict)
+    examples: dict[int, int] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     history: list[Round] = field(default_factory=list)
 
@@ -80,6 +83,8 @@ class Federation:
         cohort = tuple(range(len(self.sizes))) if cohort is None else tuple(cohort)
         transport = Tampered(InProcess(self.method, self.client, lambda c: c.memory.commit(), self.spool), self.tamper)
         at = Round(1, self.server(self.round, cohort), transport, self.held, self.spool)
+        at.max_header = header_room(self.method.Up, self.net.names)
+        at.caps, at.examples = self.caps, self.examples
         self.state, self.metrics = run_round(self.method, self.state, at)
         self.history.append(at)
         return at

@@ -25,8 +25,9 @@ from tiny import CHOICES, tiny_folder, tiny_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thinwire import __version__, cli, config, show
+from thinwire import records as recorder
 from thinwire.model.flat import Net
-from thinwire.runtime import checkpoint, loop
+from thinwire.runtime import checkpoint
 
 SOURCE = Path(__file__).parent.parent / "src"
 METHODS = {
@@ -451,7 +452,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
             raise full
         inner(folder, state, progress)
 
-    def append(path: Path, record: dict[str, Any], inner: Any = loop._append) -> None:
+    def append(path: Path, record: dict[str, Any], inner: Any = recorder.append) -> None:
         if record["round"] == 1:
             path.open("a").write('{"round": 1, "cli')
             raise full
@@ -464,7 +465,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
         if where == "checkpoint":
             patch.setattr(checkpoint, "write", write)
         elif where == "record":
-            patch.setattr(loop, "_append", append)
+            patch.setattr(recorder, "append", append)
         else:
             patch.setattr(Net, "save", save)
         result = thinwire("run", place / "run.toml", *METHODS["fedkseed"], "--out", tmp_path / "out")

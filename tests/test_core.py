@@ -243,3 +243,80 @@ def test_small_replies_come_by_the_dozen_and_large_ones_alone() -> None:
         assert asked <= seen[-1] + 1  # no more than one ahead
     assert sizes == [2, 1, 1, wire.frame.KEPT, wire.frame.KEPT, 1, 1]
     assert seen == list(range(1, len(frames) + 1))
+
+
+class Forged(Differences):
+    """A client whose reply meets a fault of ours."""
+
+    fault: str = ""
+
+    def check(self, state: Vector, client_id: int, up: Answer) -> None:
+        if client_id == 1:
+            raise {"value": ValueError, "key": KeyError, "overflow": OverflowError, "memory": MemoryError}[self.fault](
+                "line one\n\x1b[2Jline two" + 5_000 * "x"
+            )
+
+
+@pytest.mark.parametrize("fault", ["value", "key", "overflow", "memory"])
+def test_no_reply_ends_a_run(net: Net, tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    federation = Federation(Forged(fault=fault), net, tmp_path)
+    at = federation.step()
+    assert federation.metrics == {"answers": 2}
+    error = at.visits[1].error
+    assert error is not None
+    assert "Error" in error
+    assert len(error) <= 500
+    assert error.isprintable()  # one line, and nothing that a terminal obeys
+    assert "Traceback" in caplog.text
+    assert "round 1, client 1" in caplog.text
+
+
+def test_a_fault_of_this_machine_is_no_clients(net: Net, tmp_path: Path) -> None:
+    class Full(Differences):
+        def check(self, state: Vector, client_id: int, up: Answer) -> None:
+            raise OSError(24, "Too many open files")
+
+    with pytest.raises(OSError, match="Too many"):
+        Federation(Full(), net, tmp_path).step()
+
+
+def test_examples_beyond_the_rows_are_refused_and_the_first_number_is_kept(net: Net, tmp_path: Path) -> None:
+    counted: list[int] = []
+    round = 0
+
+    class Claims(Differences):
+        claims: tuple[int, ...] = (10, 10**6, 3)
+
+        def client_update(self, down: Vector, client: Client) -> Answer:
+            answer = super().client_update(down, client)
+            return Answer(answer.weights, self.claims[round]) if client.id == 0 else answer
+
+        def aggregate(
+            self, state: Vector, server: Server, replies: Iterable[tuple[int, Answer]]
+        ) -> tuple[Vector, Metrics]:
+            kept = [*replies]
+            counted.extend(up.examples for id, up in kept if id == 0)
+            return super().aggregate(state, server, kept)
+
+    federation = Federation(Claims(), net, tmp_path)
+    for round in range(3):  # noqa: B007 - what the client claims looks at it
+        federation.step()
+    assert counted == [10, 10, 3]
+    assert [at.visits[0].examples for at in federation.history] == [10, 10, 3]
+    capped = Federation(Claims(claims=(0, 0, 10**6)), net, tmp_path / "capped")
+    capped.caps[0] = 12
+    at = capped.step()
+    assert "examples is 1000000, of 12 at most" in str(at.visits[0].error)
+    assert at.visits[1].error is None
+
+
+def test_a_header_larger_than_the_methods_own_is_not_read(net: Net, tmp_path: Path) -> None:
+    names = {f"{i:09d}" + 90 * "x": torch.empty(0) for i in range(2_000)}
+
+    def swap(client: int, frame: wire.Frame) -> wire.Frame:
+        return wire.encode(Answer(names, 1), run=1, round=1, client=1) if client == 1 else frame
+
+    federation = Federation(Differences(), net, tmp_path, tamper=swap)
+    at = federation.step()
+    assert "TooLarge: a header of" in str(at.visits[1].error)
+    assert federation.metrics == {"answers": 2}

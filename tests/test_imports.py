@@ -15,6 +15,8 @@ ALLOWED = {
     "wire": set[str](),
     "keys": set[str](),
     "memory": set[str](),
+    "errors": set[str](),
+    "records": set[str](),
     "core": {"wire", "keys"},
     "data": {"keys"},
     "model": {"keys", "data"},
@@ -23,8 +25,8 @@ ALLOWED = {
     "compress": {"perturb", "model"},
     "methods": {"core", "wire", "keys", "memory", "data"} | PARTS,
     "evaluate": {"keys", "data", "model", "train"},
-    "runtime": {"core", "wire", "keys", "memory"},
-    "config": {"core", "methods", "runtime"},
+    "runtime": {"core", "wire", "keys", "memory", "errors", "records"},
+    "config": {"core", "methods", "runtime", "errors"},
     "report": {"data"},
 }
 TOP = {

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+import xxhash
 
 from thinwire import config
 from thinwire.config import ConfigError, Run
@@ -28,9 +30,12 @@ from thinwire.model.adapters import add_lora
 from thinwire.model.find import resolve
 from thinwire.model.flat import Net
 from thinwire.model.task import labels_of, task_of
+from thinwire.runtime.cohort import check_clients
 from thinwire.runtime.loop import Job, Watch
 from thinwire.train.objective import keeps_apart
 from thinwire.train.parallel import device_of
+from thinwire.wire import raw
+from thinwire.wire.frame import header_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,8 +162,12 @@ def classes_of(run: Run) -> tuple[str, ...] | None:
 
 
 def settled(run: Run, rows: Rows) -> Run:
-    """The run with the classes of a fresh classifier found in the clients' rows, unless it lists them itself."""
+    """The run with the classes of a fresh classifier found in the clients' rows, unless it lists them itself.
+
+    ConfigError for a cohort of clients that have no rows.
+    """
     folder = resolve(run.model.path)
+    check_clients(run.cohort, len(rows.clients))
     fresh = task_of(folder, run.model.task) == "classification" and labels_of(folder) is None
     if not fresh or run.data.choices is not None:
         return run
@@ -281,8 +290,8 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
         records: list[dict[str, Any]] = []
         for split in splits:
             result = evaluate(net, split, run.eval.batch_size, run.eval.max_new_tokens)
-            shown = split.data.examples[:SHOWN]
-            given = answers(net, split.data, len(shown), run.eval.max_new_tokens)
+            shown = split.data.examples[:SHOWN] if run.eval.show_rows else ()
+            given = answers(net, split.data, len(shown), run.eval.max_new_tokens) if shown else []
             samples = [
                 {"prompt": e.text, "expected": e.references[0], "answer": answer.strip()}
                 for e, answer in zip(shown, given, strict=True)
@@ -306,6 +315,21 @@ def identity(run: Run) -> int:
     return int.from_bytes(hashlib.sha256(same.to_toml().encode()).digest()[:4], "little")
 
 
+def fingerprints(job: Job) -> dict[str, str]:
+    """What a run goes on with must be: hashes of the clients' examples, and of the weights that they start from."""
+    rows, weights = xxhash.xxh3_128(), xxhash.xxh3_128()
+    for name, data in zip(job.names, job.clients, strict=True):
+        rows.update(f"{name} {len(data.examples)}\n".encode())
+        for example in data.examples:
+            rows.update(f"{len(example.prompt)} {example.choice} ".encode())
+            rows.update(np.array([*example.prompt, *example.answer], np.int64).tobytes())
+    for name in job.net.names:
+        tensor = job.net.base[name]
+        weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        weights.update(raw(tensor))
+    return {"rows": rows.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
+
+
 def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, watch: Watch) -> Job:
     """The run, ready to go; raises DataError."""
     from thinwire.card import card
@@ -327,6 +351,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         key=Key.root(run.seed),
         rounds=run.rounds,
         segments=run.cohort,
+        max_bytes=run.method.reply_bytes(net) + header_room(run.method.Up, net.names),
         evaluate=score,
         eval_every=run.eval.every,
         public=public_data(run, net.tokenizer),

@@ -88,9 +88,15 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
         "| held-out rows | score | before | after |",
         "| --- | --- | ---: | ---: |",
     ]
-    for first, final in zip(summary["first"], summary["final"], strict=True):
+    first, final = ({row["split"]: row for row in summary[when]} for when in ("first", "final"))
+    for split in {**first, **final}:  # sites that were absent at an end have no row there
+        before, after = first.get(split, {}), final.get(split, {})
+        rows = f"{split} ({(after or before)['rows']:,} rows)"
         for field, title in SCORES.items():
-            if first.get(field) is not None and final.get(field) is not None:
-                split = f"{final['split']} ({final['rows']:,} rows)"
-                lines.append(f"| {split} | {title} | {first[field]:.4g} | {final[field]:.4g} |")
+            if before.get(field) is not None or after.get(field) is not None:
+                lines.append(f"| {rows} | {title} | {_cell(before.get(field))} | {_cell(after.get(field))} |")
     return "\n".join([*lines, ""])
+
+
+def _cell(score: float | None) -> str:
+    return "" if score is None else f"{score:.4g}"

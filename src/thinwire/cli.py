@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -64,6 +65,7 @@ def run(
 
         from thinwire import build, config, memory
         from thinwire.data.description import remarks, shortened
+        from thinwire.runtime.folder import locked
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
         from thinwire.trackers import Trackers, check, trackers_of
@@ -73,33 +75,35 @@ def run(
         check(settings)
         folder = out if out is not None else Path("runs") / settings.name
         rank = parallel.join()
-        _claim(folder, settings, resume)
-        if (folder / "summary.json").exists():
-            typer.echo(f"{folder}: this run is complete")
-            print_summary(folder)
-            return
-        again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
-        if rank:
-            folder = parallel.shadow(folder)
-        parallel.wait()
-        build.use_threads(settings)
-        rows = build.rows_of(settings.data, _key(settings))
-        whole = build.settled(settings, rows)
-        before = memory.resident()
-        net = build.net_of(whole, remember=True)
-        with Live(settings, rows, net, folder, resume) as watch:
-            job = build.job(whole, rows, net, folder, before, watch)
-            for line in (shortened(job.names, job.clients, settings.data.max_length), *remarks(job.clients)):
-                watch.remark(line)
-            _record(folder, settings)
-            try:
-                with Trackers(watch, trackers_of(settings, folder)) as job.watch:
-                    train(job)
-            except KeyboardInterrupt:
-                raise Stopped(f"stopped; go on from the last whole round with: {again}") from None
-            except (OSError, SafetensorError) as error:
-                raise Stopped(f"{cause(error)}; go on from the last whole round with: {again}") from None
-        print_summary(folder, estimate.verdict(settings, job, folder))
+        _check_place(folder, resume)
+        with locked(folder) if not rank else contextlib.nullcontext():
+            _claim(folder, settings, resume)
+            if (folder / "summary.json").exists():
+                typer.echo(f"{folder}: this run is complete")
+                print_summary(folder)
+                return
+            again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
+            if rank:
+                folder = parallel.shadow(folder)
+            parallel.wait()
+            build.use_threads(settings)
+            rows = build.rows_of(settings.data, _key(settings))
+            whole = build.settled(settings, rows)
+            before = memory.resident()
+            net = build.net_of(whole, remember=True)
+            with Live(settings, rows, net, folder, resume) as watch:
+                job = build.job(whole, rows, net, folder, before, watch)
+                for line in (shortened(job.names, job.clients, settings.data.max_length), *remarks(job.clients)):
+                    watch.remark(line)
+                _record(folder, settings, build.fingerprints(job))
+                try:
+                    with Trackers(watch, trackers_of(settings, folder)) as job.watch:
+                        train(job)
+                except KeyboardInterrupt:
+                    raise Stopped(f"stopped; go on from the last whole round with: {again}") from None
+                except (OSError, SafetensorError) as error:
+                    raise Stopped(f"{cause(error)}; go on from the last whole round with: {again}") from None
+            print_summary(folder, estimate.verdict(settings, job, folder))
 
 
 @app.command()
@@ -239,15 +243,25 @@ def main() -> None:
     sys.exit(status)
 
 
+def _check_place(folder: Path, resume: bool) -> None:
+    """Refuse what is no folder, and no run to resume, before a lock makes one."""
+    from thinwire import config
+
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise config.ConfigError(f"--out: {there} is not a folder")
+    if resume and not folder.exists():
+        raise config.ConfigError(f"{folder}: there is no run to resume")
+
+
 def _claim(folder: Path, settings: Run, resume: bool) -> None:
     """Refuse a folder that holds anything but, under --resume, this very run."""
     from thinwire import config
+    from thinwire.runtime.folder import FILE
 
+    _check_place(folder, resume)
     if not (folder / "run.toml").exists():
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if not there.is_dir():
-            raise config.ConfigError(f"--out: {there} is not a folder")
-        if there == folder and any(folder.iterdir()):
+        if folder.exists() and {path.name for path in folder.iterdir()} - {FILE, "run.toml.part"}:
             raise config.ConfigError(f"{folder}: not empty, and not a run; choose another --out")
         if resume:
             raise config.ConfigError(f"{folder}: there is no run to resume")
@@ -259,15 +273,22 @@ def _claim(folder: Path, settings: Run, resume: bool) -> None:
         raise config.ConfigError(f"{folder}: holds another run: {difference}")
 
 
-def _record(folder: Path, settings: Run) -> None:
+def _record(folder: Path, settings: Run, fingerprints: dict[str, str]) -> None:
+    """Write run.toml; ConfigError where a run goes on that began with other rows or another start model."""
+    from thinwire import config, records
+
+    file = folder / "run.toml"
+    if file.exists():
+        began = config.load(file).environment
+        for name, what in (("rows", "the clients' rows"), ("weights", "the start model's weights")):
+            if began.get(name, fingerprints[name]) != fingerprints[name]:
+                raise config.ConfigError(
+                    f"{folder}: {what} are not those that the run began with; put them back, or begin anew with "
+                    "another --out"
+                )
+    environment = _environment() | fingerprints
     folder.mkdir(parents=True, exist_ok=True)
-    whole = folder.resolve()
-    partial = whole.with_name(f".{whole.name}.run.toml")  # beside it: a folder is empty or a run
-    try:
-        partial.write_text(settings.model_copy(update={"environment": _environment()}).to_toml(), encoding="utf-8")
-        partial.replace(whole / "run.toml")
-    finally:
-        partial.unlink(missing_ok=True)
+    records.replace(file, settings.model_copy(update={"environment": environment}).to_toml().encode())
 
 
 def _model(path: Path) -> str:

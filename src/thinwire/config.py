@@ -32,12 +32,9 @@ from pydantic import (
 )
 
 from thinwire.core import Method
+from thinwire.errors import ConfigError as ConfigError
 from thinwire.methods import METHODS
 from thinwire.runtime.cohort import All, Cohort
-
-
-class ConfigError(ValueError):
-    """The run file is wrong; the message is one line that names the field."""
 
 
 class _Section(BaseModel):
@@ -153,7 +150,8 @@ class Data(_Section):
 class Eval(_Section):
     """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split.
 
-    `prompts`: public texts, nobody's rows, whose answers a report shows. `show_rows`: it may show held-out rows too.
+    `prompts`: public texts, nobody's rows, whose answers a report shows. `show_rows`: records and reports may hold a
+    few held-out rows, with what the model answers, too.
     """
 
     every: NonNegativeInt = 0
@@ -212,7 +210,7 @@ class Run(_Section):
     eval: Eval = Eval()
     track: Track = Track()
     federation: Federation | None = None
-    environment: Mapping[str, str] = {}  # written by a run for the reader; never read back
+    environment: Mapping[str, str] = {}  # written by a run: for the reader, and to see that it goes on with the same
 
     @field_validator("method", mode="before")
     @classmethod

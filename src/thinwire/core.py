@@ -11,9 +11,10 @@ state once its replies are exhausted. Replies come lazily, in cohort order, and 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from thinwire import wire
 from thinwire.keys import Key
 from thinwire.wire import Frame, Illegal, Ledger, Spooled, Stale, WireError
+from thinwire.wire.legal import MOST, check_report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from thinwire.model.flat import Net
 
 Metrics = dict[str, float]
+LOG = logging.getLogger("thinwire")
+REASON = 500  # characters of why a client has no reply that are kept
 
 
 class Versions(Protocol):
@@ -114,6 +118,10 @@ class Method(BaseModel):
     def check(self, state: Any, client_id: int, up: Any) -> None:
         """Raise Illegal if this client may not answer so. A bad reply drops the client for the round."""
 
+    def reply_bytes(self, net: Net) -> int:
+        """The most bytes that a reply's tensors take, longer are not read; by default twice the float32 weights."""
+        return 8 * net.size + 256 * len(net.names) + (1 << 16)
+
     def passes(self) -> float:
         """Rows that a visit passes forward through the model, a backward pass counted as two; NaN if not known."""
         return math.nan
@@ -156,7 +164,11 @@ class Visit:
 
 @dataclass
 class Round:
-    """Where a round takes place: what it runs on, and what it leaves behind."""
+    """Where a round takes place: what it runs on, and what it leaves behind.
+
+    `caps`: client -> the most examples that a reply of it may claim, where that is known. `examples`: client -> the
+    number that its first reply gave, which no later one can raise: it says how much a client counts.
+    """
 
     run: int
     server: Server
@@ -164,6 +176,9 @@ class Round:
     held: dict[int, str]
     spool: Path | None = None
     max_bytes: int = wire.frame.MAX_FRAME
+    max_header: int = wire.frame.MAX_HEADER
+    caps: Mapping[int, int] = field(default_factory=dict)
+    examples: dict[int, int] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     visits: dict[int, Visit] = field(default_factory=dict)
 
@@ -207,14 +222,14 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
         for group in _groups(ask(at.server.cohort, dict(at.held))):
             frames: list[tuple[int, Frame]] = []
             for reply in group:
-                if reply.frame is not None and _is_stale(at.ledger.up(reply.client, reply.frame)):
+                if reply.frame is not None and _is_stale(at.ledger.up(reply.client, reply.frame), at.max_header):
                     at.held.pop(reply.client, None)
                     _remove(reply.frame)
                     reply = next(ask([reply.client], {}))  # once more, with nothing taken for granted
                     if reply.frame is not None:
                         at.ledger.up(reply.client, reply.frame)
                 if reply.frame is None:
-                    at.visits[reply.client].error = reply.error or "no reply"
+                    at.visits[reply.client].error = shown(reply.error or "no reply")
                 else:
                     frames.append((reply.client, reply.frame))
             # step by step for the whole group, which takes a CPU half the time that it takes reply by reply
@@ -223,10 +238,13 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
             for (client, frame), up in zip(frames, ups, strict=True):
                 visit = at.visits[client]
                 try:
-                    if isinstance(up, WireError):
-                        visit.error = f"{type(up).__name__}: {up}"
+                    if isinstance(up, Exception):
+                        if not isinstance(up, WireError):
+                            where = f"round {at.server.round}, client {client}: its reply cannot be used"
+                            LOG.error(where, exc_info=up)
+                        visit.error = shown(f"{type(up).__name__}: {up}")
                         continue
-                    held = wire.peek(frame).held
+                    held = wire.peek(frame, at.max_header).held
                     if held is not None:
                         at.held[client] = held
                     visit.examples, visit.loss = getattr(up, "examples", None), getattr(up, "loss", None)
@@ -235,16 +253,20 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
                     _remove(frame)
 
     def decode(client: int, frame: Frame) -> Any:
-        header = wire.peek(frame)
+        header = wire.peek(frame, at.max_header)
         if (header.run, header.round, header.client) != (at.run, at.server.round, client):
             raise Illegal(f"a reply of run {header.run}, round {header.round}, client {header.client}")
-        return wire.decode(method.Up, frame, at.max_bytes)
+        return wire.decode(method.Up, frame, at.max_bytes, at.max_header)
 
     def check(client: int, up: Any) -> Any:
-        if isinstance(up, WireError):
+        if isinstance(up, Exception):
             return up
+        check_report(up, at.caps.get(client, MOST))
         method.check(state, client, up)
-        return up
+        if (claimed := getattr(up, "examples", None)) is None:
+            return up
+        first = at.examples.setdefault(client, claimed)
+        return up if claimed <= first else replace(up, examples=first)
 
     at.visits.update({client: Visit(client) for client in at.server.cohort})
     state, metrics = method.aggregate(state, at.server, answers())
@@ -271,16 +293,25 @@ def _groups(replies: Iterator[Reply]) -> Iterator[list[Reply]]:
 
 
 def _tried(hook: Callable[..., Any], *args: Any) -> Any:
-    """What the hook returns, or the WireError that it raises."""
+    """What the hook returns, or what it raises on a reply: that is its client's, and ends no run."""
     try:
         return hook(*args)
-    except WireError as error:
+    except OSError:  # this machine's disk or its handles: no client has a part in it
+        raise
+    except Exception as error:
         return error
 
 
-def _is_stale(frame: Frame) -> bool:
+def shown(reason: str) -> str:
+    """A reason that came from elsewhere as one line: no control characters, REASON characters at most."""
+    line = "".join(mark if mark.isprintable() else " " for mark in reason[: 2 * REASON])
+    line = " ".join(line.split())
+    return line if len(line) <= REASON else line[: REASON - 3] + "..."
+
+
+def _is_stale(frame: Frame, max_header: int) -> bool:
     try:
-        return wire.peek(frame).kind == Stale.__name__
+        return wire.peek(frame, max_header).kind == Stale.__name__
     except WireError:
         return False  # decoding it will say what is wrong
 

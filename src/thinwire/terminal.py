@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
+from thinwire.errors import RunError
 
-DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
 
 
 class Stopped(Exception):
@@ -26,6 +25,9 @@ def one_line() -> Iterator[None]:
         yield
     except Stopped as stop:
         typer.echo(f"thinwire: {stop}", err=True)
+        raise typer.Exit(1) from None
+    except RunError as error:
+        typer.echo(f"thinwire: {error}".replace("\n", " "), err=True)
         raise typer.Exit(1) from None
     except ValueError as error:
         from thinwire.config import ConfigError
@@ -51,17 +53,6 @@ def cause(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error) or type(error).__name__
-
-
-def printable(text: str) -> str:
-    """The text as a terminal may show it: control characters but newline and tab, and marks of direction, escaped."""
-    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
-
-
-def _steers(character: str) -> bool:
-    if character in "\n\t":
-        return False
-    return unicodedata.category(character) in ("Cc", "Cs") or character in DIRECTIONS
 
 
 def settle() -> None:

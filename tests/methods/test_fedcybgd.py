@@ -399,7 +399,6 @@ def test_a_reply_that_is_none_is_refused(coded: bool, net: Net, tmp_path: Path) 
     other: dict[str, Tensor] = dict(up.changes)
     other[name] = other[name][:-1]
     for line, wrong in {
-        "examples is 0": replace(up, examples=0),
         "block 7 is not one": replace(up, block=7),
         "not those of block 1": replace(up, block=1),
         name: replace(up, changes=other),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from thinwire.errors import Damaged
 from thinwire.runtime import checkpoint
 from thinwire.runtime.checkpoint import Progress
 from thinwire.wire import Stale, frame
@@ -49,7 +50,7 @@ def value_of(folder: Path) -> float | None:
     found = checkpoint.read(folder, State)
     if found is None:
         return None
-    got, at = found
+    got, at = found.state, found.progress
     assert got.scalars == [at.round, 0.5]
     assert at == progress(at.round)
     assert got.one.tolist() == [[at.round] * 2] * 2
@@ -73,7 +74,7 @@ def test_progress_returns_whole(tmp_path: Path) -> None:
     checkpoint.write(tmp_path, state(2), progress(2, finished=True))
     found = checkpoint.read(tmp_path, State)
     assert found is not None
-    assert found[1] == progress(2, finished=True)
+    assert found.progress == progress(2, finished=True)
 
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_round_written_again_replaces(tmp_path: Path) -> None:
     checkpoint.write(tmp_path, state(9), progress(2))
     found = checkpoint.read(tmp_path, State)
     assert found is not None
-    assert found[0].scalars == [9, 0.5]
+    assert found.state.scalars == [9, 0.5]
     assert checkpoint.rounds(tmp_path) == [1, 2]
 
 
@@ -139,13 +140,78 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, how: str) -> None:
     fill(tmp_path, 2)
     damage(tmp_path / "round-000002", how)
     assert value_of(tmp_path) == 1
-    damage(tmp_path / "round-000001", how)
-    assert value_of(tmp_path) is None
+    found = checkpoint.read(tmp_path, State)
+    assert found is not None
+    assert [reason.split(":")[0] for reason in found.passed] == ["round 2"]
 
 
-def test_a_state_of_another_method_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", DAMAGES)
+def test_where_none_is_whole_it_is_said_and_nothing_is_touched(tmp_path: Path, how: str) -> None:
+    fill(tmp_path, 2)
+    for round in (1, 2):
+        damage(tmp_path / f"round-00000{round}", how)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    with pytest.raises(Damaged, match=r"no checkpoint is whole .round 2: .*; round 1: ") as error:
+        checkpoint.read(tmp_path, State)
+    assert "\n" not in str(error.value)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_state_of_another_method_is_damage(tmp_path: Path) -> None:
     fill(tmp_path, 1)
-    assert checkpoint.read(tmp_path, Stale) is None
+    with pytest.raises(Damaged, match="no checkpoint is whole"):
+        checkpoint.read(tmp_path, Stale)
+
+
+def test_a_number_changed_in_the_progress_is_seen(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    file = tmp_path / "round-000002" / "progress.json"
+    for old, new in (('"bytes_up": 40', '"bytes_up": 41'), ('"round": 2', '"round": 1')):
+        whole = file.read_text()
+        file.write_text(whole.replace(old, new))
+        assert file.read_text() != whole
+        assert value_of(tmp_path) == 1
+        file.write_text(whole)
+    assert value_of(tmp_path) == 2
+
+
+def test_a_checkpoint_under_anothers_name_is_damage(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    (tmp_path / "round-000002").rename(tmp_path / "round-000003")
+    assert value_of(tmp_path) == 1
+
+
+def test_one_of_an_older_version_is_read(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    file = tmp_path / "round-000002" / "progress.json"
+    fields = json.loads(file.read_text())
+    for later in ("digest", "memory", "evals"):
+        del fields[later]
+    file.write_text(json.dumps(fields))
+    assert value_of(tmp_path) == 2
+
+
+def test_what_goes_with_a_checkpoint_is_checked_with_it(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+
+    def check(at: Progress) -> None:
+        if at.round == 2:
+            raise Damaged("the memory of client 3 is missing")
+
+    found = checkpoint.read(tmp_path, State, check)
+    assert found is not None
+    assert (found.progress.round, found.passed) == (1, ("round 2: the memory of client 3 is missing",))
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, 2)
+
+    def broken(*args: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "on_disk", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.read(tmp_path, State)
 
 
 def test_a_folder_half_written_is_ignored_and_written_over(tmp_path: Path) -> None:
@@ -186,6 +252,6 @@ def test_tensors_outlive_their_checkpoint(tmp_path: Path) -> None:
     found = checkpoint.read(tmp_path, State)
     assert found is not None
     shutil.rmtree(tmp_path)
-    assert found[0].weights["z"].tolist() == [1, 1, 1]
-    assert found[0].weights["a"].item() == 1
-    assert found[0].one.sum().item() == 4
+    assert found.state.weights["z"].tolist() == [1, 1, 1]
+    assert found.state.weights["a"].item() == 1
+    assert found.state.one.sum().item() == 4

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thinwire.terminal import one_line, printable, settle
+from thinwire.data.shown import printable
+from thinwire.terminal import one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.config import Data

@@ -19,6 +19,7 @@ from thinwire.estimate.traffic import Federation, Traffic, traffic
 from thinwire.keys import Key
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
+from thinwire.runtime.cohort import check_clients
 
 LINKS = (1, 10, 100)  # Mbit/s
 READ = 1 << 26  # bytes of rows that are read to count them; more are not worth the time
@@ -69,6 +70,8 @@ def estimate(run: Run) -> Estimate:
     assumed: list[str] = []
     held = rows_at_hand(run)
     examples = examples_of(run, held, assumed)
+    if held is not None:
+        check_clients(run.cohort, len(examples))
     model = sketch(run, partial(classes_in, run, held, assumed))
     method = run.method
     rows = int(getattr(method, "batch_size", 1))

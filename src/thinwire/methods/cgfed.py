@@ -35,13 +35,13 @@ from thinwire.compress.image import Image
 from thinwire.compress.lowrank import LowRank
 from thinwire.core import Client, Metrics, Server, StaleVersion
 from thinwire.keys import Key
-from thinwire.methods.fedavg import FirstOrder, Trained, Weights, fill, running_mean
-from thinwire.methods.gradualdiff import LARGEST
+from thinwire.methods.fedavg import FirstOrder, Trained, Weights, fill, fill_checked, running_mean
 from thinwire.model.errors import ModelError
 from thinwire.model.flat import Net
 from thinwire.train.objective import loss as batch_loss
 from thinwire.train.schedule import scheduled
 from thinwire.wire import Illegal
+from thinwire.wire.legal import LARGEST, check_keys, check_rate
 
 Tensors = Mapping[str, Tensor]
 NONE = "-"  # in place of a version
@@ -120,7 +120,8 @@ class OnFactors(FirstOrder):
 
         The increment or the state after local steps; or -lr times the mean gradient of as many batches, no step taken.
         """
-        fill(client.net, weights)
+        check_rate(lr)
+        fill_checked(client.net, weights)
         count = math.floor(self.spared * len(client.data) + 0.5)
         order = Key.root(0).fold("spared", client.id).permutation(len(client.data))
         kept = order[:count] if first else order[count:]
@@ -189,8 +190,6 @@ class Tgap(OnFactors):
         return Gathered(told, len(client.data), loss, skipped)
 
     def check(self, state: Weights, client_id: int, up: Gathered) -> None:
-        if up.examples < 1:
-            raise Illegal(f"examples is {up.examples}")
         if set(up.update) != set(state.weights):
             raise Illegal("the names of the updates are not the model's")
         for name, tensor in up.update.items():
@@ -277,7 +276,10 @@ class CGFed(OnFactors):
 
     def client_update(self, down: Told, client: Client) -> Coded:
         image = self._image(client.net)
-        code = code_of(self.codec, self.ratio, image, self._codec(down, client), self.feedback)
+        try:
+            code = code_of(self.codec, self.ratio, image, self._codec(down, client), self.feedback)
+        except ValueError as error:
+            raise Illegal(f"the codec: {error}") from None
         weights = self._weights(down, client, image)
         client.held = f"{down.version} {down.codec_version}"
         told, loss, skipped = self.learn(weights, client, down.lr, first=False)
@@ -304,8 +306,7 @@ class CGFed(OnFactors):
         return Coded(to_tensor(data), key, spare, cosine, len(client.data), loss, skipped)
 
     def check(self, state: Global, client_id: int, up: Coded) -> None:
-        if up.examples < 1:
-            raise Illegal(f"examples is {up.examples}")
+        check_keys(up.key)
         if not -1.001 <= up.cosine <= 1.001:
             raise Illegal(f"a cosine of {up.cosine}")
         if not bool((self._decoded(state, up, self._layout(state)).abs() <= LARGEST).all()):
@@ -356,7 +357,7 @@ class CGFed(OnFactors):
         fill(net, state.weights)
 
     def receive(self, down: Told, client: Client) -> None:
-        fill(client.net, self._weights(down, client, self._image(client.net)))
+        fill_checked(client.net, self._weights(down, client, self._image(client.net)))
 
     def _image(self, net: Net) -> Image:
         return self.image(net, side_of(self.codec))
@@ -389,8 +390,11 @@ class CGFed(OnFactors):
                 raise StaleVersion
             if down.step is not None:
                 code = code_of("eden", self.ratio, image, contract=True)
-                shape = (image.height, image.width)
-                weights = moved(weights, image.unstack(code.decode(to_bytes(down.step), shape, down.key)), "increment")
+                try:
+                    step = code.decode(to_bytes(down.step), (image.height, image.width), down.key)
+                except ValueError as error:
+                    raise Illegal(f"the step: {error}") from None
+                weights = moved(weights, image.unstack(step), "increment")
         assert weights is not None
         weights = dict(weights)
         if client.versions.put(weights) != down.version:

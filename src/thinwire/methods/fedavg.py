@@ -20,6 +20,7 @@ from thinwire.model.flat import Net
 from thinwire.train.local import Optimiser, train_locally
 from thinwire.train.schedule import Schedule, scheduled
 from thinwire.wire import Illegal
+from thinwire.wire.legal import LARGEST, check_rate
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,13 @@ class FedAvg(FirstOrder):
         return Weights(state.weights, scheduled(self.schedule, self.lr, server.round, server.rounds))
 
     def client_update(self, down: Weights, client: Client) -> Trained:
-        fill(client.net, down.weights)
+        self.receive(down, client)
         loss, skipped = self.train(client, down.lr)
         weights = {name: p.detach() for name, p in client.net.parameters()}
         return Trained(weights, len(client.data), loss, skipped)
 
     def check(self, state: Weights, client_id: int, up: Trained) -> None:
-        check_weights(state.weights, up)
+        check_weights(state.weights, up.weights)
 
     def aggregate(
         self, state: Weights, server: Server, replies: Iterable[tuple[int, Trained]]
@@ -114,21 +115,23 @@ class FedAvg(FirstOrder):
         fill(net, state.weights)
 
     def receive(self, down: Weights, client: Client) -> None:
-        fill(client.net, down.weights)
+        check_rate(down.lr)
+        fill_checked(client.net, down.weights)
 
 
-def check_weights(known: Mapping[str, Tensor], up: Trained) -> None:
-    """Illegal unless the reply's weights have the names, shapes and dtypes of the known ones, and are finite."""
-    if up.examples < 1:
-        raise Illegal(f"examples is {up.examples}")
-    if set(up.weights) != set(known):
+def check_weights(known: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Illegal unless weights have the names, shapes and dtypes of the known ones, and are within LARGEST of them."""
+    if set(weights) != set(known):
         raise Illegal("the names of the weights are not the model's")
-    for name, tensor in up.weights.items():
+    for name, tensor in weights.items():
         mine = known[name]
         if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
             raise Illegal(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {mine.dtype} {list(mine.shape)}")
-        if not torch.isfinite(tensor).all():
-            raise Illegal(f"{name} is not finite")
+        change = tensor.to(torch.float32, copy=True).sub_(mine.to(tensor.device))
+        if not (change.abs_() <= LARGEST).all():
+            raise Illegal(
+                f"{name} is not finite" if not torch.isfinite(tensor).all() else f"{name} is beyond {LARGEST:g}"
+            )
 
 
 def average(
@@ -160,6 +163,12 @@ def running_mean(replies: Iterable[tuple[int, Trained]], weighting: str) -> tupl
             loss += (up.loss - loss) * weight / measured
         skipped += up.skipped
     return mean, {"loss": loss, "skipped": skipped} if mean else {}
+
+
+def fill_checked(net: Net, weights: Mapping[str, Tensor]) -> None:
+    """`fill` with weights from elsewhere; Illegal, and nothing is copied, where they are not such a net's."""
+    check_weights({name: net.base[name] for name in net.names}, weights)
+    fill(net, weights)
 
 
 @torch.no_grad()

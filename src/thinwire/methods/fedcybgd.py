@@ -36,7 +36,7 @@ from thinwire.compress.shrink import Cut, Width
 from thinwire.core import Client, Metrics, Server, StaleVersion
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Trained, fill, running_mean
-from thinwire.methods.gradualdiff import LARGEST, Exact, coded, decoded, layout
+from thinwire.methods.gradualdiff import Exact, coded, decoded, layout
 from thinwire.model.blocks import blocks_of, layer_of, layers_of
 from thinwire.model.errors import ModelError
 from thinwire.model.flat import Net
@@ -44,6 +44,7 @@ from thinwire.model.head import is_classifier
 from thinwire.train.objective import loss as batch_loss
 from thinwire.train.schedule import scheduled
 from thinwire.wire import Illegal
+from thinwire.wire.legal import LARGEST, check_rate
 from thinwire.wire.payload import Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
@@ -191,6 +192,7 @@ class FedCyBGD(Exact):
         return Proxy(layout(specs_of(state.weights)), block, cut.packed(), base, version, changes, lr)
 
     def client_update(self, down: Proxy, client: Client) -> Block:
+        check_rate(down.lr)
         net, at = client.net, self._blocks(client.net)
         mine = layout({name: Spec(self.held_dtype(p.dtype), tuple(p.shape)) for name, p in net.parameters()})
         if down.model != mine:
@@ -234,8 +236,6 @@ class FedCyBGD(Exact):
         return Block(down.block, changes, len(client.data), loss, skipped)
 
     def check(self, state: State, client_id: int, up: Block) -> None:
-        if up.examples < 1:
-            raise Illegal(f"examples is {up.examples}")
         if up.block not in state.left:
             raise Illegal(f"block {up.block} is not one that this cycle has left")
         own = [name for name, block in zip(state.weights, state.member, strict=True) if block in (up.block, EACH)]

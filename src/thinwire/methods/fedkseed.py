@@ -37,8 +37,11 @@ from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.zeroth import LARGEST, shrink_of, walk
 from thinwire.train.schedule import Schedule, scheduled
 from thinwire.wire import Illegal, raw
+from thinwire.wire.legal import LARGEST as LARGEST_GAIN
+from thinwire.wire.legal import check_keys, check_rate
 
 GRID = 4  # steps of the grid in the root mean square of the gains of the first round
+APART = 8  # times the median: a reply whose scalars are larger does not set the grid
 BLOCK = 128  # replies that the server adds up at a time
 SKIPPED = -128  # the int8 code of a skipped step; among floats it is NaN
 TILTS = np.array([256, 274, 293, 313, 334, 357, 382, 408, 436, 466, 499, 533, 570, 609, 651, 696])  # 256 exp(i / 15)
@@ -179,7 +182,8 @@ class FedKSeed(Method):
                 raise Illegal(f"seeds are {up.seeds.dtype} {list(up.seeds.shape)}, not int32 [{count}]")
             if up.seeds.min() < 0 or up.seeds.max() >= self.seeds:
                 raise Illegal(f"a direction outside the pool of {self.seeds}")
-        if not 0 < up.unit <= LARGEST:
+        # what is applied is scalars times unit, and the quick look below is at the scalars alone
+        if not (0 < up.unit <= LARGEST / 127 if form == "int8" else up.unit == 1.0):
             raise Illegal(f"unit is {up.unit}")
         # Without their sign, the bits of floats are ordered as they are, NaN last: most replies need no closer look.
         bits = up.scalars.numpy().view(BITS[form])
@@ -190,8 +194,6 @@ class FedKSeed(Method):
                 raise Illegal(f"a scalar is beyond {LARGEST:g}")
             if (skipped.any(axis=1) != skipped.all(axis=1)).any():
                 raise Illegal("a step is skipped in part")
-        if up.examples < 1:
-            raise Illegal(f"examples is {up.examples}")
 
     def aggregate(
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
@@ -202,6 +204,7 @@ class FedKSeed(Method):
         gains, shrink = np.zeros(self.seeds), 0.0
         amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
         examples, loss, measured, skipped = 0, 0.0, 0, 0
+        lengths: list[NDArray[np.float64]] = []  # of each reply's moves, and of the same weighted
 
         def add(block: list[tuple[int, int, tuple[Tensor, float], Tensor | None]]) -> None:
             """All replies of a block in one go, in their order: one by one they would cost far more."""
@@ -221,6 +224,9 @@ class FedKSeed(Method):
             moves = ((lr / self.queries) * weights[:, None] * decay**after)[..., None] * scalars
             sizes = np.minimum(np.abs(scalars), self.amplitude_clip)
             visited = np.broadcast_to(taken[..., None], picks.shape)
+            if not state.grid:
+                long = np.sqrt(np.square(moves).sum(axis=(1, 2)))
+                lengths.append(np.stack([long / weights, long]))
             for total, terms in ((gains, moves), (amplitude, sizes), (visits, visited)):
                 total += np.bincount(picks.ravel(), terms.ravel(), self.seeds)
             shrink += float(weights @ decay**steps)
@@ -244,7 +250,7 @@ class FedKSeed(Method):
         shrink /= examples
         gains = shrink * state.gains.numpy() + gains / examples
         touched = gains[gains != 0]
-        grid = state.grid or (math.sqrt(np.square(touched).mean()) / GRID if touched.size else 0.0)
+        grid = grid_of(touched, state.grid, np.concatenate(lengths, axis=1) if lengths else None)
         arrays = (torch.from_numpy(array) for array in (gains, amplitude, visits))
         after = Accumulators(state.pool, next(arrays), state.shrink * shrink, next(arrays), next(arrays), grid)
         if self.wire == "thin":
@@ -256,10 +262,15 @@ class FedKSeed(Method):
         gains = state.gains if self.wire == "paper" else torch.from_numpy(self._levels(state) * state.grid)
         rebuild(net, Directions(state.pool, self.law, self.rank), gains.float(), state.shrink)
 
+    def reply_bytes(self, net: Net) -> int:
+        return 8 * self.steps * self.queries  # a scalar and a seed of four bytes each
+
     def passes(self) -> float:
         return 2 * self.queries * self.steps * self.batch_size
 
     def receive(self, down: Gains, client: Client) -> None:
+        check_rate(down.lr)
+        check_keys(down.pool, down.draws)
         if self.wire == "paper":
             gains = down.gains
             if gains is None or gains.dtype != torch.float32 or gains.shape != (self.seeds,):
@@ -275,8 +286,8 @@ class FedKSeed(Method):
                 raise Illegal(f"the grid of the gains is {down.grid}")
             client.held = client.versions.put({"levels": torch.from_numpy(levels)})
             gains = torch.from_numpy(levels * down.grid).float()
-        if not torch.isfinite(gains).all() or not math.isfinite(down.shrink) or not math.isfinite(down.lr):
-            raise Illegal("gains, shrink or lr are not finite")
+        if not (gains.abs() <= LARGEST_GAIN).all() or not abs(down.shrink) <= 1:
+            raise Illegal("gains or shrink are beyond their bounds, or not finite")
         rebuild(client.net, Directions(down.pool, self.law, self.rank), gains, down.shrink)
 
     @property
@@ -322,6 +333,26 @@ class FedKSeed(Method):
             return np.searchsorted(cumulative, reduced(words, int(cumulative[-1])), side="right")
         points = uniform(words) * cumulative[-1]
         return np.minimum(np.searchsorted(cumulative, points, side="right"), self.seeds - 1)
+
+
+def grid_of(gains: NDArray[np.float64], grid: float, lengths: NDArray[np.float64] | None) -> float:
+    """The grid of gains that are not 0: at first GRID steps in their root mean square, and then that one for the run.
+
+    lengths: [2, replies], each reply's own length and what it weighs in the mean. Of three replies or more none counts
+    as longer than APART times the median one. A single reply can still be all there is: so the grid is made anew where
+    the gains' middle is far below it.
+    """
+    if not gains.size:
+        return grid
+    spread = math.sqrt(np.square(gains).mean())
+    if grid:
+        middle = min(spread, GRID * float(np.median(np.abs(gains))))
+        return grid if middle >= grid else middle / GRID
+    own, weighed = lengths[:, lengths[0] > 0] if lengths is not None else np.ones((2, 1))
+    most = APART * np.sort(own)[(own.size - 1) // 2] if own.size > 2 else math.inf
+    if (own > most).any():
+        spread *= math.sqrt(np.square(weighed * np.minimum(1.0, most / own)).sum() / np.square(weighed).sum())
+    return spread / GRID
 
 
 def draws_key(server: Server) -> int:

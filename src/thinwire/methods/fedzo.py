@@ -17,12 +17,13 @@ from torch import Tensor
 
 from thinwire.core import Client, Method, Metrics, Server
 from thinwire.keys import reduced
-from thinwire.methods.fedavg import Trained, average, check_weights, fill
+from thinwire.methods.fedavg import Trained, average, check_weights, fill, fill_checked
 from thinwire.model.flat import Net
 from thinwire.perturb import cpu
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.zeroth import shrink_of, walk
 from thinwire.train.schedule import Schedule, scheduled
+from thinwire.wire.legal import check_keys, check_rate
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class FedZO(Method):
         return Start(state.weights, state.pool, server.key.fold("draws").word(), lr)
 
     def client_update(self, down: Start, client: Client) -> Trained:
-        fill(client.net, down.weights)
+        self.receive(down, client)
         words = cpu.words(down.draws, [client.id], self.steps * self.queries)
         scalars, loss = walk(
             client.net,
@@ -82,7 +83,7 @@ class FedZO(Method):
         return Trained(weights, len(client.data), loss, int(np.isnan(scalars).any(axis=1).sum()))
 
     def check(self, state: Start, client_id: int, up: Trained) -> None:
-        check_weights(state.weights, up)
+        check_weights(state.weights, up.weights)
 
     def aggregate(self, state: Start, server: Server, replies: Iterable[tuple[int, Trained]]) -> tuple[Start, Metrics]:
         weights, metrics = average(state.weights, replies, self.weighting)
@@ -95,4 +96,6 @@ class FedZO(Method):
         return 2 * self.queries * self.steps * self.batch_size
 
     def receive(self, down: Start, client: Client) -> None:
-        fill(client.net, down.weights)
+        check_rate(down.lr)
+        check_keys(down.pool, down.draws)
+        fill_checked(client.net, down.weights)

@@ -42,11 +42,11 @@ from thinwire.model.flat import Net
 from thinwire.perturb import cpu
 from thinwire.train.schedule import scheduled
 from thinwire.wire import Illegal, LazyTensors
+from thinwire.wire.legal import LARGEST, check_keys, check_rate
 from thinwire.wire.payload import Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
 Code = Blocks | Eden | Factors | TopK
-LARGEST = 6e4  # a change of a weight beyond this is no training; float16 still holds it
 START = "start"  # in place of a version: the start model, which every site has
 
 
@@ -191,8 +191,7 @@ class GradualDiff(Exact):
         return Difference(down.version, key, changes, len(client.data), loss, skipped)
 
     def check(self, state: State, client_id: int, up: Difference) -> None:
-        if up.examples < 1:
-            raise Illegal(f"examples is {up.examples}")
+        check_keys(up.key)
         if up.base != state.version:
             raise Illegal(f"a difference to the version {up.base:.12}, not to {state.version:.12}")
         if list(up.changes) != list(state.weights):
@@ -201,6 +200,10 @@ class GradualDiff(Exact):
         for name, change in self._differences(state, up).items():
             if not (change.abs() <= LARGEST).all():
                 raise Illegal(f"the difference of {name} is beyond {LARGEST:g} or not finite")
+            if self.codec != "lossless":  # there it is the dtype's own numbers that are decoded
+                old = state.weights[name]
+                if not torch.isfinite((old.float() + change).to(old.dtype)).all():
+                    raise Illegal(f"the difference of {name} leaves the range of {old.dtype}")
 
     def aggregate(
         self, state: State, server: Server, replies: Iterable[tuple[int, Difference]]
@@ -231,6 +234,8 @@ class GradualDiff(Exact):
         fill(net, state.weights)
 
     def receive(self, down: Change, client: Client) -> None:
+        check_keys(down.key)
+        check_rate(down.lr)
         net = client.net
         mine = layout({name: Spec(self.held_dtype(p.dtype), tuple(p.shape)) for name, p in net.parameters()})
         if down.model != mine:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from thinwire import wire
+from thinwire import records, wire
+from thinwire.errors import Damaged
 from thinwire.runtime.store import flush
 from thinwire.wire import LazyTensors, Spooled
 
@@ -17,15 +20,30 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a round."""
+    """Where a run stands after a round.
+
+    `held`: client -> version. `memory`: client -> the round of its newest file of memory; `evals`: lines of
+    evals.jsonl; None in the checkpoints of a version that did not write them.
+    """
 
     round: int
-    held: dict[str, str]  # client -> version
+    held: dict[str, str]
     bytes_down: int
     bytes_up: int
     seconds: float
     peak_memory_bytes: int
     finished: bool = False
+    memory: dict[str, int] | None = None
+    evals: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is whole; `passed`: newer ones that are not, each with the reason."""
+
+    state: Any
+    progress: Progress
+    passed: tuple[str, ...]
 
 
 def write(folder: Path, state: Any, progress: Progress) -> None:
@@ -40,7 +58,8 @@ def write(folder: Path, state: Any, progress: Progress) -> None:
         frame.path.rename(target)
     else:
         target.write_bytes(frame)
-    (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+    fields = asdict(progress)
+    (partial / "progress.json").write_text(records.dumps({**fields, "digest": _digest(fields)}))
     for path in (target, partial / "progress.json", partial):
         flush(path)
     shutil.rmtree(final, ignore_errors=True)
@@ -56,14 +75,26 @@ def rounds(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def read(folder: Path, state: type) -> tuple[Any, Progress] | None:
-    """The newest checkpoint that is whole, None if there is none; a damaged one is passed over for the one before."""
+def read(folder: Path, state: type, check: Callable[[Progress], None] = lambda progress: None) -> Found | None:
+    """The newest checkpoint that is whole, and that `check` does not find Damaged; None if there is none at all.
+
+    Damaged where there are some and none is whole. OSError where the disk does not give one: it may do so later.
+    """
+    passed: list[str] = []
     for round in reversed(rounds(folder)):
         try:
-            progress = Progress(**json.loads((_place(folder, round) / "progress.json").read_text()))
-            return _in_memory(on_disk(folder, round, state)), progress
-        except (OSError, ValueError, TypeError, wire.WireError):
-            continue
+            progress = _progress(folder, round)
+            found = _in_memory(on_disk(folder, round, state))
+            check(progress)
+        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, wire.WireError, Damaged) as error:
+            passed.append(f"round {round}: {_reason(error)}")
+        else:
+            return Found(found, progress, tuple(passed))
+    if passed:
+        raise Damaged(
+            f"{folder}: no checkpoint is whole ({'; '.join(passed)}); nothing was changed: put the folder back from a "
+            "copy, or begin anew with another --out"
+        )
     return None
 
 
@@ -73,7 +104,34 @@ def on_disk(folder: Path, round: int, state: type) -> Any:
     Raises OSError or WireError for a checkpoint that is absent or damaged.
     """
     path = _place(folder, round) / "state.frame"
-    return wire.decode(state, Spooled(path, path.stat().st_size))
+    frame = Spooled(path, path.stat().st_size)
+    found = wire.decode(state, frame)
+    if wire.peek(frame).round != round:
+        raise wire.Illegal(f"it is the state of round {wire.peek(frame).round}")
+    return found
+
+
+def _progress(folder: Path, round: int) -> Progress:
+    fields = json.loads((_place(folder, round) / "progress.json").read_text())
+    if not isinstance(fields, dict):
+        raise Damaged("progress.json is not as it was written")
+    digest = fields.pop("digest", None)  # older ones have none
+    if digest is not None and digest != _digest(fields):
+        raise Damaged("progress.json is not as it was written")
+    progress = Progress(**fields)
+    if progress.round != round:
+        raise Damaged(f"progress.json is of round {progress.round}")
+    return progress
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(records.dumps(dict(sorted(fields.items()))).encode()).hexdigest()[:16]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{Path(str(error.filename)).name} is missing"
+    return str(error) or type(error).__name__
 
 
 def _place(folder: Path, round: int) -> Path:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from thinwire.errors import ConfigError
 from thinwire.keys import Key
 
 
@@ -54,12 +55,21 @@ class Only(_Cohort):
     clients: tuple[NonNegativeInt, ...] = Field(min_length=1)
 
     def pick(self, clients: Sequence[int], turn: int, key: Key) -> tuple[int, ...]:
-        """Those of its clients that there are."""
+        """Its clients, which are there: see check_clients."""
         return tuple(client for client in clients if client in self.clients)
 
 
 Segment = All | Uniform | Cyclic | Only
 Cohort = Annotated[Segment, Field(discriminator="kind")]
+
+
+def check_clients(segments: Sequence[Segment], clients: int) -> None:
+    """ConfigError for a segment that names clients which are not among the `clients` that there are."""
+    for i, segment in enumerate(segments):
+        unknown = [id for id in segment.clients if id >= clients] if isinstance(segment, Only) else []
+        if unknown:
+            there = f"are {clients} clients, 0 to {clients - 1}" if clients > 1 else "is one client, 0"
+            raise ConfigError(f"cohort.{i}.clients: no client {', '.join(map(str, unknown))}: there {there}")
 
 
 def cohort_of(segments: Sequence[Segment], clients: Sequence[int], round: int, key: Key) -> tuple[int, ...]:

@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from thinwire.errors import Damaged
 from thinwire.wire import LazyTensors, raw
 from thinwire.wire.payload import Spec
 
@@ -26,8 +28,8 @@ def version_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def write_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that is either whole or not there."""
+def write_atomically(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that is either whole or not there; `about` is its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     own: dict[str, Tensor] = {}
@@ -37,7 +39,7 @@ def write_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
         shared = tensor.untyped_storage().data_ptr() in storages
         storages.add(tensor.untyped_storage().data_ptr())
         own[name] = tensor.detach().clone().contiguous() if shared else tensor.detach().contiguous()
-    save_file(own, partial)
+    save_file(own, partial, dict(about) if about else None)
     flush(partial)
     partial.replace(path)
     flush(path.parent)
@@ -106,14 +108,15 @@ class VersionStore:
 
 
 class ClientMemory(MutableMapping[str, Tensor]):
-    """One client's own tensors: read from its newest file up to `round`, written to a new one by `commit`.
+    """One client's own tensors: read from its newest file before `round`, written to a new one by `commit`.
 
-    A file a round, so that a run resumed from an earlier checkpoint finds the memory of that checkpoint. What was read
-    is written too: a half may change its tensors in place.
+    `newest`: the round of that file, if it is known. Damaged where the file is gone, or not as it was written. A file a
+    round, so that a run resumed from an earlier checkpoint finds the memory of that checkpoint. What was read is
+    written too: a half may change its tensors in place.
     """
 
-    def __init__(self, folder: Path, round: int) -> None:
-        self.folder, self.round = folder, round
+    def __init__(self, folder: Path, round: int, newest: int | None = None) -> None:
+        self.folder, self.round, self.newest = folder, round, newest
         self._tensors: dict[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -131,17 +134,24 @@ class ClientMemory(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._loaded())
 
-    def commit(self) -> None:
-        """Write the memory as it is after this round, if it was looked at and has ever held anything."""
-        if self._tensors or (self._tensors is not None and files_by_round(self.folder)):
-            write_atomically(self.folder / f"{self.round:06d}.safetensors", self._tensors)
+    def commit(self) -> bool:
+        """Write the memory as it is after this round, if it was looked at and ever held anything; whether so."""
+        if not self._tensors and (self._tensors is None or not files_by_round(self.folder)):
+            return False
+        write_atomically(self._file(self.round), self._tensors, {"digest": _digest(self._tensors)})
+        return True
 
     def _loaded(self) -> dict[str, Tensor]:
         if self._tensors is None:
             # Strictly before: a file of this very round is from a run that was cut off within it.
             files = [file for round, file in files_by_round(self.folder) if round < self.round]
-            self._tensors = load_file(files[-1]) if files else {}
+            if self.newest is not None:
+                files = [self._file(self.newest)]
+            self._tensors = _verified(files[-1]) if files else {}
         return self._tensors
+
+    def _file(self, round: int) -> Path:
+        return self.folder / f"{round:06d}.safetensors"
 
     @staticmethod
     def prune(folder: Path, oldest: int) -> None:
@@ -155,24 +165,64 @@ def files_by_round(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(f.stem), f) for f in folder.glob("*.safetensors") if f.stem.isdecimal())
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, specs and elements; against accidents, and faster than any disk."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
+        digest.update(raw(tensors[name]))
+    return digest.hexdigest()
+
+
+def _verified(file: Path) -> dict[str, Tensor]:
+    """The tensors of a client's file; Damaged where it is gone, cut or changed. Older files have no digest."""
+    where = f"the memory of client {file.parent.name} after round {file.stem.lstrip('0')}"
+    try:
+        tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            written = (opened.metadata() or {}).get("digest")
+    except FileNotFoundError:
+        raise Damaged(f"{where} is missing ({file})") from None
+    except SafetensorError as error:
+        raise Damaged(f"{where} is damaged ({file}: {error})") from None
+    if written is not None and written != _digest(tensors):
+        raise Damaged(f"{where} is damaged ({file}: not as it was written)")
+    return tensors
+
+
 class ClientMemories:
-    """The memories of all clients of a run, below one folder."""
+    """The memories of all clients of a run, below one folder. `newest`: client -> the round of its newest file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.newest: dict[int, int] = {}
         self._open: dict[int, ClientMemory] = {}
+
+    def check(self, newest: Mapping[int, int]) -> None:
+        """Read the files that a checkpoint goes with; Damaged names the first that is not as it was written."""
+        for client, round in sorted(newest.items()):
+            _verified(self.folder / str(client) / f"{round:06d}.safetensors")
+
+    def commit(self, memory: MutableMapping[str, Tensor], client: int) -> None:
+        """Write what the client has changed in its memory."""
+        if isinstance(memory, ClientMemory) and memory.commit():
+            self.newest[client] = memory.round
 
     def of(self, client: int, round: int) -> ClientMemory:
         """The memory of a client in a round: one object, however often the round asks that client."""
         if client not in self._open or self._open[client].round != round:
-            self._open[client] = ClientMemory(self.folder / str(client), round)
+            self._open[client] = ClientMemory(self.folder / str(client), round, self.newest.get(client))
         return self._open[client]
 
     def rewind(self, round: int) -> None:
         """Drop what was written after that round: a run that goes on from its checkpoint has not been there."""
+        self.newest.clear()
         for folder in self.folder.glob("*"):
-            for _, file in [item for item in files_by_round(folder) if item[0] > round]:
-                file.unlink()
+            for written, file in files_by_round(folder):
+                if written > round:
+                    file.unlink()
+                elif folder.name.isdecimal():
+                    self.newest[int(folder.name)] = written
 
     def prune(self, oldest: int) -> None:
         """See ClientMemory.prune; also lets go of what is in memory."""

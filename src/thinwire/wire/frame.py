@@ -8,18 +8,19 @@
 
 A field's entry is its plain value, [dtype code, *shape] for a tensor, or {name: [dtype code, *shape]} for named ones.
 The checksum catches accidents; who sent a frame is for the transport to know. Nothing received is ever unpickled, and
-every size is checked against the bytes at hand before anything is allocated for it.
+every size is checked against the bytes at hand before anything is allocated for it, and a header is built only where
+it has no more lists and tables than a model has tensors: a receiver that knows the model gives it a cap of bytes too.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_origin
 
 import msgpack
 import torch
@@ -27,12 +28,16 @@ import xxhash
 from torch import Tensor
 
 from thinwire.wire.errors import Corrupt, Malformed, TooLarge
-from thinwire.wire.payload import LazyTensors, Spec, fields_of, fits, specs_of
+from thinwire.wire.payload import MAX_DIMENSIONS, LazyTensors, Spec, fields_of, fits, specs_of
 
 MAGIC = b"thw\x01"
 CHECK = 8  # bytes of checksum
 CHUNK = 1 << 22  # bytes read at a time where a file is checked
 MAX_HEADER = 1 << 23
+MAX_LISTS = 1 << 17  # lists and tables in a header: a tensor has one
+MAX_HELD = 128  # characters of a version
+BESIDE = 1 << 12  # bytes of a header without its tables
+ENTRY = 7 + 9 * MAX_DIMENSIONS  # most bytes of a tensor's entry besides its name
 MAX_FRAME = 1 << 38
 SPOOL_ABOVE = 1 << 24  # buffers larger than this go through a file where a folder for it is given
 SMALL = 1 << 16  # frames up to here may be kept a moment for their header: KEPT of them
@@ -112,20 +117,33 @@ def length(payload: Any, *, run: int = 0, round: int = 0, client: int = 0, held:
     return len(MAGIC) + 4 + len(header) + total + CHECK
 
 
-def peek(frame: Frame) -> Header:
+def header_room(payload: type, names: Iterable[str]) -> int:
+    """The most bytes that the header of such a payload needs whose tables hold tensors of these names and no others.
+
+    A payload with texts, bytes or lists of its own has no such bound: MAX_HEADER.
+    """
+    fields = fields_of(payload)
+    if any(field.form in (str, bytes) or get_origin(field.form) is list for field in fields):
+        return MAX_HEADER
+    table = sum(len(name.encode()) + ENTRY for name in names)
+    return min(MAX_HEADER, BESIDE + table * sum(field.many_tensors for field in fields))
+
+
+def peek(frame: Frame, max_header: int = MAX_HEADER) -> Header:
     """The header of a frame, checksum not yet verified; raises WireError."""
-    return _header(frame)[0]
+    return _header(frame, max_header)[0]
 
 
-def decode(payload: type[P], frame: Frame, max_bytes: int = MAX_FRAME) -> P:
+def decode(payload: type[P], frame: Frame, max_bytes: int = MAX_FRAME, max_header: int = MAX_HEADER) -> P:
     """The payload in a frame, verified; named tensors of a spooled frame are read from its file when asked for.
 
-    Raises Malformed, Corrupt or TooLarge, and nothing else, whatever the bytes are.
+    Raises Malformed, Corrupt or TooLarge, and nothing else, whatever the bytes are; OSError where this machine cannot
+    read the file of a frame that is there.
     """
     if len(frame) > max_bytes:
         raise TooLarge(f"a frame of {len(frame)} bytes is over the cap of {max_bytes}")
     _verify(frame)
-    header, offset = _header(frame)
+    header, offset = _header(frame, max_header)
     if header.kind != payload.__name__:
         raise Malformed(f"a frame of kind {header.kind[:40]!r} where {payload.__name__!r} was expected")
     fields = fields_of(payload)
@@ -218,7 +236,7 @@ def _bytes(frame: Frame, offset: int, size: int) -> bytearray:
             with frame.path.open("rb") as file:
                 file.seek(offset)
                 got = file.readinto(buffer)
-        except OSError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise Malformed("the frame's file cannot be read") from error
         if got != size:
             raise Malformed("the frame's file is shorter than its header says")
@@ -260,14 +278,14 @@ def _verify(frame: Frame) -> None:
         raise Corrupt("the checksum does not match")
 
 
-def _header(frame: Frame) -> tuple[Header, int]:
+def _header(frame: Frame, max_header: int) -> tuple[Header, int]:
     # a server asks a small reply for its header three times in a row
     if isinstance(frame, bytes) and len(frame) <= SMALL:
-        return _parse_once(frame)
-    return _parse(frame)
+        return _parse_once(frame, max_header)
+    return _parse(frame, max_header)
 
 
-def _parse(frame: Frame) -> tuple[Header, int]:
+def _parse(frame: Frame, max_header: int) -> tuple[Header, int]:
     start = len(MAGIC) + 4
     if len(frame) < start + CHECK:
         raise Malformed(f"{len(frame)} bytes are too short for a frame")
@@ -275,24 +293,43 @@ def _parse(frame: Frame) -> tuple[Header, int]:
     if head[: len(MAGIC)] != MAGIC:
         raise Malformed("not a frame of this version")
     length = int.from_bytes(head[len(MAGIC) :], "little")
-    if length > MAX_HEADER:
-        raise TooLarge(f"a header of {length} bytes is over the cap of {MAX_HEADER}")
+    if length > max_header:
+        raise TooLarge(f"a header of {length} bytes is over the cap of {max_header}")
     if length > len(frame) - start - CHECK:
         raise Malformed("the header is longer than the frame")
     packed = _bytes(frame, start, length)
+    hooks: dict[str, Any] = {}
     try:
         if length > SHORT:
             whole = msgpack.Unpacker(max_buffer_size=length)
             whole.feed(packed)
             whole.skip()  # builds nothing, and fails unless every item that a length announces is there
-        parts = msgpack.unpackb(packed, use_list=True, strict_map_key=True)
+            count = _Count(MAX_LISTS)
+            hooks = {"list_hook": count, "object_hook": count}
+        parts = msgpack.unpackb(packed, use_list=True, strict_map_key=True, **hooks)
     except Exception as error:  # msgpack raises many kinds, down to its own stack's; all mean the same here
         raise Malformed("the header is not msgpack") from error
     if not isinstance(parts, list) or len(parts) != 6:
         raise Malformed("the header does not have its six parts")
     if [type(part) for part in parts] not in KINDS:
         raise Malformed("a part of the header has the wrong type")
+    held = parts[4]
+    if held is not None and (len(held) > MAX_HELD or not held.isascii() or not held.isprintable()):
+        raise Malformed("the version in the header is none")
     return Header(*parts), start + length
+
+
+class _Count:
+    """A hook of msgpack that ends the reading at the first list or table beyond `left`."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self, value: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("more lists than any model has tensors")
+        return value
 
 
 _parse_once = lru_cache(maxsize=KEPT)(_parse)

@@ -1,0 +1,55 @@
+"""A run's folder belongs to one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from thinwire.errors import ConfigError
+
+FILE = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder, which is made if it is not there; ConfigError where another process does.
+
+    The lock is the kernel's: it ends with the process, however that ends, and children do not have it. A folder that
+    was made for it, and in which nothing else came to be, goes with it.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = _held(folder)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        with suppress(OSError):
+            if made and os.listdir(folder) == [FILE]:
+                (folder / FILE).unlink()
+                for place in made:
+                    place.rmdir()
+        os.close(descriptor)
+
+
+def _held(folder: Path) -> int:
+    """The lock's file, open and locked."""
+    while True:
+        descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink:  # else its holder has removed it since it was opened
+                return descriptor
+        except BlockingIOError:
+            pid = os.read(descriptor, 32).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise ConfigError(f"{folder}: another process (pid {pid or 'unknown'}) is at work here") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        folder.mkdir(parents=True, exist_ok=True)
