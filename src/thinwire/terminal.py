@@ -1,14 +1,16 @@
-"""What all commands of the command line share: errors in one line, and the environment that libraries must find."""
+"""What all commands of the command line share: how text is printed, errors in one line, what libraries must find."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from thinwire.data.shown import printable, printable_json
 from thinwire.errors import RunError
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
@@ -18,16 +20,56 @@ class Stopped(Exception):
     """The run did not end; the message says why, and how to go on."""
 
 
+def echo(text: str = "", err: bool = False) -> None:
+    """Print a line; control characters in it, which may be others', are escaped."""
+    typer.echo(printable(text), err=err)
+
+
+def echo_json(value: Any, ascii: bool = True) -> None:
+    """Print the value as JSON, which stays JSON: control characters are its own escapes."""
+    typer.echo(printable_json(value, ascii))
+
+
+class Notes(logging.Handler):
+    """Prints warnings on stderr, each once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        if (text := record.getMessage()) not in self._seen:
+            self._seen.add(text)
+            _complain(text)
+
+
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn what the user can mend into one line on stderr and exit status 2, a known stop into 1."""
+    """Turn what the user can mend into one line on stderr and exit status 2, a known stop into 1.
+
+    Warnings of the package are lines on stderr too.
+    """
+    log, notes = logging.getLogger("thinwire"), Notes()
+    log.addHandler(notes)
+    before, log.propagate = log.propagate, False
+    try:
+        with _ends():
+            yield
+    finally:
+        log.removeHandler(notes)
+        log.propagate = before
+
+
+@contextmanager
+def _ends() -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
-        typer.echo(f"thinwire: {stop}", err=True)
+        _complain(str(stop))
         raise typer.Exit(1) from None
     except RunError as error:
-        typer.echo(f"thinwire: {error}".replace("\n", " "), err=True)
+        _complain(str(error))
         raise typer.Exit(1) from None
     except ValueError as error:
         from thinwire.config import ConfigError
@@ -36,16 +78,20 @@ def one_line() -> Iterator[None]:
 
         if not isinstance(error, ConfigError | DataError | ModelError):
             raise
-        typer.echo(f"thinwire: {error}".replace("\n", " "), err=True)
+        _complain(str(error))
         raise typer.Exit(2) from None
     except BrokenPipeError:
         raise
     except OSError as error:
-        typer.echo(f"thinwire: {cause(error)}", err=True)
+        _complain(cause(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("thinwire: stopped", err=True)
+        _complain("stopped")
         raise typer.Exit(1) from None
+
+
+def _complain(text: str) -> None:
+    echo(f"thinwire: {text}".replace("\n", " "), err=True)
 
 
 def cause(error: Exception) -> str:
