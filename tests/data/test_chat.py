@@ -138,7 +138,8 @@ def test_what_is_between_the_question_and_the_answer_is_read() -> None:
     ):
         data = read(TALK[:2], TEMPLATES[name])
         assert data.examples[0].text.endswith(expected), name
-        assert any("generation prompt is not what it writes" in note for note in data.notes), name
+        # the space that ends llama 2's prompt is the answer's first token where it is served
+        assert any("generation prompt is not what it writes" in n for n in data.notes) == (name != "llama 2"), name
     assert not read(TALK[:2], QWEN).notes[1:]
 
 

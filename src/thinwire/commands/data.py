@@ -134,7 +134,11 @@ def _examples(names: list[str], clients: list[Dataset], tokenizer: Any) -> list[
                     "masked": read,
                     # decoded behind the prompt: some decoders cut the space at the beginning of a text. A classifier's
                     # answer has no tokens: it is a class
-                    "trained": (whole[len(read) :] if whole.startswith(read) else tokenizer.decode(example.answer))
+                    "trained": (
+                        whole[len(read) :]
+                        if whole.startswith(read)
+                        else tokenizer.decode(example.answer, clean_up_tokenization_spaces=False)
+                    )
                     or example.references[0],
                     "choices": list(clients[client].choices),
                 }

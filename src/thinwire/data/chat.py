@@ -59,7 +59,7 @@ def turn(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template (other templates: alpaca, plain, completion)")
     tools = _tools(row)
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
     write = functools.partial(_write, row, tokenizer, seen=seen, tools=tools)
     *talk, last = messages
     about = {key: value for key, value in last.items() if key not in SAID}
@@ -72,7 +72,7 @@ def turn(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
     if whole.startswith(before) and whole[stop:] == after and _same(whole[len(before) : stop], content):
         start = len(before)
     else:
-        start, stop = _spoken(whole, before, after, write(talk), write(talk, header=True), tokenizer)
+        start, stop = _spoken(whole, before, after, _header(row, talk, tokenizer, tools), tokenizer)
     answer = whole[start:stop]
     if _bare(content) not in _bare(answer):
         raise row.error(
@@ -94,8 +94,10 @@ def remarks(
     """What a template does that holds for all rows: another generation prompt, another end, no beginning."""
     found = turn(row, messages, tokenizer)
     lines = []
-    header = _write(row, tokenizer, messages[:-1], header=True)
-    if header != found.prompt:
+    header = found.prompt
+    with contextlib.suppress(DataError):  # not every template takes a talk without its end
+        header = _write(row, tokenizer, messages[:-1], tools=_tools(row), header=True)
+    if header.rstrip() != found.prompt.rstrip():
         shared = common(header, found.prompt)
         lines.append(
             f"the chat template's generation prompt is not what it writes before an answer ({_short(header[shared:])}, "
@@ -188,12 +190,22 @@ def _text(row: Row, content: Any, name: str) -> str:
     return "\n".join(texts)
 
 
+def _header(
+    row: Row, talk: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None
+) -> str | None:
+    """The generation prompt behind a talk; None where the template has none, or does not take a talk without an end."""
+    with contextlib.suppress(DataError):
+        header = _write(row, tokenizer, talk, tools=tools, header=True)
+        return header if header != _write(row, tokenizer, talk, tools=tools) else None
+    return None
+
+
 def _spoken(
-    whole: str, before: str, after: str, talk: str, header: str, tokenizer: PreTrainedTokenizerBase
+    whole: str, before: str, after: str, header: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int]:
     """Where in the rendering an answer begins and stops that is more than a text."""
     start = common(whole, before)
-    if start < len(before) and whole.startswith(header) and header != talk:
+    if start < len(before) and header is not None and whole.startswith(header):
         start = len(header)
     stop = len(whole) - len(after)
     if stop < start or whole[stop:] != after:
@@ -245,13 +257,13 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
-    seen: set[str] | None = None,
+    seen: dict[str, None] | None = None,
     tools: list[Any] | None = None,
     header: bool = False,
 ) -> str:
     """The rendering; DataError for a template that refuses the messages, or fails on them."""
     try:
-        with _still(set() if seen is None else seen), _within(PATIENCE):
+        with _still({} if seen is None else seen), _within(PATIENCE):
             text = tokenizer.apply_chat_template(
                 list(messages), tools=tools or None, tokenize=False, add_generation_prompt=header
             )
@@ -265,20 +277,20 @@ def _write(
 
 
 @contextlib.contextmanager
-def _still(seen: set[str]) -> Iterator[None]:
+def _still(seen: dict[str, None]) -> Iterator[None]:
     """Inside, the templates' clock says CLOCK, and what they draw is the first; `seen` gets a line of each asked."""
     from transformers.utils import chat_template_utils as theirs
 
     class Clock:
         @staticmethod
         def now() -> datetime:
-            seen.add(f"the chat template asks for the date: it is {CLOCK:%d %B %Y} in all prompts, whatever the day")
+            seen[f"the chat template asks for the date: it is {CLOCK:%d %B %Y} in all prompts, whatever the day"] = None
             return CLOCK
 
     class Chance:
         @staticmethod
         def choice(values: Sequence[Any]) -> Any:
-            seen.add("the chat template draws at random: it always gets the first")
+            seen["the chat template draws at random: it always gets the first"] = None
             return values[0]
 
     with patch.object(theirs, "datetime", Clock), patch.object(jinja2.filters, "random", Chance):
