@@ -287,3 +287,16 @@ def test_an_answer_that_would_melt_into_the_prompt_is_tokenised_apart() -> None:
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "=a"}]
     (example,) = tokenise([row(messages=talk)], NAMED["chat"], tokenizer, max_length=64).examples
     assert (example.prompt, example.answer) == ((1, 0, 1), (2, 0, tokenizer.eos_token_id))
+
+
+@pytest.mark.parametrize("answer", ["yes", "no", "-5"])
+def test_a_space_before_an_answer_is_where_its_words_have_it(answer: str) -> None:
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab={**vocabulary, "Ġy": 256}, merges=[("Ġ", "y")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}</s>"
+    talk = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": answer}]
+    (example,) = tokenise([row(messages=talk)], NAMED["chat"], tokenizer, max_length=64).examples
+    assert [*example.prompt, *example.answer] == tokenizer.apply_chat_template(talk)["input_ids"]
+    assert example.prompt[-1] == vocabulary["]"]

@@ -195,9 +195,12 @@ def _heads(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[t
         shared = [(prompt, alone, chat.common(alone, before)) for prompt, alone, before in pairs]
         return [(a[:n], len(text if n == len(a) else text.rstrip(" "))) for text, a, n in shared]
     found = tokenizer(follows, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # where words have the space before them in their token, a prompt ends before it
+    joins = any(token.startswith(SPACES) and token.strip("".join(SPACES)) for token in tokenizer.get_vocab())
     heads = []
     for prompt, tokens, offsets in zip(prompts, found["input_ids"], found["offset_mapping"], strict=True):
-        inside = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(tokens))
+        length = len(prompt.rstrip(" ") if joins else prompt)
+        inside = next((i for i, (_, end) in enumerate(offsets) if end > length), len(tokens))
         heads.append((tuple(tokens[:inside]), offsets[inside - 1][1] if inside else 0))
     return heads
 
