@@ -147,3 +147,22 @@ def test_a_closed_set_under_jinja_is_chosen_from(tmp_path: Path, capsys: pytest.
     data = data_of(template="jinja", prompt="{{ q }}:", answer=" {{ a }}", choices=CHOICES)
     chat._chooser(net, data, CHOICES, False)(LINE)
     assert capsys.readouterr().out.split()[0] in CHOICES
+
+
+def test_a_temperature_draws_and_the_settings_of_the_model_stay(tmp_path: Path) -> None:
+    net, seen = opened(tmp_path), []
+    net.model.generation_config.top_k = 7
+    made = net.model.generate
+
+    def watched(**fields: Any) -> Any:
+        seen.append(net.model.generation_config.to_dict())
+        return made(**fields)
+
+    net.model.generate = watched
+    own = net.model.generation_config
+    with torch.random.fork_rng(devices=[]):
+        chat._talker(net, None, 2, 0.5)("hi")
+    chat._talker(net, None, 2, 0.0)("hi")
+    assert [seen[0][name] for name in ("do_sample", "temperature", "top_k")] == [True, 0.5, 7]
+    assert seen[1]["do_sample"] is False
+    assert net.model.generation_config is own
