@@ -48,5 +48,37 @@ bench: venv
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json runs/bench-$(STAMP)/$$name.json; done
 	$(BIN)/python benchmarks/rows.py runs/bench-$(STAMP)
 
+# What says what an installation is made of. The programs for it have a venv of their own.
+TOOLS := .venv-tools
+TOOLS_READY := $(TOOLS)/.ready
+LOCK_ARGS ?=
+
+.PHONY: lock sbom audit licences
+
+$(TOOLS_READY): Makefile
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
+	touch $(TOOLS_READY)
+
+# What the lock has stays as long as pyproject.toml and constraints.txt allow it; LOCK_ARGS=--upgrade takes the newest.
+lock: $(TOOLS_READY)
+	$(TOOLS)/bin/uv pip compile --quiet --no-config pyproject.toml --extra flower --extra report --constraint constraints.txt \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
+		--custom-compile-command 'make lock' --output-file requirements.lock $(LOCK_ARGS) >/dev/null
+
+sbom: $(TOOLS_READY)
+	mkdir -p build
+	$(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --validate \
+		--output-format JSON --output-file build/sbom.cdx.json requirements.lock
+
+# Without --strict a package that could not be looked up counts as one without faults.
+audit: $(TOOLS_READY)
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
+
+licences: venv $(TOOLS_READY)
+	printf '# Licences\n\nMade by `make licences`; [supply chain](howto/supply-chain.md) says of what.\n\n' >docs/licences.md
+	$(TOOLS)/bin/pip-licenses --python $(BIN)/python --packages $$(sed -n 's/==.*//p' requirements.lock) \
+		--with-system --no-version --format markdown >>docs/licences.md
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TOOLS)

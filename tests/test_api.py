@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import CHOICES, tiny_encoder, tiny_folder, tiny_model, tiny_rows, tiny_tokenizer
@@ -120,6 +122,51 @@ def test_bad_input_is_one_line_and_leaves_nothing(change: dict[str, Any], messag
         federate(**(given | change))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_cell_that_pandas_read_as_missing_is_named(whole: bool, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    text = "input,output\na,one\nb,\nc,NA\n" if whole else "input,output\na,1\nb,\nc,3\n"
+    frame = pandas.read_csv(io.StringIO(text))
+    data = {"prompt": "{input}:", "answer": " {output}"}
+    model = tiny_folder(tmp_path / "model")
+    for table in (frame, frame.convert_dtypes(), frame.to_dict("records")):
+        with pytest.raises(DataError, match=r"^client b:2: field 'output' is null$"):
+            federate(model, {"a": frame[:1], "b": table}, "fedavg", 1, data=data, heldout=rows(2))
+
+
+def test_a_frame_is_rows_as_a_person_reads_it() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {
+            "count": [1, None],
+            "share": [1.0, 2.0],
+            "part": [0.5, None],
+            "big": [1e300, None],
+            "none": [None, float("nan")],
+            "when": pandas.to_datetime(["2024-01-02", None]),
+            "kind": pandas.Categorical(["x", None]),
+            "list": [np.array(["x", "y"]), None],
+            7: pandas.array([2**60, None], dtype="Int64"),
+        }
+    )
+    one, two = api._read(frame, "x")
+    assert one.fields == {
+        "count": 1,
+        "share": 1.0,
+        "part": 0.5,
+        "big": 1e300,
+        "none": None,
+        "when": pandas.Timestamp("2024-01-02"),
+        "kind": "x",
+        "list": ["x", "y"],
+        "7": 2**60,
+    }
+    assert (one.text("count"), one.text("share")) == ("1", "1.0")
+    assert two.fields == dict.fromkeys(one.fields) | {"share": 2.0}
+    with pytest.raises(DataError, match=r"^x: two columns are called 'a'$"):
+        api._read(pandas.DataFrame([[1, 2]], columns=["a", "a"]), "x")
 
 
 def test_the_package_exports_all_methods_and_imports_no_torch() -> None:

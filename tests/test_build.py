@@ -167,7 +167,7 @@ def test_a_closed_set_can_be_trained_on_as_text(place: Path, net: Net, tmp_path:
     closed = {"prompt": "{input}: it was", "answer": " {output}", "choices": list(CHOICES), "clients": 2}
     for loss, trained in (("choice", 2), ("answer", None)):
         tree = {"method": table, "data": {"path": str(place / "rows.jsonl"), "loss": loss, **closed}}
-        run = config.parse(tree | {"model": {"path": str(place / "model")}, "eval": {"rows": 3}})
+        run = config.parse(tree | {"model": {"path": str(place / "model")}, "eval": {"rows": 3, "show_rows": True}})
         rows = build.rows_of(run.data, KEY)
         job = build.job(run, rows, net, tmp_path, 0, build.Watch())
         assert [data.candidates and len(data.candidates) for data in job.clients] == [trained, trained]

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.table import Column, Table
+from rich.text import Text
 
-from thinwire.show import number, print_methods, print_scores, print_summary, share, size, span
+from thinwire.data.shown import printable
+from thinwire.show import Screen, number, print_methods, print_scores, print_summary, share, size, span
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,9 @@ def test_share(part: float, whole: float, text: str) -> None:
     assert share(part, whole) == text
 
 
+SCORE = {"loss": 1.0, "perplexity": 2.7, "accuracy": None, "rouge_l": 0.25, "bleu": 12.5}
+
+
 def run_folder(folder: Path, *, splits: bool = True, answer: str = "great") -> Path:
     """The records of a run of one round, of two clients of which one was dropped."""
     samples = [{"prompt": "a [bold]sentence[/bold] :smile:", "expected": "great", "answer": answer}]
@@ -108,6 +114,30 @@ def test_the_summary_says_before_and_after_and_what_was_sent(
     assert "1 round in 1 min 01 s, peak memory 200.0 MB; in all 400 B down, 100 B up" in lines
     assert lines[-1] == f"the model is in {tmp_path / 'model'}"  # in one line, however long
     assert all(len(line) <= 80 for line in out.splitlines()[:-1])
+
+
+OTHERS = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\b\r[link=http://x]"
+
+
+def test_others_text_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary(run_folder(tmp_path, answer=OTHERS))
+    print_scores([{**SCORE, "split": OTHERS, "rows": 1}])
+    out = capsys.readouterr().out
+    assert printable(out) == out
+    assert "before: \\x1b[2J\\x1b]0;title\\x07" in out
+    assert "[link=http://x]" in out
+
+
+def test_a_screen_escapes_whatever_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(OTHERS, Column(Text(OTHERS)))
+    table.add_row(OTHERS, Text(OTHERS))
+    screen = Screen()
+    for given in (OTHERS, Text(OTHERS), table):
+        screen.print(given)
+    out = capsys.readouterr().out
+    assert printable(out) == out
+    borders = {line.rstrip()[-1] for line in out.splitlines() if line.startswith(("│", "┃"))}
+    assert borders == {"│", "┃"}
 
 
 def test_a_long_answer_has_lines_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

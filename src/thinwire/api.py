@@ -16,7 +16,7 @@ from thinwire.config import ConfigError
 from thinwire.core import Method
 from thinwire.data import partition
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row, kind
+from thinwire.data.load import Row, kind, present
 from thinwire.keys import Key
 from thinwire.methods import FedKSeed
 from thinwire.model.folder import whole_folder
@@ -26,6 +26,7 @@ from thinwire.runtime.cohort import All, Segment
 from thinwire.runtime.loop import Record, Watch, read_records, train
 
 if TYPE_CHECKING:
+    import pandas
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Table = Any  # rows: a list of dicts, a datasets.Dataset, a pandas.DataFrame
@@ -177,15 +178,25 @@ def _read(table: Table, source: str) -> list[Row]:
         import pandas
 
         if isinstance(table, pandas.DataFrame):
-            table = table.to_dict("records")
+            table = _records(table, source)
     if isinstance(table, str | Mapping) or not isinstance(table, Iterable):
         raise DataError(f"{source}: {kind(table)} where rows are expected: a list of dicts, a Dataset, a DataFrame")
     rows = []
     for i, fields in enumerate(table, 1):
         if not isinstance(fields, Mapping):
             raise DataError(f"{source}:{i}: the row is {kind(fields)}, not a dict")
-        rows.append(Row(dict(fields), source, i))
+        rows.append(Row(present(fields), source, i))
     return rows
+
+
+def _records(frame: pandas.DataFrame, source: str) -> list[dict[Any, Any]]:
+    """The rows of a frame. Whole numbers that pandas made floats, as a cell among them is missing, are whole again."""
+    if not frame.columns.is_unique:
+        raise DataError(f"{source}: two columns are called {frame.columns[frame.columns.duplicated()][0]!r}")
+    floats = frame.select_dtypes("float")
+    exact = floats[(floats % 1 == 0) & (floats.abs() < 2**53)].notna() | floats.isna()
+    whole = [name for name in floats if floats[name].hasnans and exact[name].all()]
+    return frame.astype(dict.fromkeys(whole, "Int64")).to_dict("records")
 
 
 def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, place: Path) -> str:

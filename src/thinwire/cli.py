@@ -22,7 +22,7 @@ from thinwire.commands import init as init_command
 from thinwire.commands import schema as schema_command
 from thinwire.commands.chat import chat
 from thinwire.commands.tasks import score_tasks
-from thinwire.terminal import Overrides, Stopped, cause, one_line, settle
+from thinwire.terminal import Overrides, Stopped, cause, echo, echo_json, one_line, settle
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -45,10 +45,10 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     if version:
-        typer.echo(__version__)
+        echo(__version__)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        echo(context.get_help())
 
 
 @app.command()
@@ -79,7 +79,7 @@ def run(
         with locked(folder) if not rank else contextlib.nullcontext():
             _claim(folder, settings, resume)
             if (folder / "summary.json").exists():
-                typer.echo(f"{folder}: this run is complete")
+                echo(f"{folder}: this run is complete")
                 print_summary(folder)
                 return
             again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
@@ -126,7 +126,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
             for name, cls in sorted(METHODS.items())
         }
         if as_json:
-            typer.echo(json.dumps(table, indent=2))
+            echo_json(table)
         else:
             print_methods(table)
 
@@ -168,7 +168,7 @@ def evaluate(
         net = build.net_of(settings)
         scores = build.scorer(settings, net, build.splits_of(settings, rows, net.tokenizer))()
         if as_json:
-            typer.echo(json.dumps(scores, indent=2))
+            echo_json(scores)
         else:
             print_scores(scores)
 
@@ -199,11 +199,11 @@ def compare(
         again = shlex.join(["thinwire", "compare", *sys.argv[2:]])
         try:
             for plan in mine if settings.costs else ():
-                comparison.price(plan, folder, typer.echo)
+                comparison.price(plan, folder, echo)
             comparison.settle(made, settings)
             comparison.check_output(made, folder)
             for plan in mine:
-                comparison.execute(plan, made, folder, typer.echo)
+                comparison.execute(plan, made, folder, echo)
         except KeyboardInterrupt:
             raise Stopped(f"stopped; the same command goes on: {again}") from None
         except RuntimeError as error:
@@ -238,7 +238,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        typer.echo(f"thinwire: {error.format_message()} (thinwire --help says more)", err=True)  # a wrong option
+        echo(f"thinwire: {error.format_message()} (thinwire --help says more)", err=True)  # a wrong option
         status = 2
     sys.exit(status)
 

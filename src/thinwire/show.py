@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -17,11 +18,14 @@ from thinwire import config
 from thinwire.build import Rows
 from thinwire.compare import ABOUT, Plan
 from thinwire.config import Run, method_name
+from thinwire.data.shown import printable
 from thinwire.model.flat import Net
 from thinwire.runtime.loop import Record, Watch, read_records
 
 if TYPE_CHECKING:
     from thinwire.standings import Line
+
+LISTED = 50  # clients that a line names
 
 
 def size(count: float) -> str:
@@ -64,16 +68,36 @@ def span(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+class Screen(Console):
+    """A console that escapes control characters in all that is printed, and takes no brackets or colons for markup.
+
+    What is printed holds rows, names of clients, answers of models and paths. It overrides the two methods through
+    which all text passes: before it is measured, so that tables stay straight, and, for the library's own, after.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See Console."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """See Console."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(printable(part.text), part.style)
+
+
 class Live(Watch):
     """A line that moves on a terminal, and one line a round anywhere."""
 
     def __init__(self, run: Run, rows: Rows, net: Net, folder: Path, resume: bool = False) -> None:
-        self.console = _console()
+        self.console = Screen()
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f} clients"),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -85,7 +109,9 @@ class Live(Watch):
         self.console.print(f"{run.name}: {method_name(run.method)} on {run.model.path}", soft_wrap=True)
         what = f"all {number(net.size)} parameters" if run.model.lora is None else f"{number(net.size)} LoRA factors"
         self.console.print(f"  {what} are trained, over {_many(run.rounds, 'round')}")
-        self.console.print(f"  {_many(held, 'row')} stay where they are, with {_many(len(rows.clients), 'client')}")
+        who = f": {_listed(list(rows.clients))}" if run.data.partition == "files" else ""
+        many = _many(len(rows.clients), "client")
+        self.console.print(f"  {_many(held, 'row')} stay where they are, with {many}{who}", soft_wrap=bool(who))
         if resume:
             self.console.print(f"  going on from the last checkpoint in {folder}", soft_wrap=True)
 
@@ -149,7 +175,7 @@ class Live(Watch):
 
 def print_summary(folder: Path, note: str | None = None) -> None:
     """The table that a run ends with, a few held-out rows before and after, and a note if there is one."""
-    console = _console()
+    console = Screen()
     summary = json.loads((folder / "summary.json").read_text())
     rounds = read_records(folder / "rounds.jsonl")
     last = {row["split"]: row for row in summary["final"]}  # sites that were absent have no row
@@ -198,9 +224,9 @@ def print_summary(folder: Path, note: str | None = None) -> None:
 
 def print_methods(table: dict[str, Any]) -> None:
     """The methods with their papers and fields."""
-    console = _console()
+    console = Screen()
     for name, method in table.items():
-        console.print(Text(f"{name}: {method['about']}", style="bold"), soft_wrap=True)
+        console.print(f"{name}: {method['about']}", style="bold", soft_wrap=True)
         console.print(f"  {method['paper']}", soft_wrap=True)
         for field, info in method["fields"].items():
             console.print(f"  {field} = {json.dumps(info['default'])}  ({info['type']})", soft_wrap=True)
@@ -208,7 +234,7 @@ def print_methods(table: dict[str, Any]) -> None:
 
 def print_comparison(lines: Sequence[Line], made: Sequence[Plan], folder: Path) -> None:
     """The grids, the table, and what its marks mean."""
-    console = _console()
+    console = Screen()
     for plan in made:
         if plan.tuned:
             console.print(f"{plan.name}: validation loss by lr")
@@ -262,16 +288,16 @@ def _spread(mean: float, deviation: float | None) -> str:
 def print_scores(scores: Sequence[Record]) -> None:
     """One line a split."""
     for record in scores:
-        _console().print(f"{record['split']}: {_score(record)} ({_many(record['rows'], 'row')})", soft_wrap=True)
-
-
-def _console() -> Console:
-    # What is printed holds paths and answers of models: brackets and colons in them are no markup.
-    return Console(highlight=False, markup=False, emoji=False)
+        Screen().print(f"{record['split']}: {_score(record)} ({_many(record['rows'], 'row')})", soft_wrap=True)
 
 
 def _many(count: int, thing: str) -> str:
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _score(record: Record) -> str:

@@ -10,6 +10,7 @@ from test_cli import refused, thinwire
 from tiny import tiny_encoder, tiny_folder
 
 from thinwire.commands import data as command
+from thinwire.data.shown import printable
 
 TOWNS = ("north", "south")
 
@@ -61,6 +62,40 @@ def test_clients_lengths_skew_and_marked_examples(place: Path) -> None:
     assert f"example 2, south, {place / 'tickets.csv'}:4: " in out
     assert f"example 3, north, {place / 'tickets.csv'}:6: " in out
     assert "example 4" not in out
+
+
+def test_others_text_is_escaped(place: Path) -> None:
+    others, file = "\x1b[31mred\u202e", place / "others.jsonl"
+    rows = [{"branch": others, "message": f"\x1b[2J\x07 {i}", "team": "\x9bw"} for i in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change = f"data.path={file}"
+    out = shown(place / "run.toml", change)
+    assert printable(out) == out
+    assert "example 1, \\x1b[31mred\\u202e, " in out
+    assert "  | \\x1b[2J\\x07 0\n" in out
+    out = shown(place / "run.toml", change, "--json")
+    assert printable(out) == out
+    assert json.loads(out)["clients"][0]["name"] == others
+    line = refused("data", place / "run.toml", change, 'data.choices=["a", "b"]')
+    assert printable(line) == line
+    assert "\\x9bw" in line
+
+
+def test_what_a_folder_of_clients_leaves_out_is_a_line(place: Path) -> None:
+    folder = place / "silos"
+    (folder / "west").mkdir(parents=True)
+    (folder / "north.jsonl").write_text('{"message": "x", "team": "y"}\n')
+    (folder / "so\x1b[2Juth.txt").write_text("")
+    change = (f"data.path={folder}", "data.partition=files")
+    result = thinwire("data", place / "run.toml", *change)
+    left = "so\\x1b[2Juth.txt (no kind of file that is read), west (a folder)"
+    assert (result.code, result.err) == (0, f"thinwire: {folder}: no clients, left out: {left}\n")
+    result = thinwire("init", place / "silos.toml", "--data", folder)
+    assert "west (a folder)" in result.err
+    assert f"  clients: the 1 files of {folder}: north\n" in result.out
+    result = thinwire("estimate", place / "run.toml", *change)
+    assert "west (a folder)" in result.err
+    assert "  1 clients, " in result.out
 
 
 def test_the_same_as_json(place: Path) -> None:

@@ -76,6 +76,13 @@ def test_a_client_checks_its_files_before_it_starts_anything(tmp_path: Path) -> 
         return refused("client", "--server", "127.0.0.1:1", *(x for k, v in options.items() for x in (f"--{k}", v)))
 
     assert "the file holds no row" in line(data=write_jsonl(tmp_path / "none.jsonl", []))
+    assert line(data=tmp_path / "gone") == f"{tmp_path / 'gone'}: cannot be read (No such file or directory)"
+    (tmp_path / "table.csv").write_text("instruction,output\nx,y\n")
+    for option in ("data", "heldout"):
+        kind = f"--{option}: {tmp_path / 'table.csv'} is a .csv file by its name; a site's rows are a .jsonl file"
+        assert line(**{option: tmp_path / "table.csv"}) == kind
+    (tmp_path / "table.txt").write_bytes((tmp_path / "table.csv").read_bytes())
+    assert "table.txt: begins as a table or plain text does" in line(data=tmp_path / "table.txt")
     assert line(ca=tmp_path / "no.crt").startswith("--ca: ")
     assert line(key=tmp_path / "no.key").startswith("--key: ")
     policy.write_text("method = []")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from thinwire.data.errors import DataError
-from thinwire.data.table import read_csv, read_parquet
+from thinwire.data.table import read_arrow, read_csv, read_parquet
 
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 
@@ -81,6 +81,7 @@ def test_a_text_may_run_over_lines_and_be_long(tmp_path: Path) -> None:
         (b'a,b\n1,2\n3,"4\n5,6\n', 3, "a quote does not end"),
         (b'a,b\n"1"2,3\n', 2, "the line is not CSV (',' expected after '\"')"),
         (b"a,b, a\n1,2,3\n", 1, "two columns are called 'a'"),
+        (b"a,b\n1,2\n3,4\x005\n", 3, "the line holds a byte of zero, so it is no text"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: bytes, line: int, problem: str) -> None:
@@ -119,6 +120,20 @@ def test_parquet_values_that_are_no_text_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             row.text(column)
         assert str(caught.value) == f"{path}:1: {problem}"
+
+
+def test_parquet_and_arrow_numbers_that_are_none_are_missing(tmp_path: Path) -> None:
+    nan = float("nan")
+    table = pyarrow.table({"a": [nan, 1.5], "b": [None, 2], "c": [[nan, 1.0], None]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "rows.arrow"), table.schema) as file:
+        file.write_table(table)
+    for rows in (read_parquet(tmp_path / "rows.parquet"), read_arrow(tmp_path / "rows.arrow")):
+        assert [row.fields for row in rows] == [
+            {"a": None, "b": None, "c": [None, 1.0]},
+            {"a": 1.5, "b": 2, "c": None},
+        ]
+        assert rows[0].line == 1
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "page"])

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
+import datetime
+import gzip
+import json
+import math
+import os
+import shutil
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
 import pyarrow
 import pytest
-from pyarrow import parquet
+import zstandard
+from pyarrow import feather, parquet
 from tiny import tiny_rows, write_jsonl
 
 from thinwire.data.errors import DataError
@@ -104,6 +113,95 @@ def test_a_folder_is_one_client_a_file(tmp_path: Path) -> None:
     clients = read_clients(tmp_path)
     assert list(clients) == ["a", "a-1", "b", "c", "d", "ward.7"]
     assert all(len(rows) == 1 for rows in clients.values())
+
+
+def test_every_kind_of_file_in_a_folder_is_a_client(tmp_path: Path, saved: Path) -> None:
+    text, fields = json.dumps({"a": "x"}) + "\n", {"a": "x"}
+    for name in ("a.ndjson", "b.JSONL", "c.json", "É d.jsonl"):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "e.json").write_text(json.dumps([fields], indent=2))
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "g.CSV.BZ2").write_bytes(bz2.compress(b"a\nx\n"))
+    (tmp_path / "h.tsv.zst").write_bytes(zstandard.compress(b"a\nx\n"))
+    feather.write_feather(pyarrow.table({"a": ["x"]}), tmp_path / "i.arrow")
+    shutil.copytree(saved / "whole", tmp_path / "j")
+    (tmp_path / "k.jsonl").symlink_to(tmp_path / "a.ndjson")
+    clients = read_clients(tmp_path)
+    assert list(clients) == ["a", "b", "c", "e", "f", "g", "h", "i", "j", "k", "É d"]
+    assert len(clients.pop("j")) == 3
+    assert all([row.fields for row in rows] == [fields] for rows in clients.values())
+
+
+def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    read_clients(tmp_path)
+    assert not caplog.messages
+    for name in ("b.xlsx", "c.jsonl.bak", ".d.jsonl"):
+        (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "west").mkdir()
+    (tmp_path / "west" / "rows.jsonl").write_bytes(GOOD)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert list(read_clients(tmp_path)) == ["a"]
+    assert caplog.messages == [
+        f"{tmp_path}: no clients, left out: .d.jsonl (hidden), b.xlsx (no kind of file that is read), c.jsonl.bak (no "
+        "kind of file that is read), pipe.jsonl (no file), west (a folder)"
+    ]
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(DataError, match=r"one is expected for each client\); it holds .*west \(a folder\)$"):
+        read_clients(tmp_path)
+
+
+def test_a_part_of_a_data_set_is_said_to_be_a_client(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002"):
+        parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / f"{name}.parquet")
+    assert len(read_clients(tmp_path)) == 2
+    assert caplog.messages == [
+        f"{tmp_path}: train-00000-of-00002 is a part of a data set by its name; each part is a client here"
+    ]
+
+
+def test_clients_that_cannot_be_named_or_found_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(No such file or directory\)"):
+        read_clients(tmp_path)
+    (tmp_path / "a.jsonl").unlink()
+    for pair in (("a.jsonl", "a.jsonl.gz"), ("a.JSONL", "a.jsonl")):
+        for name in pair:
+            (tmp_path / name).write_bytes(GOOD)
+        with pytest.raises(DataError, match=f"{pair[0]} and {pair[1]} would be the same client"):
+            read_clients(tmp_path)
+        for name in pair:
+            (tmp_path / name).unlink()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")).write_bytes(GOOD)
+    with pytest.raises(DataError, match=r"the name of \\udcff is not UTF-8"):
+        read_clients(tmp_path)
+
+
+def test_columns_beside_may_hold_anything(tmp_path: Path) -> None:
+    day = datetime.date(2024, 1, 2)
+    rows = {
+        "a": ["x"],
+        "day": [day],
+        "price": [Decimal("1.50")],
+        "raw": [b"\x00"],
+        "in": [{"at": day}],
+        "n": [math.nan],
+    }
+    picture = {"bytes": b"no picture", "path": None}
+    kinds = datasets.Dataset.from_dict(rows).cast_column("n", datasets.Value("float32"))
+    kinds = kinds.add_column("image", [picture], feature=datasets.Image())
+    kinds.save_to_disk(tmp_path / "set")
+    (row,) = read(str(tmp_path / "set"))
+    assert row.fields == {name: value for name, (value,) in rows.items()} | {"n": None, "image": picture}
+
+
+def test_the_cache_of_datasets_is_refused_with_a_file_that_can_be_read(tmp_path: Path, saved: Path) -> None:
+    for part in ("data-00000-of-00001.arrow", "dataset_info.json"):
+        shutil.copy(saved / "whole" / part, tmp_path)
+    file = tmp_path / "data-00000-of-00001.arrow"
+    with pytest.raises(DataError, match=f"a file of it can be read by itself, such as {file}$"):
+        read(str(tmp_path))
+    assert len(read(str(file))) == 3
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:

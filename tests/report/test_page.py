@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from folders import SECRET, run_folder
 
-from thinwire.report.page import render
+from thinwire.data.shown import printable
+from thinwire.report.page import _library, render
 from thinwire.report.runs import collect
 
 pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
@@ -54,6 +55,20 @@ def test_rows_of_clients_are_shown_only_where_the_run_file_allows_it(tmp_path: P
     assert SECRET not in render(collect([run_folder(tmp_path / "a")]))
     assert SECRET not in render(collect([run_folder(tmp_path / "b", show_rows=False)]))
     assert SECRET in render(collect([run_folder(tmp_path / "c", show_rows=True)]))
+
+
+def test_the_page_holds_no_control_characters(tmp_path: Path) -> None:
+    others = "\x1b[31m\x7f\u202e</script>\x9b"
+    folder = run_folder(tmp_path / "run", prompts=["x"], show_rows=True)
+    for name in ("rounds", "evals"):
+        file = folder / f"{name}.jsonl"
+        lines = file.read_text().replace("site-1", json.dumps(others)[1:-1]).replace("well", json.dumps(others)[1:-1])
+        file.write_text(lines)
+    html = render(collect([folder])).replace(_library(), "")
+    assert printable(html) == html
+    names = {row["client"] for row in data_of(html)["plots"]["clients"]["rows"]}
+    assert names == {"site-0", printable(others)}
+    assert f"expected: {printable(others).replace('<', '&lt;').replace('>', '&gt;')}" in html
 
 
 def test_text_of_a_run_is_text(page: Path) -> None:

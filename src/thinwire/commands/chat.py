@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thinwire.data.shown import printable
-from thinwire.terminal import one_line, settle
+from thinwire.terminal import echo, one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.config import Data
@@ -122,7 +122,7 @@ def _chooser(net: Net, data: Data | None, choices: Sequence[str], classifies: bo
         with torch.inference_mode():
             shares = scores(net.model, batch)[0].softmax(0)
         best = int(shares.argmax())
-        typer.echo(printable(f"{choices[best]} ({float(shares[best]):.3f})"))
+        echo(f"{choices[best]} ({float(shares[best]):.3f})")
 
     return answer
 
@@ -153,9 +153,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
         length = prompt.shape[1]
         if room is not None and length >= room:
             talk.clear()
-            typer.echo(
-                f"thinwire: {length} tokens do not fit into the model's {room}; forgot the talk so far", err=True
-            )
+            echo(f"thinwire: {length} tokens do not fit into the model's {room}; forgot the talk so far", err=True)
             return
         with decoding(net.model, tokenizer, held, temperature) as (ends, texts):
             made = net.model.generate(
@@ -166,7 +164,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
             )
         text = said(tokenizer, made[0, length:].tolist(), ends, texts)
         if texts:  # an end that is a text is known when it is there
-            typer.echo(printable(text))
+            echo(text)
         if isinstance(template, Chat):
             talk.extend(({"role": "user", "content": line}, {"role": "assistant", "content": text}))
 
@@ -179,7 +177,7 @@ def _streamer(tokenizer: Any, ends: set[int]) -> Any:
 
     class Streamer(TextStreamer):  # type: ignore[misc]
         def put(self, value: Any) -> None:
-            if value.numel() > 1 or int(value) not in ends:  # the prompt comes first
+            if self.next_tokens_are_prompt or int(value) not in ends:
                 super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

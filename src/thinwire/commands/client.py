@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from thinwire.terminal import Stopped, one_line, settle
+from thinwire.terminal import Stopped, echo, one_line, settle
 
 TICK = 0.5  # seconds between two looks at the processes
 
@@ -36,6 +36,7 @@ def client(
         settle()
         from thinwire.config import ConfigError
         from thinwire.data.load import read_jsonl
+        from thinwire.data.source import reader_of
         from thinwire.federation.policy import Policy
         from thinwire.federation.processes import require_flower
         from thinwire.federation.site import SiteSide
@@ -47,9 +48,13 @@ def client(
                 raise ConfigError(f"{option}: {path} is not a file")
         if key.stat().st_mode & 0o077:
             raise ConfigError(f"--key: {key} can be read by others than its owner; chmod 600 {key}")
-        for path in (data, heldout):
-            if path is not None:
-                read_jsonl(path)
+        for option, rows in (("--data", data), ("--heldout", heldout)):
+            if rows is not None and reader_of(rows) not in (None, read_jsonl):
+                raise ConfigError(
+                    f"{option}: {rows} is a {rows.suffix} file by its name; a site's rows are a .jsonl file"
+                )
+            if rows is not None:
+                read_jsonl(rows)
         Policy.load(policy)
         site = Site(
             name=name or key.stem,
@@ -66,11 +71,11 @@ def client(
         side = SiteSide(site, server, key, ca, show=_show)
         try:
             side.start()
-            typer.echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
+            echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
             while True:
                 time.sleep(TICK)
                 if (line := side.tick()) is not None:
-                    typer.echo(line)
+                    echo(line)
         except KeyboardInterrupt:
             raise Stopped(f"{site.name}: stopped; it takes part again with the same command") from None
         finally:
@@ -78,7 +83,7 @@ def client(
 
 
 def _show(command: Sequence[str]) -> None:
-    typer.echo(f"$ {shlex.join(command)}")
+    echo(f"$ {shlex.join(command)}")
 
 
 def _interrupt(*_: Any) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from thinwire.terminal import Overrides, one_line, settle
+from thinwire.terminal import Overrides, echo, echo_json, one_line, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +50,10 @@ def fit_codec(
             raise config.ConfigError(f"{target}: there is no folder {target.parent}")
         report = _fit(settings, method, target, local, snapshots, iterations, scaling)
         if as_json:
-            typer.echo(json.dumps(report, indent=2))
+            echo_json(report)
         else:
             for name, value in report.items():
-                typer.echo(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+                echo(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
 
 
 def _fit(
@@ -181,5 +180,5 @@ def _gather(
             kept.mkdir(parents=True, exist_ok=True)
             named = {f"{id}/{name}": tensor for id, told in seen.items() for name, tensor in told.items()}
             save_file(named, kept / f"round-{round:04d}.safetensors")
-        typer.echo(f"round {round} of {settings.rounds}: {len(seen)} updates", err=True)
+        echo(f"round {round} of {settings.rounds}: {len(seen)} updates", err=True)
     return rounds, (up, down)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thinwire.terminal import Overrides, one_line, settle
+from thinwire.terminal import Overrides, echo, echo_json, one_line, settle
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,14 +74,14 @@ def data(
             title = f"{settings.name}: the rows of each client" + (f", by {column}" if column else "")
             picture.draw(held, title, settings.data.max_length, plot)
         if as_json:
-            typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+            echo_json(found, ascii=False)
             for note in found["notes"]:
-                typer.echo(f"thinwire: {note}", err=True)
+                echo(f"thinwire: {note}", err=True)
             return
         line = shortened(list(rows.clients), clients, settings.data.max_length)
         _print(settings, found, held, line, held_out)
         if plot is not None:
-            typer.echo(f"the picture is in {plot}")
+            echo(f"the picture is in {plot}")
 
 
 def _labels(run: Run, rows: Rows, classifies: bool) -> tuple[str | None, dict[str, list[str]]]:
@@ -149,10 +148,11 @@ def _examples(names: list[str], clients: list[Dataset], tokenizer: Any) -> list[
 def _print(
     run: Run, found: dict[str, Any], clients: list[Description], line: str | None, splits: list[Description]
 ) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    from thinwire.show import Screen
+
+    console = Screen()
     total = sum(client.rows for client in clients)
     held = "".join(f", {split.rows:,} in {split.name}" for split in splits)
     console.print(
@@ -205,8 +205,6 @@ def _print(
 
 
 def _print_example(console: Console, number: int, example: dict[str, Any]) -> None:
-    from rich.text import Text
-
     console.print()
     head = f"example {number}, {example['client']}, {example['place']}: {example['tokens']} tokens"
     kind = "the answer is scored against " + ", ".join(example["choices"]) if example["choices"] else ""
@@ -214,7 +212,7 @@ def _print_example(console: Console, number: int, example: dict[str, Any]) -> No
     console.print(f"{head}  | read, not trained on  > trained on{kind}", soft_wrap=True)
     for mark, part, style in (("|", "masked", "dim"), (">", "trained", "bold green")):
         for text in _middle(example[part]).split("\n"):
-            console.print(Text(f"  {mark} {text}", style=style), soft_wrap=True)
+            console.print(f"  {mark} {text}", style=style, soft_wrap=True)
 
 
 def _middle(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thinwire.terminal import Overrides, one_line, settle
+from thinwire.terminal import Overrides, echo_json, one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.config import Run
@@ -30,7 +30,7 @@ def estimate(
 
         found = estimated(config.load(file, overrides or []))
         if as_json:
-            typer.echo(json.dumps(found.plain(), indent=2))
+            echo_json(found.plain())
         else:
             show(found)
 
@@ -40,13 +40,13 @@ def show(found: Estimate) -> None:
     from rich.table import Column, Table
 
     from thinwire.estimate.estimate import LINKS
-    from thinwire.show import _console, number, size
+    from thinwire.show import Screen, number, size
 
     def spanned(one: Span) -> str:
         low, high = size(one.least), size(one.most)
         return f"{one.least:,.0f} B" if one.exact else low if low == high else f"{low} to {high}"
 
-    console = _console()
+    console = Screen()
     console.print(f"{found.method} on {found.model}: {number(found.trained)} of {number(found.parameters)} are trained")
     console.print(f"  {found.clients:,} clients, {found.rounds:,} rounds")
     if found.traffic is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thinwire.terminal import one_line
+from thinwire.terminal import echo, one_line
 
 if TYPE_CHECKING:
     from thinwire.data.proposal import Proposal
@@ -78,10 +78,10 @@ def init(
                 out.write(text)
         except FileExistsError:
             raise ConfigError(f"{file}: exists already; choose another name") from None
-        typer.echo(f"wrote {file}")
+        echo(f"wrote {file}")
         for line in told:
-            typer.echo(f"  {line}")
-        typer.echo(f"look at it, then: thinwire data {file}")
+            echo(f"  {line}")
+        echo(f"look at it, then: thinwire data {file}")
 
 
 def _placeholder() -> tuple[list[str], list[str]]:
@@ -110,7 +110,7 @@ def _own(data: str) -> tuple[list[str], list[str]]:
     told = [f"{len(rows):,} rows, with the columns {', '.join(found.columns)}"]
     if folder:
         lines.append(_line("partition", "files", "a client a file"))
-        told.append(f"clients: the {len(clients)} files of {data}")
+        told.append(f"clients: the {len(clients)} files of {data}: {', '.join(clients)}")
     elif found.client is not None:
         lines.append(_line("partition", "column", "a client for each value of the column"))
         lines.append(_line("column", found.client))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.terminal import one_line
+from thinwire.terminal import echo, one_line
 
 app = typer.Typer(help="Make a site's key, the server's certificate, and register sites.", rich_markup_mode=None)
 
@@ -26,9 +26,9 @@ def site(
 
         require_flower()
         public = keys.make_site(name, out)
-        typer.echo(f"the private half is in {out / name}.key, and stays at this site", err=True)
-        typer.echo(f"send this line to whoever runs the server, who registers it under the name {name}:", err=True)
-        typer.echo(public.read_text().strip())
+        echo(f"the private half is in {out / name}.key, and stays at this site", err=True)
+        echo(f"send this line to whoever runs the server, who registers it under the name {name}:", err=True)
+        echo(public.read_text().strip())
 
 
 @app.command()
@@ -43,7 +43,7 @@ def server(
 
         require_flower()
         ca = keys.make_server(host, out)
-        typer.echo(f"{out / 'ca.key'} and {out / 'server.key'} stay here; every site needs {ca}")
+        echo(f"{out / 'ca.key'} and {out / 'server.key'} stay here; every site needs {ca}")
 
 
 @app.command()
@@ -58,4 +58,4 @@ def register(
         from thinwire.federation.processes import require_flower
 
         require_flower()
-        typer.echo(f"{name} is whoever holds the other half of {keys.register(name, public, out)}")
+        echo(f"{name} is whoever holds the other half of {keys.register(name, public, out)}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.terminal import Overrides, Stopped, one_line, settle
+from thinwire.terminal import Overrides, Stopped, echo, one_line, settle
 
 
 def local_federation(
@@ -40,24 +40,25 @@ def local_federation(
         folder = out if out is not None else Path("runs") / settings.name
         cli._claim(folder, settings, resume)
         if (folder / "summary.json").exists():
-            typer.echo(f"{folder}: this run is complete")
+            echo(f"{folder}: this run is complete")
             print_summary(folder)
             return
         cli._record(folder, settings)
-        local = Local(folder / "federation", named(settings, rows.clients), typer.echo)
-        progress, killed = Progress(folder, settings.rounds, typer.echo), False
+        local = Local(folder / "federation", named(settings, rows.clients), echo)
+        progress, killed = Progress(folder, settings.rounds, echo), False
 
         def watch() -> None:
             nonlocal killed
             progress.tick()
             if kill_a_client and not killed and rounds_of(folder) >= 1:
                 killed = True
-                typer.echo(f"{local.names[-1]}: killed its node; it will come back by itself")
+                echo(f"{local.names[-1]}: killed its node; it will come back by itself")
                 local.kill(local.names[-1])
 
         again = f"go on with: thinwire local-federation {file} --out {folder} --resume"
         try:
-            typer.echo(f"a hub and {len(local.names)} sites are starting; what they say is in {folder}/federation")
+            who = ", ".join(local.names)
+            echo(f"a hub and {len(local.names)} sites are starting ({who}); what they say is in {folder}/federation")
             local.start()
             local.follow(folder, settings, rows.splits, watch)
             progress.tick()

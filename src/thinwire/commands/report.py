@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.terminal import one_line
+from thinwire.terminal import echo, one_line
 
 
 def report(
@@ -25,4 +25,4 @@ def report(
         partial = out.with_name(f".{out.name}.part")
         partial.write_text(page, encoding="utf-8")
         partial.replace(out)
-        typer.echo(f"{out}: {size(len(page.encode()))}, opens in any browser and asks no network")
+        echo(f"{out}: {size(len(page.encode()))}, opens in any browser and asks no network")

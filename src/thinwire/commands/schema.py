@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import typer
-
-from thinwire.terminal import one_line
+from thinwire.terminal import echo_json, one_line
 
 
 def schema() -> None:
     """Print the JSON Schema of run files, for editors."""
     with one_line():
-        typer.echo(json.dumps(json_schema(), indent=2))
+        echo_json(json_schema())
 
 
 def json_schema() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from thinwire.terminal import Overrides, Stopped, one_line, settle
+from thinwire.terminal import Overrides, Stopped, echo, one_line, settle
 
 RISK = (
     "with --expose-control-api every machine that reaches this port, and holds the CA file that all sites hold, can "
@@ -52,13 +52,13 @@ def server(
         folder = out if out is not None else Path("runs") / settings.name
         cli._claim(folder, settings, resume)
         if (folder / "summary.json").exists():
-            typer.echo(f"{folder}: this run is complete")
+            echo(f"{folder}: this run is complete")
             print_summary(folder)
             return
         splits = {name: str(Path(path).resolve()) for name, path in _splits(settings).items()}
         home = folder.resolve() / "federation"
         if expose:
-            typer.echo(f"thinwire: {RISK}", err=True)
+            echo(f"thinwire: {RISK}", err=True)
             side = ServerSide(home, keys, sites, host=host, port=port, show=_show)
             start = None
         else:
@@ -73,10 +73,8 @@ def server(
         if not expose:
             files = proxy.write(home / "proxy", keys, host, port, side.port)
             if own_proxy:
-                typer.echo(
-                    f"your proxy is to do what {files['nginx']} or {files['caddy']} says; the hub is {side.port}"
-                )
-        progress = Progress(folder, settings.rounds, typer.echo)
+                echo(f"your proxy is to do what {files['nginx']} or {files['caddy']} says; the hub is {side.port}")
+        progress = Progress(folder, settings.rounds, echo)
         signal.signal(signal.SIGTERM, _interrupt)
         again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"
 
@@ -90,7 +88,7 @@ def server(
             if start is not None:
                 _show(start)
                 side.children.start("proxy", start)
-            typer.echo(f"sites join with: thinwire client --server HOST:{port} --data FILE --key KEY --ca ca.crt")
+            echo(f"sites join with: thinwire client --server HOST:{port} --data FILE --key KEY --ca ca.crt")
             side.prepare(folder, settings, splits)
             side.follow(folder, tick)
             progress.tick()
@@ -119,7 +117,7 @@ def _place(listen: str) -> tuple[str, int]:
 
 
 def _show(command: Sequence[str]) -> None:
-    typer.echo(f"$ {shlex.join(command)}")
+    echo(f"$ {shlex.join(command)}")
 
 
 def _interrupt(*_: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
+from thinwire.terminal import echo, echo_json
 
 
 def score_tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, as_json: bool) -> None:
@@ -31,9 +31,9 @@ def score_tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | N
     net = Net.open(settings.model.path, settings.model.dtype, device=settings.model.device)
     records = harness(net, names, settings.eval.batch_size, limit)
     if as_json:
-        typer.echo(json.dumps(records, indent=2))
+        echo_json(records)
         return
     for record in records:
         scores = ", ".join(f"{key} {value:.4f}" for key, value in record["metrics"].items())
         rows = "" if record["rows"] is None else f" ({record['rows']:,} rows)"
-        typer.echo(f"{record['task']}: {scores}{rows}")
+        echo(f"{record['task']}: {scores}{rows}")

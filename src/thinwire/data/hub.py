@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.load import Row, present
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLIT = "train"
+BATCH = 1000
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
 NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(:(?P<subset>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 
@@ -52,13 +53,14 @@ def read_hub(source: str) -> list[Row]:
         raise DataError(f"{source}: is neither a saved data set nor the name of one")
     found = _load(place, source)
     labels = {column: feature for column, feature in found.features.items() if type(feature).__name__ == "ClassLabel"}
-    rows = []
-    for number, fields in enumerate(found, 1):
-        for column, feature in labels.items():
-            index = fields[column]
-            # hidden labels of test splits are -1
-            fields[column] = feature.int2str(index) if index is not None and index >= 0 else None
-        rows.append(Row(fields, source, number))
+    rows: list[Row] = []
+    for batch in found.with_format("arrow").iter(BATCH):  # pictures and sounds are not decoded so
+        for fields in batch.to_pylist():
+            for column, feature in labels.items():
+                index = fields[column]
+                # hidden labels of test splits are -1
+                fields[column] = feature.int2str(index) if index is not None and index >= 0 else None
+            rows.append(Row(present(fields), source, len(rows) + 1))
     if not rows:
         raise DataError(f"{source}: the data set holds no row")
     return rows
@@ -77,7 +79,9 @@ def _load(place: Place, source: str) -> Dataset:
     except Exception as error:  # the library raises what its many readers and the network raise
         problem = (str(error) or type(error).__name__).splitlines()[0]
         what = "cannot be read" if place.saved else "is no file or folder here, and no data set that can be loaded"
-        raise DataError(f"{source}: {what} ({problem})") from None
+        parts = sorted(Path(place.name).glob("*.arrow")) if place.saved else []
+        hint = f"; a file of it can be read by itself, such as {parts[0]}" if parts else ""
+        raise DataError(f"{source}: {what} ({problem}){hint}") from None
     finally:
         if bars:
             datasets.enable_progress_bars()

@@ -109,7 +109,7 @@ def rows_at_hand(run: Run) -> Rows | None:
     """The run's rows, or None where they are not here, are wrong, or are more than is worth the time."""
     data = run.data
     files = [] if data.path in PACKAGED else [Path(data.path)]
-    files = [inner for file in files for inner in (file.rglob("*.jsonl") if file.is_dir() else [file])]
+    files = [inner for file in files for inner in (file.rglob("*") if file.is_dir() else [file])]
     try:
         if sum(file.stat().st_size for file in files) <= READ and (files or data.path in PACKAGED):
             return build.rows_of(data, Key.root(run.seed))

@@ -27,15 +27,16 @@ class Local:
         secrets = self.home / "keys"
         if not (secrets / "server.crt").exists():
             keys.make_server([], secrets)
+        files: dict[str, Path] = {}
         for name, held in clients.items():
-            write_rows(self.place(name) / "data.jsonl", held)
+            files[name] = write_rows(self.place(name) / "data", held)
             if not (self.place(name) / f"{name}.key").exists():
                 keys.register(name, keys.make_site(name, self.place(name)), secrets)
         self.server = ServerSide(self.home, secrets, self.names)
         self.sites: dict[str, SiteSide] = {}
         for name in self.names:
             place = self.place(name)
-            site = Site(name, str(place / "data.jsonl"), str(place), "", hold_out=False)
+            site = Site(name, str(files[name]), str(place), "", hold_out=False)
             address = f"127.0.0.1:{self.server.port}"
             self.sites[name] = SiteSide(site, address, place / f"{name}.key", self.server.ca)
 
@@ -57,10 +58,7 @@ class Local:
         watch: Callable[[], None] = lambda: None,
     ) -> None:
         """See a run in a folder through, looking after all processes; hub.Ended where it does not come to its end."""
-        files = {
-            name: str(write_rows(folder.resolve() / "federation" / f"{name}.jsonl", held))
-            for name, held in splits.items()
-        }
+        files = {name: str(write_rows(folder.resolve() / "federation" / name, held)) for name, held in splits.items()}
         self.server.prepare(folder, run, files)
 
         def tick() -> None:
@@ -97,9 +95,23 @@ def named(run: Run, clients: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:
-    """A .jsonl file of the rows."""
+    """A file of the rows, by their kind .jsonl, or .arrow for what JSON has not, such as dates; its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(dict(row.fields)) + "\n")
-    return path
+    held = [dict(row.fields) for row in rows]
+    lines, arrow = path.with_name(f"{path.name}.jsonl"), path.with_name(f"{path.name}.arrow")
+    try:
+        text = "".join(json.dumps(fields) + "\n" for fields in held)
+    except TypeError:
+        import pyarrow
+
+        columns = dict.fromkeys(name for fields in held for name in fields)
+        try:
+            table = pyarrow.table({name: [fields.get(name) for fields in held] for name in columns})
+        except pyarrow.ArrowException:  # files of two kinds, a column of either with types of its own
+            text = "".join(json.dumps(fields, default=str) + "\n" for fields in held)
+        else:
+            with pyarrow.ipc.new_file(str(arrow), table.schema) as file:
+                file.write_table(table)
+            return arrow
+    lines.write_text(text, encoding="utf-8")
+    return lines

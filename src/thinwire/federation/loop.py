@@ -84,7 +84,7 @@ def serve(grid: Grid, folder: Path) -> None:
 
 def _train(grid: Grid, folder: Path) -> None:
     from thinwire import build, config, memory
-    from thinwire.data.load import read_jsonl
+    from thinwire.data.source import read_file
     from thinwire.federation.fingerprint import fingerprints
     from thinwire.federation.survey import Survey, join
     from thinwire.runtime.flower import Flower
@@ -96,7 +96,7 @@ def _train(grid: Grid, folder: Path) -> None:
     before = memory.resident()
     net = build.net_of(run, remember=True)
     memory.trim()  # loading has left as much again as the model
-    rows = build.Rows({}, {name: read_jsonl(path) for name, path in hub.splits.items()})
+    rows = build.Rows({}, {name: read_file(path) for name, path in hub.splits.items()})
     job = build.job(run, rows, net, folder, before, Watch())
     keys = public_keys(Path(hub.keys))
     spool = folder / "spool"

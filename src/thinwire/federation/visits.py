@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from thinwire import build, config, memory, wire
 from thinwire.core import Client, serve
 from thinwire.data import partition
-from thinwire.data.load import Row, read_jsonl
+from thinwire.data.load import Row
+from thinwire.data.source import read_file
 from thinwire.evaluate.evaluate import Split, evaluate
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.payloads import Ready, Scores
@@ -60,8 +61,8 @@ class Visits:
         build.use_threads(run)
         self.net = build.net_of(run, hollow=run.method.hollow)
         self.fingerprints = fingerprints(run, self.net)
-        rows = read_jsonl(site.data)
-        scored: list[Row] | None = read_jsonl(site.heldout) if site.heldout is not None else None
+        rows = read_file(site.data)
+        scored: list[Row] | None = read_file(site.heldout) if site.heldout is not None else None
         if scored is None and site.hold_out and run.data.heldout and not isinstance(run.data.heldout, str):
             rows, scored = partition.holdout(rows, run.data.heldout, self.key.fold("heldout", site.name))
         self.data = build.client_data(run, rows, self.net.tokenizer)

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from thinwire.data.errors import DataError
+from thinwire.data.shown import printable
 from thinwire.report.plots import SCORES, SPLITS, plots, size
 from thinwire.report.runs import Recorded, number
 
@@ -26,7 +27,9 @@ def render(runs: Sequence[Recorded]) -> str:
         "plots": {plot.name: {k: v for k, v in asdict(plot).items() if k in PARTS} for plot in found},
     }
     heads, lines = table(runs)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_printable
+    )
     return template.from_string(_part("page.html")).render(
         title=", ".join(dict.fromkeys(run.group for run in runs)),
         about=about(runs),
@@ -45,7 +48,7 @@ def render(runs: Sequence[Recorded]) -> str:
             if visit.get("error")
         ],
         style=_part("page.css"),
-        data=_script_safe(json.dumps(data, allow_nan=False, separators=(",", ":"))),
+        data=_script_safe(json.dumps(_printable(data), allow_nan=False, separators=(",", ":"))),
         library=_library(),
         code=_part("page.js"),
     )
@@ -123,6 +126,15 @@ def _look(tree: Any, path: Sequence[str]) -> Any:
     for part in path:
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
+
+
+def _printable(value: Any) -> Any:
+    """The value, control characters escaped in its texts; the page's own parts are Markup, and left alone."""
+    if isinstance(value, dict):
+        return {_printable(name): _printable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(inner) for inner in value]
+    return printable(value) if type(value) is str else value
 
 
 def _script_safe(text: str) -> str:

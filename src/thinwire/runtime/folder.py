@@ -29,10 +29,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            if made and os.listdir(folder) == [FILE]:
-                (folder / FILE).unlink()
-                for place in made:
-                    place.rmdir()
+            (folder / FILE).unlink()
+            for place in made:  # up to the first that is not empty
+                place.rmdir()
         os.close(descriptor)
 
 
