@@ -9,7 +9,7 @@ import pytest
 from tiny import BOS, EOS, tiny_tokenizer
 from tokenizers import AddedToken
 
-from thinwire.data import chat
+from thinwire.data import chat, rendering
 from thinwire.data.batch import Dataset
 from thinwire.data.errors import DataError
 from thinwire.data.load import Row
@@ -103,7 +103,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.utils import chat_template_utils
 
     class Clock:
-        now = staticmethod(lambda: chat.CLOCK)
+        now = staticmethod(lambda: rendering.CLOCK)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
 
@@ -242,7 +242,7 @@ def test_what_a_template_leaves_out_is_said_or_refused() -> None:
     ],
 )
 def test_a_template_that_fails_is_one_line(template: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "PATIENCE", 0.2)
+    monkeypatch.setattr(rendering, "PATIENCE", 0.2)
     found = complaint(TALK, template)
     assert found.startswith("talk.jsonl:7: ")
     assert problem in found

@@ -6,7 +6,7 @@ import pytest
 from silos import Silos
 
 from thinwire import build, config
-from thinwire.data import chat
+from thinwire.data import rendering
 from thinwire.federation.fingerprint import difference, fingerprints
 
 
@@ -25,7 +25,7 @@ def test_a_template_that_writes_something_else_is_another_prompt(silos: Silos, m
     )
     before = fingerprints(talking, net), fingerprints(run, net)
     assert before == (fingerprints(talking, net), fingerprints(run, net))
-    monkeypatch.setattr(chat, "CLOCK", chat.CLOCK.replace(year=2031))
+    monkeypatch.setattr(rendering, "CLOCK", rendering.CLOCK.replace(year=2031))
     said = difference(fingerprints(talking, net), before[0])
     assert said is not None
     assert said.startswith("prompt template: ")

@@ -4,8 +4,6 @@ All three are cut out of the template's own rendering of the whole talk, the ans
 taken: many templates write something else before an answer (a closed thought, a channel, a space), or have none. Where
 the answer stands is found by rendering the talk once more with a mark in its place; only where what the assistant says
 is more than a text (a thought, a call of a tool) the generation prompt says where it begins.
-
-The templates' clock stands still at CLOCK, so that the same rows make the same prompts on any day and at any site.
 """
 
 from __future__ import annotations
@@ -14,27 +12,17 @@ import contextlib
 import functools
 import json
 import re
-import signal
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
-
-import jinja2
-import jinja2.filters
 
 from thinwire.data.errors import DataError
 from thinwire.data.load import Row, kind
+from thinwire.data.rendering import Message, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
-
-CLOCK = datetime(2024, 7, 26)
-PATIENCE = 30.0  # seconds that a template may take
 MARK = "\ue000\ue001\ue002"  # stands for the answer: no letters that a template may change, no space that it may cut
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 SAID = (*THOUGHTS, "content", "tool_calls", "function_call")  # what a message says; its other keys are about it
@@ -60,10 +48,10 @@ def turn(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
         raise DataError("the tokenizer has no chat template (other templates: alpaca, plain, completion)")
     tools = _tools(row)
     seen: dict[str, None] = {}
-    write = functools.partial(_write, row, tokenizer, seen=seen, tools=tools)
+    written = functools.partial(write, row, tokenizer, seen=seen, tools=tools)
     *talk, last = messages
     about = {key: value for key, value in last.items() if key not in SAID}
-    marked, whole = write([*talk, {**about, "content": MARK}]), write(messages)
+    marked, whole = written([*talk, {**about, "content": MARK}]), written(messages)
     if (times := marked.count(MARK)) != 1:
         raise row.error(f"the tokenizer's chat template writes the assistant's answer {times} times, not once")
     before, after = marked.split(MARK)
@@ -83,7 +71,7 @@ def turn(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
         raise row.error("the tokenizer's chat template writes nothing of the answer")
     end = _end(whole[stop:], tokenizer)
     notes = [*seen, *_lost(talk, last, whole, answer)]
-    if tools and whole == _write(row, tokenizer, messages, seen=seen):
+    if tools and whole == write(row, tokenizer, messages, seen=seen):
         notes.append("the chat template leaves out the tools of the rows")
     return Turn(whole[:start], answer, end, tuple(notes))
 
@@ -96,7 +84,7 @@ def remarks(
     lines = []
     header = found.prompt
     with contextlib.suppress(DataError):  # not every template takes a talk without its end
-        header = _write(row, tokenizer, messages[:-1], tools=_tools(row), header=True)
+        header = write(row, tokenizer, messages[:-1], tools=_tools(row), header=True)
     if header.rstrip() != found.prompt.rstrip():
         shared = common(header, found.prompt)
         lines.append(
@@ -195,8 +183,8 @@ def _header(
 ) -> str | None:
     """The generation prompt behind a talk; None where the template has none, or does not take a talk without an end."""
     with contextlib.suppress(DataError):
-        header = _write(row, tokenizer, talk, tools=tools, header=True)
-        return header if header != _write(row, tokenizer, talk, tools=tools) else None
+        header = write(row, tokenizer, talk, tools=tools, header=True)
+        return header if header != write(row, tokenizer, talk, tools=tools) else None
     return None
 
 
@@ -250,71 +238,6 @@ def _lost(talk: Sequence[Message], last: Message, whole: str, answer: str) -> It
         about = call.get("function", call) if isinstance(call, Mapping) else {}
         if isinstance(about, Mapping) and str(about.get("name", "")) not in answer:
             yield "the chat template leaves out the answer's calls of tools"
-
-
-def _write(
-    row: Row,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    seen: dict[str, None] | None = None,
-    tools: list[Any] | None = None,
-    header: bool = False,
-) -> str:
-    """The rendering; DataError for a template that refuses the messages, or fails on them."""
-    try:
-        with _still({} if seen is None else seen), _within(PATIENCE):
-            text = tokenizer.apply_chat_template(
-                list(messages), tools=tools or None, tokenize=False, add_generation_prompt=header
-            )
-    except jinja2.TemplateError as error:  # raised by templates that want turns to alternate, or no system message
-        problem = (str(error) or type(error).__name__).splitlines()[0]
-        raise row.error(f"the tokenizer's chat template refuses the row ({problem})") from None
-    except Exception as error:  # whatever a template does with the row's values
-        problem = (str(error) or type(error).__name__).splitlines()[0]
-        raise row.error(f"the tokenizer's chat template fails on the row ({problem})") from None
-    return row.as_text(str(text), "what the chat template makes of the row")
-
-
-@contextlib.contextmanager
-def _still(seen: dict[str, None]) -> Iterator[None]:
-    """Inside, the templates' clock says CLOCK, and what they draw is the first; `seen` gets a line of each asked."""
-    from transformers.utils import chat_template_utils as theirs
-
-    class Clock:
-        @staticmethod
-        def now() -> datetime:
-            seen[f"the chat template asks for the date: it is {CLOCK:%d %B %Y} in all prompts, whatever the day"] = None
-            return CLOCK
-
-    class Chance:
-        @staticmethod
-        def choice(values: Sequence[Any]) -> Any:
-            seen["the chat template draws at random: it always gets the first"] = None
-            return values[0]
-
-    with patch.object(theirs, "datetime", Clock), patch.object(jinja2.filters, "random", Chance):
-        yield
-
-
-@contextlib.contextmanager
-def _within(seconds: float) -> Iterator[None]:
-    """TimeoutError inside, after so long: in the main thread, where no other alarm is set."""
-    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
-    if not main or signal.getitimer(signal.ITIMER_REAL)[0]:
-        yield
-        return
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"it takes longer than {seconds:g} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before if before is not None else signal.SIG_DFL)
 
 
 def _bare(text: str) -> str:

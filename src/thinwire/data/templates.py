@@ -22,11 +22,12 @@ import string
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from thinwire.data.chat import Message, messages_of, turn
+from thinwire.data.chat import messages_of, turn
 from thinwire.data.errors import DataError
 from thinwire.data.jinja import Jinja as Jinja
 from thinwire.data.jinja import columns_of, fill, used
 from thinwire.data.load import SHAPES, Row
+from thinwire.data.rendering import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
