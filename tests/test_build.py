@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,27 @@ def test_words_and_shuffled_answers_are_of_the_answers_column(tmp_path: Path) ->
     assert sorted(verdicts) == ["n"] * 6 + ["y"] * 6
     found = build.dataset(data, mixed, tiny_tokenizer())
     assert [e.references for e in found.examples] == [({"y": "yes", "n": "no"}[v],) for v in verdicts]
+
+
+def test_words_and_shuffled_answers_of_messages(tmp_path: Path) -> None:
+    talks = [[("user", f"t{i}"), ("assistant", "yn"[i % 2])] for i in range(12)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {
+        "template": "chat",
+        "words": {"y": "yes", "n": "no"},
+        "choices": ("yes", "no"),
+        "clients": 1,
+        "heldout": 0,
+    }
+    data = Data(path=str(tmp_path / "rows.jsonl"), shuffle_answers=True, **fields)
+    (mixed,) = build.rows_of(data, KEY).clients.values()
+    said = [row.fields["messages"][1]["content"] for row in mixed]
+    assert said != list("yn" * 6)
+    assert sorted(said) == ["n"] * 6 + ["y"] * 6
+    found = build.dataset(data, mixed, tiny_tokenizer())
+    assert [e.references for e in found.examples] == [({"y": "yes", "n": "no"}[v],) for v in said]
+    assert found.candidates == (tuple(b"yes"), tuple(b"no"))
 
 
 def test_a_jinja_template_of_the_run_file(place: Path) -> None:

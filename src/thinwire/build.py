@@ -225,10 +225,10 @@ def public_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
 
 
 def _in_words(row: Row, column: str, words: Mapping[str, str]) -> Row:
-    label = row.text(column)
+    label = templates.answer_value(row, templates.Chat()) if templates.is_talk(row, column) else row.text(column)
     if label not in words:
         raise row.error(f"the answer {label!r} is not among data.words: {', '.join(words)}")
-    return Row({**row.fields, column: words[label]}, row.source, row.line)
+    return templates.with_answer(row, column, words[label])
 
 
 def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:

@@ -65,7 +65,7 @@ def run(
         from safetensors import SafetensorError
 
         from thinwire import build, config, memory
-        from thinwire.data.description import shortened
+        from thinwire.data.description import remarks, shortened
         from thinwire.runtime.folder import locked
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
@@ -94,7 +94,8 @@ def run(
             net = build.net_of(whole, remember=True)
             with Live(settings, rows, net, folder, resume) as watch:
                 job = build.job(whole, rows, net, folder, before, watch)
-                watch.rows_shortened(shortened(job.names, job.clients, settings.data.max_length))
+                for line in (shortened(job.names, job.clients, settings.data.max_length), *remarks(job.clients)):
+                    watch.remark(line)
                 record(folder, settings, build.fingerprints(job))
                 try:
                     with Trackers(watch, trackers_of(settings, folder)) as job.watch:

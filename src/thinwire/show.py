@@ -119,8 +119,8 @@ class Live(Watch):
         """See Watch."""
         self.console.print(f"  {line}", soft_wrap=True)
 
-    def rows_shortened(self, line: str | None) -> None:
-        """How many rows were cut or left out, if any."""
+    def remark(self, line: str | None) -> None:
+        """A line about the rows: how many were cut or left out, what a template does with them; None says nothing."""
         if line is not None:
             self.console.print(f"  {line}", soft_wrap=True)
 

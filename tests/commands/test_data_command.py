@@ -222,3 +222,23 @@ def test_a_classifier_is_shown_its_classes(place: Path, tmp_path: Path) -> None:
     assert f"{place / 'tickets.csv'}:" in example.splitlines()[1]
     assert "; the answer is scored against it, payroll\n" in example
     assert example.split("\n\n")[0].splitlines()[-1] in ("  > it", "  > payroll")
+
+
+def test_what_a_chat_template_does_is_said_once(place: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {i}.", "output": "yes"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{{ strftime_now('%Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}[E]{% endfor %}"
+    (place / "model" / "chat_template.jinja").write_text(template)
+    file, data = tmp_path / "run.toml", f'path = "{tmp_path}/rows.jsonl"\nclients = 2\nheldout = 0\ntemplate = "chat"'
+    model, method = f'path = "{place / "model"}"', 'name = "fedavg"\nsteps = 1\nbatch_size = 1'
+    file.write_text(f'name = "talk"\nrounds = 1\n[model]\n{model}\n[data]\n{data}\n[method]\n{method}\n')
+    out = shown(file)
+    told = [line for line in out.splitlines() if line.startswith(("the chat template", "answers end"))]
+    assert told[0] == "the chat template asks for the date: it is 26 July 2024 in all prompts, whatever the day"
+    assert [line for line in told if "generation prompt" in line or "'[E]'" in line] == told[1:]
+    assert len(told) == 3
+    result = thinwire("data", file, "--json")
+    assert json.loads(result.out)["notes"] == told
+    assert result.err.splitlines() == [f"thinwire: {line}" for line in told]
+    ran = thinwire("run", file, "--out", tmp_path / "run")
+    assert [line for line in ran.out.splitlines() if line.strip() in told] == [f"  {line}" for line in told]

@@ -195,6 +195,8 @@ def test_jinja_templates_that_cannot_be_used() -> None:
         Jinja("{{ x }}", "yes")
     with pytest.raises(DataError, match=r"must name one \{column\} here, not 2$"):
         answer_text(Jinja("{{ x }}", "{{ y }}{{ z }}"), "a")
+    with pytest.raises(DataError, match=r"cannot be read \(line 1: No filter named 'random'"):
+        Jinja("{{ x | random }}", "{{ y }}")  # the same rows are the same prompts
     # templates are sandboxed: what stands behind an object is out of their reach
     with pytest.raises(DataError, match=r"^a:1: the Jinja template fails on the row \(access to attribute"):
         render(Row({"x": "a", "y": "b"}, "a", 1), Jinja("{{ x.__class__.__mro__ }}", "{{ y }}"), tiny_tokenizer())

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import BOS, CHOICES, EOS, PAD, tiny_rows, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from thinwire.data.batch import Dataset, Example
 from thinwire.data.errors import DataError
@@ -211,3 +213,90 @@ def test_the_answer_alone_may_be_cut() -> None:
         room = f"the prompt has {len(prompt)} tokens, which leaves no room for the answer within data.max_length 10"
         assert str(caught.value).startswith(f"train.jsonl:17: {room} (")
     assert one("012345", "a", max_length=10, too_long="answer", choices=["a", "abcd"]).prompt == ids("012345")
+
+
+LETTERS = ("<unk>", "<s>", "</s>", "▁", *"abcdefghijklmnopqrstuvwxyz\n?.:|0[]/INST", "▁y", "▁yes")
+
+
+def prefixing(kind: str) -> Any:
+    """A token a letter, and one for " yes", of the kinds of tokenizers that write a space before a text."""
+    vocabulary = {letter: i for i, letter in enumerate(LETTERS)}
+    if kind.startswith("byte"):
+        vocabulary |= {letter: len(LETTERS) + i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    space = decoders.Replace("▁", " ")
+    core.decoder = decoders.Sequence([space, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    if kind == "prepended":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind.startswith("byte"):
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        core.decoder = decoders.ByteLevel()
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    core.add_special_tokens(["<s>", "</s>", "<unk>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+KINDS = ("prepended", "always", "first", "bytes")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("is it?", " yes"), ("is it?\n\n", "yes"), ("is it?", "\nyes"), ("it:", "yes.\nno"), ("a", "|.:\n0"), ("", "yes")],
+)
+def test_no_space_is_put_before_an_answer(kind: str, prompt: str, answer: str) -> None:
+    tokenizer = prefixing(kind)
+    example = one(prompt, answer, tokenizer)
+    whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    read = list(example.prompt) if prompt else []
+    assert [*read, *example.answer] == [*whole, tokenizer.eos_token_id]
+    assert read == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_answers_have_the_space_that_they_are_given(kind: str) -> None:
+    tokenizer = prefixing(kind)
+    rows = [row(input="is it?", output="yes")]
+    with_space = tokenise(rows, SENTIMENT, tokenizer, max_length=64, choices=["yes", "no"])
+    assert tokenizer.decode([*tokenizer("a")["input_ids"], *(with_space.candidates or ())[0]]).strip() == "a yes"
+    without = tokenise(rows, JOINED, tokenizer, max_length=64, choices=["yes", "no"])
+    assert tokenizer.decode([*tokenizer("a")["input_ids"], *(without.candidates or ())[0]]).strip() == "ayes"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_template_is_tokenised_whole(kind: str) -> None:
+    tokenizer = prefixing(kind)
+    for template in (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}",
+        "{% for m in messages %}<unk>{{ m.content }}</s>{% endfor %}",
+    ):
+        tokenizer.chat_template = template
+        for answer in ("yes", "no", ".no"):
+            talk = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": answer}]
+            (example,) = tokenise([row(messages=talk)], NAMED["chat"], tokenizer, max_length=64).examples
+            assert [*example.prompt, *example.answer] == tokenizer.apply_chat_template(talk)["input_ids"]
+            assert 0 < len(example.answer) <= len(answer) + 3
+
+
+def test_an_answer_that_would_melt_into_the_prompt_is_tokenised_apart() -> None:
+    core = Tokenizer(models.BPE(vocab={"a": 0, ">": 1, "=": 2, ">=": 3}, merges=[(">", "=")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}>{{ m.content }}{% endfor %}"
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "=a"}]
+    (example,) = tokenise([row(messages=talk)], NAMED["chat"], tokenizer, max_length=64).examples
+    assert (example.prompt, example.answer) == ((1, 0, 1), (2, 0, tokenizer.eos_token_id))
+
+
+@pytest.mark.parametrize("answer", ["yes", "no", "-5"])
+def test_a_space_before_an_answer_is_where_its_words_have_it(answer: str) -> None:
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab={**vocabulary, "Ġy": 256}, merges=[("Ġ", "y")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}</s>"
+    talk = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": answer}]
+    (example,) = tokenise([row(messages=talk)], NAMED["chat"], tokenizer, max_length=64).examples
+    assert [*example.prompt, *example.answer] == tokenizer.apply_chat_template(talk)["input_ids"]
+    assert example.prompt[-1] == vocabulary["]"]

@@ -109,6 +109,19 @@ def test_a_forced_answer_stops_at_the_end_token(parrot: Net) -> None:
     assert generate(parrot.model, parrot.tokenizer, nothing, 10, 2) == [""]
 
 
+def test_generation_stops_where_the_chat_template_ends_answers(parrot: Net) -> None:
+    parrot.tokenizer.add_special_tokens({"additional_special_tokens": ["d"]})  # a byte's token is the byte
+    data = Dataset((Example(tokens("a"), ()),), pad=PAD, ends=(" d",))
+    assert generate(parrot.model, parrot.tokenizer, data, 10, 1) == ["bc"]
+
+
+def test_an_end_that_is_a_text_is_cut_off(parrot: Net) -> None:
+    data = Dataset((Example(tokens("a"), ()), Example(tokens("d"), ())), pad=PAD, ends=("de",))
+    assert generate(parrot.model, parrot.tokenizer, data, 10, 2) == ["bc", "e"]
+    assert generate(parrot.model, parrot.tokenizer, data, 3, 2) == ["bc", "e"]  # no room for all of the end
+    assert generate(parrot.model, parrot.tokenizer, data, 2, 2) == ["bc", "e"]
+
+
 def test_what_is_accepted_is_the_references_or_the_answer(parrot: Net) -> None:
     examples = (Example(tokens("x"), tokens("bcde"), references=("one", "two")), Example(tokens("x"), tokens("bc")))
     assert references(parrot.tokenizer, examples) == [("one", "two"), ("bc",)]

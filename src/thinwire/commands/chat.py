@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thinwire.data.shown import printable
 from thinwire.terminal import echo, one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.config import Data
+    from thinwire.data.batch import Dataset
     from thinwire.data.load import Row
-    from thinwire.data.templates import Template
+    from thinwire.data.templates import AnyTemplate, Jinja
     from thinwire.model.flat import Net
 
 
@@ -41,10 +43,9 @@ def chat(
         if classes is None and task_of(folder) == "classification":
             raise config.ConfigError(f"{path}: the encoder has no head that names classes, so it answers nothing")
         net = Net.open(str(folder), device=device, classes=classes)
-        if classes is not None:
-            answer = _namer(net, classes)
-        elif data is not None and data.choices is not None and data.template != "jinja":
-            answer = _chooser(net, data, data.choices)
+        choices = classes or (data.choices if data is not None else None)
+        if choices is not None:
+            answer = _chooser(net, data, choices, classes is not None)
         else:
             answer = _talker(net, data, max_new_tokens, temperature)
         for line in _lines():
@@ -57,12 +58,12 @@ def _lines() -> Iterator[str]:
     if shown:
         import readline  # noqa: F401 - its import makes input() one that edits
 
-        echo("Ctrl-D leaves.")
+        typer.echo("Ctrl-D leaves.")
     while True:
         try:
             line = input("> ") if shown else sys.stdin.readline()
         except EOFError:
-            echo()
+            typer.echo()
             return
         if not shown and not line:
             return
@@ -74,33 +75,50 @@ def _columns(text: str) -> list[str]:
     return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(text) if name))
 
 
-def _row(template: Template, line: str, answer: str) -> Row:
+def _row(template: AnyTemplate, line: str, answer: str, talk: Sequence[dict[str, str]] = ()) -> Row:
     """The line in the first column that the run's prompts show; what else they show is left empty."""
     from thinwire.data.load import Row
+    from thinwire.data.templates import Chat, Jinja, answer_columns
 
+    if isinstance(template, Chat):
+        said = [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+        return Row({"messages": [*talk, *said]}, "input", 1)
+    answers = dict.fromkeys(answer_columns(template), answer)
+    if isinstance(template, Jinja):
+        return Row(answers | _shown(template, line), "input", 1)
     first, *rest = _columns(template.prompt) or ["input"]
-    return Row({**dict.fromkeys(rest, ""), **dict.fromkeys(_columns(template.answer), answer), first: line}, "input", 1)
+    return Row({**dict.fromkeys(rest, ""), **answers, first: line}, "input", 1)
 
 
-def _chooser(net: Net, data: Data, choices: Sequence[str]) -> Callable[[str], None]:
+def _shown(template: Jinja, line: str) -> dict[str, str]:
+    """The columns of a Jinja prompt: the line in the first that it cannot do without, the others empty or absent."""
+    from thinwire.data.jinja import is_rendered, used
+
+    columns = used(template.prompt) or ("input",)
+    needed = [name for name in columns if not is_rendered(template.prompt, dict.fromkeys({*columns} - {name}, ""))]
+    first = (needed or columns)[0]
+    return {**dict.fromkeys(needed, ""), first: line}
+
+
+def _chooser(net: Net, data: Data | None, choices: Sequence[str], classifies: bool) -> Callable[[str], None]:
     """What prints which of a closed set of answers scores highest, as an evaluation has it, and its share."""
     import torch
 
     from thinwire import build
-    from thinwire.data.load import Row
-    from thinwire.data.templates import Template
+    from thinwire.data.classes import WHOLE, classify
     from thinwire.data.tokenise import tokenise
     from thinwire.train.objective import scores
 
-    template = build.template_of(data)
+    template = build.template_of(data, classifies) if data is not None else WHOLE
+    longest = net.tokenizer.model_max_length if data is None else data.max_length
+
+    def read(row: Row) -> Dataset:
+        if classifies:
+            return classify([row], template, net.tokenizer, max_length=longest, classes=choices)
+        return tokenise([row], template, net.tokenizer, max_length=longest, choices=choices, too_long="cut")
 
     def answer(line: str) -> None:
-        if isinstance(template, Template):
-            row = _row(template, line, choices[0])
-        else:
-            row = Row({"instruction": line, "input": "", "output": choices[0]}, "input", 1)
-        held = tokenise([row], template, net.tokenizer, max_length=data.max_length, choices=choices, too_long="cut")
-        batch, _ = next(held.in_order(1))
+        batch, _ = next(read(_row(template, line, choices[0])).in_order(1))
         with torch.inference_mode():
             shares = scores(net.model, batch)[0].softmax(0)
         best = int(shares.argmax())
@@ -110,59 +128,59 @@ def _chooser(net: Net, data: Data, choices: Sequence[str]) -> Callable[[str], No
 
 
 def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Callable[[str], None]:
-    """What prints the model's answer to a line as it is made; with a chat template it remembers the talk."""
-    from transformers import TextStreamer
+    """What prints the model's answer to a line as it is made; with a chat template it remembers the talk.
 
-    from thinwire import build
-    from thinwire.data.templates import Template, render
-
-    tokenizer: Any = net.tokenizer
-    template = build.template_of(data) if data is not None else None
-    messages: list[dict[str, str]] = []
-
-    def shown(line: str) -> str:
-        if isinstance(template, Template):
-            return render(_row(template, line, "-"), template, tokenizer).prompt
-        if tokenizer.chat_template:
-            messages.append({"role": "user", "content": line})
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        return line
-
-    def answer(line: str) -> None:
-        text = shown(line)
-        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=not messages).to(net.device)
-        room = getattr(net.model.config, "max_position_embeddings", None)
-        length = tokens["input_ids"].shape[1]
-        if room is not None and length >= room:
-            messages.clear()
-            echo(f"thinwire: {length} tokens do not fit into the model's {room}; forgot the talk so far", err=True)
-            return
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        made = net.model.generate(
-            input_ids=tokens["input_ids"],
-            attention_mask=tokens["attention_mask"],
-            streamer=streamer,
-            max_new_tokens=longest if room is None else min(longest, room - length),
-            do_sample=temperature > 0,
-            use_cache=True,
-            **({"temperature": temperature} if temperature > 0 else {}),
-        )
-        if messages:
-            said = tokenizer.decode(made[0, length:], skip_special_tokens=True)
-            messages.append({"role": "assistant", "content": said.strip()})
-
-    return answer
-
-
-def _namer(net: Net, classes: tuple[str, ...]) -> Callable[[str], None]:
-    """What prints the class of a line, and how sure the model is."""
+    It is given the tokens that a row with that line as its question has in training, and answers as an evaluation does.
+    """
     import torch
 
+    from thinwire import build
+    from thinwire.data.templates import NAMED, Chat
+    from thinwire.data.tokenise import tokenise
+    from thinwire.evaluate.text import decoding, said
+
+    tokenizer: Any = net.tokenizer
+    template = NAMED["chat" if tokenizer.chat_template else "completion"]
+    if data is not None:
+        template = build.template_of(data)
+    talk: list[dict[str, str]] = []
+
     def answer(line: str) -> None:
-        tokens = net.tokenizer(line, return_tensors="pt", truncation=True).to(net.device)
-        with torch.inference_mode():
-            shares = net.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).logits.softmax(1)
-        best = int(shares.argmax())
-        echo(f"{classes[best]} ({float(shares[0, best]):.3f})")
+        row = _row(template, line, "-", talk)
+        held = tokenise([row], template, tokenizer, max_length=sys.maxsize, eos=False)
+        prompt = torch.tensor([held.examples[0].prompt], device=net.device)
+        room = getattr(net.model.config, "max_position_embeddings", None)
+        length = prompt.shape[1]
+        if room is not None and length >= room:
+            talk.clear()
+            echo(f"thinwire: {length} tokens do not fit into the model's {room}; forgot the talk so far", err=True)
+            return
+        with decoding(net.model, tokenizer, held, temperature) as (ends, texts):
+            made = net.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                streamer=None if texts else _streamer(tokenizer, ends),
+                max_new_tokens=longest if room is None else min(longest, room - length),
+            )
+        text = said(tokenizer, made[0, length:].tolist(), ends, texts)
+        if texts:  # an end that is a text is known when it is there
+            echo(text)
+        if isinstance(template, Chat):
+            talk.extend(({"role": "user", "content": line}, {"role": "assistant", "content": text}))
 
     return answer
+
+
+def _streamer(tokenizer: Any, ends: set[int]) -> Any:
+    """What prints tokens as they are made, but for those that end an answer."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt or int(value) not in ends:
+                super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            typer.echo(printable(text), nl=stream_end)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -37,7 +37,7 @@ def data(
         settle()
         from thinwire import build, config
         from thinwire.data import picture
-        from thinwire.data.description import describe, filled, shortened, skew
+        from thinwire.data.description import describe, filled, remarks, shortened, skew
         from thinwire.keys import Key
 
         if plot is not None:
@@ -67,6 +67,7 @@ def data(
             "label": column,
             "skew": skew([each.labels for each in held]) if column is not None else None,
             "packed": [dict(zip(("rows", "filled"), filled(each), strict=True)) for each in clients if each.pack],
+            "notes": remarks([*clients, *splits.values()]),
             "examples": _examples(list(rows.clients), clients, net.tokenizer),
         }
         if plot is not None:
@@ -74,6 +75,8 @@ def data(
             picture.draw(held, title, settings.data.max_length, plot)
         if as_json:
             echo_json(found, ascii=False)
+            for note in found["notes"]:
+                echo(f"thinwire: {note}", err=True)
             return
         line = shortened(list(rows.clients), clients, settings.data.max_length)
         _print(settings, found, held, line, held_out)
@@ -117,15 +120,24 @@ def _examples(names: list[str], clients: list[Dataset], tokenizer: Any) -> list[
     for client, i in picked:
         if i < len(clients[client]) and len(found) < EXAMPLES:
             example = clients[client].examples[i]
+            read, whole = (
+                tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+                for tokens in (example.prompt, example.prompt + example.answer)
+            )
             found.append(
                 {
                     "client": names[client],
                     "place": example.place,
                     "tokens": len(example),
                     "trained_tokens": len(example.answer),
-                    "masked": tokenizer.decode(example.prompt, clean_up_tokenization_spaces=False),
-                    # a classifier's answer has no tokens: it is a class
-                    "trained": tokenizer.decode(example.answer, clean_up_tokenization_spaces=False)
+                    "masked": read,
+                    # decoded behind the prompt: some decoders cut the space at the beginning of a text. A classifier's
+                    # answer has no tokens: it is a class
+                    "trained": (
+                        whole[len(read) :]
+                        if whole.startswith(read)
+                        else tokenizer.decode(example.answer, clean_up_tokenization_spaces=False)
+                    )
                     or example.references[0],
                     "choices": list(clients[client].choices),
                 }
@@ -179,6 +191,8 @@ def _print(
         "tokens: median an example; answer: median of the answer alone, which is what is trained on", soft_wrap=True
     )
     console.print(line or f"no row is longer than {found['max_length']} tokens: none is cut", soft_wrap=True)
+    for note in found["notes"]:
+        console.print(note, soft_wrap=True)
     if found["skew"] is not None:
         what = f"label skew ({found['label']}): {found['skew']:.2f}"
         console.print(f"{what} (0: all clients alike, 1: each has one label only)", soft_wrap=True)

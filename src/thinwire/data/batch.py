@@ -145,6 +145,8 @@ class Dataset:
     pack: int = 0  # of open answers: the tokens of a row into which batches pack short examples; 0: they don't
     cut: int = 0  # rows that lost tokens, to be short enough
     dropped: int = 0  # rows that were left out as too long
+    ends: tuple[str, ...] = ()  # how answers end, where a chat template says it: generation stops there
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what people may not expect of the rows' text
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -77,6 +77,11 @@ def shortened(names: Sequence[str], clients: Sequence[Dataset], max_length: int)
     return "; ".join(parts) or None
 
 
+def remarks(clients: Sequence[Dataset]) -> list[str]:
+    """What people may not expect of the rows' text, a line each: what the chat template does with them."""
+    return list(dict.fromkeys(note for data in clients for note in data.notes))
+
+
 def filled(data: Dataset, size: int = 8) -> tuple[int, float]:
     """Of a data set that is packed: the rows of a pass, and the share of their tokens that is not padding."""
     rows, seen = 0, 0

@@ -27,6 +27,7 @@ from thinwire.data.content import lines
 from thinwire.data.errors import DataError
 
 FORM = "JSON, one object a line"
+SHAPES = (("messages",), ("prompt", "completion"), ("instruction", "output"))  # of a row, the answer's column last
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,19 @@ class Row:
                 raise self.error(f"{name} holds one half of a surrogate pair") from None
         return text
 
+    def has(self, column: str) -> bool:
+        """Whether a value stands in `column`: not null or NaN, as tables fill gaps, no blank text and no empty list."""
+        value = self.fields.get(column)
+        if isinstance(value, str):
+            return bool(value.strip())
+        return value is not None and value == value and value != []
+
     def answer_column(self) -> str:
-        """The column that holds this row's answer, by the row's shape."""
-        return next((name for name in ("messages", "completion") if name in self.fields), "output")
+        """The column that holds this row's answer, by the row's shape: of several shapes, the first that has values."""
+        full = (answer for *others, answer in SHAPES if self.has(answer) and all(map(self.has, others)))
+        answers = [answer for *_, answer in SHAPES]
+        found = (*full, *filter(self.has, answers), *filter(self.fields.__contains__, answers), "output")
+        return found[0]
 
 
 def kind(value: Any) -> str:

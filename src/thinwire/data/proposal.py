@@ -47,7 +47,7 @@ class Proposal:
 def propose(rows: Sequence[Row]) -> Proposal:
     """How the rows may be read; DataError where no two columns of texts stand in them all."""
     columns = tuple(rows[0].fields)
-    named = _template(columns)
+    named = _template([name for name in columns if any(row.has(name) for row in rows)])
     texts = [name for name in columns if _is_text(rows, name)]
     client = _first(texts, CLIENTS, lambda name: 2 <= _distinct(rows, name) <= min(MOST_CLIENTS, len(rows) // 2))
     if named is not None:

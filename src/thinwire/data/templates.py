@@ -6,7 +6,7 @@ NAMED,
     alpaca       instruction rows, the text of Stanford Alpaca; the answer follows "### Response:" at once
     plain        instruction rows, nothing but blank lines between the parts
     completion   prompt and completion as they are
-    chat         any shape, through the tokenizer's own chat template up to where the assistant begins
+    chat         any shape, as the tokenizer's own chat template writes the whole talk
 
 or two Jinja templates, Jinja("{% if input is defined %}{{ input }}{% endif %} It was", " {{ output }}"). There a column
 that is absent or null is not defined, and to use it is an error.
@@ -19,16 +19,15 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import jinja2
-import jinja2.meta
-import jinja2.sandbox
-
+from thinwire.data.chat import messages_of, turn
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.jinja import Jinja as Jinja
+from thinwire.data.jinja import columns_of, fill, used
+from thinwire.data.load import SHAPES, Row
+from thinwire.data.rendering import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,10 +45,6 @@ ALPACA_BARE = (
 
 
 AnyTemplate: TypeAlias = "Template | Jinja | Chat"
-
-JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
-)
 
 
 @functools.lru_cache
@@ -99,19 +94,6 @@ class Template:
 
 
 @dataclass(frozen=True)
-class Jinja:
-    """Jinja templates over a row's columns; DataError for one that cannot be read, and an answer without a column."""
-
-    prompt: str
-    answer: str
-
-    def __post_init__(self) -> None:
-        _compiled(self.prompt)
-        if not _used(self.answer):
-            raise DataError(f"the answer template {self.answer!r} uses no column")
-
-
-@dataclass(frozen=True)
 class Chat:
     """The tokenizer's chat template. An instruction row becomes one message of the user."""
 
@@ -126,10 +108,16 @@ NAMED: dict[str, AnyTemplate] = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text; the model reads prompt + answer with nothing between them."""
+    """A row as text; the model reads prompt + answer with nothing between them.
+
+    `end` is how a chat template ends the answer; where it is empty the tokenizer's end token does. `notes` are lines
+    about what people may not expect of the row's text.
+    """
 
     prompt: str
     answer: str
+    end: str = ""
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def named(name: str) -> AnyTemplate:
@@ -145,10 +133,11 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
     Only Chat looks at the tokenizer.
     """
     if isinstance(template, Chat):
-        return Rendered(_chat_prompt(row, tokenizer), answer_value(row, template))
+        said = turn(row, talk_of(row), tokenizer)
+        return Rendered(said.prompt, said.answer, said.end, (*said.notes, *_passed_over(row)))
     if isinstance(template, Jinja):
-        columns = _columns_of(row)
-        rendered = Rendered(_jinja(template.prompt, columns, row), _jinja(template.answer, columns, row))
+        columns = columns_of(row)
+        rendered = Rendered(fill(template.prompt, columns, row), fill(template.answer, columns, row))
         if not rendered.answer.strip():
             raise row.error("the answer is empty: there is no answer to learn")
         return rendered
@@ -167,13 +156,23 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
 def answer_value(row: Row, template: AnyTemplate) -> str:
     """The bare answer, as the data has it; DataError where it is blank, or made of several columns."""
     column = answer_column(row, template)
-    if column == "messages" and isinstance(template, Chat):
-        value = messages_of(row)[-1]["content"]
-    else:
-        value = row.text(column)
+    value = _message(row) if column == "messages" and isinstance(template, Chat) else row.text(column)
     if not value.strip():
         raise row.error(f"field '{column}' is empty: there is no answer to learn")
     return value
+
+
+def is_talk(row: Row, column: str) -> bool:
+    """Whether the column holds messages."""
+    return column == "messages" and isinstance(row.fields.get(column), list)
+
+
+def with_answer(row: Row, column: str, value: Any) -> Row:
+    """The row with another bare answer in its `column`; of messages that is what the last one says."""
+    if is_talk(row, column):
+        *talk, last = messages_of(row)
+        value = [*talk, {**last, "content": value}]
+    return Row({**row.fields, column: value}, row.source, row.line)
 
 
 def answer_text(template: AnyTemplate, value: str) -> str:
@@ -183,12 +182,17 @@ def answer_text(template: AnyTemplate, value: str) -> str:
     column = _answer_column(template)
     if isinstance(template, Template):
         return _fill(template.answer, {column: value})
-    return _jinja(template.answer, {column: value}, Row({}, "the answer template", 1))
+    return fill(template.answer, {column: value}, Row({}, "the answer template", 1))
 
 
 def answer_column(row: Row, template: AnyTemplate) -> str:
     """The column that holds the row's answer; DataError where the answer is made of several."""
     return row.answer_column() if isinstance(template, Chat) else _answer_column(template)
+
+
+def answer_columns(template: Template | Jinja) -> tuple[str, ...]:
+    """The columns of which the template makes an answer."""
+    return _columns(template.answer) if isinstance(template, Template) else used(template.answer)
 
 
 def references(row: Row, template: AnyTemplate, answer: str) -> tuple[str, ...]:
@@ -199,87 +203,49 @@ def references(row: Row, template: AnyTemplate, answer: str) -> tuple[str, ...]:
     if not isinstance(listed, list):
         raise row.error("field 'references' is not a list of texts")
     values = [row.as_text(value, f"entry {i} of field 'references'") for i, value in enumerate(listed, 1)]
-    single = isinstance(template, Chat) or len(_answer_columns(template)) == 1
+    single = isinstance(template, Chat) or len(answer_columns(template)) == 1
     others = [answer_text(template, value) if single else value for value in values]
     return tuple(dict.fromkeys(text.strip() for text in (answer, *others)))
 
 
-def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template (other templates: alpaca, plain, completion)")
-    match row.answer_column():
+def talk_of(row: Row) -> list[Message]:
+    """The row as messages, the answer the last of them; DataError for a row of no known shape, and a blank answer."""
+    match column := row.answer_column():
         case "messages":
-            messages = messages_of(row)[:-1]
+            messages = messages_of(row)
+            if set(messages[-1]) <= {"role", "content"}:
+                answer_value(row, Chat())
+            return messages
         case "completion":
-            messages = [{"role": "user", "content": row.text("prompt")}]
+            asked = row.text("prompt")
         case _:
-            parts = [row.text("instruction")]
-            if row.fields.get("input") is not None and row.text("input").strip():
-                parts.append(row.text("input"))
-            messages = [{"role": "user", "content": "\n\n".join(parts)}]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except jinja2.TemplateError as error:  # raised by templates that want turns to alternate, or no system message
-        raise row.error(f"the tokenizer's chat template refuses the row ({error})") from None
+            if "conversations" in row.fields and column not in row.fields:
+                raise row.error(
+                    "field 'conversations' is not read: name it 'messages', and in each message 'from' 'role' (user, "
+                    "assistant, system or tool) and 'value' 'content'"
+                )
+            asked = row.text("instruction")
+            if row.has("input"):
+                asked += "\n\n" + row.text("input")
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer_value(row, Chat())}]
 
 
-def messages_of(row: Row) -> list[dict[str, str]]:
-    """The column `messages`, role and content of each; DataError where they do not end with the assistant's."""
-    value = row.value("messages")
-    if not isinstance(value, list) or len(value) < 2:
-        raise row.error("field 'messages' is not a list of at least two messages")
-    messages = []
-    for i, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise row.error(f"message {i} is not an object with 'role' and 'content'")
-        content = row.as_text(message["content"], f"the content of message {i}")
-        messages.append({"role": message["role"], "content": content})
-    if messages[-1]["role"] != "assistant":
-        raise row.error(f"the last message is from '{messages[-1]['role']}', not from the assistant")
-    return messages
+def _message(row: Row) -> str:
+    last = messages_of(row)[-1]
+    if "content" not in last:
+        raise row.error("the last message has no text")
+    return str(last["content"])
+
+
+def _passed_over(row: Row) -> list[str]:
+    """A line for a row that has answers in several columns."""
+    taken = row.answer_column()
+    others = [f"'{answer}'" for *_, answer in SHAPES if answer != taken and row.has(answer)]
+    return [f"rows with several answers: '{taken}' is read, {' and '.join(others)} not"] if others else []
 
 
 def _answer_column(template: Template | Jinja) -> str:
-    columns = _answer_columns(template)
+    columns = answer_columns(template)
     if len(columns) != 1:
         raise DataError(f"the answer template {template.answer!r} must name one {{column}} here, not {len(columns)}")
     return columns[0]
-
-
-def _answer_columns(template: Template | Jinja) -> tuple[str, ...]:
-    return _columns(template.answer) if isinstance(template, Template) else _used(template.answer)
-
-
-@functools.lru_cache
-def _compiled(text: str) -> jinja2.Template:
-    try:
-        return JINJA.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the Jinja template {text!r} cannot be read (line {error.lineno}: {error.message})") from None
-
-
-@functools.lru_cache
-def _used(text: str) -> tuple[str, ...]:
-    """The columns that a Jinja template uses."""
-    _compiled(text)
-    return tuple(sorted(jinja2.meta.find_undeclared_variables(JINJA.parse(text)) - set(JINJA.globals)))
-
-
-def _columns_of(row: Row) -> dict[str, Any]:
-    """What a Jinja template sees of a row."""
-    return {
-        name: row.as_text(value, f"field '{name}'") if isinstance(value, str) else value
-        for name, value in row.fields.items()
-        if value is not None
-    }
-
-
-def _jinja(text: str, columns: Mapping[str, Any], row: Row) -> str:
-    try:
-        return _compiled(text).render(columns)
-    except jinja2.UndefinedError as error:
-        present = ", ".join(columns) or "none"
-        raise row.error(f"the Jinja template uses what the row lacks: {error.message} (present: {present})") from None
-    except Exception as error:  # whatever filters and operators raise on the row's values
-        problem = (str(error) or type(error).__name__).splitlines()[0]
-        raise row.error(f"the Jinja template fails on the row ({problem})") from None

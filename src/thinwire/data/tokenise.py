@@ -2,8 +2,10 @@
 
 Prompt and answer are tokenised apart, without the tokenizer's special tokens, and joined as tokens. So the
 prompt's tokens are those that generation starts from, and where the loss begins never depends on how a
-tokenizer would merge across the border. A tokenizer that writes a space before every text writes one before
-the answer too. The name of a special token ("</s>") in the data becomes that token, as elsewhere.
+tokenizer would merge across the border. The space that some tokenizers write before every text is kept out of
+the border. What a chat template writes is tokenised whole, as it is where it is served, and parted where the
+tokens of the prompt end, whatever the answer. The name of a special token ("</s>") in the data becomes that
+token, as elsewhere.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from thinwire.data import templates
+from thinwire.data import chat, templates
 from thinwire.data.batch import Dataset, Example
 from thinwire.data.errors import DataError, NoRowsLeft
 from thinwire.data.load import Row
-from thinwire.data.templates import AnyTemplate
+from thinwire.data.templates import AnyTemplate, Chat, Rendered
 from thinwire.keys import Key
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 Tokens = tuple[int, ...]
 TooLong = Literal["answer", "cut", "drop"]
+
+SPACES = ("▁", "Ġ", " ")  # how a token begins that has a space in front
+ANCHORS = ("\n", ".", ":", "|", "0")  # a text that follows one of them is no beginning
 
 
 def tokenise(
@@ -41,8 +46,9 @@ def tokenise(
     answer its end; where both are too long each gets half. With "answer" the answer alone is cut, and a prompt that
     leaves no room for it is an error. With "drop" the row is left out. How many were cut or left out is counted in the
     data set. Neither prompt nor answer is ever empty. The prompt starts with bos where the tokenizer puts it
-    there by default. Open answers end in the eos token with `eos`, unless they were cut. With `choices` the
-    bare answer of every row must be one of them, and their tokens, without eos, are the candidates.
+    there by default. With `eos` open answers end in what the chat template ends them with, and in the eos token where
+    that is nothing or no token, unless they were cut. With `choices` the bare answer of every row must be one of them,
+    and their tokens, without that end, are the candidates.
 
     DataError for no rows, for rows that the template refuses, an answer that is not among the choices, rows of which
     none fits (NoRowsLeft), choices that cannot be told apart, and a tokenizer without the tokens that this needs.
@@ -51,17 +57,15 @@ def tokenise(
         raise DataError("there are no rows")
     if max_length < 2:
         raise DataError(f"max_length is {max_length}; prompt and answer need a token each")
-    if choices is None and eos and tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no eos token to end answers with (eos = false leaves it out)")
     rendered = [templates.render(row, template, tokenizer) for row in rows]
-    prompts = _prompts([text.prompt for text in rendered], tokenizer)
+    if choices is None and eos and tokenizer.eos_token_id is None and not all(_closed(rendered, tokenizer).values()):
+        raise DataError("the tokenizer has no eos token to end answers with (eos = false leaves it out)")
+    prompts, answers = _tokens(rendered, template, tokenizer, ended=choices is None and eos)
     if choices is None:
         candidates = None
         picked: list[int | None] = [None] * len(rows)
-        end = (tokenizer.eos_token_id,) if eos else ()
-        answers = [tokens and tokens + end for tokens in _encode([text.answer for text in rendered], tokenizer)]
     else:
-        candidates = _candidates(choices, template, tokenizer, max_length)
+        candidates = _candidates(choices, rows[0], template, tokenizer, max_length)
         indices = [_choice(row, template, choices) for row in rows]
         picked, answers = list(indices), [candidates[i] for i in indices]
     longest = 0 if candidates is None else max(len(tokens) for tokens in candidates)
@@ -91,8 +95,20 @@ def tokenise(
         )
     if not examples:
         raise NoRowsLeft(f"{rows[0].source}: none of {len(rows)} rows fits into {max_length} tokens")
-    dropped = len(rows) - len(examples)
-    return Dataset(tuple(examples), _pad(tokenizer), candidates, tuple(choices or ()), cut=cut, dropped=dropped)
+    ends = {text.end for text in rendered if text.end}
+    notes = [note for text in rendered for note in text.notes]
+    if isinstance(template, Chat):
+        notes += chat.remarks(rows[0], templates.talk_of(rows[0]), tokenizer, ends if choices is None else ())
+    return Dataset(
+        tuple(examples),
+        _pad(tokenizer),
+        candidates,
+        tuple(choices or ()),
+        cut=cut,
+        dropped=len(rows) - len(examples),
+        ends=tuple(sorted(ends)),
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
 def _check_room(row: Row, prompt: int, answer: int, max_length: int) -> None:
@@ -116,32 +132,99 @@ def shuffle_answers(rows: Sequence[Row], key: Key, column: str | None = None) ->
 
 
 def _take(row: Row, column: str) -> tuple[Any, Any]:
-    value = templates.messages_of(row)[-1]["content"] if column == "messages" else row.value(column)
-    return value, row.fields.get("references")
+    return templates.answer_value(row, Chat()) if templates.is_talk(row, column) else row.value(column), row.fields.get(
+        "references"
+    )
 
 
 def _put(row: Row, column: str, value: Any, references: Any) -> Row:
     fields = {name: old for name, old in row.fields.items() if name != "references"}
-    if column == "messages":
-        fields[column] = [*fields[column][:-1], {**fields[column][-1], "content": value}]
-    else:
-        fields[column] = value
     if references is not None:
         fields["references"] = references
-    return Row(fields, row.source, row.line)
+    return templates.with_answer(Row(fields, row.source, row.line), column, value)
+
+
+def _tokens(
+    texts: Sequence[Rendered], template: AnyTemplate, tokenizer: PreTrainedTokenizerBase, ended: bool
+) -> tuple[list[Tokens], list[Tokens]]:
+    """The prompts' tokens and the answers', with their ends where `ended`; an answer without tokens has no end."""
+    prompts = [text.prompt for text in texts]
+    if isinstance(template, Chat):
+        heads = _heads(prompts, tokenizer)
+        wholes = _encode([text.prompt + text.answer + text.end * ended for text in texts], tokenizer)
+        answers = [whole[len(head) :] for whole, (head, _) in zip(wholes, heads, strict=True)]
+        # where the answer would melt into the prompt, they are tokenised apart
+        apart = [i for i, (head, _) in enumerate(heads) if wholes[i][: len(head)] != head]
+        rests = [(texts[i].prompt + texts[i].answer + texts[i].end * ended)[heads[i][1] :] for i in apart]
+        for i, tokens in zip(apart, _following(rests, tokenizer), strict=True):
+            answers[i] = tokens
+        encoded = [head for head, _ in heads]
+    else:
+        encoded, answers = _encode(prompts, tokenizer), _following([text.answer for text in texts], tokenizer)
+        if not all(prompts):  # then the answer is all of the text
+            bare = [i for i, prompt in enumerate(prompts) if not prompt]
+            for i, tokens in zip(bare, _encode([texts[i].answer for i in bare], tokenizer), strict=True):
+                answers[i] = tokens
+    if ended:
+        closed = _closed(texts, tokenizer)
+        answers = [
+            tokens and (tokens if closed[text.end] else (*tokens, tokenizer.eos_token_id))
+            for text, tokens in zip(texts, answers, strict=True)
+        ]
+    return _begun(encoded, tokenizer), answers
 
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+    if not texts:
+        return []
     # verbose=False: a text beyond the model's length is cut here, the tokenizer need not warn of it.
     ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [tuple(tokens) for tokens in ids]
 
 
-def _prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+def _closed(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """For each end of the answers whether it has a token of its own, so that no end token need follow."""
+    return {end: bool(chat.stops(tokenizer, [end])[0]) for end in {text.end for text in texts}}
+
+
+def _heads(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tokens, int]]:
+    """The prompts' tokens as they are before an answer, and how far into the prompt they reach."""
+    follows = [prompt + "a" for prompt in prompts]
+    if not tokenizer.is_fast:
+        pairs = zip(prompts, _encode(prompts, tokenizer), _encode(follows, tokenizer), strict=True)
+        shared = [(prompt, alone, chat.common(alone, before)) for prompt, alone, before in pairs]
+        return [(a[:n], len(text if n == len(a) else text.rstrip(" "))) for text, a, n in shared]
+    found = tokenizer(follows, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # where words have the space before them in their token, a prompt ends before it
+    joins = any(token.startswith(SPACES) and token.strip("".join(SPACES)) for token in tokenizer.get_vocab())
+    heads = []
+    for prompt, tokens, offsets in zip(prompts, found["input_ids"], found["offset_mapping"], strict=True):
+        length = len(prompt.rstrip(" ") if joins else prompt)
+        inside = next((i for i, (_, end) in enumerate(offsets) if end > length), len(tokens))
+        heads.append((tuple(tokens[:inside]), offsets[inside - 1][1] if inside else 0))
+    return heads
+
+
+def _following(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+    """The tokens of texts that another stands before: without the space that the tokenizer writes before a text."""
+    first = _encode(["a"], tokenizer)[0]
+    if not first or not str(tokenizer.convert_ids_to_tokens([first[0]])[0]).startswith(SPACES):
+        return _encode(texts, tokenizer)
+    found: dict[int, Tokens] = {}
+    for anchor, before in zip(ANCHORS, _encode(ANCHORS, tokenizer), strict=True):
+        left = [i for i in range(len(texts)) if i not in found]
+        for i, tokens in zip(left, _encode([anchor + texts[i] for i in left], tokenizer), strict=True):
+            if before and tokens[: len(before)] == before:
+                found[i] = tokens[len(before) :]
+    if lacking := [text for i, text in enumerate(texts) if i not in found]:
+        raise DataError(f"the tokenizer writes a space before {lacking[0][:40]!r}, which stands behind a prompt")
+    return [found[i] for i in range(len(texts))]
+
+
+def _begun(prompts: list[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
     """The prompts' tokens, each at least one, with bos in front where the tokenizer adds it by default."""
     bos = tokenizer.bos_token_id
     adds = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
-    prompts = _encode(texts, tokenizer)
     if adds:  # a chat template may have written it already
         prompts = [tokens if tokens[:1] == (bos,) else (bos, *tokens) for tokens in prompts]
     if not all(prompts):
@@ -162,15 +245,23 @@ def _cut_left(prompt: Tokens, room: int, bos: int | None) -> Tokens:
 
 
 def _candidates(
-    choices: Sequence[str], template: AnyTemplate, tokenizer: PreTrainedTokenizerBase, max_length: int
+    choices: Sequence[str], row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Tokens, ...]:
-    """The tokens of each choice; DataError where two are alike, or one is empty or too long."""
+    """The tokens of each choice, behind the row's prompt; DataError for two alike, one empty, one too long."""
     if len(choices) < 2:
         raise DataError("choices lists fewer than two answers")
-    encoded = _encode([templates.answer_text(template, choice) for choice in choices], tokenizer)
+    for choice in choices:
+        if not choice.strip():
+            raise DataError(f"the choice {choice!r} is empty")
+    if isinstance(template, Chat):
+        rows = [templates.with_answer(row, row.answer_column(), choice) for choice in choices]
+        texts = [templates.render(row, template, tokenizer) for row in rows]
+        encoded = _tokens(texts, template, tokenizer, ended=False)[1]
+    else:
+        encoded = _following([templates.answer_text(template, choice) for choice in choices], tokenizer)
     seen: dict[Tokens, str] = {}
     for choice, tokens in zip(choices, encoded, strict=True):
-        if not tokens or not choice.strip():
+        if not tokens:
             raise DataError(f"the choice {choice!r} is empty")
         if len(tokens) >= max_length:
             raise DataError(f"the choice {choice!r} has {len(tokens)} tokens; max_length {max_length} leaves no prompt")

@@ -9,12 +9,14 @@ comparable to the digit. BLEU is sacrebleu's, of the whole set at once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from thinwire.data.batch import Dataset, Example, collate
+from thinwire.data.chat import stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,14 +77,14 @@ def generate(
 ) -> list[str]:
     """The model's greedy answers to the first `limit` prompts, in the data set's order, stripped, cut at the end.
 
-    Each is at most `max_new_tokens` tokens long, fewer where the model's positions end. No generator of
-    random numbers is touched.
+    It ends where the data set's answers do, or at an end token of the model's or the tokenizer's. Each is at most
+    `max_new_tokens` tokens long, fewer where the model's positions end. No generator of random numbers is touched.
     """
     examples = dataset.examples[:limit]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # so that little is padded
     answers = [""] * len(examples)
     device = next(model.parameters()).device
-    with _greedy(model, tokenizer, dataset.pad) as ends:
+    with decoding(model, tokenizer, dataset) as (ends, texts):
         for start in range(0, len(order), batch_size):
             picked = order[start : start + batch_size]
             batch = collate([Example(examples[i].prompt, ()) for i in picked], dataset.pad)
@@ -94,31 +96,47 @@ def generate(
                 max_new_tokens=max(1, min(max_new_tokens, positions - length)),
             )
             for i, tokens in zip(picked, made[:, length:].tolist(), strict=True):
-                stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-                answers[i] = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+                answers[i] = said(tokenizer, tokens, ends, texts)
     return answers
 
 
+def said(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: Collection[int], texts: Sequence[str]) -> str:
+    """What was generated as text, stripped, up to the first of the end tokens and of the texts that end an answer."""
+    stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+    text = str(tokenizer.decode(tokens[:stop], skip_special_tokens=True))
+    for end in texts:
+        text = text.partition(end)[0]
+        if stop == len(tokens):  # there was no room for all of the end
+            begun = next((n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n])), 0)
+            text = text[: len(text) - begun]
+    return text.strip()
+
+
 @contextlib.contextmanager
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pad: int) -> Iterator[set[int]]:
-    """Plain greedy decoding without dropout inside; yields the end tokens. The model's own settings return after."""
+def decoding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, temperature: float = 0.0
+) -> Iterator[tuple[set[int], tuple[str, ...]]]:
+    """Plain greedy decoding without dropout inside; yields the tokens and the texts at which an answer is over.
+
+    With a temperature it draws, as the model's own settings have it. Those return after.
+    """
     from transformers import GenerationConfig
 
     own, training = model.generation_config, model.training
     named = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = {token for token in (*named, tokenizer.eos_token_id) if token is not None}
+    closing, texts = stops(tokenizer, dataset.ends)
+    ends = {token for token in (*named, tokenizer.eos_token_id, *closing) if token is not None}
     # In place of the model's, not beside it: fields that are not given are filled in from there (penalties,
     # temperatures).
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=pad,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=sorted(ends) or None,
-    )
+    settings = GenerationConfig(do_sample=False, bos_token_id=own.bos_token_id)
+    if temperature > 0:
+        settings = copy.deepcopy(own)
+        settings.update(do_sample=True, temperature=temperature)
+    settings.update(use_cache=True, pad_token_id=dataset.pad, eos_token_id=sorted(ends) or None)
+    model.generation_config = settings
     model.eval()
     try:
-        yield ends
+        yield ends, texts
     finally:
         model.generation_config = own
         model.train(training)

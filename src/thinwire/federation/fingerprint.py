@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from thinwire.config import Run
 from thinwire.data import templates
+from thinwire.data.errors import DataError
+from thinwire.data.load import Row
 from thinwire.wire import raw
 from thinwire.wire.frame import MAGIC
 
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
     from thinwire.model.flat import Net
 
 PROBE = "The quick brown fox, 1234567890 -- naïve café\n\t<s></s> 你好"
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+    {"role": "assistant", "content": "Four."},
+]
 NAMES = {
     "base": "base model",
     "tokenizer": "tokenizer",
@@ -73,7 +82,18 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 def _prompt(run: Run, tokenizer: PreTrainedTokenizerBase) -> str:
     data = run.data.model_dump(include={"template", "prompt", "answer", "choices", "words", "max_length", "too_long"})
     shown = "" if run.data.prompt is not None else repr(templates.named(run.data.template))
-    return _hash([data, shown, tokenizer.chat_template])
+    parts = [data, shown, tokenizer.chat_template]
+    if run.data.prompt is None and run.data.template == "chat":
+        # what it writes, too: with another version of what renders it, or another clock, that is something else
+        parts += [_written(TALK[start:], tokenizer) for start in (0, 1)]
+    return _hash(parts)
+
+
+def _written(talk: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return repr(templates.render(Row({"messages": talk}, "talk", 1), templates.Chat(), tokenizer))
+    except DataError as error:  # not every template takes a system message
+        return str(error)
 
 
 def _hash(tree: Any) -> str:
