@@ -12,6 +12,7 @@ import torch
 
 from thinwire.model import head
 from thinwire.model.errors import ModelError, first_line
+from thinwire.model.files import check_files, settle_ties, unties
 from thinwire.model.find import resolve
 from thinwire.model.hollow import hollow
 from thinwire.model.quantised import placed_on, quantised_layers
@@ -41,8 +42,8 @@ def load(
     build a key-value cache unless it generates, and uses fused attention where its architecture has it (the
     default of transformers). The tokenizer has a pad token inside the model's vocabulary. With `classes` it is a
     classifier of texts into these, whose head is drawn from `key` where the folder has none. ModelError: see
-    `resolve`; or the folder cannot be read, is quantised already, or its weights do not fill the model; or nothing that
-    quantises is installed.
+    `resolve`; or the folder cannot be read, is quantised already, or its weights do not fill the model, have no place in
+    it or are no numbers; or nothing that quantises is installed.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")
@@ -92,8 +93,8 @@ def _read_model(
         raise ModelError(f"cannot load the model in {folder}: {first_line(error)}") from error
     for layer in quantised_layers(model).values():
         layer.support_avx512bf16_for_cpu = False  # or some CPUs would pack the weights anew, and round otherwise
-    absent = sorted(info["missing_keys"])
-    if absent and key is not None:
+    absent = sorted(info["missing_keys"], key=lambda name: (not head.of_head(model, name), name))
+    if absent and classes is not None and key is not None:
         try:
             fresh = head.drawn(model, absent, key)
         except ModelError as error:
@@ -106,6 +107,8 @@ def _read_model(
         raise ModelError(
             f"the weights in {folder} lack {len(absent)} tensors that the model needs, such as {absent[0]}"
         )
+    check_files(model, folder, info["unexpected_keys"])
+    settle_ties(model)
     return model
 
 
@@ -115,7 +118,12 @@ def _hollow_model(folder: Path, dtype: torch.dtype, classes: Sequence[str] | Non
     auto = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **_labels(classes))
-        return hollow(partial(auto.from_config, dtype=dtype, trust_remote_code=False), config)
+        make = partial(auto.from_config, dtype=dtype, trust_remote_code=False)
+        model = hollow(make, config)
+        if unties(model, folder):
+            config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+            model = hollow(make, config)
+        return model
     except Exception as error:  # as above
         raise ModelError(f"cannot read the model's config in {folder}: {first_line(error)}") from error
 
