@@ -104,9 +104,8 @@ def _read_model(
                 model.get_parameter(name).copy_(values)
     elif absent:
         # transformers would only warn, and train from random numbers
-        raise ModelError(
-            f"the weights in {folder} lack {len(absent)} tensors that the model needs, such as {absent[0]}"
-        )
+        which = absent[0] if len(absent) == 1 else f"{len(absent)} tensors that the model needs, such as {absent[0]}"
+        raise ModelError(f"the weights in {folder} lack {which}")
     check_files(model, folder, info["unexpected_keys"])
     settle_ties(model)
     return model

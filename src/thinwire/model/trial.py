@@ -29,7 +29,7 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
     Three rows: one, one that ends otherwise, one that begins otherwise. What the ending changes before it is held
     against what the beginning changes behind it; rounding is below both that and a share of the logits.
     """
-    tokens, other = _tokens(model, LENGTH), _tokens(model, LENGTH, 1)
+    tokens, other = tokens_of(model, LENGTH), tokens_of(model, LENGTH, 1)
     cut = len(tokens) * CUT // LENGTH
     if not 0 < cut < len(tokens) - 1:
         return  # a context of a token or two
@@ -60,7 +60,7 @@ def strays(model: PreTrainedModel) -> dict[str, str]:
     with ExitStack() as stack:
         reads.wrap(stack)
         with reads:
-            _forward(model, [_tokens(model, LENGTH)] * 2)
+            _forward(model, [tokens_of(model, LENGTH)] * 2)
     return reads.found
 
 
@@ -109,7 +109,7 @@ def _put_back(module: nn.Module, before: Any) -> None:
         module.forward = before
 
 
-def _tokens(model: PreTrainedModel, length: int, start: int = 0) -> list[int]:
+def tokens_of(model: PreTrainedModel, length: int, start: int = 0) -> list[int]:
     """Tokens that mean nothing special, as many as fit; from another start, another one everywhere."""
     config = model.config.get_text_config()
     rows = model.get_input_embeddings().weight.shape[0]
