@@ -23,7 +23,7 @@ from thinwire.model import head
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.hollow import hollow
 from thinwire.model.quantised import quantised_layers
-from thinwire.model.trial import strays
+from thinwire.model.trial import reads_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def chosen_layers(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> 
 
 def check_called(model: PreTrainedModel, chosen: Iterable[str]) -> None:
     """Raise ModelError for a chosen layer whose weights the model's forward pass reads without calling the layer."""
-    around = {name.rpartition(".")[0] for name in strays(model)}
+    around = {name.rpartition(".")[0] for name in reads_of(model)[0]}
     for name in chosen:
         if name in around:
             raise _not_called(model, name)

@@ -51,17 +51,18 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
 
 
 @torch.no_grad()
-def strays(model: PreTrainedModel) -> dict[str, str]:
-    """The parameters that a forward pass reads past the module that holds them, and the class of that module, by name.
+def reads_of(model: PreTrainedModel) -> tuple[set[str], set[str]]:
+    """The parameters that a forward pass reads past the modules that hold them, and those whose modules it calls.
 
-    What is put in place of a module's weights, or added to its output, for the length of its call does not reach them.
+    What is put in place of a module's weights, or added to its output, for the length of its call does not reach the
+    first.
     """
     reads = _Reads(model)
     with ExitStack() as stack:
         reads.wrap(stack)
         with reads:
             _forward(model, [tokens_of(model, LENGTH)] * 2)
-    return reads.found
+    return reads.past, reads.called
 
 
 class _Reads(TorchFunctionMode):
@@ -71,9 +72,9 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.owners = [(m, [id(p) for p in m.parameters(recurse=False)]) for m in model.modules()]
-        self.kinds = {id(p): type(m).__name__ for m in model.modules() for p in m.parameters(recurse=False)}
         self.at_work: Counter[int] = Counter()
-        self.found: dict[str, str] = {}
+        self.past: set[str] = set()
+        self.called: set[str] = set()
 
     def wrap(self, stack: ExitStack) -> None:
         for module, own in self.owners:
@@ -85,6 +86,7 @@ class _Reads(TorchFunctionMode):
     def _noted(self, inner: Callable[..., Any], own: list[int]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.at_work.update(own)
+            self.called.update(self.names[parameter] for parameter in own)
             try:
                 return inner(*args, **kwargs)
             finally:
@@ -98,7 +100,7 @@ class _Reads(TorchFunctionMode):
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             for leaf in tree_leaves((args, kwargs)):
                 if id(leaf) in self.names and not self.at_work[id(leaf)]:
-                    self.found.setdefault(self.names[id(leaf)], self.kinds[id(leaf)])
+                    self.past.add(self.names[id(leaf)])
         return out
 
 

@@ -24,7 +24,7 @@ from thinwire.data.batch import Batch, Example, collate
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.flat import Net
 from thinwire.model.head import is_classifier
-from thinwire.model.trial import strays, tokens_of
+from thinwire.model.trial import reads_of, tokens_of
 from thinwire.perturb.directions import Directions
 from thinwire.train.objective import losses
 
@@ -84,7 +84,7 @@ class Probe:
             found += losses(self.net.model, batch, len(group)).tolist()
         if len(self._met) < len(self._names):
             missed = sorted(set(self._names.values()) - self._met)
-            raise ModelError(f"no forward pass met {missed[0]} (of {len(missed)}): this model cannot be probed")
+            raise RuntimeError(f"no forward pass met {missed[0]} (of {len(missed)}): this model cannot be probed")
         return list(zip(found[::2], found[1::2], strict=True))
 
     def _outer(self, module: nn.Module, own: list[nn.Parameter], inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,12 +247,12 @@ def check(net: Net, directions: Directions, together: bool, method: str) -> None
 
 
 def check_read(model: PreTrainedModel, names: Iterable[str], method: str) -> None:
-    """Raise ModelError where a forward pass reads one of the parameters past the module that holds it."""
-    past = strays(model)
-    if found := [name for name in names if name in past]:
+    """Raise ModelError where a forward pass reads one of the parameters past the module that holds it, or not at all."""
+    past, called = reads_of(model)
+    if found := [name for name in names if name in past or name not in called]:
         raise ModelError(
             f"method: {method} perturbs weights while the layer that holds them is called, and {type(model).__name__} "
-            f"reads {found[0]} (of {len(found)}) without calling it; fedavg trains such a model"
+            f"does not call that of {found[0]} (of {len(found)}); fedavg trains such a model"
         )
 
 
