@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ def check_files(model: PreTrainedModel, folder: Path, unused: Iterable[str]) -> 
     """
     for name in sorted(unused):
         if not BUFFERS.search(name) and _within(model, name):
-            raise ModelError(f"the weights in {folder} hold {name}, which the model of its config.json has no place for")
+            raise ModelError(
+                f"the weights in {folder} hold {name}, which the model of its config.json has no place for"
+            )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for shard in shards(folder):
         for name, dtype in _dtypes(folder / shard):
@@ -45,6 +47,14 @@ def check_files(model: PreTrainedModel, folder: Path, unused: Iterable[str]) -> 
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise ModelError(f"model.dtype: {name} in {folder} is beyond what {dtype} holds; bfloat16 and float32 do")
         raise ModelError(f"the weights in {folder} are not all numbers: {name} holds NaN or infinity")
+
+
+def check_shapes(info: dict[str, Any], what: str) -> None:
+    """Raise ModelError for a tensor of another shape than the config makes it; `info` as transformers gives it."""
+    for name, held, made in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"cannot load {what}: {name} is {list(held)} in its weights, and its config makes it {list(made)}"
+        )
 
 
 def settle_ties(model: PreTrainedModel) -> None:

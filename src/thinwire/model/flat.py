@@ -173,7 +173,9 @@ class Net:
         A `hollow` net has names, shapes, config, tokenizer and base, and no weights in memory: for a client half that
         builds a smaller model of its own. With `classes` it is a classifier, see load.load.
         """
-        head_key = None if classes is None else head_key  # a causal model's head is in its files, or it is no such model
+        head_key = (
+            None if classes is None else head_key
+        )  # a causal model's head is in its files, or it is no such model
         model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits)
         if hollow:
             return cls(model, tokenizer, folder, head_key=head_key)

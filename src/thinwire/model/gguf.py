@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from thinwire.model.errors import ModelError, first_line
+from thinwire.model.files import check_shapes
 from thinwire.model.folder import whole_folder
 from thinwire.model.hollow import hollow
 from thinwire.model.metadata import FACTORS, OWN, check_tensors, complete
@@ -100,8 +101,14 @@ def _read(folder: Path, gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
         processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config.to_dict())
         check_tensors(names, get_gguf_hf_weights_map(empty, processor), gguf)
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf.name, config=config, dtype=torch.float32, output_loading_info=True
+        folder,
+        gguf_file=gguf.name,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
+    check_shapes(info, f"the GGUF file {gguf}")
     if absent := sorted(info["missing_keys"]):
         raise ModelError(f"the GGUF file {gguf} lacks {len(absent)} tensors that the model needs, such as {absent[0]}")
     return model, tokenizer

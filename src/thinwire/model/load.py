@@ -12,7 +12,7 @@ import torch
 
 from thinwire.model import head
 from thinwire.model.errors import ModelError, first_line
-from thinwire.model.files import check_files, settle_ties, unties
+from thinwire.model.files import check_files, check_shapes, settle_ties, unties
 from thinwire.model.find import resolve
 from thinwire.model.hollow import hollow
 from thinwire.model.quantised import placed_on, quantised_layers
@@ -82,6 +82,7 @@ def _read_model(
                 folder,
                 dtype=dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are named below
                 trust_remote_code=False,
                 local_files_only=True,
                 **_labels(classes),
@@ -91,6 +92,7 @@ def _read_model(
         raise
     except Exception as error:  # safetensors, json, config validation and torch each have their own
         raise ModelError(f"cannot load the model in {folder}: {first_line(error)}") from error
+    check_shapes(info, f"the model in {folder}")
     for layer in quantised_layers(model).values():
         layer.support_avx512bf16_for_cpu = False  # or some CPUs would pack the weights anew, and round otherwise
     absent = sorted(info["missing_keys"], key=lambda name: (not head.of_head(model, name), name))

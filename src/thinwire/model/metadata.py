@@ -88,7 +88,9 @@ def complete(
     for name in ("attention.key_length", "attention.value_length"):
         if left.get(name) == head:
             del left[name]
-    _positions(config, {name: left.pop(name) for name in [*left] if name.startswith("rope.")}, factors, head, kind, file)
+    _positions(
+        config, {name: left.pop(name) for name in [*left] if name.startswith("rope.")}, factors, head, kind, file
+    )
     _windows(config, left, kind)
     _scales(config, left, kind, head)
     for name, value in left.items():
@@ -130,7 +132,9 @@ def _positions(
         whole["sliding_attention"]["rope_theta"] = base
     turned = own.pop("rope.dimension_count", head)
     if own.pop("rope.dimension_count_swa", turned) != turned:
-        raise ModelError(f"the GGUF file {file} says {kind}.rope.dimension_count_swa, which transformers has no place for")
+        raise ModelError(
+            f"the GGUF file {file} says {kind}.rope.dimension_count_swa, which transformers has no place for"
+        )
     if turned != int(head * rope.get("partial_rotary_factor", 1.0)):
         if "partial_rotary_factor" not in rope:
             raise ModelError(

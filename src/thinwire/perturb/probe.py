@@ -243,7 +243,9 @@ def check(net: Net, directions: Directions, together: bool, method: str) -> None
         right = probe.losses(batch, [0], 0.02)[0]
     close = 1e-3 if net.dtype == torch.float32 else 0.1
     if not all(math.isclose(a, b, rel_tol=close) for a, b in zip(found, right, strict=True) if math.isfinite(b)):
-        raise ModelError(f"method: {method} finds {found[0]:g} and not {right[0]:g} for the loss of this model beside it")
+        raise ModelError(
+            f"method: {method} finds {found[0]:g} and not {right[0]:g} for the loss of this model beside it"
+        )
 
 
 def check_read(model: PreTrainedModel, names: Iterable[str], method: str) -> None:
