@@ -44,8 +44,8 @@ def check_folder(folder: Path) -> None:
     pickled = next((name for name in PICKLED if (folder / name).is_file()), None)
     if f"weights ({WEIGHTS})" in lacking and pickled is not None:
         hint = (
-            f"; {pickled} may run code as it is read, so only safetensors are: where you trust it, convert it once with "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers"
+            f"; {pickled} could run code as it is read, so only safetensors are: where you trust it, convert it once "
+            "with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers"
         )
     else:
         hint = ""
@@ -53,14 +53,14 @@ def check_folder(folder: Path) -> None:
 
 
 def check_adapter(folder: Path) -> None:
-    """ModelError: the folder holds a PEFT adapter. transformers would load its base, or lay it over the model there."""
+    """ModelError: the folder holds a PEFT adapter. transformers would load its base, or put it over the model there."""
     file = folder / ADAPTER
     if not file.is_file():
         return
     if (folder / "config.json").is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         raise ModelError(
-            f"the model folder {folder} also holds an adapter ({ADAPTER}): move the adapter out of it where its weights "
-            "are merged into the model, or else merge them first"
+            f"the model folder {folder} also holds an adapter ({ADAPTER}): move the adapter out of it where its "
+            "weights are merged into the model, or else merge them first"
         )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

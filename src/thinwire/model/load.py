@@ -42,8 +42,8 @@ def load(
     build a key-value cache unless it generates, and uses fused attention where its architecture has it (the
     default of transformers). The tokenizer has a pad token inside the model's vocabulary. With `classes` it is a
     classifier of texts into these, whose head is drawn from `key` where the folder has none. ModelError: see
-    `resolve`; or the folder cannot be read, is quantised already, or its weights do not fill the model, have no place in
-    it or are no numbers; or nothing that quantises is installed.
+    `resolve`; or the folder cannot be read, is quantised already, or its weights do not fill the model, have no place
+    in it or are no numbers; or nothing that quantises is installed.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")

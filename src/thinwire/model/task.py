@@ -33,8 +33,8 @@ def task_in(config: dict[str, Any], folder: Path | str, wanted: Literal["auto", 
         raise ModelError(f"cannot load the model in {folder}: its config.json names no model_type")
     if not (continues or classifies) and config.get("auto_map"):
         raise ModelError(
-            f"the {named} in {folder} brings code of its own (auto_map in its config.json), and code of a model is never "
-            f"run: transformers itself must know the type {kind}"
+            f"the {named} in {folder} brings code of its own (auto_map in its config.json), and code of a model is "
+            f"never run: transformers itself must know the type {kind}"
         )
     if config.get("is_encoder_decoder") and wanted != "classification":
         raise ModelError(

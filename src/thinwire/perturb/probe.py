@@ -249,12 +249,12 @@ def check(net: Net, directions: Directions, together: bool, method: str) -> None
 
 
 def check_read(model: PreTrainedModel, names: Iterable[str], method: str) -> None:
-    """Raise ModelError where a forward pass reads one of the parameters past the module that holds it, or not at all."""
+    """Raise ModelError where a forward pass reads one of the parameters past the module that holds it, or not."""
     past, called = reads_of(model)
     if found := [name for name in names if name in past or name not in called]:
         raise ModelError(
-            f"method: {method} perturbs weights while the layer that holds them is called, and {type(model).__name__} "
-            f"does not call that of {found[0]} (of {len(found)}); fedavg trains such a model"
+            f"method: {method} perturbs the weights of a layer while it is called, and {type(model).__name__} does not "
+            f"call the layer of {found[0]} ({len(found)} such weights); fedavg trains such a model"
         )
 
 
