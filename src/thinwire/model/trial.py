@@ -37,7 +37,7 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
     try:
         logits = _forward(model, rows).float()
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
-        raise ModelError(f"{path}: {type(model).__name__} cannot go over a row of tokens: {first_line(error)}") from error
+        raise ModelError(f"{path}: {type(model).__name__} cannot read a row of tokens: {first_line(error)}") from error
     if not torch.isfinite(logits).all():
         raise ModelError(f"{path}: the logits of {type(model).__name__} in {model.dtype} are not finite")
     ahead = (logits[0, :cut] - logits[1, :cut]).abs().max().item()

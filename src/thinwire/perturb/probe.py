@@ -238,9 +238,10 @@ def check(net: Net, directions: Directions, together: bool, method: str) -> None
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         what = "together = true" if together else 'law = "lowrank"'
         raise ModelError(f"method: {method} with {what} cannot probe this model: {first_line(error)}") from error
-    with Probe(net, directions) as probe:
-        probe._added = {}
-        right = probe.losses(batch, [0], 0.02)[0]
+    by_weights = Probe(net, directions)
+    by_weights._added = {}
+    with by_weights:
+        right = by_weights.losses(batch, [0], 0.02)[0]
     close = 1e-3 if net.dtype == torch.float32 else 0.1
     if not all(math.isclose(a, b, rel_tol=close) for a, b in zip(found, right, strict=True) if math.isfinite(b)):
         raise ModelError(
