@@ -45,9 +45,8 @@ def made(kind: str, **fields: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | fields)))
         for parameter in model.parameters():
-            parameter.data.normal_(0, 0.3) if parameter.ndim > 1 else parameter.data.add_(
-                0.1 * torch.randn(len(parameter))
-            )
+            noise = torch.randn(parameter.shape)
+            parameter.data = 0.3 * noise if parameter.ndim > 1 else parameter.data + 0.1 * noise
     return model.eval()
 
 
