@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from tiny import CHOICES, tiny_folder, tiny_rows, tiny_tokenizer, write_jsonl
+from transformers import MambaConfig, MambaForCausalLM
 
 from thinwire import build, config
 from thinwire.config import ConfigError, Data
 from thinwire.data.errors import DataError
 from thinwire.data.load import Row
 from thinwire.keys import Key
+from thinwire.model.errors import ModelError
 from thinwire.model.flat import Net
 
 KEY = Key.root(0)
@@ -338,3 +340,35 @@ def test_public_prompts_are_answered_beside_the_first_split(place: Path, net: Ne
     assert asked.examples[1].text == "<user>And you?\n<assistant>"
     tree["eval"] = {}
     assert build.prompts_of(config.parse(tree), net.tokenizer) is None
+
+
+def test_a_token_without_a_row_in_the_embedding_is_named(place: Path, tmp_path: Path) -> None:
+    """Tokens that were added and rows that were not: in a prompt, an answer, a choice; unused ones do no harm."""
+    folder = tiny_folder(tmp_path / "m")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<more>", "<most>"])
+    tokenizer.save_pretrained(folder)
+    net = Net.open(str(folder))
+    data = data_of(place, prompt="{input}", answer="{output}", max_length=64)
+    plain = build.dataset(data, tiny_rows(3, closed=True), net.tokenizer)
+    build.check_tokens(net, "m", plain)
+    for fields in ({"input": "a <most>", "output": "b"}, {"input": "a", "output": "<most>"}):
+        used = build.dataset(data, [Row(fields, "rows.jsonl", 7)], net.tokenizer)
+        with pytest.raises(DataError, match=r"rows.jsonl:7: the token '<most>' has the number 260, .* has 259 rows"):
+            build.check_tokens(net, "m", used)
+    chosen = data.model_copy(update={"choices": ("b", "<more>")})
+    used = build.dataset(chosen, [Row({"input": "a", "output": "b"}, "rows.jsonl", 1)], net.tokenizer)
+    with pytest.raises(DataError, match=r"data.choices: the token '<more>' has the number 259"):
+        build.check_tokens(net, "m", used)
+    build.check_tokens(Net.open(str(folder), hollow=True), "m", plain)
+
+
+def test_a_method_that_a_model_cannot_have_is_refused_as_the_model_is_opened(place: Path, tmp_path: Path) -> None:
+    settings = MambaConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=2)
+    MambaForCausalLM(settings).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    tree = {"model": {"path": str(tmp_path)}, "data": {"path": str(place / "rows.jsonl")}}
+    for name in ("fedkseed", "fedzo"):
+        with pytest.raises(ModelError, match=rf"method: {name} perturbs"):
+            build.net_of(config.parse(tree | {"method": {"name": name}}, "here"))
+    assert build.net_of(config.parse(tree | {"method": {"name": "fedavg"}}, "here")).names

@@ -26,10 +26,13 @@ from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
 from thinwire.data.tokenise import shuffle_answers, tokenise
 from thinwire.evaluate.evaluate import Split, answers, evaluate
 from thinwire.keys import Key
+from thinwire.methods import FedKSeed, FedZO
 from thinwire.model.adapters import add_lora
 from thinwire.model.find import resolve
 from thinwire.model.flat import Net
 from thinwire.model.task import labels_of, task_of
+from thinwire.perturb import probe
+from thinwire.perturb.directions import Directions
 from thinwire.runtime.cohort import check_clients
 from thinwire.runtime.loop import Job, Watch
 from thinwire.train.objective import keeps_apart
@@ -219,6 +222,20 @@ def check_context(context: int | None, model: str, examples: Iterable[Example]) 
             )
 
 
+def check_tokens(net: Net, model: str, data: Dataset) -> None:
+    """Raise DataError for an example or an answer with a token for which the model's embedding, or head, has no row."""
+    read, said = net.rows
+    parts = [(e.place, e.prompt, read) for e in data.examples] + [(e.place, e.answer, said) for e in data.examples]
+    for place, tokens, rows in (*parts, *(("data.choices", answer, said) for answer in data.candidates or ())):
+        if max(tokens, default=0) >= min(rows, read):
+            beyond = next(token for token in tokens if token >= min(rows, read))
+            raise DataError(
+                f"{place}: the token {net.tokenizer.convert_ids_to_tokens(beyond)!r} has the number {beyond}, and the "
+                f"{'embedding' if read <= rows else 'head'} of {model} has {min(rows, read)} rows: leave it out, or "
+                "enlarge the model (resize_token_embeddings of transformers)"
+            )
+
+
 def public_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
     """The rows that the server holds, if the run names any; raises DataError."""
     return None if run.data.public is None else client_data(run, _read(run.data.public), tokenizer)
@@ -237,7 +254,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
     if model.lora is not None:
         key = Key.root(run.seed).fold("lora")
         adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
-    return Net.open(
+    net = Net.open(
         model.path,
         model.dtype,
         remember=remember,
@@ -248,6 +265,10 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         head_key=Key.root(run.seed).fold("head"),
         bits=model.bits,
     )
+    method = run.method
+    if isinstance(method, FedKSeed | FedZO) and not hollow:
+        probe.check(net, Directions(0, method.law, method.rank), method.together, config.method_name(method))
+    return net
 
 
 def use_threads(run: Run) -> None:
@@ -282,9 +303,11 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
     The first record also has the answers to the public prompts, as `public`. Raises DataError for rows beyond the
     model's context.
     """
+    prompts = prompts_of(run, net.tokenizer)
     for split in splits:
         check_context(net.positions, run.model.path, split.data.examples)
-    prompts = prompts_of(run, net.tokenizer)
+    for data in (*(split.data for split in splits), *([prompts] if prompts is not None else [])):
+        check_tokens(net, run.model.path, data)
 
     def score() -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -335,7 +358,10 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     from thinwire.card import card
 
     clients = clients_data(run, rows, net.tokenizer)
+    public = public_data(run, net.tokenizer)
     check_context(net.positions, run.model.path, (e for data in clients for e in data.examples))
+    for data in (*clients, *([public] if public is not None else [])):
+        check_tokens(net, run.model.path, data)
     score = scorer(run, net, splits_of(run, rows, net.tokenizer))
     if run.data.choices is not None and rows.clients:  # a server of a federation has nobody's rows
         check_answers(run.data, rows)
@@ -354,7 +380,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         max_bytes=run.method.reply_bytes(net) + header_room(run.method.Up, net.names),
         evaluate=score,
         eval_every=run.eval.every,
-        public=public_data(run, net.tokenizer),
+        public=public,
         keep_versions=8 + run.method.versions_each * len(rows.clients),
         memory_before_model=memory_before_model,
         watch=watch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 from federation import closed_data, tiny_net
 from tiny import VOCABULARY, tiny_folder, tiny_tokenizer
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MixtralConfig, Qwen2Config
 
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
+from thinwire.model.adapters import add_lora
+from thinwire.model.errors import ModelError
 from thinwire.model.flat import Net
 from thinwire.perturb.directions import Directions
-from thinwire.perturb.probe import Probe
+from thinwire.perturb.probe import Probe, check
 from thinwire.train.objective import loss
 
 DIRECTIONS = Directions(99)
@@ -150,3 +153,45 @@ def test_the_difference_is_the_directional_derivative_to_second_order(tmp_path: 
             errors.append(abs((plus - minus) / (2 * eps) - slope))
     assert errors[2] < errors[1] < errors[0]
     assert 2.5 < errors[1] / errors[2] < 6  # a quarter at half the eps; the loss is taken in float32
+
+
+def test_a_model_that_goes_round_its_layers_is_refused_before_it_is_probed(tmp_path: Path) -> None:
+    """Mamba reads the weights of its convolution and does not call it; LoRA's factors beside others may be probed."""
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=4, pad_token_id=258
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"fedzo perturbs .*MambaForCausalLM does not call the layer of .*conv1d"):
+        check(Net.open(str(tmp_path)), DIRECTIONS, False, "fedzo")
+    adapt = partial(add_lora, rank=2, alpha=2.0, targets=["in_proj"], key=Key.root(0))
+    check(Net.open(str(tmp_path), adapt=adapt), DIRECTIONS, False, "fedzo")
+
+
+@together
+@laws
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_can_be_probed_passes_the_check(kind: str, pool: Directions, together: bool, tmp_path: Path) -> None:
+    net = net_of(kind, tmp_path)
+    before = net.state_sha256()
+    check(net, pool, together, "fedkseed")
+    assert net.state_sha256() == before
+
+
+def test_experts_that_several_sides_share_are_refused_together(tmp_path: Path) -> None:
+    """They are given the tokens of all sides in one list; one side at a time they may be probed."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    net = Net.open(str(tmp_path))
+    check(net, DIRECTIONS, False, "fedkseed")
+    with pytest.raises(ModelError, match=r"fedkseed with together = true cannot probe this model"):
+        check(net, DIRECTIONS, True, "fedkseed")

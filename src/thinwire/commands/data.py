@@ -54,6 +54,7 @@ def data(
         }
         for each in (*clients, *splits.values()):
             build.check_context(net.positions, settings.model.path, each.examples)
+            build.check_tokens(net, settings.model.path, each)
         if settings.data.choices is not None:
             build.check_answers(settings.data, rows)
 

@@ -87,7 +87,8 @@ def estimate(run: Run) -> Estimate:
         assumed.append("choices of one token each")
     else:
         assumed.append(f"answers of {min(ANSWER, length - 1)} tokens")
-    forward = one_pass(model, sides, length, 1 if closed else ANSWER, run.model.lora)
+    probed = method_name(method) if isinstance(method, FedKSeed | FedZO) else None
+    forward = one_pass(model, sides, length, 1 if closed else ANSWER, run.model.lora, probed)
     passes = method.passes() * (1 if run.model.lora is None else 2 / 3)
     return Estimate(
         method=method_name(method),

@@ -20,13 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.config import Lora, Run
-from thinwire.model.adapters import chosen_layers, head_of
+from thinwire.model.adapters import check_called, chosen_layers, head_of
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.find import PACKAGED, resolve
+from thinwire.model.folder import check_adapter
 from thinwire.model.hollow import hollow
 from thinwire.model.load import DTYPES
 from thinwire.model.quantised import HEADS
-from thinwire.model.task import Task, has_head, task_in
+from thinwire.model.task import Task, has_head, task_in, task_of
+from thinwire.perturb.probe import check_read
 from thinwire.train.objective import cross_entropies
 
 if TYPE_CHECKING:
@@ -102,35 +104,47 @@ def config_of(path: str) -> PreTrainedConfig:
     here = Path(path).expanduser()
     local = here.is_dir()
     folder: Any = here if local else path
+    if local:
+        check_adapter(here)
     if not local and (here.suffix == ".gguf" or path.lower() in PACKAGED):
         folder, local = resolve(path), True
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # json, validation, the hub client: each has its own
+        if local and (here / "config.json").is_file():
+            task_of(here)  # which may say it in better words
         raise ModelError(f"model.path: no config at {path}: {first_line(error)}") from None
     return config
 
 
-def one_pass(model: Sketch, rows: int, length: int, answer: int, lora: Lora | None = None) -> Pass:
+def one_pass(
+    model: Sketch, rows: int, length: int, answer: int, lora: Lora | None = None, probed: str | None = None
+) -> Pass:
     """What a forward pass over `rows` rows of `length` tokens takes, logits at `answer` positions of each (a
     classifier has one set of them).
 
     Run on tensors without memory, on models of one and of two layers: each further layer takes what the second took.
-    With `lora` the weights are frozen, and factors beside them are trained.
+    With `lora` the weights are frozen, and factors beside them are trained; `probed` names a method that perturbs
+    weights. ModelError: the model is none for these, or cannot be run so.
     """
     layers = int(model.config.get_text_config().num_hidden_layers)
-    few = [_measured(model, n, rows, length, answer, lora) for n in (1, 2)]
+    try:
+        few = [_measured(model, n, rows, length, answer, lora, probed) for n in (1, 2)]
+    except ModelError:
+        raise
+    except Exception as error:  # an architecture may need what tensors without memory have not
+        raise ModelError(f"a pass of this {model.config.model_type} cannot be measured: {first_line(error)}") from error
     kept, flops = (few[0][i] + (layers - 1) * (few[1][i] - few[0][i]) for i in (0, 2))
     return Pass(int(kept), int(max(few[0][1], few[1][1])), float(flops))
 
 
 def _measured(
-    model: Sketch, layers: int, rows: int, length: int, answer: int, lora: Lora | None
+    model: Sketch, layers: int, rows: int, length: int, answer: int, lora: Lora | None, probed: str | None
 ) -> tuple[float, float, float]:
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
+    if getattr(text, "layer_types", None) and not isinstance(getattr(type(text), "layer_types", None), property):
         text.layer_types = text.layer_types[:layers]
     config.use_cache = False
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -138,10 +152,14 @@ def _measured(
         if lora is not None:
             for parameter in net.parameters():
                 parameter.requires_grad_(False)
-            for layer in chosen_layers(net, lora.rank, lora.targets).values():
+            chosen = chosen_layers(net, lora.rank, lora.targets)
+            check_called(net, chosen)
+            for layer in chosen.values():
                 _beside(layer, lora.rank)
             for parameter in head_of(net).values():
                 parameter.requires_grad_(True)
+        elif probed is not None:
+            check_read(net, [name for name, _ in net.named_parameters()], probed)
         found = []
         for training in (True, False):
             live = Live(list(net.parameters()))

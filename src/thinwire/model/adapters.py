@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,17 @@ from transformers.pytorch_utils import Conv1D
 
 from thinwire.keys import Key
 from thinwire.model import head
-from thinwire.model.errors import ModelError
+from thinwire.model.errors import ModelError, first_line
 from thinwire.model.hollow import hollow
 from thinwire.model.quantised import quantised_layers
+from thinwire.model.trial import reads_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "default"  # peft's name of an only adapter
+# Where kernels are installed, theirs take the weights of `out_proj`, and nothing in a pass on a CPU shows it.
+KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], key: Key) -> None:
@@ -37,15 +40,19 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[
 
     B is 0, A uniform on +-1 / sqrt(in) as peft has it, but drawn from `key`: a view is the same everywhere, and the
     global generators stay as they are. Factors have the model's dtype. ModelError: a target that is no layer's name,
-    a rank above the smaller side of a layer.
+    a rank above the smaller side of a layer, a layer whose weights are read and that is not called.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     chosen = chosen_layers(model, rank, targets)
+    check_called(model, chosen)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen), bias="none")  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that layers of GPT-2 hold their weights transposed, which peft then minds
-        inject_adapter_in_model(config, model, ADAPTER)
+        try:
+            inject_adapter_in_model(config, model, ADAPTER)
+        except ValueError as error:  # what peft knows of a kind of model
+            raise ModelError(f"model.lora.targets: {first_line(error)}") from error
     for name, layer in _lora_layers(model):
         left, right = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         uniform = torch.from_numpy(2 * key.fold(name).uniform(left.numel()) - 1).view_as(left)
@@ -71,7 +78,24 @@ def chosen_layers(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> 
         if rank > min(sides):
             shape = " x ".join(map(str, sides))
             raise ModelError(f"model.lora.rank: {rank} is more than {name} has, which is {shape}")
+        if model.config.model_type in KERNELS and name.endswith(".out_proj"):
+            raise _not_called(model, name)
     return chosen
+
+
+def check_called(model: PreTrainedModel, chosen: Iterable[str]) -> None:
+    """Raise ModelError for a chosen layer whose weights the model's forward pass reads without calling the layer."""
+    around = {name.rpartition(".")[0] for name in reads_of(model)[0]}
+    for name in chosen:
+        if name in around:
+            raise _not_called(model, name)
+
+
+def _not_called(model: PreTrainedModel, name: str) -> ModelError:
+    return ModelError(
+        f"model.lora.targets: {type(model).__name__} reads the weights of {name} and does not call the layer, so that "
+        "factors beside it would do nothing; choose other layers"
+    )
 
 
 def has_lora(model: nn.Module) -> bool:

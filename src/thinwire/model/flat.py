@@ -19,6 +19,7 @@ from thinwire.model.folder import shards, whole_folder
 from thinwire.model.gguf import cache_folder
 from thinwire.model.load import load
 from thinwire.model.settle import quiet
+from thinwire.model.trial import check_causal, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -172,6 +173,9 @@ class Net:
         A `hollow` net has names, shapes, config, tokenizer and base, and no weights in memory: for a client half that
         builds a smaller model of its own. With `classes` it is a classifier, see load.load.
         """
+        head_key = (
+            None if classes is None else head_key
+        )  # a causal model's head is in its files, or it is no such model
         model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits)
         if hollow:
             return cls(model, tokenizer, folder, head_key=head_key)
@@ -182,6 +186,8 @@ class Net:
                 model.to(device)
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
             raise ModelError(f"model.device: {device}: {first_line(error)}") from None
+        if classes is None:
+            check_causal(model, path)
         try:
             net = cls(model, tokenizer, folder, trainable, remember, head_key)
             if net.base.starts_like(dict(net.parameters())):
@@ -231,11 +237,15 @@ class Net:
     @property
     def positions(self) -> int | None:
         """How many tokens a row may have; None where the model's config sets no end."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        embeddings = getattr(self.model.base_model, "embeddings", None)
-        counted = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-        # RoBERTa and its kin count positions from the one after the padding's
-        return found if not isinstance(found, int) or counted is None else found - counted - 1
+        return positions(self.model)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """How many tokens the model can read, and how many it can say (a classifier: as many): those of its
+        embedding's rows and of its head's."""
+        read = int(self.model.get_input_embeddings().weight.shape[0])
+        said = None if head.is_classifier(self.model) else self.model.get_output_embeddings()
+        return read, read if said is None else int(said.weight.shape[0])
 
     def parameter(self, name: str) -> nn.Parameter:
         """The trainable parameter of that name; KeyError if there is none."""

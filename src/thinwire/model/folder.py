@@ -14,6 +14,8 @@ from thinwire.model.errors import ModelError, first_line
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -25,7 +27,9 @@ TOKENIZERS = (
 
 
 def check_folder(folder: Path) -> None:
-    """ModelError names what a folder lacks: its config, safetensors weights, a tokenizer."""
+    """ModelError names what a folder lacks: its config, safetensors weights, a tokenizer; or says that it holds a PEFT
+    adapter, alone or beside a model."""
+    check_adapter(folder)
     lacking = []
     if not (folder / "config.json").is_file():
         lacking.append("config.json")
@@ -35,8 +39,39 @@ def check_folder(folder: Path) -> None:
         lacking.append(f"weights ({WEIGHTS})")
     if not any((folder / name).is_file() for name in TOKENIZERS):
         lacking.append("a tokenizer")
-    if lacking:
-        raise ModelError(f"the model folder {folder} lacks {', '.join(lacking)}")
+    if not lacking:
+        return
+    pickled = next((name for name in PICKLED if (folder / name).is_file()), None)
+    if f"weights ({WEIGHTS})" in lacking and pickled is not None:
+        hint = (
+            f"; {pickled} could run code as it is read, so only safetensors are: where you trust it, convert it once "
+            "with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers"
+        )
+    else:
+        hint = ""
+    raise ModelError(f"the model folder {folder} lacks {', '.join(lacking)}{hint}")
+
+
+def check_adapter(folder: Path) -> None:
+    """ModelError: the folder holds a PEFT adapter. transformers would load its base, or put it over the model there."""
+    file = folder / ADAPTER
+    if not file.is_file():
+        return
+    if (folder / "config.json").is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        raise ModelError(
+            f"the model folder {folder} also holds an adapter ({ADAPTER}): move the adapter out of it where its "
+            "weights are merged into the model, or else merge them first"
+        )
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    except (OSError, ValueError):
+        base = None
+    model = f"its base model {base}" if base else "the base model that it was trained on"
+    raise ModelError(
+        f"{folder} holds an adapter ({ADAPTER}) and no whole model: merge it into {model} "
+        "(merge_and_unload of PEFT) and name the folder of the result, or train that model with [model.lora]"
+    )
 
 
 def shards(folder: Path) -> list[str]:
@@ -44,8 +79,11 @@ def shards(folder: Path) -> list[str]:
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     try:
-        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        found = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if not found or any(Path(name).name != name for name in found):
+            raise ValueError("its weight_map names no files of the folder")
+        return found
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"cannot read {folder / INDEX}: {first_line(error)}") from error
 
 

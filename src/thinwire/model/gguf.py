@@ -8,16 +8,26 @@ import io
 import os
 import re
 import shutil
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from thinwire.model.errors import ModelError, first_line
+from thinwire.model.files import check_shapes
 from thinwire.model.folder import whole_folder
+from thinwire.model.hollow import hollow
+from thinwire.model.metadata import FACTORS, OWN, check_tensors, complete
 from thinwire.model.settle import quiet, settle_generation
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 STALE_SECONDS = 24 * 3600
+MARK = ".fields"  # in a folder that was made with all that its file says; one without is made anew
 
 
 def cache_folder() -> Path:
@@ -32,21 +42,21 @@ def cache_folder() -> Path:
 def converted(gguf: Path) -> Path:
     """The cached folder with the dequantised weights, config and tokenizer of a GGUF file."""
     target = cache_folder() / "models" / f"{gguf.stem}-{_sha256(gguf)[:12]}"
-    if target.is_dir():
+    if (target / MARK).is_file():
         return target
     if target.parent.is_dir():
         # What a killed conversion left behind; one still at work is younger than this.
         for left in target.parent.glob(f".{gguf.stem}-*.tmp"):
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     with quiet():
         try:
-            # Its progress bar obeys no setting of transformers.
-            with contextlib.redirect_stderr(io.StringIO()):
-                tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-                model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            # Its progress bar obeys no setting of transformers. The file lies alone: what is beside it is not for it.
+            with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as alone:
+                (Path(alone) / gguf.name).symlink_to(gguf.resolve())
+                model, tokenizer = _read(Path(alone), gguf)
+        except ModelError:
+            raise
         except Exception as error:  # a broken file surfaces as anything from struct.error to a KeyError
             raise ModelError(f"cannot read the GGUF file {gguf}: {first_line(error)}") from error
         # The weights are dequantised by now, but transformers leaves its marks on the model and then refuses
@@ -60,10 +70,48 @@ def converted(gguf: Path) -> Path:
             if mark in vars(holder):
                 delattr(holder, mark)
         settle_generation(model, tokenizer)
-        with whole_folder(target) as folder:
+        with whole_folder(target, replace=target.is_dir()) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            (folder / MARK).write_text("")
     return target
+
+
+def _read(folder: Path, gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of the GGUF file of that name in `folder`; `gguf` is named in errors."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    reader = GGUFReader(folder / gguf.name)
+    # the vocabulary is none of a model's fields, and long
+    fields = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("tokenizer.")}
+    factors = {
+        FACTORS[tensor.name]: [float(value) for value in tensor.data.reshape(-1)]
+        for tensor in reader.tensors
+        if tensor.name in FACTORS
+    }
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    config = AutoConfig.from_pretrained(folder, gguf_file=gguf.name)
+    names = [tensor.name for tensor in reader.tensors]
+    complete(config, fields, names, factors, gguf)
+    kind = str(fields["general.architecture"])
+    if kind not in OWN:
+        empty = hollow(partial(AutoModelForCausalLM.from_config, dtype=torch.float32), config)
+        processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config.to_dict())
+        check_tensors(names, get_gguf_hf_weights_map(empty, processor), gguf)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=gguf.name,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_shapes(info, f"the GGUF file {gguf}")
+    if absent := sorted(info["missing_keys"]):
+        raise ModelError(f"the GGUF file {gguf} lacks {len(absent)} tensors that the model needs, such as {absent[0]}")
+    return model, tokenizer
 
 
 def _sha256(file: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from thinwire.model import head
 from thinwire.model.errors import ModelError, first_line
+from thinwire.model.files import check_files, check_shapes, settle_ties, unties
 from thinwire.model.find import resolve
 from thinwire.model.hollow import hollow
 from thinwire.model.quantised import placed_on, quantised_layers
@@ -41,8 +42,8 @@ def load(
     build a key-value cache unless it generates, and uses fused attention where its architecture has it (the
     default of transformers). The tokenizer has a pad token inside the model's vocabulary. With `classes` it is a
     classifier of texts into these, whose head is drawn from `key` where the folder has none. ModelError: see
-    `resolve`; or the folder cannot be read, is quantised already, or its weights do not fill the model; or nothing that
-    quantises is installed.
+    `resolve`; or the folder cannot be read, is quantised already, or its weights do not fill the model, have no place
+    in it or are no numbers; or nothing that quantises is installed.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")
@@ -81,6 +82,7 @@ def _read_model(
                 folder,
                 dtype=dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are named below
                 trust_remote_code=False,
                 local_files_only=True,
                 **_labels(classes),
@@ -90,10 +92,11 @@ def _read_model(
         raise
     except Exception as error:  # safetensors, json, config validation and torch each have their own
         raise ModelError(f"cannot load the model in {folder}: {first_line(error)}") from error
+    check_shapes(info, f"the model in {folder}")
     for layer in quantised_layers(model).values():
         layer.support_avx512bf16_for_cpu = False  # or some CPUs would pack the weights anew, and round otherwise
-    absent = sorted(info["missing_keys"])
-    if absent and key is not None:
+    absent = sorted(info["missing_keys"], key=lambda name: (not head.of_head(model, name), name))
+    if absent and classes is not None and key is not None:
         try:
             fresh = head.drawn(model, absent, key)
         except ModelError as error:
@@ -103,9 +106,10 @@ def _read_model(
                 model.get_parameter(name).copy_(values)
     elif absent:
         # transformers would only warn, and train from random numbers
-        raise ModelError(
-            f"the weights in {folder} lack {len(absent)} tensors that the model needs, such as {absent[0]}"
-        )
+        which = absent[0] if len(absent) == 1 else f"{len(absent)} tensors that the model needs, such as {absent[0]}"
+        raise ModelError(f"the weights in {folder} lack {which}")
+    check_files(model, folder, info["unexpected_keys"])
+    settle_ties(model)
     return model
 
 
@@ -115,7 +119,12 @@ def _hollow_model(folder: Path, dtype: torch.dtype, classes: Sequence[str] | Non
     auto = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **_labels(classes))
-        return hollow(partial(auto.from_config, dtype=dtype, trust_remote_code=False), config)
+        make = partial(auto.from_config, dtype=dtype, trust_remote_code=False)
+        model = hollow(make, config)
+        if unties(model, folder):
+            config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+            model = hollow(make, config)
+        return model
     except Exception as error:  # as above
         raise ModelError(f"cannot read the model's config in {folder}: {first_line(error)}") from error
 

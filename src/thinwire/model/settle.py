@@ -34,7 +34,11 @@ def settle_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= rows:
-            raise ModelError(f"the tokenizer in {folder} has neither a pad nor an end token within the vocabulary")
+            end = f"; its end token {tokenizer.eos_token!r} is number {tokenizer.eos_token_id}"
+            raise ModelError(
+                f"the tokenizer in {folder} has neither a pad nor an end token within the {rows} rows of the model's "
+                f"embedding{end if tokenizer.eos_token_id is not None else ''}"
+            )
         tokenizer.pad_token = tokenizer.eos_token
 
 

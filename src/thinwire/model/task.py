@@ -29,13 +29,27 @@ def task_in(config: dict[str, Any], folder: Path | str, wanted: Literal["auto", 
     classifies = kind in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     continues = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     named = next(iter(classes), None) or f"model of the type {kind}"
+    if kind is None:
+        raise ModelError(f"cannot load the model in {folder}: its config.json names no model_type")
+    if not (continues or classifies) and config.get("auto_map"):
+        raise ModelError(
+            f"the {named} in {folder} brings code of its own (auto_map in its config.json), and code of a model is "
+            f"never run: transformers itself must know the type {kind}"
+        )
+    if config.get("is_encoder_decoder") and wanted != "classification":
+        raise ModelError(
+            f"the {named} in {folder} is neither a causal model nor a classifier of texts: "
+            "it is an encoder with a decoder (is_encoder_decoder)"
+        )
+    encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+    if wanted == "causal" and continues and encoder and not config.get("causal"):  # XLM's word for is_decoder
+        raise ModelError(
+            f"model.task: the {named} in {folder} is an encoder, whose positions see what follows them: not causal"
+        )
     if (wanted == "causal" and not continues) or (wanted == "classification" and not classifies):
         raise ModelError(f"model.task: the {named} in {folder} has no form for {wanted}")
     if wanted != "auto":
         return wanted
-    encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
-    if config.get("is_encoder_decoder"):
-        continues = classifies = False
     if classifies and (encoder or has_head(config)):
         return "classification"
     if not continues:

@@ -4,25 +4,32 @@ Each module that owns parameters computes with perturbed ones for the length of 
 low-rank, a linear layer or an embedding adds the perturbation to its output, x B A^T, and no copy of a weight is made;
 everything else is given perturbed copies in one buffer that all modules share, and its own tensors back just after. So
 the weights are bit-identical after a probe in every dtype, and the memory above plain inference is that of the largest
-single module, or less. It rests on a parameter being used only within the forward pass of a module that owns it, which
-Hugging Face models keep to; `Probe` refuses a model one of whose perturbed parameters no forward pass has met.
+single module, or less. It rests on a parameter being used only within the forward pass of a module that owns it: what
+does not keep to this, `check` refuses before anything is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from thinwire.data.batch import Batch
+from thinwire.data.batch import Batch, Example, collate
+from thinwire.model.errors import ModelError, first_line
 from thinwire.model.flat import Net
+from thinwire.model.head import is_classifier
+from thinwire.model.trial import reads_of, tokens_of
 from thinwire.perturb.directions import Directions
 from thinwire.train.objective import losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Probe:
@@ -35,6 +42,7 @@ class Probe:
     def __init__(self, net: Net, directions: Directions, together: bool = False) -> None:
         self.net, self.directions, self.together = net, directions, together
         self._names = {id(parameter): name for name, parameter in net.parameters()}
+        self._added = _ADDED if directions.law == "lowrank" else {}
         self._met: set[str] = set()
         self._steps: list[tuple[int, float]] = []  # (seed, step) of each group of rows in the present pass
         self._scales = torch.ones(0)  # of each group's added outputs: its step over sqrt(r)
@@ -80,7 +88,7 @@ class Probe:
         return list(zip(found[::2], found[1::2], strict=True))
 
     def _outer(self, module: nn.Module, own: list[nn.Parameter], inner: Callable[..., Any]) -> Callable[..., Any]:
-        added = _ADDED.get(type(module)) if self.directions.law == "lowrank" else None
+        added = self._added.get(type(module))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._met.update(self._names[id(p)] for p in own)
@@ -163,12 +171,12 @@ class Probe:
 
         In one piece of memory: many small ones that stay would keep an allocator from giving room back in between.
         """
-        if self.directions.law != "lowrank" or seeds == self._factors_of:
+        if not self._added or seeds == self._factors_of:
             return
         matrices = {
             self._names[id(p)]: p.shape
             for module, own in self._owners
-            if type(module) in _ADDED
+            if type(module) in self._added
             for p in own
             if p.dim() > 1
         }
@@ -210,6 +218,45 @@ def _added(u: Tensor, v: Tensor, y: Tensor) -> None:
 
 # by exact type: a subclass may do more with its weight than this
 _ADDED: dict[type[nn.Module], Added] = {nn.Linear: _linear, Conv1D: _transposed, nn.Embedding: _embedding}
+
+
+def check(net: Net, directions: Directions, together: bool, method: str) -> None:
+    """Raise ModelError, which names the method, for a net whose probes would not be L(w + eps z), or cannot be made.
+
+    Its forward pass reads a perturbed parameter past its module; or, where outputs are perturbed or several sides pass
+    together, the losses of a few tokens are then others than with perturbed weights, one side at a time.
+    """
+    check_read(net.model, net.names, method)
+    if not together and directions.law != "lowrank":
+        return
+    row, classifies = tuple(tokens_of(net.model, 8)), is_classifier(net.model)
+    rows = [(row, ()), (row[::-1], ())] if classifies else [(row[:-3], row[-3:]), (row[:1:-1], row[:2])]
+    batch = collate([Example(*each, choice=0) for each in rows], 0, [(), ()] if classifies else None)
+    try:
+        with Probe(net, directions, together) as probe:
+            found = probe.losses(batch, [0], 0.02)[0]
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        what = "together = true" if together else 'law = "lowrank"'
+        raise ModelError(f"method: {method} with {what} cannot probe this model: {first_line(error)}") from error
+    by_weights = Probe(net, directions)
+    by_weights._added = {}
+    with by_weights:
+        right = by_weights.losses(batch, [0], 0.02)[0]
+    close = 1e-3 if net.dtype == torch.float32 else 0.1
+    if not all(math.isclose(a, b, rel_tol=close) for a, b in zip(found, right, strict=True) if math.isfinite(b)):
+        raise ModelError(
+            f"method: {method} finds {found[0]:g} and not {right[0]:g} for the loss of this model beside it"
+        )
+
+
+def check_read(model: PreTrainedModel, names: Iterable[str], method: str) -> None:
+    """Raise ModelError where a forward pass reads one of the parameters past the module that holds it, or not."""
+    past, called = reads_of(model)
+    if found := [name for name in names if name in past or name not in called]:
+        raise ModelError(
+            f"method: {method} perturbs the weights of a layer while it is called, and {type(model).__name__} does not "
+            f"call the layer of {found[0]} ({len(found)} such weights); fedavg trains such a model"
+        )
 
 
 def _group(
