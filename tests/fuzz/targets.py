@@ -290,7 +290,10 @@ def coarsely(data: bytes) -> None:
 def coarse_seeds() -> list[bytes]:
     """Both."""
     scales, codes = BLOCKS.rounded(update((384,), 1) + update((384,)), KEY)
-    return [bytes([255 * (old is not None)]) + coarse.encode(scales, codes, BLOCKS, old) for old in (None, update((384,), 1))]
+    return [
+        bytes([255 * (old is not None)]) + coarse.encode(scales, codes, BLOCKS, old)
+        for old in (None, update((384,), 1))
+    ]
 
 
 def paths(data: bytes) -> None:
@@ -370,10 +373,79 @@ def standings() -> tuple[Standing, ...]:
     return tuple(found)
 
 
+NUMBERS = (0, 1, -1, 255, 10**6, -(2**31), 2**32, 2**63 - 1, -(2**63), 2**64 - 1)
+RATES = (0.0, -1.0, 0.5, 1e-300, 6e4, 3e38, 1e300, -1e308, math.inf, math.nan)
+TEXTS = ("", "0" * 32, "/../../../escape", "x" * 1000, "\x1b[2J\n")
+
+
+def changed(payload: Any, data: bytes) -> Any:
+    """An honest payload with fields replaced as the bytes say: three choose the field, what becomes of it, and how."""
+    for field_at, how, what in zip(data[::3], data[1::3], data[2::3], strict=False):
+        field = fields_of(type(payload))[field_at % len(fields_of(type(payload)))]
+        value = replaced(getattr(payload, field.name), field, how, what)
+        payload = dataclasses.replace(payload, **{field.name: value})
+    return payload
+
+
+def replaced(value: Any, field: Any, how: int, what: int) -> Any:
+    """Another value of that field."""
+    if field.optional and how % 8 == 7:
+        return None
+    if field.one_tensor and value is not None:
+        return distorted(value, how, what)
+    if field.many_tensors and value:
+        names = list(value)
+        name = names[what % len(names)]
+        if how % 5 == 0:
+            return {other: tensor for other, tensor in value.items() if other != name}
+        if how % 5 == 1:
+            return {**value, "lm_head.weight": torch.ones(2, 2)}
+        return {**value, name: distorted(value[name], how // 5, what)}
+    choices = {int: NUMBERS, float: RATES, str: TEXTS, bytes: (b"", b"\0" * 64), bool: (False, True)}
+    if field.form in choices:
+        return choices[field.form][what % len(choices[field.form])]
+    (inner,) = getattr(field.form, "__args__", (None,))[:1]
+    if inner not in choices or not isinstance(value, list):
+        return value
+    return [[], [*value, choices[inner][what % len(choices[inner])]], value * 3, value[1:]][how % 4]
+
+
+def distorted(tensor: Tensor, how: int, what: int) -> Tensor:
+    """A tensor with other numbers, or of another shape or dtype."""
+    kinds = (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float64, torch.bool)
+    number = RATES[what % len(RATES)] if tensor.is_floating_point() else (0, 1, 2, 127, 63)[what % 5]
+    if how % 6 == 0:
+        return torch.full_like(tensor, number)
+    if how % 6 == 1:
+        other = tensor.clone()
+        other.view(-1)[what % max(1, tensor.numel()) : what % max(1, tensor.numel()) + 1] = number
+        return other
+    if how % 6 == 2:
+        return tensor.reshape(-1)[: what % (tensor.numel() + 1)]
+    if how % 6 == 3:
+        return tensor.nan_to_num().to(kinds[what % len(kinds)])
+    return tensor[None] if how % 6 == 4 else torch.cat([tensor.reshape(-1)] * 2)
+
+
+def sealed_or_changed(of: type, frame: bytes, data: bytes) -> bytes:
+    """A frame of these bytes, or the honest one with its payload changed as they say."""
+    if data[:1] < b"\x80":
+        return sealed(data[1:])
+    header = wire.peek(frame)
+    try:
+        made = wire.encode(
+            changed(wire.decode(of, frame), data[1:31]), run=header.run, round=header.round, client=header.client
+        )  # type: ignore[arg-type]
+    except (TypeError, RuntimeError, OverflowError):  # no sender could make it either
+        return b""
+    assert isinstance(made, bytes)
+    return made
+
+
 def replies(data: bytes) -> None:
     """peek, decode, check, and the mean of this one reply, whose metrics must be numbers."""
     at = standings()[(data[0] if data else 0) % len(standings())]
-    frame = sealed(data[1:])
+    frame = sealed_or_changed(at.method.Up, at.up, data[1:])
     wire.peek(frame)
     up = wire.decode(at.method.Up, frame, LARGEST)
     state = wire.decode(at.method.State, at.state)
@@ -400,12 +472,20 @@ def broadcasts(data: bytes) -> None:
     from thinwire.core import serve
 
     at = standings()[(data[0] if data else 0) % len(standings())]
-    serve(at.method, sealed(data[1:]), at.federation.client(0, 2), None, LARGEST)
+    frame = sealed_or_changed(at.method.Down, at.down, data[1:])
+    serve(at.method, frame, at.federation.client(0, 2), None, LARGEST)
 
 
 def standing_seeds(what: str) -> Callable[[], list[bytes]]:
-    """The honest reply or broadcast of each configuration."""
-    return lambda: [bytes([i]) + getattr(at, what)[:-8] for i, at in enumerate(standings())]
+    """The honest reply or broadcast of each configuration, as bytes where it is small, and to be changed."""
+
+    def seeds() -> list[bytes]:
+        small = [bytes([i, 0]) + getattr(at, what)[:-8] for i, at in enumerate(standings())]
+        return [seed for seed in small if len(seed) < 5000] + [
+            bytes([i, 128, 0, 0, 0]) for i in range(len(standings()))
+        ]
+
+    return seeds
 
 
 WIRE = (wire.WireError,)
@@ -425,7 +505,9 @@ TARGETS: dict[str, Target] = {
     "lowrank": code([LowRank(2), LowRank(1)], ((24, 16), (7, 3), (3, 65))),
     "plain": code([catalogue.Plain()]),
     "integers": Target(packed, packed_seeds, VALUE),
-    "counted": Target(counts, lambda: [bytes([i]) + counted.encode(some_symbols(n)) for i, n in enumerate(COUNTS)], VALUE),
+    "counted": Target(
+        counts, lambda: [bytes([i]) + counted.encode(some_symbols(n)) for i, n in enumerate(COUNTS)], VALUE
+    ),
     "symbols": Target(
         symbolic,
         lambda: [bytes([i]) + symbols.encode(some_symbols(n), contexts(n), 3) for i, n in enumerate(COUNTS)],
@@ -434,6 +516,6 @@ TARGETS: dict[str, Target] = {
     "coarse": Target(coarsely, coarse_seeds, VALUE),
     "trellis": Target(paths, lambda: [bytes(range(64))], VALUE, 0.2),
     "learnt": learnt(),
-    "replies": Target(replies, standing_seeds("up"), WIRE, 0.1),
-    "broadcasts": Target(broadcasts, standing_seeds("down"), WIRE, 0.005),
+    "replies": Target(replies, standing_seeds("up"), WIRE, 0.3),
+    "broadcasts": Target(broadcasts, standing_seeds("down"), WIRE, 0.02),
 }
