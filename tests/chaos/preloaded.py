@@ -62,11 +62,11 @@ def reexec(folder: Path) -> bool:
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(shim), str(source), "-ldl"], check=True)
     env = {**os.environ, "LD_PRELOAD": str(shim), SHIM: str(shim), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.argv], env)
+    return os.execve(sys.executable, [sys.executable, *sys.argv], env)
 
 
-def warm() -> None:
-    """Import all that a run imports, so that a fork has it."""
+def warm(folder: Path) -> None:
+    """Import all that a run imports, and load what numba has compiled, so that a fork has both."""
     from thinwire.terminal import settle
 
     settle()
@@ -79,7 +79,14 @@ def warm() -> None:
     import thinwire.show
     import thinwire.trackers  # noqa: F401
 
+    from thinwire.compress import ulp
+    from thinwire.perturb import cpu
+
     torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        old = torch.zeros(64, 64, dtype=dtype) + 0.5
+        ulp.decode(ulp.encode(old * 1.01, old), old, dtype, old.shape)
+    cpu.words(1, [0], 64)
 
 
 class Process:

@@ -50,8 +50,6 @@ def instrument() -> None:
 def fuzz(name: str, runs: int, seconds: int, report: Path, finds: Path) -> None:
     """Run one target in this process, which ends with it."""
     import atheris
-
-    sys.path.insert(0, str(HERE))
     from targets import TARGETS
 
     target = TARGETS[name]
@@ -114,7 +112,7 @@ def fuzz(name: str, runs: int, seconds: int, report: Path, finds: Path) -> None:
 
 def main() -> int:
     """All targets, one after another; the exit status."""
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "conformance")]
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--runs", type=lambda text: int(text.replace("_", "")), default=ALL, help="of all targets")
     options.add_argument("--only", default="", help="targets, with commas between them")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "conformance")]
 
 from thinwire import wire
 from thinwire.compress import catalogue, coarse, components, counted, integers, symbols, trellis, ulp
@@ -160,8 +157,8 @@ def channel_seeds() -> list[bytes]:
 
 def envelopes(data: bytes) -> None:
     """A message of the engine; what the engine itself refuses does not reach us."""
-    from flwr.proto.recorddict_pb2 import RecordDict as Proto
     from flwr.common.serde import recorddict_from_proto
+    from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
     from thinwire.runtime.envelope import of, unpack
 
