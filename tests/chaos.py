@@ -89,7 +89,6 @@ def main() -> int:
 
 def _main(given: argparse.Namespace, folder: Path) -> int:
     global SHOP
-    preloaded.warm(folder / "warm")
     SHOP = Workshop(folder)
     methods = tuple(given.methods.split(",")) if given.methods else QUICK if given.quick else tuple(METHODS)
     SHOP.prepare(methods)

@@ -114,7 +114,9 @@ class Hub:
         assert isinstance(frame, bytes)
         return str(self.ask("join", frame, settings, **table)[0].get("error", ""))
 
-    def train(self, settings: str, round: int = 1, steps: int | None = None, key: int = 5, **table: Any) -> tuple[str, bytes]:
+    def train(
+        self, settings: str, round: int = 1, steps: int | None = None, key: int = 5, **table: Any
+    ) -> tuple[str, bytes]:
         """The error and the reply to a broadcast of FedKSeed."""
         from thinwire.core import Server
         from thinwire.keys import Key
@@ -188,7 +190,15 @@ def fill(hub: Hub) -> Verdict:
     piece = b"x" * (STRICTEST["max_bytes_in"] // 2)  # type: ignore[operator]
     for i in range(40):
         hub.worker.answer(
-            {"transfer": f"{i:016x}", "offset": 0, "total": len(piece) + 1, "room": ROOM, "action": "join", "settings": ""}, piece
+            {
+                "transfer": f"{i:016x}",
+                "offset": 0,
+                "total": len(piece) + 1,
+                "room": ROOM,
+                "action": "join",
+                "settings": "",
+            },
+            piece,
         )
     files, size = hub.size()
     if size > 2 * STRICTEST["max_bytes_in"]:  # type: ignore[operator]
@@ -209,7 +219,9 @@ def names(hub: Hub) -> Verdict:
 def again(hub: Hub) -> Verdict:
     """One round asked again and again, each time under other directions."""
     about = hub.fingerprints()
-    replies = {body for key in range(12) if not (found := hub.train(hub.told(), key=key, **about))[0] for body in [found[1]]}
+    replies = {
+        body for key in range(12) if not (found := hub.train(hub.told(), key=key, **about))[0] for body in [found[1]]
+    }
     if len(replies) > 1:
         return Verdict.bad("each request gets another reply", len(replies))
     return Verdict("one reply a round", True) if replies else Verdict.bad("not even the first is answered")
@@ -260,8 +272,14 @@ def models(hub: Hub) -> Verdict:
     """A site without a model of its own is told paths of its disk."""
     hub.worker.site = replace(hub.worker.site, model=None)
     errors = {hub.join(hub.told(model={"path": path})) for path in ("/etc", "/nowhere/at/all", "/etc/passwd")}
-    errors = {error.replace("/nowhere/at/all", "P").replace("/etc/passwd", "P").replace("/etc", "P") for error in errors}
-    return Verdict("the answers are alike", True) if len(errors) == 1 else Verdict.bad("answers tell what is there", errors)
+    errors = {
+        error.replace("/nowhere/at/all", "P").replace("/etc/passwd", "P").replace("/etc", "P") for error in errors
+    }
+    return (
+        Verdict("the answers are alike", True)
+        if len(errors) == 1
+        else Verdict.bad("answers tell what is there", errors)
+    )
 
 
 def tables(hub: Hub) -> Verdict:
@@ -289,7 +307,9 @@ def forbidden(hub: Hub) -> Verdict:
     about = hub.fingerprints()
     said = [hub.join(hub.told(method={"name": "fedavg", "steps": 2}), **about)]
     said.append(hub.join(hub.told(method={"path": "os:system"}), **about))
-    said.append(hub.ask("evaluate", wire.encode(wire.Stale(None), run=7, client=0), hub.told(), **about)[0].get("error", ""))  # type: ignore[arg-type]
+    said.append(
+        hub.ask("evaluate", wire.encode(wire.Stale(None), run=7, client=0), hub.told(), **about)[0].get("error", "")
+    )  # type: ignore[arg-type]
     return Verdict("refused", True) if all(said) else Verdict.bad("what the policy forbids is done", said)
 
 
@@ -345,5 +365,3 @@ def attacked(attack: Callable[[Hub], Verdict], shop: Workshop) -> Verdict:
     if ended.status != 0:
         return Verdict.bad("hangs" if ended.status is None or ended.status < 0 else "the worker dies", ended.err)
     return Verdict(*json.loads(ended.out.splitlines()[-1]))
-
-

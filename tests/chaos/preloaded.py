@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -65,28 +66,18 @@ def reexec(folder: Path) -> bool:
     return os.execve(sys.executable, [sys.executable, *sys.argv], env)
 
 
-def warm(folder: Path) -> None:
-    """Import all that a run imports, and load what numba has compiled, so that a fork has both."""
+def warm(*runs: list[str | Path]) -> None:
+    """Import all that runs import, and load what numba has compiled for them, so that a fork has both."""
     from thinwire.terminal import settle
 
     settle()
-    import peft  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import thinwire.cli
-    import thinwire.compare
-    import thinwire.show
-    import thinwire.trackers  # noqa: F401
-
-    from thinwire.compress import ulp
-    from thinwire.perturb import cpu
-
     torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        old = torch.zeros(64, 64, dtype=dtype) + 0.5
-        ulp.decode(ulp.encode(old * 1.01, old), old, dtype, old.shape)
-    cpu.words(1, [0], 64)
+    for args in runs:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.suppress(SystemExit):
+            command(*args)()
 
 
 class Process:
@@ -150,7 +141,7 @@ class Process:
                     os.waitpid(self.pid, 0)
                     status = -1
                     break
-                time.sleep(0.002)
+                time.sleep(0.01)
             if status != -1 and os.WIFSTOPPED(status):
                 return status
             self.status = status

@@ -51,10 +51,14 @@ def trials(shop: Workshop, methods: tuple[str, ...], every: int, few: bool) -> I
 def _kills(name: str, calls: list[tuple[int, str, str]], every: int, draw: random.Random) -> Iterator[Trial]:
     for mode in ("before", "after", "half"):
         fit = [number for number, call, _ in calls if mode != "half" or call == "write"]
-        for turn, at in enumerate(fit[draw.randrange(min(every, len(fit))) :: max(1, every // (2 if mode == "half" else 1))]):
+        for turn, at in enumerate(
+            fit[draw.randrange(min(every, len(fit))) :: max(1, every // (2 if mode == "half" else 1))]
+        ):
             again = turn % 3 == 2
             kind = {"half": "killed with half of a write done"}.get(mode, f"killed {mode} a call")
-            yield Trial(kind, f"{mode} {name} {at}{' again' if again else ''}", partial(killed, name, Fault(mode, at), again))
+            yield Trial(
+                kind, f"{mode} {name} {at}{' again' if again else ''}", partial(killed, name, Fault(mode, at), again)
+            )
 
 
 def killed(name: str, fault: Fault, again: bool, shop: Workshop) -> Verdict:
@@ -90,7 +94,9 @@ def _errors(
         said = errno.errorcode[error]
         for at in [number for number, *_ in reads][draw.randrange(min(every // 2, len(reads))) :: max(1, every // 2)]:
             fault = Fault("fail_once", at, error, True)
-            yield Trial(f"{said} once where a resume opens a file", f"resume {said} {name} {at}", partial(unread, name, fault))
+            yield Trial(
+                f"{said} once where a resume opens a file", f"resume {said} {name} {at}", partial(unread, name, fault)
+            )
 
 
 def failed(name: str, fault: Fault, shop: Workshop) -> Verdict:
@@ -107,16 +113,13 @@ def failed(name: str, fault: Fault, shop: Workshop) -> Verdict:
 def unread(name: str, fault: Fault, shop: Workshop) -> Verdict:
     """A resume cannot open one file, for once: nothing may be lost by that."""
     place = shop.copy(name)
-    before = tree(place / "run")
     ended = shop.go(name, place, "--resume", fault=fault)
-    if ended.status == 0:
-        return same(shop, name, place, ended)
-    if ended.line is None:
+    if ended.status != 0 and ended.line is None:
         return unexpected(ended)
-    lost = [path for path in before if path.endswith("state.frame") and not (place / "run" / path).exists()]
-    if len(lost) > 1:
-        return Verdict.bad("checkpoints are gone", ended)
-    return same(shop, name, place)
+    began = next((n for n in range(1, ROUNDS + 1) if f"round {n}/{ROUNDS}:" in ended.out), ROUNDS)
+    if began == 1 or (began <= STOPPED and not shop.said(name, ended, place)):
+        return Verdict.bad(f"begins again at round {'1' if began == 1 else 'before'} in silence", ended.out)
+    return same(shop, name, place, ended if ended.status == 0 else None)
 
 
 def short(name: str, shop: Workshop) -> Verdict:
@@ -175,7 +178,9 @@ def _damages(shop: Workshop, name: str) -> Iterator[Trial]:
         for how in ("cut", "empty", "gone"):
             right = "on or line" if file == "summary.json" else "ended"
             label = f"ended {how} {name} {file}"
-            yield Trial(f"{file} of a run that has ended: {how}", label, partial(damaged, name, "ended", how, (file,), right))
+            yield Trial(
+                f"{file} of a run that has ended: {how}", label, partial(damaged, name, "ended", how, (file,), right)
+            )
 
 
 def damage(path: Path, how: str, draw: random.Random) -> None:
@@ -208,7 +213,11 @@ def damaged(name: str, kind: str, how: str, files: tuple[str, ...], right: str, 
         return refused(shop, name, place, ended, right, whole, hurt, kept)
     said = shop.said(name, ended, place)
     if right == "ended":
-        return Verdict("the run has ended, nothing is touched", True) if tree(folder) == hurt else Verdict.bad("files changed")
+        return (
+            Verdict("the run has ended, nothing is touched", True)
+            if tree(folder) == hurt
+            else Verdict.bad("files changed")
+        )
     if right == "line":
         return Verdict.bad("goes on without a checkpoint that it could read", ended.out)
     if right == "records":
@@ -235,7 +244,9 @@ def refused(
         return unexpected(ended)
     if right in ("on", "bytes"):
         return Verdict.bad("refused, though what is left would do", ended.line)
-    if right != "ended" and (changed := [path for path, had in tree(place / "run").items() if hurt.get(path, had) != had]):
+    if right != "ended" and (
+        changed := [path for path, had in tree(place / "run").items() if hurt.get(path, had) != had]
+    ):
         return Verdict.bad("refused, with files changed", (changed, ended.line))
     if missing := [path for path in hurt if not (place / "run" / path).exists()]:
         return Verdict.bad("refused, with files gone", (missing, ended.line))
@@ -287,7 +298,9 @@ def two(name: str, at: int, second: str, shop: Workshop) -> Verdict:
     winners = [end for end in ends if end.status == 0]
     losers = [end for end in ends if end.status != 0]
     if len(winners) != 1 or losers[0].line is None:
-        return Verdict.bad("both go on" if len(winners) > 1 else "not one line", [(end.status, end.err) for end in ends])
+        return Verdict.bad(
+            "both go on" if len(winners) > 1 else "not one line", [(end.status, end.err) for end in ends]
+        )
     if winners[0] is other and second == "other settings":
         return Verdict("one runs, one is refused", (place / "run" / "summary.json").exists())
     verdict = same(shop, name, place, winners[0])
@@ -317,7 +330,7 @@ def changed(name: str, what: str, shop: Workshop) -> Verdict:
     ended = thinwire("run", file, "--out", place / "run", "--resume", folder=place)
     if ended.status == 0:
         said = shop.said(name, ended, place)
-        return Verdict("goes on, and the change is said", True) if said else Verdict.bad("goes on in silence", ended.out)
+        return (
+            Verdict("goes on, and the change is said", True) if said else Verdict.bad("goes on in silence", ended.out)
+        )
     return Verdict("refused in a line", True) if ended.line else unexpected(ended)
-
-

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from preloaded import Ended, Fault, Process, command
+from preloaded import Ended, Fault, Process, command, warm
 from tiny import tiny_folder, tiny_rows, write_jsonl
 
 ROUNDS, STOPPED = 5, 3  # of a run; the last one of a run that was stopped
@@ -22,14 +22,19 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "fedavg": ({"name": "fedavg", "lr": 1e-3, **STEPS}, ""),
     "residue": ({"name": "gradualdiff", "lr": 1e-3, "rounding": "residue", **STEPS}, 'dtype = "bfloat16"\n'),
     "lowrank": ({"name": "gradualdiff", "lr": 1e-3, "codec": "lowrank", "rank": 4, **STEPS}, 'dtype = "bfloat16"\n'),
-    "fedcybgd": ({"name": "fedcybgd", "lr": 1e-2, "blocks": 2, "common": 0, "drop": 0.5, "spared": [0, 0], **STEPS}, ""),
+    "fedcybgd": (
+        {"name": "fedcybgd", "lr": 1e-2, "blocks": 2, "common": 0, "drop": 0.5, "spared": [0, 0], **STEPS},
+        "",
+    ),
     "cgfed": (
         {"name": "cgfed", "lr": 1e-2, "codec": "powersgd", "ratio": 16, "feedback": True, "downlink": "coded", **STEPS},
         LORA,
     ),
     "fedit": ({"name": "fedavg", "lr": 1e-2, **STEPS}, LORA),
 }
-LEFT = re.compile(r"(^|/)(\.tmp[^/]*|[^/]*\.part(/.*)?|\.model\.[^/]*|\.[^/]*\.run\.toml|spool/.*|state/round-\d+\.part.*)$")
+LEFT = re.compile(
+    r"(^|/)(\.tmp[^/]*|[^/]*\.part(/.*)?|\.model\.[^/]*|\.[^/]*\.run\.toml|spool/.*|state/round-\d+\.part.*)$"
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Result:
 
 def plain(record: Any, bytes_differ: bool = False) -> Any:
     """A record without what differs from run to run: times and memory; bytes where a client was told all again."""
-    dropped = {"seconds", "peak_memory_bytes"} | ({"bytes_down"} if bytes_differ else set())
+    dropped = {"seconds", "peak_memory_bytes"} | ({"bytes_down", "bytes_up"} if bytes_differ else set())
     if isinstance(record, dict):
         return {key: plain(value, bytes_differ) for key, value in record.items() if key not in dropped}
     return [plain(value, bytes_differ) for value in record] if isinstance(record, list) else record
@@ -96,7 +101,9 @@ class Workshop:
         tiny_folder(self.folder / "model")
         write_jsonl(self.folder / "rows.jsonl", tiny_rows(40, closed=True))
         for name in methods:
-            (self.folder / f"{name}.toml").write_text(self.run_file(name, self.folder))
+            self.file(name).write_text(self.run_file(name, self.folder))
+        warm(*(["run", self.file(name), "--out", self.folder / "warm" / name] for name in methods))
+        for name in methods:
             self.undisturbed(name)
             self.stopped(name)
 
@@ -145,7 +152,9 @@ rows = 4
         shutil.copytree(self.folder / kind / name / "run", place / "run")
         return place
 
-    def start(self, name: str, place: Path, *more: str, fault: Fault | None = None, trace: Path | None = None) -> Process:
+    def start(
+        self, name: str, place: Path, *more: str, fault: Fault | None = None, trace: Path | None = None
+    ) -> Process:
         """The run of a method, begun or gone on with, as a process."""
         return Process(command("run", self.file(name), "--out", place / "run", *more), place, fault, trace)
 
@@ -180,11 +189,15 @@ rows = 4
         place = self.folder / "stopped" / name
         if not place.exists():
             place.mkdir(parents=True)
-            at = next(n for n, call, path in self.calls(name) if call == "rename" and path.endswith(f"round-{STOPPED:06d}"))
+            at = next(
+                n for n, call, path in self.calls(name) if call == "rename" and path.endswith(f"round-{STOPPED:06d}")
+            )
             ended = self.go(name, place, fault=Fault("after", at))
             assert ended.status == -9, ended
             resumed = self.copy(name)
-            said = self.go(name, resumed, "--resume", fault=Fault("count", openings=True), trace=self.folder / f"{name}.reads")
+            said = self.go(
+                name, resumed, "--resume", fault=Fault("count", openings=True), trace=self.folder / f"{name}.reads"
+            )
             assert said.status == 0, said
             (self.folder / f"{name}.said").write_text(json.dumps(lines_of(said, resumed)))
         return place
@@ -207,7 +220,9 @@ def lines_of(ended: Ended, place: Path) -> list[str]:
     for line in (ended.out + "\n" + ended.err).splitlines():
         line = re.sub(r"[\d.,]+", "#", line.replace(str(place), "PLACE").strip())
         line = re.sub(r"[\s\u2500-\u257f]+", " ", line).strip()
-        if line and not re.match(r"round #/#|after round|at the start|# rounds in|.* dropped: |down |up |before: ", line):
+        if line and not re.match(
+            r"round #/#|after round|at the start|# rounds in|.* dropped: |down |up |before: ", line
+        ):
             found.append(line)
     return found
 
@@ -231,5 +246,4 @@ class Verdict:
     @classmethod
     def bad(cls, outcome: str, more: object = "") -> Verdict:
         """Not as promised."""
-        return cls(outcome, False, str(more)[-600:])
-
+        return cls(outcome, False, str(more)[-400:])
