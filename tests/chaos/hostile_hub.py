@@ -163,10 +163,8 @@ def escape(hub: Hub) -> Verdict:
     for session in ("/../../../escape", "../../escape", "/", "..", "a/b", "\0", 7, None, ["x"]):
         settings = hub.told(session)
         said.append(hub.join(settings, **about) or hub.train(settings, **about)[0])
-    for run in (-5, 1 << 40, "../../x", 1.5, None):
-        said.append(hub.join(hub.told(run=run), run=7, **about))
-    for transfer in ("../../../escape0", "", "A" * 16, "0" * 17):
-        said.append(hub.join(hub.told(), transfer=transfer, **about))
+    said += [hub.join(hub.told(run=run), **about) for run in (-5, 1 << 40, "../../x", 1.5, None)]
+    said += [hub.join(hub.told(), transfer=name, **about) for name in ("../../../escape0", "", "A" * 16, "0" * 17)]
     if strange := hub.outside():
         return Verdict.bad("writes outside the site's folder", strange)
     return Verdict("refused", True) if all(said) else Verdict.bad("an odd name is taken", said)

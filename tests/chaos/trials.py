@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from preloaded import Ended, Fault
-from workshop import METHODS, ROUNDS, STOPPED, Result, Verdict, Workshop, left, records, result, tree
+from workshop import ROUNDS, STOPPED, Verdict, Workshop, left, records, result, tree
 
 
 @dataclass(frozen=True)
