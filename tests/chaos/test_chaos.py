@@ -25,7 +25,7 @@ def drive(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_handful_of_kills_ends_in_the_same_model() -> None:
-    words = "before fedavg,half fedavg,short fedavg,state/round-000003/state.frame state/round-000002"
+    words = "before fedavg,half fedavg,short fedavg,flip fedavg state/round-000003/state.frame state/round-000002"
     result = drive("--methods", "fedavg", "--every", "140", "--jobs", "1", "--only", words)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from preloaded import Ended, Fault
+from preloaded import Ended, Fault, thinwire
 from workshop import ROUNDS, STOPPED, Verdict, Workshop, left, records, result, tree
 
 
@@ -315,10 +315,9 @@ def changed(name: str, what: str, shop: Workshop) -> Verdict:
     write_jsonl(place / "rows.jsonl", tiny_rows(40, closed=True))
     file = place / "run.toml"
     file.write_text(shop.run_file(name, place))
-    from preloaded import thinwire
-
-    at = next(n for n, call, path in shop.calls(name) if call == "rename" and path.endswith(f"round-{STOPPED:06d}"))
-    ended = thinwire("run", file, "--out", place / "run", folder=place / "run", fault=Fault("after", at))
+    ended = thinwire(
+        "run", file, "--out", place / "run", folder=place / "run", fault=Fault("before", shop.half_way(name))
+    )
     if ended.status != -9:
         return Verdict.bad("was not killed", ended)
     if what == "rows":

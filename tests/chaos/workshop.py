@@ -32,9 +32,7 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fedit": ({"name": "fedavg", "lr": 1e-2, **STEPS}, LORA),
 }
-LEFT = re.compile(
-    r"(^|/)(\.tmp[^/]*|[^/]*\.part(/.*)?|\.model\.[^/]*|\.[^/]*\.run\.toml|spool/.*|state/round-\d+\.part.*)$"
-)
+LEFT = re.compile(r"(^|/)(\.tmp[^/]*|[^/]*\.part|\.model\.[^/]*|\.[^/]*\.run\.toml|spool|[^/]*\.frame\.part)(/|$)")
 
 
 @dataclass(frozen=True)
@@ -185,14 +183,11 @@ rows = 4
         return self._results[name]
 
     def stopped(self, name: str) -> Path:
-        """The folder of the run, killed once its checkpoint of round STOPPED was there."""
+        """The folder of the run, killed in the round after STOPPED, before that is recorded."""
         place = self.folder / "stopped" / name
         if not place.exists():
             place.mkdir(parents=True)
-            at = next(
-                n for n, call, path in self.calls(name) if call == "rename" and path.endswith(f"round-{STOPPED:06d}")
-            )
-            ended = self.go(name, place, fault=Fault("after", at))
+            ended = self.go(name, place, fault=Fault("before", self.half_way(name)))
             assert ended.status == -9, ended
             resumed = self.copy(name)
             said = self.go(
@@ -201,6 +196,12 @@ rows = 4
             assert said.status == 0, said
             (self.folder / f"{name}.said").write_text(json.dumps(lines_of(said, resumed)))
         return place
+
+    def half_way(self, name: str) -> int:
+        """The number of that call."""
+        calls = self.calls(name)
+        saved = next(n for n, call, path in calls if call == "rename" and path.endswith(f"round-{STOPPED:06d}"))
+        return next(n for n, _, path in calls if n > saved and path.endswith("rounds.jsonl"))
 
     def calls(self, name: str, kind: str = "calls") -> list[tuple[int, str, str]]:
         """The calls that change the undisturbed run's files: number, call, path; or what it `opened`, or `reads` when

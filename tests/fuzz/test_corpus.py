@@ -36,7 +36,7 @@ def kept() -> Iterator[object]:
         yield pytest.param(file, marks=marks, id=f"{file.parent.name}/{file.name}")
 
 
-@pytest.mark.parametrize("file", kept())
+@pytest.mark.parametrize("file", list(kept()))
 def test_what_was_found_is_refused_as_documented(file: Path) -> None:
     target = TARGETS[file.parent.name]
     try:
@@ -45,7 +45,15 @@ def test_what_was_found_is_refused_as_documented(file: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in SLOW else []) for n in TARGETS])
+def named() -> Iterator[object]:
+    for name in TARGETS:
+        marks = [pytest.mark.long] if name in SLOW else []
+        if name in {target for target, _ in KNOWN if target == "channel"}:
+            marks.append(pytest.mark.xfail(strict=True))  # a mutation of a question meets the same
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", list(named()))
 def test_honest_inputs_pass_and_their_mutations_raise_what_is_documented(name: str) -> None:
     if name == "envelope":
         pytest.importorskip("flwr")
