@@ -315,9 +315,7 @@ def changed(name: str, what: str, shop: Workshop) -> Verdict:
     write_jsonl(place / "rows.jsonl", tiny_rows(40, closed=True))
     file = place / "run.toml"
     file.write_text(shop.run_file(name, place))
-    ended = thinwire(
-        "run", file, "--out", place / "run", folder=place / "run", fault=Fault("before", shop.half_way(name))
-    )
+    ended = thinwire("run", file, "--out", place / "run", folder=place, fault=Fault("before", shop.half_way(name)))
     if ended.status != -9:
         return Verdict.bad("was not killed", ended)
     if what == "rows":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,10 +39,8 @@ def kept() -> Iterator[object]:
 @pytest.mark.parametrize("file", list(kept()))
 def test_what_was_found_is_refused_as_documented(file: Path) -> None:
     target = TARGETS[file.parent.name]
-    try:
+    with contextlib.suppress(target.errors):
         target.run(file.read_bytes())
-    except target.errors:
-        pass
 
 
 def named() -> Iterator[object]:
@@ -70,10 +68,8 @@ def test_honest_inputs_pass_and_their_mutations_raise_what_is_documented(name: s
                 at = draw.randrange(len(data))
                 data[at : at + draw.randrange(3)] = draw.randbytes(draw.randrange(3))
                 data = data or bytearray(1)
-            try:
+            with contextlib.suppress(target.errors):
                 target.run(bytes(data))
-            except target.errors:
-                pass
     assert passed
 
 
@@ -81,10 +77,3 @@ def test_the_corpus_is_small() -> None:
     sizes = [file.stat().st_size for file in (HERE / "corpus").glob("*/*")]
     assert sizes
     assert sum(sizes) < 20_000
-
-
-@pytest.mark.long
-def test_ten_million_executions_find_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("atheris")
-    result = subprocess.run([sys.executable, str(HERE / "run.py"), "--finds", str(tmp_path)], check=False)
-    assert result.returncode == 0
