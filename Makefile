@@ -35,7 +35,6 @@ FUZZ ?= 10000000
 
 test-long: venv
 	$(BIN)/python -m pytest -m long
-	$(BIN)/python tests/chaos.py
 	$(BIN)/python tests/fuzz/run.py --runs $(FUZZ) --finds build/fuzz
 
 lint: venv

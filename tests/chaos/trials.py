@@ -33,10 +33,10 @@ def trials(shop: Workshop, methods: tuple[str, ...], every: int, few: bool) -> I
         yield from _errors(name, calls, opened, shop.calls(name, "reads"), 2 * every, draw)
         yield Trial("writes that take half of what they are given", f"short {name}", partial(short, name))
         damaged = list(_damages(shop, name))
-        yield from damaged if not few else draw.sample(damaged, min(len(damaged), 14))
+        yield from damaged if not few else draw.sample(damaged, min(len(damaged), 12))
     for name in methods[:1] if few else methods[:2]:
         points = [number for number, *_ in shop.calls(name)]
-        chosen = points[:8] + points[8 :: 4 * every] if not few else [1, 4, 7, *points[20::60]]
+        chosen = points[:8] + points[8 :: 4 * every] if not few else [1, 6, points[len(points) // 2]]
         for at in chosen:
             for second in ("again", "--resume", "other settings"):
                 yield Trial(f"two at once: {second}", f"two {second} {name} {at}", partial(two, name, at, second))
