@@ -101,9 +101,10 @@ def lines(path: Path) -> list[Any]:
 
 
 def strip(record: Any) -> Any:
-    """A record without times and memory."""
+    """A record without times, memory, and bytes: after a kill a client may be told all again."""
+    dropped = ("seconds", "peak_memory_bytes", "bytes_down", "bytes_up")
     if isinstance(record, dict):
-        return {k: strip(v) for k, v in record.items() if k not in ("seconds", "peak_memory_bytes")}
+        return {k: strip(v) for k, v in record.items() if k not in dropped}
     return [strip(v) for v in record] if isinstance(record, list) else record
 
 
@@ -126,6 +127,7 @@ def test_a_long_run_grows_no_fatter_and_ends_the_same_however_often_it_is_killed
 
     ends = [json.loads((folder / "summary.json").read_text()) for folder in (whole, killed)]
     assert strip(ends[0]) == strip(ends[1])
+    assert ends[0]["bytes_down"] <= ends[1]["bytes_down"] <= 1.05 * ends[0]["bytes_down"]
     for name in ("rounds.jsonl", "evals.jsonl"):
         assert strip(lines(whole / name)) == strip(lines(killed / name))
     records = lines(killed / "rounds.jsonl")
@@ -142,6 +144,7 @@ def test_a_long_run_grows_no_fatter_and_ends_the_same_however_often_it_is_killed
         f"\n{rounds} rounds, {CLIENTS} clients, {COHORT} a round, {lost} replies lost or damaged, killed {kills} times"
     )
     print(f"resident {before / 1e6:.1f} MB after {WARM} rounds, {after / 1e6:.1f} MB at the end: {after / before:.4f}")
+    print(f"bytes down {ends[0]['bytes_down']:,}, with the kills {ends[1]['bytes_down']:,}")
     print(f"open files {min(handles)} to {max(handles)}")
     assert after <= GROWTH * before
     assert len(handles) == 1
