@@ -30,8 +30,12 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+# executions of the fuzz targets, all together
+FUZZ ?= 10000000
+
 test-long: venv
 	$(BIN)/python -m pytest -m long
+	$(BIN)/python tests/fuzz/run.py --runs $(FUZZ) --finds build/fuzz
 
 lint: venv
 	$(BIN)/ruff check .
@@ -41,7 +45,7 @@ lint: venv
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-BENCHMARKS := frames memory_client memory_clients replay probe server
+BENCHMARKS := frames memory_client memory_clients many_clients replay probe server
 
 bench: venv
 	mkdir -p runs/bench-$(STAMP)
