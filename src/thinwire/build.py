@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from thinwire.data.classes import classes_of as find_classes
 from thinwire.data.errors import DataError, NoRowsLeft
 from thinwire.data.load import Row
 from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
-from thinwire.data.tokenise import shuffle_answers, tokenise
+from thinwire.data.tokenise import shuffle_answers, tokenise, tokenise_groups
 from thinwire.evaluate.evaluate import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.methods import FedKSeed, FedZO
@@ -137,11 +137,30 @@ def dataset(
     data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase, classes: tuple[str, ...] | None = None
 ) -> Dataset:
     """The rows under the run's template, for a classifier if there are `classes`; raises DataError."""
-    template, rows, longest = template_of(data, classes is not None), in_words(data, rows), data.max_length
-    if classes is not None:
-        drop = data.too_long == "drop"
-        return classify(rows, template, tokenizer, max_length=longest, classes=classes, drop=drop)
-    return tokenise(rows, template, tokenizer, max_length=longest, choices=data.choices, too_long=data.too_long)
+    return datasets(data, [rows], tokenizer, classes)[0]
+
+
+def datasets(
+    data: config.Data,
+    groups: Sequence[list[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    classes: tuple[str, ...] | None = None,
+) -> list[Dataset]:
+    """A data set of each group of rows; raises DataError."""
+    template, longest = template_of(data, classes is not None), data.max_length
+    groups = [in_words(data, rows) for rows in groups]
+    if classes is None:
+        return tokenise_groups(
+            groups, template, tokenizer, max_length=longest, choices=data.choices, too_long=data.too_long
+        )
+    found, drop = [], data.too_long == "drop"
+    for i, rows in enumerate(groups):
+        try:
+            found.append(classify(rows, template, tokenizer, max_length=longest, classes=classes, drop=drop))
+        except NoRowsLeft as error:
+            error.group = i
+            raise
+    return found
 
 
 def classes_of(run: Run) -> tuple[str, ...] | None:
@@ -181,20 +200,22 @@ def settled(run: Run, rows: Rows) -> Run:
 
 def client_data(run: Run, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """A client's rows as it trains on them; raises DataError."""
+    return _training_data(run, [rows], tokenizer)[0]
+
+
+def _training_data(run: Run, groups: Sequence[list[Row]], tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
     training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
     pack = run.data.max_length if run.data.pack else 0
-    return replace(dataset(training, rows, tokenizer, classes_of(run)), balanced=run.data.balanced, pack=pack)
+    found = datasets(training, groups, tokenizer, classes_of(run))
+    return [replace(data, balanced=run.data.balanced, pack=pack) for data in found]
 
 
 def clients_data(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
     """The data set of each client, in order; raises DataError, also for a client that is left with nothing."""
-    found = []
-    for name, held in rows.clients.items():
-        try:
-            found.append(client_data(run, held, tokenizer))
-        except NoRowsLeft as error:
-            raise DataError(f"client {name!r} is empty: {error}") from None
-    return found
+    try:
+        return _training_data(run, list(rows.clients.values()), tokenizer) if rows.clients else []
+    except NoRowsLeft as error:
+        raise DataError(f"client {list(rows.clients)[error.group]!r} is empty: {error}") from None
 
 
 def check_answers(data: config.Data, rows: Rows) -> None:

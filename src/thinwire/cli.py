@@ -66,7 +66,7 @@ def run(
 
         from thinwire import build, config, memory
         from thinwire.data.description import remarks, shortened
-        from thinwire.runtime.folder import locked
+        from thinwire.runtime.folder import ended, locked
         from thinwire.runtime.loop import train
         from thinwire.show import Live, print_summary
         from thinwire.trackers import Trackers, check, trackers_of
@@ -79,7 +79,7 @@ def run(
         check_place(folder, resume)
         with locked(folder) if not rank else contextlib.nullcontext():
             claim(folder, settings, resume)
-            if (folder / "summary.json").exists():
+            if ended(folder):
                 echo(f"{folder}: this run is complete")
                 print_summary(folder)
                 return

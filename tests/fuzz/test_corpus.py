@@ -16,23 +16,11 @@ sys.path.append(str(HERE.parent / "conformance"))  # whose methods are the targe
 from targets import TARGETS
 
 SLOW = ("learnt", "replies", "broadcasts")  # which first train, or load what numba has compiled
-# not mended yet: target, file
-KNOWN = {
-    ("channel", "channel-1.bin"),  # msgpack's own errors leave `channel.receive`, which ends a site's worker
-    ("channel", "channel-3.bin"),
-    ("channel", "channel-4.bin"),
-    ("channel", "channel-5.bin"),
-    ("channel", "channel-6.bin"),
-    ("channel", "channel-7.bin"),
-    ("lowrank", "lowrank-1.bin"),  # two scales near float32's end: their product is infinite
-}
 
 
 def kept() -> Iterator[object]:
     for file in sorted((HERE / "corpus").glob("*/*")):
         marks = [pytest.mark.long] if file.parent.name in SLOW else []
-        if (file.parent.name, file.name) in KNOWN:
-            marks.append(pytest.mark.xfail(strict=True))
         yield pytest.param(file, marks=marks, id=f"{file.parent.name}/{file.name}")
 
 
@@ -46,8 +34,6 @@ def test_what_was_found_is_refused_as_documented(file: Path) -> None:
 def named() -> Iterator[object]:
     for name in TARGETS:
         marks = [pytest.mark.long] if name in SLOW else []
-        if name in {target for target, _ in KNOWN if target == "channel"}:
-            marks.append(pytest.mark.xfail(strict=True))  # a mutation of a question meets the same
         yield pytest.param(name, marks=marks)
 
 

@@ -148,6 +148,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
     def answer(line: str) -> None:
         row = _row(template, line, "-", talk)
         held = tokenise([row], template, tokenizer, max_length=sys.maxsize, eos=False)
+        build.check_tokens(net, "the model", held)
         prompt = torch.tensor([held.examples[0].prompt], device=net.device)
         room = getattr(net.model.config, "max_position_embeddings", None)
         length = prompt.shape[1]

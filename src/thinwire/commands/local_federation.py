@@ -29,7 +29,7 @@ def local_federation(
         from thinwire.federation.processes import require_flower
         from thinwire.federation.progress import Progress
         from thinwire.keys import Key
-        from thinwire.runtime.folder import locked
+        from thinwire.runtime.folder import ended, locked
         from thinwire.show import print_summary
 
         require_flower()
@@ -45,7 +45,7 @@ def local_federation(
         cli.check_place(folder, resume)
         stack.enter_context(locked(folder))
         cli.claim(folder, settings, resume)
-        if (folder / "summary.json").exists():
+        if ended(folder):
             echo(f"{folder}: this run is complete")
             print_summary(folder)
             return

@@ -45,7 +45,7 @@ def server(
         from thinwire.federation.progress import Progress
         from thinwire.federation.reach import listening, place_of
         from thinwire.runtime.cohort import check_clients
-        from thinwire.runtime.folder import locked
+        from thinwire.runtime.folder import ended, locked
         from thinwire.show import print_summary
 
         require_flower()
@@ -60,7 +60,7 @@ def server(
         cli.check_place(folder, resume)
         stack.enter_context(locked(folder))
         cli.claim(folder, settings, resume)
-        if (folder / "summary.json").exists():
+        if ended(folder):
             echo(f"{folder}: this run is complete")
             print_summary(folder)
             return

@@ -6,4 +6,6 @@ class DataError(ValueError):
 
 
 class NoRowsLeft(DataError):
-    """All rows of a set were left out: none fits."""
+    """All rows of a set were left out: none fits. `group`: which set it is, of several."""
+
+    group: int = 0

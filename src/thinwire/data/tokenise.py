@@ -11,6 +11,7 @@ token, as elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from thinwire.data import chat, templates
@@ -53,7 +54,28 @@ def tokenise(
     DataError for no rows, for rows that the template refuses, an answer that is not among the choices, rows of which
     none fits (NoRowsLeft), choices that cannot be told apart, and a tokenizer without the tokens that this needs.
     """
-    if not rows:
+    (found,) = tokenise_groups(
+        [rows], template, tokenizer, max_length=max_length, choices=choices, eos=eos, too_long=too_long
+    )
+    return found
+
+
+def tokenise_groups(
+    groups: Sequence[Sequence[Row]],
+    template: AnyTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    choices: Sequence[str] | None = None,
+    eos: bool = True,
+    too_long: TooLong = "cut",
+) -> list[Dataset]:
+    """A data set of each group of rows, as `tokenise` makes it: a hundred thousand groups cost little more than one.
+
+    DataError as there; NoRowsLeft has the group of which no row fits as its `group`.
+    """
+    rows = [row for group in groups for row in group]
+    if not all(groups) or not rows:
         raise DataError("there are no rows")
     if max_length < 2:
         raise DataError(f"max_length is {max_length}; prompt and answer need a token each")
@@ -61,54 +83,84 @@ def tokenise(
     if choices is None and eos and tokenizer.eos_token_id is None and not all(_closed(rendered, tokenizer).values()):
         raise DataError("the tokenizer has no eos token to end answers with (eos = false leaves it out)")
     prompts, answers = _tokens(rendered, template, tokenizer, ended=choices is None and eos)
-    if choices is None:
-        candidates = None
-        picked: list[int | None] = [None] * len(rows)
-    else:
-        candidates = _candidates(choices, rows[0], template, tokenizer, max_length)
-        indices = [_choice(row, template, choices) for row in rows]
-        picked, answers = list(indices), [candidates[i] for i in indices]
-    longest = 0 if candidates is None else max(len(tokens) for tokens in candidates)
-    examples, cut = [], 0
-    for row, text, prompt, answer, choice in zip(rows, rendered, prompts, answers, picked, strict=True):
-        if not answer:
-            raise row.error("the answer has no tokens")
-        # Every candidate has to fit behind the same prompt.
-        room = longest or len(answer)
-        if len(prompt) + room > max_length:
-            if too_long == "drop":
-                continue
-            if too_long == "answer":
-                _check_room(row, len(prompt), longest or 1, max_length)
-            cut += 1
-            kept = 1 if too_long == "answer" else max_length // 2
-            room = longest or min(room, max(max_length - len(prompt), kept))
-        examples.append(
-            Example(
-                prompt=_cut_left(prompt, max_length - room, tokenizer.bos_token_id),
-                answer=answer[:room],
-                choice=choice,
-                references=templates.references(row, template, text.answer),
-                text=text.prompt,
-                place=f"{row.source}:{row.line}",
+    pad, found, start = _pad(tokenizer), [], 0
+    candidates: tuple[Tokens, ...] | None = None
+    for i, group in enumerate(groups):
+        these = slice(start, start := start + len(group))
+        if choices is not None and (candidates is None or isinstance(template, Chat)):
+            candidates = _candidates(choices, group[0], template, tokenizer, max_length)
+        data = _Group(group, rendered[these], prompts[these], answers[these], candidates, choices)
+        try:
+            examples, cut = data.examples(template, tokenizer.bos_token_id, max_length, too_long)
+        except NoRowsLeft as error:
+            error.group = i
+            raise
+        ends = {text.end for text in data.rendered if text.end}
+        notes = [note for text in data.rendered for note in text.notes]
+        if isinstance(template, Chat):
+            notes += chat.remarks(group[0], templates.talk_of(group[0]), tokenizer, ends if choices is None else ())
+        found.append(
+            Dataset(
+                tuple(examples),
+                pad,
+                candidates,
+                tuple(choices or ()),
+                cut=cut,
+                dropped=len(group) - len(examples),
+                ends=tuple(sorted(ends)),
+                notes=tuple(dict.fromkeys(notes)),
             )
         )
-    if not examples:
-        raise NoRowsLeft(f"{rows[0].source}: none of {len(rows)} rows fits into {max_length} tokens")
-    ends = {text.end for text in rendered if text.end}
-    notes = [note for text in rendered for note in text.notes]
-    if isinstance(template, Chat):
-        notes += chat.remarks(rows[0], templates.talk_of(rows[0]), tokenizer, ends if choices is None else ())
-    return Dataset(
-        tuple(examples),
-        _pad(tokenizer),
-        candidates,
-        tuple(choices or ()),
-        cut=cut,
-        dropped=len(rows) - len(examples),
-        ends=tuple(sorted(ends)),
-        notes=tuple(dict.fromkeys(notes)),
-    )
+    return found
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of one data set, as text and as tokens."""
+
+    rows: Sequence[Row]
+    rendered: Sequence[Rendered]
+    prompts: Sequence[Tokens]
+    answers: Sequence[Tokens]
+    candidates: tuple[Tokens, ...] | None
+    choices: Sequence[str] | None
+
+    def examples(
+        self, template: AnyTemplate, bos: int | None, max_length: int, too_long: TooLong
+    ) -> tuple[list[Example], int]:
+        """The examples, and how many of them were cut; NoRowsLeft where there are none."""
+        longest = 0 if self.candidates is None else max(len(tokens) for tokens in self.candidates)
+        examples, cut = [], 0
+        for row, text, prompt, own in zip(self.rows, self.rendered, self.prompts, self.answers, strict=True):
+            answer, choice = own, None
+            if self.candidates is not None and self.choices is not None:
+                choice = _choice(row, template, self.choices)
+                answer = self.candidates[choice]
+            if not answer:
+                raise row.error("the answer has no tokens")
+            # Every candidate has to fit behind the same prompt.
+            room = longest or len(answer)
+            if len(prompt) + room > max_length:
+                if too_long == "drop":
+                    continue
+                if too_long == "answer":
+                    _check_room(row, len(prompt), longest or 1, max_length)
+                cut += 1
+                kept = 1 if too_long == "answer" else max_length // 2
+                room = longest or min(room, max(max_length - len(prompt), kept))
+            examples.append(
+                Example(
+                    prompt=_cut_left(prompt, max_length - room, bos),
+                    answer=answer[:room],
+                    choice=choice,
+                    references=templates.references(row, template, text.answer),
+                    text=text.prompt,
+                    place=f"{row.source}:{row.line}",
+                )
+            )
+        if not examples:
+            raise NoRowsLeft(f"{self.rows[0].source}: none of {len(self.rows)} rows fits into {max_length} tokens")
+        return examples, cut
 
 
 def _check_room(row: Row, prompt: int, answer: int, max_length: int) -> None:

@@ -134,6 +134,9 @@ class Visits:
         self.heldout = bool(scored)
         some = build.dataset(run.data, scored or rows, self.net.tokenizer, build.classes_of(run))
         self.scored = Split("sites", replace(some, examples=some.examples[: run.eval.rows]), run.eval.generate)
+        for each in (data, self.scored.data):
+            build.check_context(self.net.positions, run.model.path, each.examples)
+            build.check_tokens(self.net, run.model.path, each)
         self.versions = VersionStore(self.folder / "versions")
         self.data = data
         memory.trim()  # loading has left as much again as the model

@@ -1,8 +1,9 @@
-"""A run's folder belongs to one process at a time."""
+"""A run's folder: it belongs to one process at a time, and holds a run that has ended or one that can go on."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,14 @@ from pathlib import Path
 from thinwire.errors import ConfigError
 
 FILE = ".lock"
+
+
+def ended(folder: Path) -> bool:
+    """Whether the folder's run has ended: its summary is there and whole. A damaged one is written anew on resuming."""
+    try:
+        return isinstance(json.loads((folder / "summary.json").read_bytes()), dict)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 @contextmanager

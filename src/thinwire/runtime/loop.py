@@ -100,7 +100,7 @@ def _train(job: Job) -> Record:
     states = job.folder / "state"
     caps = job.caps or {id: len(data) for id, data in enumerate(job.clients)}
     header = header_room(job.method.Up, job.net.names)
-    versions = VersionStore(states / "versions", job.keep_versions)
+    versions = VersionStore(states / "versions", job.keep_versions, late=True)
     memories = ClientMemories(states / "clients")
 
     def server(round: int, cohort: Sequence[int] = ()) -> Server:
@@ -135,6 +135,7 @@ def _train(job: Job) -> Record:
         newest = {str(id): written for id, written in memories.newest.items()}
         now = Progress(round, names, bytes_down, bytes_up, seconds, peak, finished, newest, evals)
         checkpoint.write(states, state, now)
+        versions.trim()
         if job.transport is not None:  # clients elsewhere work on nets of their own, and long: no model lies idle here
             state = checkpoint.on_disk(states, round, job.method.State)
             job.net.rest()

@@ -6,11 +6,13 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from thinwire.errors import Damaged
@@ -54,16 +56,27 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; OSError where the system does not give it, which torch says in a RuntimeError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except RuntimeError as error:
+        raise OSError(str(error).partition("\n")[0]) from error
+
+
 class VersionStore:
     """Versions of named tensors in a folder, addressed by content; only the `keep` newest stay.
 
-    A file that is damaged counts as not held. What `get` returned can be read until `keep` more versions were put.
+    A file that is damaged counts as not held. What `get` returned can be read until `keep` more versions were put. With
+    `late` what is beyond the bound stays until `trim`: a round that is cut off and done again then finds what it found.
     """
 
-    def __init__(self, folder: Path, keep: int = 8) -> None:
+    def __init__(self, folder: Path, keep: int = 8, late: bool = False) -> None:
         if keep < 1:
             raise ValueError(f"a version store must keep at least one version, not {keep}")
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.late = folder, keep, late
         self._verified: set[str] = set()  # each file is hashed once in the life of this object
 
     def put(self, tensors: Mapping[str, Tensor]) -> str:
@@ -75,12 +88,16 @@ class VersionStore:
         else:
             write_atomically(path, tensors)
             self._verified.add(version)
-        for old in sorted(self.folder.glob("*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, p.name))[
-            : -self.keep
-        ]:
-            if old != path:
-                old.unlink()
+        if not self.late:
+            self.trim(path)
         return version
+
+    def trim(self, newest: Path | None = None) -> None:
+        """Drop the oldest versions beyond the bound; `newest`, that was just put, stays whatever the clock says."""
+        files = sorted(self.folder.glob("*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+        for old in files[: -self.keep]:
+            if old != newest:
+                old.unlink()
 
     def get(self, version: str) -> Mapping[str, Tensor] | None:
         """The tensors of a version, each read when asked for; None if it is not held (any more)."""
@@ -89,11 +106,11 @@ class VersionStore:
             return None
 
         def read(name: str) -> Tensor:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 return file.get_tensor(name)
 
         try:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 specs = {name: Spec.of(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - not a mapping
             tensors = LazyTensors(specs, read)
             if version not in self._verified and version_of(tensors) != version:
@@ -178,8 +195,8 @@ def _verified(file: Path) -> dict[str, Tensor]:
     """The tensors of a client's file; Damaged where it is gone, cut or changed. Older files have no digest."""
     where = f"the memory of client {file.parent.name} after round {file.stem.lstrip('0')}"
     try:
-        tensors = load_file(file)
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             written = (opened.metadata() or {}).get("digest")
     except FileNotFoundError:
         raise Damaged(f"{where} is missing ({file})") from None
