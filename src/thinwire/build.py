@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -243,11 +243,20 @@ def check_context(context: int | None, model: str, examples: Iterable[Example]) 
             )
 
 
-def check_tokens(net: Net, model: str, data: Dataset) -> None:
+def check_tokens(net: Net, model: str, *sets: Dataset) -> None:
     """Raise DataError for an example or an answer with a token for which the model's embedding, or head, has no row."""
     read, said = net.rows
-    parts = [(e.place, e.prompt, read) for e in data.examples] + [(e.place, e.answer, said) for e in data.examples]
-    for place, tokens, rows in (*parts, *(("data.choices", answer, said) for answer in data.candidates or ())):
+
+    def parts() -> Iterator[tuple[str, tuple[int, ...], int]]:
+        for data in sets:
+            for example in data.examples:
+                yield example.place, example.prompt, read
+                yield example.place, example.answer, said
+        for closed in {data.candidates for data in sets if data.candidates}:
+            for answer in closed:
+                yield "data.choices", answer, said
+
+    for place, tokens, rows in parts():
         if max(tokens, default=0) >= min(rows, read):
             beyond = next(token for token in tokens if token >= min(rows, read))
             raise DataError(
@@ -327,8 +336,8 @@ def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[st
     prompts = prompts_of(run, net.tokenizer)
     for split in splits:
         check_context(net.positions, run.model.path, split.data.examples)
-    for data in (*(split.data for split in splits), *([prompts] if prompts is not None else [])):
-        check_tokens(net, run.model.path, data)
+    asked = [prompts] if prompts is not None else []
+    check_tokens(net, run.model.path, *(split.data for split in splits), *asked)
 
     def score() -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -381,8 +390,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     clients = clients_data(run, rows, net.tokenizer)
     public = public_data(run, net.tokenizer)
     check_context(net.positions, run.model.path, (e for data in clients for e in data.examples))
-    for data in (*clients, *([public] if public is not None else [])):
-        check_tokens(net, run.model.path, data)
+    check_tokens(net, run.model.path, *clients, *([public] if public is not None else []))
     score = scorer(run, net, splits_of(run, rows, net.tokenizer))
     if run.data.choices is not None and rows.clients:  # a server of a federation has nobody's rows
         check_answers(run.data, rows)

@@ -88,12 +88,14 @@ def run(
                 folder = parallel.shadow(folder)
             parallel.wait()
             build.use_threads(settings)
-            rows = build.rows_of(settings.data, _key(settings))
-            whole = build.settled(settings, rows)
+            with memory.for_good():
+                rows = build.rows_of(settings.data, _key(settings))
+                whole = build.settled(settings, rows)
             before = memory.resident()
             net = build.net_of(whole, remember=True)
             with Live(settings, rows, net, folder, resume) as watch:
-                job = build.job(whole, rows, net, folder, before, watch)
+                with memory.for_good():
+                    job = build.job(whole, rows, net, folder, before, watch)
                 for line in (shortened(job.names, job.clients, settings.data.max_length), *remarks(job.clients)):
                     watch.remark(line)
                 record(folder, settings, build.fingerprints(job))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -24,6 +26,19 @@ def reset() -> None:
     # Not Linux, or not allowed: the peak is then that of the whole process, never less than the true one.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextlib.contextmanager
+def for_good() -> Iterator[None]:
+    """What is made within stays to the end: the collector of cycles, which would walk it again and again, rests."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was:
+            gc.enable()
 
 
 def trim() -> None:

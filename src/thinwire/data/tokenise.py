@@ -83,7 +83,7 @@ def tokenise_groups(
     if choices is None and eos and tokenizer.eos_token_id is None and not all(_closed(rendered, tokenizer).values()):
         raise DataError("the tokenizer has no eos token to end answers with (eos = false leaves it out)")
     prompts, answers = _tokens(rendered, template, tokenizer, ended=choices is None and eos)
-    pad, found, start = _pad(tokenizer), [], 0
+    pad, bos, found, start = _pad(tokenizer), tokenizer.bos_token_id, [], 0
     candidates: tuple[Tokens, ...] | None = None
     for i, group in enumerate(groups):
         these = slice(start, start := start + len(group))
@@ -91,7 +91,7 @@ def tokenise_groups(
             candidates = _candidates(choices, group[0], template, tokenizer, max_length)
         data = _Group(group, rendered[these], prompts[these], answers[these], candidates, choices)
         try:
-            examples, cut = data.examples(template, tokenizer.bos_token_id, max_length, too_long)
+            examples, cut = data.examples(template, bos, max_length, too_long)
         except NoRowsLeft as error:
             error.group = i
             raise
