@@ -245,16 +245,16 @@ def check_context(context: int | None, model: str, examples: Iterable[Example]) 
 
 def check_tokens(net: Net, model: str, *sets: Dataset) -> None:
     """Raise DataError for an example or an answer with a token for which the model's embedding, or head, has no row."""
-    read, said = net.rows
+    read, written = net.rows
 
     def parts() -> Iterator[tuple[str, tuple[int, ...], int]]:
         for data in sets:
             for example in data.examples:
                 yield example.place, example.prompt, read
-                yield example.place, example.answer, said
+                yield example.place, example.answer, written
         for closed in {data.candidates for data in sets if data.candidates}:
             for answer in closed:
-                yield "data.choices", answer, said
+                yield "data.choices", answer, written
 
     for place, tokens, rows in parts():
         if max(tokens, default=0) >= min(rows, read):

@@ -137,7 +137,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
     from thinwire import build
     from thinwire.data.templates import NAMED, Chat
     from thinwire.data.tokenise import tokenise
-    from thinwire.evaluate.text import decoding, said
+    from thinwire.evaluate.text import answer_of, decoding
 
     tokenizer: Any = net.tokenizer
     template = NAMED["chat" if tokenizer.chat_template else "completion"]
@@ -163,7 +163,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
                 streamer=None if texts else _streamer(tokenizer, ends),
                 max_new_tokens=longest if room is None else min(longest, room - length),
             )
-        text = said(tokenizer, made[0, length:].tolist(), ends, texts)
+        text = answer_of(tokenizer, made[0, length:].tolist(), ends, texts)
         if texts:  # an end that is a text is known when it is there
             echo(text)
         if isinstance(template, Chat):

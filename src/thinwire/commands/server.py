@@ -38,21 +38,26 @@ def server(
     """Run a run file with sites on other machines: the hub on loopback, and a proxy that lets sites through to it."""
     with one_line(), ExitStack() as stack:
         settle()
-        from thinwire import cli, config
-        from thinwire.federation import proxy
-        from thinwire.federation.hub import Ended, ServerSide, federation_of
+        from thinwire.errors import ConfigError
         from thinwire.federation.processes import require_flower
-        from thinwire.federation.progress import Progress
         from thinwire.federation.reach import listening, place_of
-        from thinwire.runtime.cohort import check_clients
-        from thinwire.runtime.folder import ended, locked
-        from thinwire.show import print_summary
 
         require_flower()
         os.umask(0o077)  # what lies below the run's folder is for its owner
         host, port = place_of(listen, "--listen")
         if own_proxy and expose:
-            raise config.ConfigError("--own-proxy, --expose-control-api: one of them")
+            raise ConfigError("--own-proxy, --expose-control-api: one of them")
+        if not own_proxy:
+            listening(host, port, "--listen")
+        # what follows takes its time to import
+        from thinwire import cli, config
+        from thinwire.federation import proxy
+        from thinwire.federation.hub import Ended, ServerSide, federation_of
+        from thinwire.federation.progress import Progress
+        from thinwire.runtime.cohort import check_clients
+        from thinwire.runtime.folder import ended, locked
+        from thinwire.show import print_summary
+
         settings = config.load(file, overrides or [])
         sites = federation_of(settings)
         check_clients(settings.cohort, len(sites))
@@ -79,8 +84,6 @@ def server(
                 )
         if not expose:
             proxy.check(home, keys)
-        if not own_proxy:
-            listening(host, port, "--listen")
         if hub_port is not None and not expose:
             listening("127.0.0.1", hub_port, "--hub-port")
         if expose:

@@ -96,11 +96,13 @@ def generate(
                 max_new_tokens=max(1, min(max_new_tokens, positions - length)),
             )
             for i, tokens in zip(picked, made[:, length:].tolist(), strict=True):
-                answers[i] = said(tokenizer, tokens, ends, texts)
+                answers[i] = answer_of(tokenizer, tokens, ends, texts)
     return answers
 
 
-def said(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: Collection[int], texts: Sequence[str]) -> str:
+def answer_of(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: Collection[int], texts: Sequence[str]
+) -> str:
     """What was generated as text, stripped, up to the first of the end tokens and of the texts that end an answer."""
     stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
     text = str(tokenizer.decode(tokens[:stop], skip_special_tokens=True))

@@ -244,8 +244,8 @@ class Net:
         """How many tokens the model can read, and how many it can say (a classifier: as many): those of its
         embedding's rows and of its head's."""
         read = int(self.model.get_input_embeddings().weight.shape[0])
-        said = None if head.is_classifier(self.model) else self.model.get_output_embeddings()
-        return read, read if said is None else int(said.weight.shape[0])
+        written = None if head.is_classifier(self.model) else self.model.get_output_embeddings()
+        return read, read if written is None else int(written.weight.shape[0])
 
     def parameter(self, name: str) -> nn.Parameter:
         """The trainable parameter of that name; KeyError if there is none."""
