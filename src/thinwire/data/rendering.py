@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -38,11 +37,7 @@ def write(
     try:
         with _still({} if seen is None else seen), _within(PATIENCE):
             text = tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools or None,
-                tokenize=False,
-                add_generation_prompt=header,
-                strftime_now=partial(_date, {} if seen is None else seen),  # in place of transformers' own
+                list(messages), tools=tools or None, tokenize=False, add_generation_prompt=header
             )
     except jinja2.TemplateError as error:  # raised by templates that want turns to alternate, or no system message
         problem = (str(error) or type(error).__name__).splitlines()[0]
@@ -55,7 +50,14 @@ def write(
 
 @contextlib.contextmanager
 def _still(seen: dict[str, None]) -> Iterator[None]:
-    """Inside, what templates draw at random is the first; `seen` gets a line where one is asked for."""
+    """Inside, the templates' clock says CLOCK, and what they draw is the first; `seen` gets a line of each asked."""
+    from transformers.utils import chat_template_utils as theirs
+
+    class Clock:
+        @staticmethod
+        def now() -> datetime:
+            seen[f"the chat template asks for the date: it is {CLOCK:%d %B %Y} in all prompts, whatever the day"] = None
+            return CLOCK
 
     class Chance:
         @staticmethod
@@ -63,14 +65,8 @@ def _still(seen: dict[str, None]) -> Iterator[None]:
             seen["the chat template draws at random: it always gets the first"] = None
             return values[0]
 
-    with patch.object(jinja2.filters, "random", Chance):
+    with patch.object(theirs, "datetime", Clock), patch.object(jinja2.filters, "random", Chance):
         yield
-
-
-def _date(seen: dict[str, None], form: str) -> str:
-    """What the day is for all templates: CLOCK's; `seen` gets a line."""
-    seen[f"the chat template asks for the date: it is {CLOCK:%d %B %Y} in all prompts, whatever the day"] = None
-    return CLOCK.strftime(form)
 
 
 @contextlib.contextmanager
