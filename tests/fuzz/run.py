@@ -139,10 +139,10 @@ def main() -> int:
         report = finds.parent / f"{name}.json"
         report.unlink(missing_ok=True)
         command = [sys.executable, __file__, "--one", name, str(report), "--runs", str(runs)]
-        command += ["--seconds", str(given.seconds), "--finds", str(given.finds)]
+        command += ["--seconds", str(given.seconds), "--finds", str(given.finds.resolve())]
         log = finds.parent / f"{name}.log"
-        with log.open("wb") as said:
-            status = subprocess.run(command, stdout=said, stderr=said, cwd=finds.parent, env={**os.environ}).returncode
+        with log.open("wb") as text:
+            status = subprocess.run(command, stdout=text, stderr=text, cwd=finds.parent, env={**os.environ}).returncode
         if not report.exists() or status:
             bad += 1
             print(f"{name:12} ended with {status}; see {log}", flush=True)
