@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHOICES, tiny_folder, tiny_rows, tiny_tokenizer, write_jsonl
+from tiny import CHAT, CHOICES, tiny_folder, tiny_rows, tiny_tokenizer, write_jsonl
 from transformers import MambaConfig, MambaForCausalLM
 
 from thinwire import build, config
@@ -361,6 +361,11 @@ def test_a_token_without_a_row_in_the_embedding_is_named(place: Path, tmp_path: 
     with pytest.raises(DataError, match=r"data.choices: the token '<more>' has the number 259"):
         build.check_tokens(net, "m", used)
     build.check_tokens(Net.open(str(folder), hollow=True), "m", plain)
+    # with what the model is asked where it is served, although training reads what stands before an answer
+    net.tokenizer.chat_template = CHAT.replace("%}<assistant>{%", "%}<most>{%")
+    talk = build.dataset(data_of(place, template="chat", max_length=64), tiny_rows(1, closed=True), net.tokenizer)
+    with pytest.raises(DataError, match=r"generation prompt: the token '<most>' has the number 260"):
+        build.check_tokens(net, "m", talk)
 
 
 def test_a_method_that_a_model_cannot_have_is_refused_as_the_model_is_opened(place: Path, tmp_path: Path) -> None:

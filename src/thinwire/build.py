@@ -252,6 +252,7 @@ def check_tokens(net: Net, model: str, *sets: Dataset) -> None:
             for example in data.examples:
                 yield example.place, example.prompt, read
                 yield example.place, example.answer, written
+            yield "the chat template's generation prompt", data.asked, read
         for closed in {data.candidates for data in sets if data.candidates}:
             for answer in closed:
                 yield "data.choices", answer, written

@@ -146,6 +146,7 @@ class Dataset:
     cut: int = 0  # rows that lost tokens, to be short enough
     dropped: int = 0  # rows that were left out as too long
     ends: tuple[str, ...] = ()  # how answers end, where a chat template says it: generation stops there
+    asked: tuple[int, ...] = ()  # a chat template's generation prompt, with which the model is asked where it is served
     notes: tuple[str, ...] = field(default=(), compare=False)  # what people may not expect of the rows' text
 
     def __len__(self) -> int:

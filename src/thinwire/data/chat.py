@@ -82,9 +82,7 @@ def remarks(
     """What a template does that holds for all rows: another generation prompt, another end, no beginning."""
     found = turn(row, messages, tokenizer)
     lines = []
-    header = found.prompt
-    with contextlib.suppress(DataError):  # not every template takes a talk without its end
-        header = write(row, tokenizer, messages[:-1], tools=_tools(row), header=True)
+    header = generation_prompt(row, messages, tokenizer) or found.prompt
     if header.rstrip() != found.prompt.rstrip():
         shared = common(header, found.prompt)
         lines.append(
@@ -112,6 +110,13 @@ def remarks(
             "before a text: it stands before the prompts"
         )
     return lines
+
+
+def generation_prompt(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes before an answer that is yet to come; empty where it takes no talk without its end."""
+    with contextlib.suppress(DataError):
+        return write(row, tokenizer, messages[:-1], tools=_tools(row), header=True)
+    return ""
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, ends: Collection[str]) -> tuple[set[int], tuple[str, ...]]:

@@ -95,10 +95,13 @@ def tokenise_groups(
         except NoRowsLeft as error:
             error.group = i
             raise
+        asked: Tokens = ()
         ends = {text.end for text in data.rendered if text.end}
         notes = [note for text in data.rendered for note in text.notes]
         if isinstance(template, Chat):
-            notes += chat.remarks(group[0], templates.talk_of(group[0]), tokenizer, ends if choices is None else ())
+            talk = templates.talk_of(group[0])
+            notes += chat.remarks(group[0], talk, tokenizer, ends if choices is None else ())
+            asked = _encode([chat.generation_prompt(group[0], talk, tokenizer)], tokenizer)[0]
         found.append(
             Dataset(
                 tuple(examples),
@@ -108,6 +111,7 @@ def tokenise_groups(
                 cut=cut,
                 dropped=len(group) - len(examples),
                 ends=tuple(sorted(ends)),
+                asked=asked,
                 notes=tuple(dict.fromkeys(notes)),
             )
         )
