@@ -10,6 +10,7 @@ SLOW seconds of the processor is a find too; the slowest of each target is named
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -92,6 +93,11 @@ def fuzz(name: str, runs: int, seconds: int, report: Path, finds: Path) -> None:
             kind = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
             note(kind, data, f"{kind}: {error!s:.200}")
         took = time.process_time() - start
+        if took > slowest[0]:  # once more: a pass of Python's collector is not the input's time
+            start = time.process_time()
+            with contextlib.suppress(Exception):
+                target.run(data)
+            took = min(took, time.process_time() - start)
         if took > slowest[0]:
             slowest = (took, data)
             if took > SLOW:
