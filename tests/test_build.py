@@ -177,6 +177,9 @@ def test_a_closed_set_can_be_trained_on_as_text(place: Path, net: Net, tmp_path:
         assert (record["split"], record["rows"], len(record["samples"])) == ("heldout", 3, 3)
         assert record["accuracy"] is not None
         assert {sample["answer"] for sample in record["samples"]} <= set(CHOICES)
+        silent = run.model_copy(update={"eval": run.eval.model_copy(update={"show_rows": False})})
+        (record,) = build.job(silent, rows, net, tmp_path, 0, build.Watch()).evaluate()
+        assert record["samples"] == []  # a row stands in records only where the run file asks for it
         assert list(job.names) == ["client-0", "client-1"]
 
 

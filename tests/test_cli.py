@@ -28,6 +28,7 @@ from thinwire import __version__, cli, config, show
 from thinwire import records as recorder
 from thinwire.model.flat import Net
 from thinwire.runtime import checkpoint
+from thinwire.runtime.folder import locked
 
 SOURCE = Path(__file__).parent.parent / "src"
 METHODS = {
@@ -406,6 +407,40 @@ def test_a_folder_that_is_taken_is_left_alone(place: Path, done: Done, tmp_path:
     assert refused(*start, tmp_path / "new", "--resume") == f"{tmp_path / 'new'}: there is no run to resume"
     assert files(tmp_path) == {"notes.txt": b"mine"}
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_at_work_is_refused_whatever_is_asked_of_it(place: Path, done: Done, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    start = ("run", place / "run.toml", *METHODS["fedkseed"], "--out", out)
+    for folder, more in ((out, ()), (out, ("seed=1",)), (out, ("--resume",)), (done("fedkseed")[0], ("--resume",))):
+        with locked(folder):
+            assert "another process (pid" in refused(*start[:-1], folder, *more)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("changed", ["rows", "weights"])
+def test_a_run_goes_on_with_the_rows_and_the_model_that_it_began_with(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    here = tmp_path / "place"
+    shutil.copytree(place, here)
+    file = here / "run.toml"
+    file.write_text(file.read_text().replace(str(place), str(here)))
+    start = ("run", file, *METHODS["fedkseed"], "--out", tmp_path / "out")
+
+    def stop(self: show.Live, record: dict[str, Any], left: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(show.Live, "round_ends", stop)
+        assert thinwire(*start).code == 1
+    if changed == "rows":
+        path = here / "rows.jsonl"
+        path.write_text("\n".join(reversed(path.read_text().splitlines())) + "\n")
+    else:
+        tiny_folder(here / "model", seed=7)
+    what = "the clients' rows are" if changed == "rows" else "the start model's weights are"
+    assert f"{what} not those that the run began with" in refused(*start, "--resume")
 
 
 # Stops

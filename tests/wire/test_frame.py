@@ -603,6 +603,34 @@ def test_a_header_of_another_length_is_malformed(length: int) -> None:
         peek(data)
 
 
+@pytest.mark.parametrize("nothing", [b"\x90", b"\x80"])
+def test_a_header_of_more_lists_than_any_model_has_tensors_is_not_built(nothing: bytes) -> None:
+    count = 2 * frame.MAX_LISTS
+    start = msgpack.packb(["Small", 0, 0, 0, None])
+    packed = bytes([start[0] + 1]) + start[1:] + b"\xdd" + count.to_bytes(4, "big") + count * nothing
+    with pytest.raises(Malformed):
+        peek(seal(packed))
+
+
+def test_a_receiver_that_knows_the_model_reads_no_longer_header(send: Send) -> None:
+    names = ["a", "b" * 50]
+    sent = send(Small(1, 0.5, torch.zeros(3), {name: torch.zeros(2, 3) for name in names}))
+    room = frame.header_room(Small, names)
+    assert room < 5_000
+    assert peek(sent, room) == peek(sent)
+    with pytest.raises(TooLarge, match="a header of"):
+        peek(sent, 8)
+    assert frame.header_room(Everything, names) == frame.MAX_HEADER  # it has texts and bytes of its own
+
+
+@pytest.mark.parametrize("held", ["x" * 129, "a\nb", "caf\u00e9"])
+def test_a_version_that_is_none_is_malformed(held: str) -> None:
+    parts = header()
+    parts[4] = held
+    with pytest.raises(Malformed):
+        peek(seal(parts))
+
+
 def test_a_frame_over_the_cap_is_too_large_before_it_is_read(send: Send, tmp_path: Path) -> None:
     sent = send(small())
     decode(Small, sent, max_bytes=len(sent))
