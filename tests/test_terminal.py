@@ -59,3 +59,8 @@ def test_what_is_printed_is_escaped_and_json_stays_json(capsys: pytest.CaptureFi
         out = capsys.readouterr().out
         assert json.loads(out) == {OTHERS: "\x7f"}
         assert printable(out) == out
+
+
+def test_json_for_other_programs_holds_no_number_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_json([{"loss": float("nan"), "perplexity": float("inf"), "rows": 3}])
+    assert json.loads(capsys.readouterr().out) == [{"loss": None, "perplexity": None, "rows": 3}]

@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 def dumps(value: Any, indent: int | None = None) -> str:
     """The value as JSON; a number that is not finite, which JSON lacks, is null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def append(path: Path, record: Record) -> None:
@@ -84,9 +84,10 @@ def _record(line: bytes) -> Record | None:
     return found if isinstance(found, dict) and type(found.get("round")) is int else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null for each number that is not finite, as deep as it goes."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -12,6 +12,7 @@ import typer
 
 from thinwire.data.shown import printable, printable_json
 from thinwire.errors import RunError
+from thinwire.records import finite
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
 
@@ -27,7 +28,7 @@ def echo(text: str = "", err: bool = False) -> None:
 
 def echo_json(value: Any, ascii: bool = True) -> None:
     """Print the value as JSON, which stays JSON: control characters are its own escapes."""
-    typer.echo(printable_json(value, ascii))
+    typer.echo(printable_json(finite(value), ascii))
 
 
 class Notes(logging.Handler):
