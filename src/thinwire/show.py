@@ -115,10 +115,6 @@ class Live(Watch):
         if resume:
             self.console.print(f"  going on from the last checkpoint in {folder}", soft_wrap=True)
 
-    def noticed(self, line: str) -> None:
-        """See Watch."""
-        self.console.print(f"  {line}", soft_wrap=True)
-
     def remark(self, line: str | None) -> None:
         """A line about the rows: how many were cut or left out, what a template does with them; None says nothing."""
         if line is not None:

@@ -49,7 +49,7 @@ class Watch:
         """A line that evals.jsonl gets."""
 
     def noticed(self, line: str) -> None:
-        """What people must know of a run that goes on, such as records that are lost."""
+        """What people must know of a run that goes on, such as records that are lost; the log has it too."""
 
 
 @dataclass
