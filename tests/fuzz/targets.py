@@ -37,6 +37,7 @@ from thinwire.federation import channel
 from thinwire.federation.payloads import Hello, Ready, Scores
 from thinwire.methods import METHODS
 from thinwire.methods.cgfed import Tgap
+from thinwire.wire.legal import check_report
 from thinwire.wire.payload import fields_of
 
 SHAPES = ((24, 16), (7,), (1,), (3, 5, 2), (65,))
@@ -446,6 +447,7 @@ def replies(data: bytes) -> None:
     wire.peek(frame)
     up = wire.decode(at.method.Up, frame, LARGEST)
     state = wire.decode(at.method.State, at.state)
+    check_report(up)
     at.method.check(state, 0, up)
     try:
         state, metrics = at.method.aggregate(state, at.federation.server(2, (0, 1, 2)), iter([(0, up)]))
