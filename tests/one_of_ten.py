@@ -171,7 +171,12 @@ def table(folder: Path, rounds: int, names: Mapping[str, Method] = METHODS) -> l
         start = Federation(method, net, folder / name / "start", sizes=SIZES)
         moved = float((end - weights_of(start)).norm())
         for attack, forge in ATTACKS.items():
-            ended = begun(method, net, folder / name / attack, rounds, forge).run()
+            try:
+                ended = begun(method, net, folder / name / attack, rounds, forge).run()
+            except ValueError as error:  # the codec has no word for it, so it cannot be sent
+                row = {"off": math.nan, "loss": math.nan, "dropped": rounds, "reason": str(error)}
+                rows.append({"method": name, "attack": attack, **row})
+                continue
             found = weights_of(ended)
             errors = [at.visits[ONE].error for at in ended.history if at.visits[ONE].error]
             off = float((found - end).norm()) / moved
@@ -210,7 +215,7 @@ def main() -> None:
 
 def _cell(row: Mapping[str, Any], rounds: int) -> str:
     if row["dropped"] >= rounds:
-        return "dropped"
+        return "cannot be sent" if math.isnan(row["off"]) else "dropped"
     some = f", dropped {row['dropped']}x" if row["dropped"] else ""
     return f"{row['off']:.2g}, loss {row['loss']:.3g}{some}"
 

@@ -23,7 +23,7 @@ class Progress:
     """Where a run stands after a round.
 
     `held`: client -> version. `memory`: client -> the round of its newest file of memory; `evals`: lines of
-    evals.jsonl; None in the checkpoints of a version that did not write them.
+    evals.jsonl; `versions`: those that the store keeps; None in the checkpoints of a version that did not write them.
     """
 
     round: int
@@ -35,6 +35,7 @@ class Progress:
     finished: bool = False
     memory: dict[str, int] | None = None
     evals: int | None = None
+    versions: list[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def _train(job: Job) -> Record:
         seconds = progress.seconds + time.perf_counter() - clock
         names = {str(id): version for id, version in held.items()}
         newest = {str(id): written for id, written in memories.newest.items()}
-        now = Progress(round, names, bytes_down, bytes_up, seconds, peak, finished, newest, evals)
+        now = Progress(round, names, bytes_down, bytes_up, seconds, peak, finished, newest, evals, versions.kept())
         checkpoint.write(states, state, now)
         versions.trim()
         if job.transport is not None:  # clients elsewhere work on nets of their own, and long: no model lies idle here
@@ -161,6 +161,8 @@ def _train(job: Job) -> Record:
     round, bytes_down, bytes_up = progress.round, progress.bytes_down, progress.bytes_up
     held = {int(id): version for id, version in progress.held.items()}
     memories.rewind(round)
+    if progress.versions is not None:
+        versions.rewind(progress.versions)
     notes += records.rewind(job.folder / "rounds.jsonl", round, round)
     notes += records.rewind(job.folder / "evals.jsonl", round if found else -1, progress.evals)
     for note in notes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,26 @@ class VersionStore:
 
     def trim(self, newest: Path | None = None) -> None:
         """Drop the oldest versions beyond the bound; `newest`, that was just put, stays whatever the clock says."""
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, p.name))
-        for old in files[: -self.keep]:
+        for old in self._files()[: -self.keep]:
             if old != newest:
                 old.unlink()
+
+    def kept(self) -> list[str]:
+        """The versions that `trim` leaves, oldest first."""
+        return [file.stem for file in self._files()[-self.keep :]]
+
+    def rewind(self, kept: Sequence[str]) -> None:
+        """Leave these versions alone, in this order: what a round that was cut off has put is gone."""
+        for file in self._files():
+            if file.stem not in kept:
+                file.unlink()
+        now = time.time_ns()
+        for i, version in enumerate(kept, -len(kept)):
+            if self._path(version).exists():  # the system's own clock for files has too coarse a tick for an order
+                os.utime(self._path(version), ns=(now + i, now + i))
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, p.name))
 
     def get(self, version: str) -> Mapping[str, Tensor] | None:
         """The tensors of a version, each read when asked for; None if it is not held (any more)."""
