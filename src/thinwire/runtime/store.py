@@ -91,6 +91,8 @@ class _File:
         with path.open("rb") as content:
             length = int.from_bytes(content.read(8), "little")
             header = json.loads(content.read(length))
+        if unknown := {header[name]["dtype"] for name in names} - set(DTYPES):
+            raise SafetensorError(f"tensors of {min(unknown)}")
         self.start = 8 + length
         self.specs = {name: Spec(DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])) for name in names}
         self.places = {name: header[name]["data_offsets"][0] for name in names}
