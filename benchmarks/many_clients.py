@@ -56,7 +56,7 @@ def measured(count: int, folder: Path) -> dict[str, float]:
     with rows.open("w") as file:
         for i in range(2 * count):
             word, answer = (("splendid", "great"), ("dreadful", "terrible"))[i // 2 % 2]
-            file.write(json.dumps({"input": f"{word} {i % 97}", "output": answer}) + "\n")
+            file.write(json.dumps({"input": f"{word} {i}", "output": answer}) + "\n")
     settings = f"""
 rounds = {ROUNDS}
 threads = 1

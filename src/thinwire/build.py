@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import xxhash
 
@@ -207,6 +208,8 @@ def _training_data(run: Run, groups: Sequence[list[Row]], tokenizer: PreTrainedT
     training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
     pack = run.data.max_length if run.data.pack else 0
     found = datasets(training, groups, tokenizer, classes_of(run))
+    if not run.data.balanced and not pack:
+        return found
     return [replace(data, balanced=run.data.balanced, pack=pack) for data in found]
 
 
@@ -225,12 +228,15 @@ def check_answers(data: config.Data, rows: Rows) -> None:
     def answer(row: Row) -> str:
         return templates.answer_value(row, template)
 
-    trained = {answer(row) for held in rows.clients.values() for row in in_words(data, held)}
-    for choice in data.choices or ():
-        if choice not in trained:
-            others = [row for held in rows.splits.values() for row in in_words(data, held) if answer(row) == choice]
-            where = f"; {others[0].source}:{others[0].line} holds it out" if others else ""
-            raise DataError(f"data.choices: no client's row has the answer {choice!r}{where}")
+    unseen = set(data.choices or ())
+    for held in rows.clients.values():
+        unseen.difference_update(map(answer, in_words(data, held)))
+        if not unseen:
+            return
+    choice = next(choice for choice in data.choices or () if choice in unseen)
+    others = [row for held in rows.splits.values() for row in in_words(data, held) if answer(row) == choice]
+    where = f"; {others[0].source}:{others[0].line} holds it out" if others else ""
+    raise DataError(f"data.choices: no client's row has the answer {choice!r}{where}")
 
 
 def check_context(context: int | None, model: str, examples: Iterable[Example]) -> None:
@@ -246,6 +252,9 @@ def check_context(context: int | None, model: str, examples: Iterable[Example]) 
 def check_tokens(net: Net, model: str, *sets: Dataset) -> None:
     """Raise DataError for an example or an answer with a token for which the model's embedding, or head, has no row."""
     read, written = net.rows
+    fits = min(read, written)
+    if all(_largest(data) < fits for data in sets):
+        return
 
     def parts() -> Iterator[tuple[str, tuple[int, ...], int]]:
         for data in sets:
@@ -265,6 +274,14 @@ def check_tokens(net: Net, model: str, *sets: Dataset) -> None:
                 f"{'embedding' if read <= rows else 'head'} of {model} has {min(rows, read)} rows: leave it out, or "
                 "enlarge the model (resize_token_embeddings of transformers)"
             )
+
+
+def _largest(data: Dataset) -> int:
+    """The largest token of the data set."""
+    found = max(data.asked, default=0)
+    for example in data.examples:
+        found = max(found, *example.prompt, *example.answer)
+    return max(found, *itertools.chain.from_iterable(data.candidates or ()), 0)
 
 
 def public_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
@@ -376,7 +393,7 @@ def fingerprints(job: Job) -> dict[str, str]:
         rows.update(f"{name} {len(data.examples)}\n".encode())
         for example in data.examples:
             rows.update(f"{len(example.prompt)} {example.choice} ".encode())
-            rows.update(np.array([*example.prompt, *example.answer], np.int64).tobytes())
+            rows.update(array("q", (*example.prompt, *example.answer)).tobytes())
     for name in job.net.names:
         tensor = job.net.base[name]
         weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

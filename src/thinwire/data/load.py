@@ -27,6 +27,7 @@ from thinwire.data.content import lines
 from thinwire.data.errors import DataError
 
 FORM = "JSON, one object a line"
+PLAIN = (str, bool, int)  # what is present as it is
 SHAPES = (("messages",), ("prompt", "completion"), ("instruction", "output"))  # of a row, the answer's column last
 
 
@@ -53,6 +54,9 @@ class Row:
 
     def text(self, column: str) -> str:
         """The text in `column`, numbers written out; DataError where it is missing or no text."""
+        found = self.fields.get(column)
+        if type(found) is str and found.isascii():
+            return found
         return self.as_text(self.value(column), f"field '{column}'")
 
     def as_text(self, value: Any, name: str) -> str:
@@ -111,7 +115,10 @@ def present(value: Any) -> Any:
     if isinstance(value, Decimal):
         return value if value.is_finite() else None
     if isinstance(value, Mapping):
-        return {str(name): present(inner) for name, inner in value.items()}
+        return {
+            str(name): inner if inner is None or type(inner) in PLAIN else present(inner)
+            for name, inner in value.items()
+        }
     if isinstance(value, list | tuple):
         return [present(inner) for inner in value]
     if isinstance(value, np.datetime64 | np.timedelta64):  # .item() of a nanosecond is a bare number
@@ -154,7 +161,7 @@ def _row(fields: Any, source: str, line: int, what: str) -> Row:
 def _parsed(content: bytes, source: str, line: int) -> Any:
     """What stands in a line, or from that line on."""
     try:
-        return json.loads(content.rstrip().decode(), object_pairs_hook=_object)
+        return DECODER.decode(content.rstrip().decode())
     except UnicodeDecodeError as error:
         line += content.count(b"\n", 0, error.start)
         raise DataError(f"{source}:{line}: the line is not UTF-8") from None
@@ -177,3 +184,6 @@ def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise KeyError(name)
         found[name] = value
     return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)

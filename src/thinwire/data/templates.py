@@ -66,6 +66,7 @@ def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
     return tuple(parts)
 
 
+@functools.lru_cache
 def _columns(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(column for _, column in _parts(text) if column is not None))
 

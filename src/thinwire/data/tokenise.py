@@ -233,9 +233,32 @@ def _tokens(
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
     if not texts:
         return []
+    different = list(dict.fromkeys(texts))  # answers are often few
     # verbose=False: a text beyond the model's length is cut here, the tokenizer need not warn of it.
-    ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [tuple(tokens) for tokens in ids]
+    first = tokenizer(different[:1], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    if _is_plain(tokenizer):  # no truncation or padding is left from other calls: the first one has seen to that
+        rest = [
+            found.ids
+            for found in tokenizer.backend_tokenizer.encode_batch_fast(different[1:], add_special_tokens=False)
+        ]
+    elif different[1:]:
+        rest = tokenizer(different[1:], add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+    else:
+        rest = []
+    ids = {text: tuple(tokens) for text, tokens in zip(different, [*first, *rest], strict=True)}
+    return [ids[text] for text in texts]
+
+
+def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer only hands texts on to the Rust library, whose answers it wraps slowly."""
+    from transformers import PreTrainedTokenizerFast
+
+    steps = ("__call__", "_encode_plus", "_batch_encode_plus")
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(type(tokenizer), step, None) is getattr(PreTrainedTokenizerFast, step, None) for step in steps
+    )
 
 
 def _closed(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
