@@ -241,8 +241,10 @@ def check_answers(data: config.Data, rows: Rows) -> None:
 
 def check_context(context: int | None, model: str, examples: Iterable[Example]) -> None:
     """Raise DataError for an example that is longer than the model's context."""
+    if context is None:
+        return
     for example in examples:
-        if context is not None and len(example) > context:
+        if len(example) > context:
             raise DataError(
                 f"{example.place}: the row has {len(example)} tokens, and the context of {model} is {context}; "
                 f"set data.max_length to {context} or less"
@@ -390,10 +392,11 @@ def fingerprints(job: Job) -> dict[str, str]:
     """What a run goes on with must be: hashes of the clients' examples, and of the weights that they start from."""
     rows, weights = xxhash.xxh3_128(), xxhash.xxh3_128()
     for name, data in zip(job.names, job.clients, strict=True):
-        rows.update(f"{name} {len(data.examples)}\n".encode())
+        parts = [f"{name} {len(data.examples)}\n".encode()]
         for example in data.examples:
-            rows.update(f"{len(example.prompt)} {example.choice} ".encode())
-            rows.update(array("q", (*example.prompt, *example.answer)).tobytes())
+            parts.append(f"{len(example.prompt)} {example.choice} ".encode())
+            parts.append(array("q", example.prompt + example.answer).tobytes())
+        rows.update(b"".join(parts))
     for name in job.net.names:
         tensor = job.net.base[name]
         weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

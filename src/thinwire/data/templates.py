@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import string
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -71,8 +72,16 @@ def _columns(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(column for _, column in _parts(text) if column is not None))
 
 
-def _fill(text: str, values: dict[str, str]) -> str:
-    return "".join(literal + (values[column] if column is not None else "") for literal, column in _parts(text))
+@functools.lru_cache
+def _pattern(text: str) -> tuple[str, tuple[str, ...]]:
+    """The format string for `%`, and the columns that go into it, in their order."""
+    pattern = "".join(literal.replace("%", "%%") + "%s" * (column is not None) for literal, column in _parts(text))
+    return pattern, tuple(column for _, column in _parts(text) if column is not None)
+
+
+def _fill(text: str, value: Callable[[str], str]) -> str:
+    pattern, columns = _pattern(text)
+    return pattern % tuple(map(value, columns))
 
 
 @dataclass(frozen=True)
@@ -145,13 +154,10 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
     prompt = template.prompt
     if template.bare is not None and (row.fields.get("input") is None or not row.text("input").strip()):
         prompt = template.bare
-    answer = {column: row.text(column) for column in _columns(template.answer)}
-    if not any(value.strip() for value in answer.values()):
-        raise row.error(f"field '{next(iter(answer))}' is empty: there is no answer to learn")
-    return Rendered(
-        _fill(prompt, {column: row.text(column) for column in _columns(prompt)}),
-        _fill(template.answer, answer),
-    )
+    answer, columns = _fill(template.answer, row.text), _columns(template.answer)
+    if not any([row.text(column).strip() for column in columns]):
+        raise row.error(f"field '{columns[0]}' is empty: there is no answer to learn")
+    return Rendered(_fill(prompt, row.text), answer)
 
 
 def answer_value(row: Row, template: AnyTemplate) -> str:
@@ -182,7 +188,7 @@ def answer_text(template: AnyTemplate, value: str) -> str:
         return value
     column = _answer_column(template)
     if isinstance(template, Template):
-        return _fill(template.answer, {column: value})
+        return _fill(template.answer, {column: value}.__getitem__)
     return fill(template.answer, {column: value}, Row({}, "the answer template", 1))
 
 
@@ -245,6 +251,7 @@ def _passed_over(row: Row) -> list[str]:
     return [f"rows with several answers: '{taken}' is read, {' and '.join(others)} not"] if others else []
 
 
+@functools.lru_cache
 def _answer_column(template: Template | Jinja) -> str:
     columns = answer_columns(template)
     if len(columns) != 1:

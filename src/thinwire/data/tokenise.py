@@ -10,7 +10,7 @@ token, as elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Tokens = tuple[int, ...]
 TooLong = Literal["answer", "cut", "drop"]
 
+BATCH = 1000  # texts that go to the tokenizer at once: more of them are slower
 SPACES = ("▁", "Ġ", " ")  # how a token begins that has a space in front
 ANCHORS = ("\n", ".", ":", "|", "0")  # a text that follows one of them is no beginning
 
@@ -85,6 +86,7 @@ def tokenise_groups(
     prompts, answers = _tokens(rendered, template, tokenizer, ended=choices is None and eos)
     pad, bos, found, start = _pad(tokenizer), tokenizer.bos_token_id, [], 0
     candidates: tuple[Tokens, ...] | None = None
+    listed = tuple(choices or ())
     for i, group in enumerate(groups):
         these = slice(start, start := start + len(group))
         if choices is not None and (candidates is None or isinstance(template, Chat)):
@@ -95,10 +97,10 @@ def tokenise_groups(
         except NoRowsLeft as error:
             error.group = i
             raise
-        asked: Tokens = ()
-        ends = {text.end for text in data.rendered if text.end}
-        notes = [note for text in data.rendered for note in text.notes]
+        asked, ends, notes = (), set[str](), list[str]()
         if isinstance(template, Chat):
+            ends = {text.end for text in data.rendered if text.end}
+            notes = [note for text in data.rendered for note in text.notes]
             talk = templates.talk_of(group[0])
             notes += chat.remarks(group[0], talk, tokenizer, ends if choices is None else ())
             asked = _encode([chat.generation_prompt(group[0], talk, tokenizer)], tokenizer)[0]
@@ -107,7 +109,7 @@ def tokenise_groups(
                 tuple(examples),
                 pad,
                 candidates,
-                tuple(choices or ()),
+                listed,
                 cut=cut,
                 dropped=len(group) - len(examples),
                 ends=tuple(sorted(ends)),
@@ -135,10 +137,11 @@ class _Group:
         """The examples, and how many of them were cut; NoRowsLeft where there are none."""
         longest = 0 if self.candidates is None else max(len(tokens) for tokens in self.candidates)
         examples, cut = [], 0
+        number = {choice: i for i, choice in enumerate(self.choices or ())}
         for row, text, prompt, own in zip(self.rows, self.rendered, self.prompts, self.answers, strict=True):
             answer, choice = own, None
-            if self.candidates is not None and self.choices is not None:
-                choice = _choice(row, template, self.choices)
+            if self.candidates is not None:
+                choice = _choice(row, template, number)
                 answer = self.candidates[choice]
             if not answer:
                 raise row.error("the answer has no tokens")
@@ -237,10 +240,9 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[To
     # verbose=False: a text beyond the model's length is cut here, the tokenizer need not warn of it.
     first = tokenizer(different[:1], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     if _is_plain(tokenizer):  # no truncation or padding is left from other calls: the first one has seen to that
-        rest = [
-            found.ids
-            for found in tokenizer.backend_tokenizer.encode_batch_fast(different[1:], add_special_tokens=False)
-        ]
+        encode = tokenizer.backend_tokenizer.encode_batch_fast
+        parts = (different[start : start + BATCH] for start in range(1, len(different), BATCH))
+        rest = [found.ids for part in parts for found in encode(part, add_special_tokens=False)]
     elif different[1:]:
         rest = tokenizer(different[1:], add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
@@ -350,12 +352,13 @@ def _candidates(
     return tuple(encoded)
 
 
-def _choice(row: Row, template: AnyTemplate, choices: Sequence[str]) -> int:
+def _choice(row: Row, template: AnyTemplate, choices: Mapping[str, int]) -> int:
+    """The number of the row's answer among the choices; DataError where it is none of them."""
     value = templates.answer_value(row, template)
     if value not in choices:
         shown = value if len(value) <= 40 else value[:40] + "..."
         raise row.error(f"the answer {shown!r} is not one of the choices: {', '.join(choices)}")
-    return list(choices).index(value)
+    return choices[value]
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
