@@ -48,12 +48,13 @@ try:
 except SystemExit as end:
     if end.code:
         raise
-json.dump({"imports": imported - began, "start": times[0], "seconds": seconds, "resident": memory.resident()}, open(out, "w"))
+found = {"imports": imported - began, "start": times[0], "seconds": seconds, "resident": memory.resident()}
+json.dump(found, open(out, "w"))
 """
 
 
 def measured(count: int, folder: Path) -> dict[str, float]:
-    """Seconds of the imports and from there to the first round, seconds a round, and MB resident at the end of a run of so many clients."""
+    """Seconds of the imports, from there to the first round, and of a round; MB resident at the end."""
     rows = folder / f"{count}.jsonl"
     with rows.open("w") as file:
         for i in range(2 * count):
