@@ -47,6 +47,7 @@ class Federation:
     sizes: tuple[int, ...] = (12, 8, 16)
     seed: int = 0
     tamper: Tamper | None = None  # changes a reply's frame on its way, None: loses it
+    watch: Callable[[Frame], None] = lambda frame: None  # sees each frame, as it is sent and as it comes
     before_client: Callable[[Net], None] = lambda net: None
     spool: Path | None = None
     public: Dataset | None = None  # the server's own rows
@@ -81,7 +82,8 @@ class Federation:
         """One round; its record."""
         self.round += 1
         cohort = tuple(range(len(self.sizes))) if cohort is None else tuple(cohort)
-        transport = Tampered(InProcess(self.method, self.client, lambda c: c.memory.commit(), self.spool), self.tamper)
+        inner = InProcess(self.method, self.client, lambda c: c.memory.commit(), self.spool)
+        transport = Tampered(inner, self.tamper, self.watch)
         at = Round(1, self.server(self.round, cohort), transport, self.held, self.spool)
         at.max_header = header_room(self.method.Up, self.net.names)
         at.caps, at.examples = self.caps, self.examples
@@ -97,14 +99,22 @@ class Federation:
 
 
 class Tampered:
-    """A transport whose replies pass through `tamper`."""
+    """A transport whose replies pass through `tamper`, and whose frames `watch` sees."""
 
-    def __init__(self, inner: InProcess, tamper: Tamper | None) -> None:
-        self.inner, self.tamper = inner, tamper
+    def __init__(self, inner: InProcess, tamper: Tamper | None, watch: Callable[[Frame], None]) -> None:
+        self.inner, self.tamper, self.watch = inner, tamper, watch
 
     def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
         """See core.Transport."""
-        for reply in self.inner.exchange(frames):
+
+        def sent() -> Iterator[tuple[int, Frame]]:
+            for client, frame in frames:
+                self.watch(frame)
+                yield client, frame
+
+        for reply in self.inner.exchange(sent()):
+            if reply.frame is not None:
+                self.watch(reply.frame)
             if self.tamper is None or reply.frame is None:
                 yield reply
             else:

@@ -119,12 +119,21 @@ VIEWS = {
 HALVES = {"gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"}  # rows in bfloat16
 
 
-@pytest.fixture(scope="module")
-def nets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Net, Net]:
-    folder = tmp_path_factory.mktemp("model")
+def opened(folder: Path) -> tuple[Net, Net, Net]:
+    """The tiny model whole, as a LoRA view, and in bfloat16."""
     adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
     half = tiny_net(folder, "bfloat16")
     return tiny_net(folder), Net.open(str(folder), remember=True, adapt=adapt), half
+
+
+def net_for(row: str, nets: tuple[Net, Net, Net]) -> Net:
+    """The one that a row runs on."""
+    return nets[1 if row in VIEWS else 2 if row in HALVES else 0]
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Net, Net]:
+    return opened(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(params=list(ROWS))
@@ -134,7 +143,7 @@ def row(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def net(row: str, nets: tuple[Net, Net, Net]) -> Net:
-    return nets[1 if row in VIEWS else 2 if row in HALVES else 0]
+    return net_for(row, nets)
 
 
 @pytest.fixture

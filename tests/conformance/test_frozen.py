@@ -1,0 +1,77 @@
+"""What must not change by moving code: the sha256 of every frame and of the last state of three rounds of each row.
+
+The numbers stand in frozen.json, by processor, for a product's rounding depends on it. `python
+tests/conformance/test_frozen.py` writes those of this machine: only where a row is new, or its bytes are meant to be
+others, which the change log then says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import test_methods  # noqa: E402
+from federation import Federation  # noqa: E402
+from test_methods import ROWS, method, net, nets, row  # noqa: E402, F401 - fixtures
+
+from thinwire import wire  # noqa: E402
+from thinwire.core import Method  # noqa: E402
+from thinwire.model.flat import Net  # noqa: E402
+
+TABLE = HERE / "frozen.json"
+ROUNDS = 3
+
+
+def processor() -> str:
+    """What the rounding of products depends on, beside the versions of the libraries."""
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return " ".join(about.get(name, "?") for name in ("vendor_id", "cpu family", "model"))
+
+
+def digest(frame: wire.Frame) -> str:
+    """The first half of a frame's sha256."""
+    assert isinstance(frame, bytes)
+    return hashlib.sha256(frame).hexdigest()[:32]
+
+
+def digests(method: Method, net: Net, folder: Path) -> dict[str, list[str]]:  # noqa: F811
+    """Of three rounds: of each frame, in the order in which they travel, and of the state after them."""
+    frames: list[str] = []
+    federation = Federation(method, net, folder, rounds=ROUNDS, watch=lambda frame: frames.append(digest(frame))).run()
+    return {"frames": frames, "state": [digest(wire.encode(federation.state))]}
+
+
+def test_frames_and_states_are_what_they_were(row: str, method: Method, net: Net, tmp_path: Path) -> None:  # noqa: F811
+    table = json.loads(TABLE.read_text())
+    if processor() not in table:
+        pytest.skip(f"no digests of this processor ({processor()}); there are those of {', '.join(table)}")
+    assert digests(method, net, tmp_path) == table[processor()][row]
+
+
+def test_every_row_is_frozen() -> None:
+    assert all(set(rows) == set(ROWS) for rows in json.loads(TABLE.read_text()).values())
+
+
+def main() -> None:
+    """Write the table."""
+    import tempfile
+
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        made = test_methods.opened(Path(folder) / "model")
+        rows = {
+            name: digests(ROWS[name][0], test_methods.net_for(name, made), Path(folder) / name) for name in sorted(ROWS)
+        }
+    TABLE.write_text(json.dumps(table | {processor(): rows}, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    main()
