@@ -34,7 +34,7 @@ def make(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    from thinwire.model.find import resolve
+    from thinwire.model.resolve import resolve
 
     source = resolve("smollm2-135m-instruct")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -60,7 +60,7 @@ def measure(part: str, folder: Path, law: str) -> dict[str, float]:
     from thinwire.data.batch import Dataset, Example
     from thinwire.keys import Key
     from thinwire.methods.fedkseed import FedKSeed
-    from thinwire.model.flat import Net
+    from thinwire.model.net import Net
     from thinwire.runtime.store import ClientMemory, VersionStore
     from thinwire.train.objective import loss
 

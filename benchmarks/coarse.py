@@ -19,8 +19,8 @@ from rows import Row, finish
 from torch import Tensor
 from ulp import differences
 
-from thinwire.compress import coarse
-from thinwire.compress.quantise import Blocks
+from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.exact import coarse
 
 
 def entropy(counts: NDArray[np.float64]) -> float:

@@ -27,11 +27,11 @@ from rows import Row, finish
 from safetensors.torch import load_file
 from torch import Tensor
 
-from thinwire.compress import autoencoder, components
 from thinwire.compress.catalogue import Code, Name, code_of
-from thinwire.compress.fidelity import Fidelity, cosine, fidelity
-from thinwire.compress.image import Image
-from thinwire.compress.quantise import Blocks
+from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.learned import autoencoder, components
+from thinwire.compress.learned.fidelity import Fidelity, cosine, fidelity
+from thinwire.compress.learned.lora_image import Image
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def main() -> None:
             place = folder / name.replace(" ", "-")
             cost = apart.read(place) or apart.measure(run, [0], place)
             print(name, cost, flush=True)  # noqa: T201
-            from thinwire.estimate.estimate import estimate
+            from thinwire.estimate.costs import estimate
 
             said = estimate(run)
             for side, measured in (("client", cost.client_memory), ("server", cost.server_memory)):

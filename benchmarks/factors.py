@@ -16,9 +16,9 @@ from rows import Row, finish
 from torch import Tensor
 
 from thinwire import build, config
-from thinwire.compress.factors import Factors
-from thinwire.compress.rotate import Eden
-from thinwire.compress.sparsify import TopK
+from thinwire.compress.codecs.eden import Eden
+from thinwire.compress.codecs.factors import Factors
+from thinwire.compress.codecs.topk import TopK
 from thinwire.keys import Key
 from thinwire.train.local import train_locally
 

@@ -31,7 +31,7 @@ from thinwire import apart, build, config, wire
 from thinwire.core import Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
-from thinwire.runtime.loop import read_records
+from thinwire.runtime.course import read_records
 from thinwire.runtime.store import VersionStore
 
 CLIENTS, ROWS, LENGTH, STEPS = 10, 4, 128, 20

@@ -28,7 +28,7 @@ from rows import Row, finish
 from thinwire import build, config
 from thinwire.federation.local import Local, named
 from thinwire.keys import Key
-from thinwire.runtime import loop
+from thinwire.runtime import course
 
 TESTS = Path(__file__).parent.parent / "tests"
 PARTS = ("thin", "wide", "sites")
@@ -115,7 +115,7 @@ def federated(run: config.Run, folder: Path) -> tuple[list[float], Peaks, Peaks]
     def watch() -> None:
         hub.look([process.pid for process in local.server.children.running.values()])
         site.look([process.pid for process in local.sites[local.names[0]].children.running.values()])
-        if not hub.loading and loop.read_records(out / "rounds.jsonl"):
+        if not hub.loading and course.read_records(out / "rounds.jsonl"):
             hub.begin_anew()
             site.begin_anew()
 
@@ -124,7 +124,7 @@ def federated(run: config.Run, folder: Path) -> tuple[list[float], Peaks, Peaks]
         local.follow(out, run, rows.splits, watch)
     finally:
         local.stop()
-    records = loop.read_records(out / "rounds.jsonl")
+    records = course.read_records(out / "rounds.jsonl")
     if any("error" in client for record in records for client in record["clients"]):
         raise RuntimeError(f"a client was absent: {records}")
     return [record["seconds"] for record in records], hub, site
@@ -135,8 +135,8 @@ def alone(run: config.Run, folder: Path) -> list[float]:
     folder.mkdir()
     build.use_threads(run)
     net = build.net_of(run, remember=True)
-    loop.train(build.job(run, build.rows_of(run.data, Key.root(run.seed)), net, folder, 0, loop.Watch()))
-    return [record["seconds"] for record in loop.read_records(folder / "rounds.jsonl")]
+    course.train(build.job(run, build.rows_of(run.data, Key.root(run.seed)), net, folder, 0, course.Watch()))
+    return [record["seconds"] for record in course.read_records(folder / "rounds.jsonl")]
 
 
 def thin(place: Path) -> list[Row]:

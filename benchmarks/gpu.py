@@ -3,11 +3,12 @@
     python benchmarks/gpu.py [--elements N] [--json FILE]
 
 The weights are N bfloat16 parameters (3 billion if not given, 51 million at least) in three tensors. Under the sign
-law each is moved by one `gpu.accumulate`. Under the low-rank law (r = 1) they are matrices of 4096 x 4096: both factors
-from `gpu.matrix`, and their product, added to the weights in float32, from `torch.addmm` without TF32; what is left of
-a tensor stays as it is and is not counted. The reference is for each seed `torch.manual_seed`, and for each tensor
-`torch.normal` into another and `add_` with the seed's coefficient; it needs the same time for every seed, and is given
-4. All is measured three times, in turn, after a first time that does not count; the shortest time counts.
+law each is moved by one `triton_kernels.accumulate`. Under the low-rank law (r = 1) they are matrices of 4096 x 4096:
+both factors from `triton_kernels.matrix`, and their product, added to the weights in float32, from `torch.addmm`
+without TF32; what is left of a tensor stays as it is and is not counted. The reference is for each seed
+`torch.manual_seed`, and for each tensor `torch.normal` into another and `add_` with the seed's coefficient; it needs
+the same time for every seed, and is given 4. All is measured three times, in turn, after a first time that does not
+count; the shortest time counts.
 
 The limit of the sign law is the GPU's 32-bit integer multiplier: Philox takes 20 products for four elements and 32
 seeds, and a multiprocessor makes 64 a clock (compute capability 7.0 to 10.0) at its highest clock. To read and write
@@ -49,7 +50,7 @@ def main() -> int:
         return 2
     import triton
 
-    from thinwire.perturb import gpu
+    from thinwire.perturb import triton_kernels
 
     # no TF32
     torch.set_float32_matmul_precision("highest")
@@ -63,11 +64,11 @@ def main() -> int:
 
     def sign() -> None:
         for pid, piece in enumerate(pieces):
-            gpu.accumulate("sign", piece, piece, 1, pid, seeds, coefs)
+            triton_kernels.accumulate("sign", piece, piece, 1, pid, seeds, coefs)
 
     def lowrank() -> None:
         for pid, matrix in enumerate(matrices):
-            both = gpu.matrix(1, pid, seeds, 0, 2 * SIDE)
+            both = triton_kernels.matrix(1, pid, seeds, 0, 2 * SIDE)
             matrix.copy_(torch.addmm(matrix.float(), both[:SIDE], both[SIDE:].mul_(spread).T))
 
     def reference() -> None:

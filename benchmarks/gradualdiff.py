@@ -20,7 +20,7 @@ import torch
 from rows import Row, finish
 
 from thinwire import apart, build, config, memory, wire
-from thinwire.compress import ulp
+from thinwire.compress.exact import ulp
 from thinwire.core import Reply, Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights

@@ -24,7 +24,7 @@ from thinwire import memory
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
 from thinwire.methods.fedkseed import rebuild
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.probe import Probe
 from thinwire.train.objective import loss

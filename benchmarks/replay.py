@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from rows import Row, finish
 
-from thinwire.perturb import cpu, signs
+from thinwire.perturb import gaussian_cpu, sign_cpu
 from thinwire.perturb.directions import Directions
 
 SEEDS = {"sign": 4096, "lowrank": 4096, "gaussian": 64}
@@ -42,7 +42,7 @@ def main() -> None:
     # page by page in memory before the clock runs, as the weights of a model are
     weight = np.full(elements, 0.5, np.float32)
     tensor, direction = torch.from_numpy(weight), torch.zeros(elements)
-    kernels = {"sign": signs.accumulate, "gaussian": cpu.accumulate}
+    kernels = {"sign": sign_cpu.accumulate, "gaussian": gaussian_cpu.accumulate}
     matrix, lowrank = tensor[: elements // WIDTH * WIDTH].view(-1, WIDTH), Directions(1, "lowrank")
 
     def coefs(seeds: int) -> NDArray[np.float32]:

@@ -22,13 +22,13 @@ from rows import Row, finish
 from torch import Tensor
 
 from thinwire import build, config, wire
-from thinwire.compress import shrink
-from thinwire.compress.shrink import Cut, Layout
 from thinwire.core import Client, Reply, Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedcybgd import Block, FedCyBGD, Proxy
+from thinwire.model import shrink
 from thinwire.model.blocks import layer_of, layers_of
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.shrink import Cut, Layout
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame

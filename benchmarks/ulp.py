@@ -24,7 +24,7 @@ from rows import Row, finish
 from torch import Tensor
 
 from thinwire import build, config
-from thinwire.compress import ulp
+from thinwire.compress.exact import ulp
 from thinwire.keys import Key
 from thinwire.train.local import train_locally
 

@@ -14,7 +14,7 @@ from thinwire.data.batch import Dataset
 from thinwire.data.templates import Template
 from thinwire.data.tokenise import tokenise
 from thinwire.keys import Key
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame

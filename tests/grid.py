@@ -15,14 +15,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from silos import Silos
 
 from thinwire import build, config
+from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.local import OPEN
-from thinwire.federation.visits import told
+from thinwire.federation.site_run import told
+from thinwire.federation.transport import Flower
 from thinwire.federation.worker import Site, Worker
-from thinwire.model.flat import Net
-from thinwire.runtime.envelope import pack, unpack
-from thinwire.runtime.flower import Flower
-from thinwire.runtime.loop import Job, Watch
+from thinwire.model.net import Net
+from thinwire.runtime.course import Job, Watch
 
 # Flower lets nobody make a message outside its own tasks.
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1

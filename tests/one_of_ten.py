@@ -23,7 +23,7 @@ from torch import Tensor
 
 from thinwire import wire
 from thinwire.compress.catalogue import code_of
-from thinwire.compress.codes import to_tensor
+from thinwire.compress.entropy.packing import to_tensor
 from thinwire.core import Method
 from thinwire.evaluate.loss import mean_loss
 from thinwire.keys import Key
@@ -33,8 +33,8 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff, coded
-from thinwire.model.adapters import add_lora
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.views.lora import add_lora
 from thinwire.wire import Frame
 
 SIZES = (12, 8, 16, 10, 9, 14, 11, 8, 13, 12)

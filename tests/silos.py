@@ -16,7 +16,7 @@ from thinwire import build, config
 from thinwire.core import Reply
 from thinwire.federation.local import Local, named
 from thinwire.keys import Key
-from thinwire.runtime import loop
+from thinwire.runtime import course
 from thinwire.runtime.inprocess import InProcess
 from thinwire.wire import Frame, Spooled, peek
 
@@ -93,10 +93,10 @@ def in_process(silos: Silos, run: config.Run, folder: Path, monkeypatch: pytest.
     silos.begin(run, folder)
     build.use_threads(run)
     net = build.net_of(run, remember=True)
-    job = build.job(run, silos.rows(run), net, folder, 0, loop.Watch())
+    job = build.job(run, silos.rows(run), net, folder, 0, course.Watch())
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "InProcess", Recording)
-        loop.train(job)
+        patch.setattr(course, "InProcess", Recording)
+        course.train(job)
     return frames
 
 
@@ -131,7 +131,7 @@ def visits(folder: Path) -> list[list[tuple[int, int, int, Any]]]:
     """Of each round, each client's bytes down and up, and its error."""
     return [
         [(c["id"], c["bytes_down"], c["bytes_up"], c.get("error")) for c in record["clients"]]
-        for record in loop.read_records(folder / "rounds.jsonl")
+        for record in course.read_records(folder / "rounds.jsonl")
     ]
 
 

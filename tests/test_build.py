@@ -14,10 +14,10 @@ from transformers import MambaConfig, MambaForCausalLM
 from thinwire import build, config
 from thinwire.config import ConfigError, Data
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.keys import Key
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 
 KEY = Key.root(0)
 

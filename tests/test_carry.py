@@ -111,8 +111,8 @@ def test_a_talk_through_a_pipe(place: Path) -> None:
 
 def test_a_closed_set_is_chosen_from_as_an_evaluation_does(place: Path, tmp_path: Path) -> None:
     from thinwire import build, config
-    from thinwire.data.load import Row
-    from thinwire.model.flat import Net
+    from thinwire.data.rows import Row
+    from thinwire.model.net import Net
     from thinwire.train.objective import scores
 
     run = config.load(place / "run" / "run.toml")

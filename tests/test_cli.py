@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from tiny import CHOICES, tiny_folder, tiny_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from thinwire import __version__, cli, config, show
+from thinwire import __version__, cli, config
 from thinwire import records as recorder
-from thinwire.model.flat import Net
+from thinwire.commands import show
+from thinwire.model.net import Net
 from thinwire.runtime import checkpoint
 from thinwire.runtime.folder import locked
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from thinwire import wire
 from thinwire.core import Client, Method, Metrics, Reply, Server, StaleVersion, _groups, serve
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.runtime.cohort import All, Cyclic, Uniform, cohort_of
 from thinwire.runtime.store import version_of
 from thinwire.wire import Illegal, LazyTensors

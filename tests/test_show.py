@@ -13,9 +13,9 @@ from rich.text import Text
 
 from thinwire import config
 from thinwire.build import Rows
-from thinwire.data.load import Row
+from thinwire.commands.show import Live, Screen, number, print_methods, print_scores, print_summary, share, size, span
+from thinwire.data.rows import Row
 from thinwire.data.shown import printable
-from thinwire.show import Live, Screen, number, print_methods, print_scores, print_summary, share, size, span
 
 
 @pytest.mark.parametrize(

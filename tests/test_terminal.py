@@ -8,12 +8,12 @@ import logging
 import pytest
 import typer
 
+from thinwire.commands.terminal import Stopped, echo, echo_json, one_line
 from thinwire.config import ConfigError
 from thinwire.data.errors import DataError
 from thinwire.data.shown import printable
 from thinwire.errors import RunError
 from thinwire.model.errors import ModelError
-from thinwire.terminal import Stopped, echo, echo_json, one_line
 
 OTHERS = "\x1b[2J\x07\u202e\x9b\rx\ny"
 SHOWN = "\\x1b[2J\\x07\\u202e\\x9b\\rx y"

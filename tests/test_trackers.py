@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from thinwire import config, trackers
 from thinwire.cli import app
 from thinwire.config import ConfigError
-from thinwire.runtime.loop import Watch, read_records
+from thinwire.runtime.course import Watch, read_records
 from thinwire.trackers import Trackers, of_eval, of_round, trackers_of
 
 ROUND = {

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 
 BOS, EOS, PAD = 256, 257, 258  # a byte's token is the byte itself
 VOCABULARY = 259

@@ -16,14 +16,14 @@ from thinwire.config import ConfigError
 from thinwire.core import Method
 from thinwire.data import partition
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row, kind, present
+from thinwire.data.rows import Row, kind, present
 from thinwire.keys import Key
 from thinwire.methods import FedKSeed
 from thinwire.model.folder import whole_folder
 from thinwire.model.load import DTYPES
-from thinwire.model.settle import quiet
+from thinwire.model.tokens_and_generation import quiet
 from thinwire.runtime.cohort import All, Segment
-from thinwire.runtime.loop import Record, Watch, read_records, train
+from thinwire.runtime.course import Record, Watch, read_records, train
 
 if TYPE_CHECKING:
     import pandas

@@ -22,20 +22,20 @@ from thinwire.data.batch import Dataset, Example
 from thinwire.data.classes import WHOLE, classify
 from thinwire.data.classes import classes_of as find_classes
 from thinwire.data.errors import DataError, NoRowsLeft
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
 from thinwire.data.tokenise import shuffle_answers, tokenise, tokenise_groups
-from thinwire.evaluate.evaluate import Split, answers, evaluate
+from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.methods import FedKSeed, FedZO
-from thinwire.model.adapters import add_lora
-from thinwire.model.find import resolve
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.resolve import resolve
 from thinwire.model.task import labels_of, task_of
+from thinwire.model.views.lora import add_lora
 from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions
 from thinwire.runtime.cohort import check_clients
-from thinwire.runtime.loop import Job, Watch
+from thinwire.runtime.course import Job, Watch
 from thinwire.train.objective import keeps_apart
 from thinwire.train.parallel import device_of
 from thinwire.wire import raw

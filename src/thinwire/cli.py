@@ -23,7 +23,7 @@ from thinwire.commands import init as init_command
 from thinwire.commands import schema as schema_command
 from thinwire.commands.chat import chat
 from thinwire.commands.tasks import score_tasks
-from thinwire.terminal import Overrides, Stopped, cause, echo, echo_json, one_line, settle
+from thinwire.commands.terminal import Overrides, Stopped, cause, echo, echo_json, one_line, settle
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -65,10 +65,10 @@ def run(
         from safetensors import SafetensorError
 
         from thinwire import build, config, memory
-        from thinwire.data.description import remarks, shortened
+        from thinwire.commands.show import Live, print_summary
+        from thinwire.data.statistics import remarks, shortened
+        from thinwire.runtime.course import train
         from thinwire.runtime.folder import ended, locked
-        from thinwire.runtime.loop import train
-        from thinwire.show import Live, print_summary
         from thinwire.trackers import Trackers, check, trackers_of
         from thinwire.train import parallel
 
@@ -113,8 +113,8 @@ def run(
 def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the methods, their papers, their fields and defaults."""
     with one_line():
+        from thinwire.commands.show import print_methods
         from thinwire.methods import METHODS
-        from thinwire.show import print_methods
 
         table = {
             name: {
@@ -149,7 +149,7 @@ def evaluate(
             score_tasks(path, tasks, overrides or [], limit, as_json)
             return
         from thinwire import build, config
-        from thinwire.show import print_scores
+        from thinwire.commands.show import print_scores
 
         if (path / "run.toml").exists():
             if not (path / "model").is_dir():
@@ -190,7 +190,7 @@ def compare(
         settle()
         from thinwire import compare as comparison
         from thinwire import standings
-        from thinwire.show import print_comparison
+        from thinwire.commands.show import print_comparison
 
         tree, settings = comparison.load(file, overrides or [])
         made = comparison.plans(tree, settings, [name.strip() for name in methods.split(",") if name.strip()], control)

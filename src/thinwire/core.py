@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from thinwire.data.batch import Dataset
-    from thinwire.model.flat import Net
+    from thinwire.model.net import Net
 
 Metrics = dict[str, float]
 LOG = logging.getLogger("thinwire")

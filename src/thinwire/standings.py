@@ -13,7 +13,7 @@ from typing import Any
 
 from thinwire.compare import ALONE, Plan
 from thinwire.config import Run
-from thinwire.runtime.loop import read_records
+from thinwire.runtime.course import read_records
 
 SCORES = ("loss", "accuracy", "rouge_l", "bleu")
 TRAVEL = {"bytes_down", "bytes_up", "bytes_visit", "server_memory", "server_seconds", "round_seconds"}

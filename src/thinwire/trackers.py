@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from thinwire.config import ConfigError, Run, method_name
-from thinwire.runtime.loop import Record, Watch
+from thinwire.runtime.course import Record, Watch
 
 SCORES = ("loss", "perplexity", "accuracy", "rouge_l", "bleu")
 

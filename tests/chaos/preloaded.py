@@ -68,7 +68,7 @@ def reexec(folder: Path) -> bool:
 
 def warm(*runs: list[str | Path]) -> None:
     """Import all that runs import, and load what numba has compiled for them, so that a fork has both."""
-    from thinwire.terminal import settle
+    from thinwire.commands.terminal import settle
 
     settle()
     import torch

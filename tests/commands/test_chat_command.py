@@ -13,11 +13,11 @@ from tokenizers import processors
 
 from thinwire import build, config
 from thinwire.commands import chat
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.data.tokenise import tokenise
 from thinwire.evaluate.text import generate
 from thinwire.keys import Key
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 
 LINE = "Is it dry?"
 TALKS = (

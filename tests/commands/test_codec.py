@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import tiny_folder, tiny_rows, write_jsonl
 
 from thinwire import cli
-from thinwire.compress import artefact
+from thinwire.compress.learned import codec_file
 
 
 def thinwire(*args: str | Path) -> tuple[int, str, str]:
@@ -99,7 +99,7 @@ def test_the_published_autoencoder(tmp_path: Path) -> None:
     status, out, err = thinwire("fit-codec", file, "--iterations", "3", "--scaling", "largest", "--local")
     assert status == 0, err
     assert "loss_curve" in out
-    found = artefact.read(tmp_path / "codec.safetensors")
+    found = codec_file.read(tmp_path / "codec.safetensors")
     assert found.kind == "resnet"
     assert sum(t.numel() for n, t in found.tensors.items() if n.endswith(("weight", "bias"))) == 246_785 + 246_698
     assert torch.isfinite(found.tensors["range"]).all()

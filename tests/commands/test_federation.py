@@ -14,7 +14,7 @@ from tiny import tiny_folder, tiny_rows, write_jsonl
 
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
-from thinwire.federation import hub, keys, local, proxy, reach, site
+from thinwire.federation import keys, local, proxy, reach, site_processes, superlink
 from thinwire.runtime.folder import locked
 
 RUN = """
@@ -123,10 +123,10 @@ def test_what_a_local_federation_writes_is_its_owner_s(tmp_path: Path, monkeypat
         self.server.prepare(tmp_path / "out", local_run(tmp_path / "out"), {})
         for one in self.sites.values():
             one.children.start("worker", ["sh", "-c", "echo x > " + str(one.folder / "made-by-a-child")]).wait(60)
-        raise hub.Ended("as far as this test goes")
+        raise superlink.Ended("as far as this test goes")
 
     monkeypatch.setattr(local.Local, "start", start)
-    monkeypatch.setattr(hub.ServerSide, "stop", lambda self: None)
+    monkeypatch.setattr(superlink.ServerSide, "stop", lambda self: None)
     (tmp_path / "out").mkdir(mode=0o755)
     result = thinwire("local-federation", file, "--out", tmp_path / "out")
     assert (result.code, "as far as this test goes" in result.err) == (1, True), result
@@ -155,11 +155,11 @@ def test_what_a_client_writes_is_its_owner_s_and_a_folder_is_one_client_s(
     options = ["--server", "127.0.0.1:1", "--data", rows, "--key", tmp_path / "north.key", "--ca", tmp_path / "ca.crt"]
     monkeypatch.setattr(reach, "greet", lambda server, ca: None)
 
-    def start(self: site.SiteSide) -> None:
+    def start(self: site_processes.SiteSide) -> None:
         (self.folder / "logs").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(site.SiteSide, "start", start)
+    monkeypatch.setattr(site_processes.SiteSide, "start", start)
     line = thinwire("client", *options, "--folder", place, "--allow-model")
     assert "north: stopped; it takes part again with the same command" in line.err
     assert place.stat().st_mode & 0o777 == 0o700

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from thinwire.compress.artefact import Artefact, fingerprint, read, write
-from thinwire.compress.image import Image
+from thinwire.compress.learned.codec_file import Artefact, fingerprint, read, write
+from thinwire.compress.learned.lora_image import Image
 
 
 def test_round_trip(tmp_path: Path) -> None:

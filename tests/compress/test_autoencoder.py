@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thinwire.compress.autoencoder import AutoEncoder, decoder, encoder, fit, latent_shape
+from thinwire.compress.learned.autoencoder import AutoEncoder, decoder, encoder, fit, latent_shape
 
 
 def test_parameters_are_as_many_as_the_paper_counts() -> None:

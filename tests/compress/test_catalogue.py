@@ -6,11 +6,11 @@ import pytest
 import torch
 from updates import update
 
-from thinwire.compress import autoencoder, components
 from thinwire.compress.catalogue import BUCKETS, ERRORS, Code, Name, code_of
-from thinwire.compress.codes import to_tensor
-from thinwire.compress.image import Image
-from thinwire.compress.rotate import Eden
+from thinwire.compress.codecs.eden import Eden
+from thinwire.compress.entropy.packing import to_tensor
+from thinwire.compress.learned import autoencoder, components
+from thinwire.compress.learned.lora_image import Image
 from thinwire.methods.cgfed import Coded
 from thinwire.wire.frame import length
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thinwire.compress import coarse
-from thinwire.compress.quantise import Blocks
+from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.exact import coarse
 
 CODES = [Blocks(bits, block) for bits in (8, 7, 6, 4, 2, 1) for block in (128, 5)]
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from updates import update
 
-from thinwire.compress import components
-from thinwire.compress.components import Components
-from thinwire.compress.image import Image
-from thinwire.compress.rotate import Eden
+from thinwire.compress.codecs.eden import Eden
+from thinwire.compress.learned import components
+from thinwire.compress.learned.components import Components
+from thinwire.compress.learned.lora_image import Image
 
 SHAPES = {f"{i}.{f}": (8, 256) if f == "A" else (width, 8) for i, width in enumerate((256, 64, 256)) for f in "AB"}
 IMAGE = Image.packed(SHAPES, 1)

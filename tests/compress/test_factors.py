@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.compress.factors import BLOCK, Factors
-from thinwire.compress.quantise import Blocks
+from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.codecs.factors import BLOCK, Factors
 
 DIGEST = "13972efc2c205dac"  # of what bytes decode to: what a change of it orphans is every recorded frame
 

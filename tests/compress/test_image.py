@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.compress.image import Image
+from thinwire.compress.learned.lora_image import Image
 
 HIDDEN, KV = 64, 16
 

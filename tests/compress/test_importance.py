@@ -12,7 +12,7 @@ import torch
 from test_shrink import CHANNELS, DEPTH, VOCABULARY, made
 from torch import Tensor
 
-from thinwire.compress.importance import drop, groups, influence, keep, perplexity, taylor
+from thinwire.model.importance import drop, groups, influence, keep, perplexity, taylor
 
 SHAPES = ((3, 9), (2, 5))
 BATCHES = [torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(5)) for shape in SHAPES]

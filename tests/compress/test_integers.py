@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.compress.integers import pack, unpack
+from thinwire.compress.entropy.integers import pack, unpack
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thinwire.compress.lowrank import LowRank
+from thinwire.compress.codecs.svd import LowRank
 
 
 def matrix(rows: int = 48, columns: int = 32, rank: int | None = None, seed: int = 0) -> torch.Tensor:

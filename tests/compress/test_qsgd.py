@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.compress.qsgd import Qsgd, Signs
+from thinwire.compress.codecs.qsgd import Qsgd, Signs
 
 
 def gaussian(count: int, seed: int = 0) -> torch.Tensor:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from thinwire.compress.codes import pack, unpack
-from thinwire.compress.quantise import CENTROIDS, TINY, TRIALS, Blocks
-from thinwire.perturb.cpu import words
+from thinwire.compress.codecs.blocks import CENTROIDS, TINY, TRIALS, Blocks
+from thinwire.compress.entropy.packing import pack, unpack
+from thinwire.streams import words
 
 CODECS = [Blocks(8), Blocks(7), Blocks(5), Blocks(4), Blocks(2), Blocks(1)]
 RANDOM = [Blocks(bits, stochastic=True) for bits in (8, 6, 4, 2)]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from thinwire.compress.quantise import CENTROIDS
-from thinwire.compress.rotate import PIECE, SMALLEST, Eden, _hadamard, _sizes
-from thinwire.perturb.cpu import words
+from thinwire.compress.codecs.blocks import CENTROIDS
+from thinwire.compress.codecs.eden import PIECE, SMALLEST, Eden, _hadamard, _sizes
+from thinwire.streams import words
 
 CODECS = [Eden(bits) for bits in (0.5, 1, 2, 3, 4)]
 VNMSE = {0.5: 2.14, 1: 0.571, 2: 0.133, 3: 0.0357, 4: 0.0096}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from thinwire.compress.rounding import moves, stochastic
-from thinwire.perturb.cpu import words
+from thinwire.compress.exact.rounding import moves, stochastic
+from thinwire.streams import words
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -36,8 +36,8 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from thinwire.compress.shrink import Cut, Layer, Layout, Part, Width, proxy, renamed, shape_of, sliced
-from thinwire.model.hollow import hollow
+from thinwire.model.meta import hollow
+from thinwire.model.shrink import Cut, Layer, Layout, Part, Width, proxy, renamed, shape_of, sliced
 
 DEPTH, CHANNELS, VOCABULARY = 5, 24, 32
 SMALL: dict[str, Any] = {

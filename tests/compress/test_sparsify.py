@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from thinwire.compress.quantise import Blocks
-from thinwire.compress.sparsify import TopK
-from thinwire.perturb.cpu import words
+from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.codecs.topk import TopK
+from thinwire.streams import words
 
 CODECS = [TopK(0.03, bits=bits) for bits in (16, 8, 4, 2)]
 # of the bytes and of what they decode to: what a change of them orphans is every recorded frame

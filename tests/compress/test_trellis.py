@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from thinwire.compress import trellis
+from thinwire.compress.entropy import trellis
 
 
 def drawn(*shape: int, seed: int = 0) -> NDArray[np.float32]:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thinwire.compress import rans, ulp
+from thinwire.compress.entropy import rans
+from thinwire.compress.exact import ulp
 
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 DTYPES = list(INTEGERS)

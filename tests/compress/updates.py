@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from thinwire.compress.image import Image
+from thinwire.compress.learned.lora_image import Image
 
 
 def update(image: Image, seed: int, size: float = 1e-3) -> Tensor:

@@ -19,8 +19,8 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
-from thinwire.model.adapters import add_lora
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.views.lora import add_lora
 
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 # name -> (transformers' model type, its config, the layers beside which LoRA's factors go)

@@ -14,7 +14,7 @@ from silos import Frames, Silos, audited, in_process, local_of, state_of, visits
 from test_methods import HALVES, ROWS, VIEWS
 
 from thinwire.config import Run
-from thinwire.runtime import loop
+from thinwire.runtime import course
 
 # rows that between them hold versions, memory of their own, a hollow model, LoRA, half precision, and large frames
 SHORT = {"fedit", "fedkseed-paper-pro", "gradualdiff-residue", "fedcybgd"}
@@ -41,7 +41,7 @@ def test_a_row_over_the_transport_and_the_workers(
     """Messages, pieces and workers are Flower's and ours; only the engine's processes are left out."""
     run = run_of(silos, row, rounds=3)
     job, _, _ = federate(silos, run, tmp_path / "there", chunk_bytes=50_000)
-    loop.train(job)
+    course.train(job)
     frames = in_process(silos, run, tmp_path / "here", monkeypatch)
     logged: Frames = {}
     for name in job.names:

@@ -23,7 +23,7 @@ from test_methods import ROWS, method, net, nets, row  # noqa: E402, F401 - fixt
 
 from thinwire import wire  # noqa: E402
 from thinwire.core import Method  # noqa: E402
-from thinwire.model.flat import Net  # noqa: E402
+from thinwire.model.net import Net  # noqa: E402
 
 TABLE = HERE / "frozen.json"
 ROUNDS = 3

@@ -15,7 +15,7 @@ from one_of_ten import ATTACKS, METHODS, ONE, begun, nets
 
 from thinwire import wire
 from thinwire.core import serve
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.wire import WireError
 
 Nets = Callable[[str], Net]

@@ -27,8 +27,8 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
-from thinwire.model.adapters import add_lora
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.views.lora import add_lora
 from thinwire.wire.payload import fields_of
 
 SEEDS: dict[str, Any] = {"seeds": 64, "lr": 2e-4, "eps": 1e-3, "steps": 8, "batch_size": 4}

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from thinwire.data import chat, rendering
 from thinwire.data.batch import Dataset
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.data.templates import NAMED, render
 from thinwire.data.tokenise import tokenise
 

@@ -19,8 +19,8 @@ import zstandard
 from pyarrow import feather, parquet
 
 from thinwire.data.errors import DataError
-from thinwire.data.load import read_jsonl
-from thinwire.data.table import read_arrow, read_csv, read_parquet
+from thinwire.data.rows import read_jsonl
+from thinwire.data.tabular import read_arrow, read_csv, read_parquet
 
 JSON = '{"a": "x", "b": "é"}\n{"a": "y", "b": "z"}\n'
 CSV = "a,b\nx,é\ny,z\n"

@@ -13,7 +13,7 @@ import pytest
 from tiny import tiny_rows, write_jsonl
 
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row, present, read_jsonl
+from thinwire.data.rows import Row, present, read_jsonl
 
 GOOD = b'{"a": 1}\n'
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from thinwire.data.errors import DataError
-from thinwire.data.table import read_arrow, read_csv, read_parquet
+from thinwire.data.tabular import read_arrow, read_csv, read_parquet
 
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 

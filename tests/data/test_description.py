@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from thinwire.data.batch import Dataset, Example
-from thinwire.data.description import Lengths, describe, filled, shortened, skew
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
+from thinwire.data.statistics import Lengths, describe, filled, shortened, skew
 from thinwire.data.templates import Template
 from thinwire.data.tokenise import tokenise
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from thinwire.data.bundled import PACKAGED, film_desk, movie_reviews
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
-from thinwire.data.packaged import PACKAGED, film_desk, movie_reviews
+from thinwire.data.rows import Row
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, content: str) -> None:

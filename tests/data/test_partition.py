@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tiny import tiny_rows
 
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
 from thinwire.data.partition import Clients, by_column, by_size, by_task, dirichlet, holdout, iid
+from thinwire.data.rows import Row
 from thinwire.keys import Key
 
 SEEDS = st.integers(0, 2**32)

@@ -8,9 +8,9 @@ from xml.etree import ElementTree as Tree
 
 import pytest
 
-from thinwire.data.description import Description, Lengths
 from thinwire.data.errors import DataError
-from thinwire.data.picture import check, draw
+from thinwire.data.partition_plot import check, draw
+from thinwire.data.statistics import Description, Lengths
 
 
 def client(name: str, labels: dict[str, int]) -> Description:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
-from thinwire.data.proposal import Proposal, propose
+from thinwire.data.guess_columns import Proposal, propose
+from thinwire.data.rows import Row
 from thinwire.data.templates import Template
 from thinwire.data.tokenise import tokenise
 

@@ -20,7 +20,7 @@ from pyarrow import feather, parquet
 from tiny import tiny_rows, write_jsonl
 
 from thinwire.data.errors import DataError
-from thinwire.data.hub import Place, place_of
+from thinwire.data.huggingface import Place, place_of
 from thinwire.data.source import is_folder_of_files, read, read_clients
 
 GOOD = b'{"a": 1}\n'

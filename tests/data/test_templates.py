@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.data.templates import NAMED, Chat, Jinja, Rendered, Template, answer_text, named, references, render
 
 TOKENIZER = tiny_tokenizer()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from thinwire.data.batch import Dataset, Example
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.data.templates import NAMED, Template
 from thinwire.data.tokenise import shuffle_answers, tokenise
 from thinwire.keys import Key

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from thinwire import apart, config
 from thinwire.cli import app
 from thinwire.config import Lora, Run
-from thinwire.estimate.estimate import estimate
+from thinwire.estimate.costs import estimate
 from thinwire.estimate.sketch import Live, one_pass, sketch
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.model.quantised import quantised_layers
 
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -166,7 +166,7 @@ def test_memory_against_measurement_on_the_real_model(tmp_path: Path) -> None:
     from estimate import MODEL, cases, write_rows  # type: ignore[attr-defined]
 
     from thinwire.model.errors import ModelError
-    from thinwire.model.find import resolve
+    from thinwire.model.resolve import resolve
 
     try:
         resolve(MODEL)

@@ -12,10 +12,10 @@ from tiny import CHOICES, tiny_encoder, tiny_folder, tiny_rows, write_jsonl
 
 from thinwire import build, config, wire
 from thinwire.config import Run
-from thinwire.estimate.estimate import estimate
+from thinwire.estimate.costs import estimate
 from thinwire.estimate.traffic import Span, Traffic, verdict
 from thinwire.methods.fedavg import Weights
-from thinwire.runtime.loop import Watch, train
+from thinwire.runtime.course import Watch, train
 
 EXACT: dict[str, dict[str, Any]] = {
     "fedavg": {"method": {"name": "fedavg", "steps": 1}},

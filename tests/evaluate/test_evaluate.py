@@ -16,10 +16,10 @@ from tiny import EOS, PAD, tiny_folder
 
 from thinwire.data.batch import Dataset, Example, collate
 from thinwire.evaluate.choice import accuracy
-from thinwire.evaluate.evaluate import Score, Split, answers, evaluate
 from thinwire.evaluate.loss import mean_loss
+from thinwire.evaluate.splits import Score, Split, answers, evaluate
 from thinwire.evaluate.text import bleu, exact_match, generate, references, rouge_l
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.train.objective import loss, scores
 
 

@@ -15,11 +15,11 @@ from tiny import tiny_folder
 
 from thinwire.data.batch import collate
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.data.templates import Template
 from thinwire.data.tokenise import tokenise
 from thinwire.evaluate.harness import harness
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.train.objective import scores
 
 lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra lm-eval")

@@ -21,7 +21,7 @@ from thinwire.federation import audit, worker
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.payloads import Hello
 from thinwire.federation.policy import task_of
-from thinwire.federation.visits import told
+from thinwire.federation.site_run import told
 from thinwire.federation.worker import FAILED, Site, Worker
 from thinwire.keys import Key
 from thinwire.runtime.store import VersionStore

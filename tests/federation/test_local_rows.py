@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.data.source import read_file
 from thinwire.federation.local import write_rows
 

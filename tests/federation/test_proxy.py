@@ -17,9 +17,9 @@ pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 from silos import Silos
 
 from thinwire.federation import keys, proxy
-from thinwire.federation.hub import ServerSide
 from thinwire.federation.processes import Children, free_port
-from thinwire.federation.site import SiteSide
+from thinwire.federation.site_processes import SiteSide
+from thinwire.federation.superlink import ServerSide
 from thinwire.federation.worker import Site
 
 BARRED = [

@@ -20,11 +20,11 @@ from test_cli import refused
 from tiny import tiny_rows, write_jsonl
 
 from thinwire.errors import ConfigError
-from thinwire.federation import keys, proxy, site
-from thinwire.federation.hub import Ended, ServerSide
+from thinwire.federation import keys, proxy, site_processes
 from thinwire.federation.processes import Children, last_error
 from thinwire.federation.reach import Away, greet, listening
-from thinwire.federation.site import SiteSide
+from thinwire.federation.site_processes import SiteSide
+from thinwire.federation.superlink import Ended, ServerSide
 from thinwire.federation.worker import Site
 
 
@@ -254,7 +254,7 @@ def test_a_node_that_ends_says_why_in_words(home: Path, tmp_path: Path, monkeypa
             side.children.start("supernode", print_it)
             try:
                 side.children.running["supernode"].wait(60)
-                patch.setattr(site, "FIRST", 3.0)
+                patch.setattr(site_processes, "FIRST", 3.0)
                 return str(side.tick())
             finally:
                 side.stop()

@@ -13,7 +13,7 @@ from test_cli import refused, thinwire
 
 from thinwire.config import ConfigError
 from thinwire.federation import keys
-from thinwire.federation.loop import nodes_of, public_keys
+from thinwire.federation.server_app import nodes_of, public_keys
 
 
 def test_a_site_s_private_half_is_its_owner_s_alone_and_is_never_printed(tmp_path: Path) -> None:

@@ -18,15 +18,15 @@ from flwr.app import Message
 from grid import FIRST, OneProcess, entries, federate
 
 from thinwire import wire
+from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.local import OPEN
 from thinwire.federation.payloads import Scores
-from thinwire.federation.survey import Refusal, Survey, join, record
+from thinwire.federation.questions import Refusal, Survey, join, record
+from thinwire.federation.transport import AHEAD, NoQuorum
 from thinwire.federation.worker import Worker
 from thinwire.methods.fedavg import Weights
 from thinwire.methods.fedkseed import Gains, Steps
-from thinwire.runtime import checkpoint, loop
-from thinwire.runtime.envelope import pack, unpack
-from thinwire.runtime.flower import AHEAD, NoQuorum
+from thinwire.runtime import checkpoint, course
 
 THIN: dict[str, Any] = {"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}
 WIDE: dict[str, Any] = {"name": "fedavg", "lr": 1e-3, "steps": 2, "batch_size": 4}
@@ -50,7 +50,7 @@ def damaged(silos: Silos, folder: Path, tamper: Tamper, **options: Any) -> str:
     """Two rounds of fedkseed with replies that `tamper` changes; the error of client 1 in round 2."""
     job, grid, _ = federate(silos, silos.run(THIN), folder, **options)
     grid.tamper = tamper
-    loop.train(job)
+    course.train(job)
     seen = visits(folder)
     assert [error for *_, error in seen[0]] == [None] * 3
     assert [error for *_, error in seen[1]][::2] == [None] * 2
@@ -63,7 +63,7 @@ def test_pieces_of_any_size_carry_the_same_bytes(
 ) -> None:
     run = silos.run(WIDE, rounds=1)
     job, grid, _ = federate(silos, run, tmp_path / "there", chunk_bytes=chunk)
-    loop.train(job)
+    course.train(job)
     frames = in_process(silos, run, tmp_path / "here", monkeypatch)
     logged = {
         (line["round"], line["client"], line["direction"]): [(line["bytes"], line["sha256"])]
@@ -78,10 +78,10 @@ def test_pieces_of_any_size_carry_the_same_bytes(
 
 def test_large_frames_pass_through_files(silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire.frame, "SPOOL_ABOVE", 50_000)
-    monkeypatch.setattr("thinwire.runtime.flower.SPOOL_ABOVE", 50_000)
+    monkeypatch.setattr("thinwire.federation.transport.SPOOL_ABOVE", 50_000)
     run = silos.run(WIDE, rounds=1)
     job, grid, _ = federate(silos, run, tmp_path / "there", chunk_bytes=30_000)
-    loop.train(job)
+    course.train(job)
     in_process(silos, run, tmp_path / "here", monkeypatch)
     assert state_of(tmp_path / "there")[0] == state_of(tmp_path / "here")[0]
     assert len(grid.bodies) > 3 * 2 * 2 * AHEAD
@@ -90,9 +90,9 @@ def test_large_frames_pass_through_files(silos: Silos, tmp_path: Path, monkeypat
 
 def test_what_is_left_of_frames_is_removed(silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire.frame, "SPOOL_ABOVE", 50_000)
-    monkeypatch.setattr("thinwire.runtime.flower.SPOOL_ABOVE", 50_000)
+    monkeypatch.setattr("thinwire.federation.transport.SPOOL_ABOVE", 50_000)
     job, grid, transport = federate(silos, silos.run(WIDE, rounds=1), tmp_path / "there", chunk_bytes=30_000)
-    loop.train(job)
+    course.train(job)
     spool = tmp_path / "there" / "spool"
     spool.mkdir()
     down = checkpoint.on_disk(tmp_path / "there" / "state", 1, Weights)  # FedAvg's state is what it sends
@@ -202,7 +202,7 @@ def test_a_lost_reply_leaves_no_trace_in_the_client_s_memory(
     model = {"dtype": "bfloat16"}
     job, grid, _ = federate(silos, silos.run(LOST, 4, model=model), tmp_path / "there", deadline=2.0)
     grid.tamper = InRound(late)
-    loop.train(job)
+    course.train(job)
     assert "late" in visits(tmp_path / "there")[1][1][3]
     others = {"kind": "only", "clients": [0, 2], "rounds": 1}
     run = silos.run(LOST, 4, model=model, cohort=[{"kind": "all", "rounds": 1}, others, {"kind": "all"}])
@@ -217,9 +217,9 @@ def test_a_round_below_its_quorum_ends_the_run_and_it_goes_on_later(
     job, grid, _ = federate(silos, run, tmp_path / "there", quorum=3, deadline=2.0)
     grid.tamper = InRound(late)
     with pytest.raises(NoQuorum, match=r"round 2: 2 of 3 replies came, 3 must; client 1: late"):
-        loop.train(job)
+        course.train(job)
     assert len(visits(tmp_path / "there")) == 1
-    loop.train(job)  # the sites are the same, and have been through round 2 before
+    course.train(job)  # the sites are the same, and have been through round 2 before
     in_process(silos, run, tmp_path / "here", monkeypatch)
     assert state_of(tmp_path / "there") == state_of(tmp_path / "here")
 
@@ -227,7 +227,7 @@ def test_a_round_below_its_quorum_ends_the_run_and_it_goes_on_later(
 def test_a_site_that_is_not_connected_is_absent(silos: Silos, tmp_path: Path) -> None:
     job, _, transport = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run")
     transport.nodes = lambda: {0: FIRST, 2: FIRST + 2}
-    loop.train(job)
+    course.train(job)
     assert [error for *_, error in visits(tmp_path / "run")[0]] == [None, "not connected", None]
 
 
@@ -241,7 +241,7 @@ def test_a_worker_refuses_frames_that_are_not_for_it(silos: Silos, tmp_path: Pat
         return push(messages)
 
     grid.push_messages = noted  # type: ignore[method-assign]
-    loop.train(job)
+    course.train(job)
     of_round = {wire.peek(frame).round: frame for frame in down if wire.peek(frame).client == 1}
 
     def answer(frame: bytes, client: int = 1) -> str:
@@ -273,7 +273,7 @@ def test_the_site_s_policy_is_kept(policy: str, says: str, silos: Silos, tmp_pat
     file.write_text(OPEN + policy)
     job, _, _ = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run", policy=file)
     with pytest.raises(NoQuorum, match=says):
-        loop.train(job)
+        course.train(job)
 
 
 def test_a_class_from_elsewhere_is_not_even_imported(silos: Silos, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_class_from_elsewhere_is_not_even_imported(silos: Silos, tmp_path: Pat
     tree["toml"] = tree["toml"].replace('name = "fedkseed"', 'path = "antigravity:Nothing"')
     grid.settings = json.dumps(tree)
     with pytest.raises(NoQuorum, match="does not allow the class antigravity"):
-        loop.train(job)
+        course.train(job)
 
 
 @pytest.mark.parametrize("name", ["base", "tokenizer", "prompt"])
@@ -315,7 +315,7 @@ def test_a_site_that_cannot_take_part_is_out_alone(trouble: str, silos: Silos, t
     absent = join(transport, job.run, 3, job.names, 2)
     assert list(absent) == ["south"]
     assert says in absent["south"]
-    loop.train(job)
+    course.train(job)
     errors = [error for *_, error in visits(tmp_path / "run")[0]]
     assert errors[::2] == [None, None]
     assert says in str(errors[1])
@@ -368,7 +368,7 @@ def test_a_site_s_words_are_one_short_line(silos: Silos, tmp_path: Path) -> None
         return reply
 
     grid.tamper = rude
-    loop.train(job)
+    course.train(job)
     error = str(visits(tmp_path / "run")[0][1][3])
     assert error.isprintable()
     assert len(error) == 200
@@ -396,8 +396,8 @@ def test_a_group_of_scores_may_come_and_go(gone: str, silos: Silos, tmp_path: Pa
 
     job.survey = some
     job.card = None
-    loop.train(job)
-    found = [(r["round"], r["split"]) for r in loop.read_records(tmp_path / "run" / "evals.jsonl")]
+    course.train(job)
+    found = [(r["round"], r["split"]) for r in course.read_records(tmp_path / "run" / "evals.jsonl")]
     both = ["sites", "sites_train"]
     want = [(round, name) for round in (0, 1, 2) for name in both if name == "sites" or round not in away]
     assert [entry for entry in found if entry[1] in both] == want
@@ -410,16 +410,16 @@ def test_scores_of_the_sites_are_weighted_by_their_rows(
     run = silos.run(method, eval={"every": 1})
     job, _, transport = federate(silos, run, tmp_path / "there")
     job.survey = Survey(transport, run.method, job.run, tmp_path / "there" / "spool")
-    loop.train(job)
+    course.train(job)
     in_process(silos, run, tmp_path / "here", monkeypatch)
     assert state_of(tmp_path / "there") == state_of(tmp_path / "here")  # a survey leaves no trace
     assert visits(tmp_path / "there") == visits(tmp_path / "here")
     # the last state scored by hand: all rows in one data set
     from thinwire import build
-    from thinwire.evaluate.evaluate import Split, evaluate
+    from thinwire.evaluate.splits import Split, evaluate
 
     rows = [row for held in silos.rows(run).clients.values() for row in held]
-    last = [r for r in loop.read_records(tmp_path / "there" / "evals.jsonl") if r["split"] == "sites_train"]
+    last = [r for r in course.read_records(tmp_path / "there" / "evals.jsonl") if r["split"] == "sites_train"]
     assert [r["round"] for r in last] == [0, 1, 2]
     net = build.net_of(
         run.model_copy(update={"model": run.model.model_copy(update={"path": str(tmp_path / "there" / "model")})})

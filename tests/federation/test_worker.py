@@ -30,8 +30,8 @@ from thinwire.federation.payloads import Hello
 from thinwire.federation.policy import task_of
 from thinwire.federation.processes import Children, alive
 from thinwire.federation.progress import Notices, Progress, notices_of
-from thinwire.federation.site import SiteSide
-from thinwire.federation.visits import told
+from thinwire.federation.site_processes import SiteSide
+from thinwire.federation.site_run import told
 from thinwire.federation.worker import Site, Worker
 
 THIN: dict[str, Any] = {"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}
@@ -158,7 +158,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from thinwire.federation.relay import relay
-from thinwire.runtime.envelope import pack
+from thinwire.federation.envelope import pack
 message = SimpleNamespace(content=pack(b"x", transfer="0" * 16))
 print("ready", flush=True)
 relay(message, SimpleNamespace(node_config={"socket": sys.argv[1]}), Path(sys.argv[2]))

@@ -24,15 +24,18 @@ import xxhash
 from torch import Tensor
 
 from thinwire import wire
-from thinwire.compress import catalogue, coarse, components, counted, integers, symbols, trellis, ulp
-from thinwire.compress.autoencoder import AutoEncoder, Latents, tables_of
-from thinwire.compress.factors import Factors
-from thinwire.compress.image import Image
-from thinwire.compress.lowrank import LowRank
-from thinwire.compress.qsgd import Qsgd, Signs
-from thinwire.compress.quantise import Blocks
-from thinwire.compress.rotate import Eden
-from thinwire.compress.sparsify import TopK
+from thinwire.compress import catalogue
+from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.codecs.eden import Eden
+from thinwire.compress.codecs.factors import Factors
+from thinwire.compress.codecs.qsgd import Qsgd, Signs
+from thinwire.compress.codecs.svd import LowRank
+from thinwire.compress.codecs.topk import TopK
+from thinwire.compress.entropy import adaptive, integers, static, trellis
+from thinwire.compress.exact import coarse, ulp
+from thinwire.compress.learned import components
+from thinwire.compress.learned.autoencoder import AutoEncoder, Latents, tables_of
+from thinwire.compress.learned.lora_image import Image
 from thinwire.federation import channel
 from thinwire.federation.payloads import Hello, Ready, Scores
 from thinwire.methods import METHODS
@@ -161,7 +164,7 @@ def envelopes(data: bytes) -> None:
     from flwr.common.serde import recorddict_from_proto
     from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
-    from thinwire.runtime.envelope import of, unpack
+    from thinwire.federation.envelope import of, unpack
 
     try:
         proto = Proto()
@@ -179,7 +182,7 @@ def envelope_seeds() -> list[bytes]:
     """What `pack` makes."""
     from flwr.common.serde import recorddict_to_proto
 
-    from thinwire.runtime.envelope import pack
+    from thinwire.federation.envelope import pack
 
     about = {"offset": 0, "total": 3, "transfer": "0" * 16, "rate": 0.5}
     return [recorddict_to_proto(pack(piece, **about)).SerializeToString() for piece in (b"abc", b"")]
@@ -261,7 +264,7 @@ def some_symbols(count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def counts(data: bytes) -> None:
     """Symbols under shares that travel."""
     count = COUNTS[(data[0] if data else 0) % len(COUNTS)]
-    assert counted.decode(data[1:], count).shape == (count,)
+    assert static.decode(data[1:], count).shape == (count,)
 
 
 def contexts(count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -272,7 +275,7 @@ def contexts(count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def symbolic(data: bytes) -> None:
     """Symbols under tables that learn."""
     count = COUNTS[(data[0] if data else 0) % len(COUNTS)]
-    assert symbols.decode(data[1:], contexts(count), 3).shape == (count,)
+    assert adaptive.decode(data[1:], contexts(count), 3).shape == (count,)
 
 
 BLOCKS = Blocks(4, 64)
@@ -351,8 +354,8 @@ def standings() -> tuple[Standing, ...]:
     from test_methods import HALVES, ROWS, VIEWS
 
     from thinwire.keys import Key
-    from thinwire.model.adapters import add_lora
-    from thinwire.model.flat import Net
+    from thinwire.model.net import Net
+    from thinwire.model.views.lora import add_lora
 
     folder = Path(tempfile.mkdtemp(prefix="thinwire-fuzz-"))
     adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
@@ -505,11 +508,11 @@ TARGETS: dict[str, Target] = {
     "plain": code([catalogue.Plain()]),
     "integers": Target(packed, packed_seeds, VALUE),
     "counted": Target(
-        counts, lambda: [bytes([i]) + counted.encode(some_symbols(n)) for i, n in enumerate(COUNTS)], VALUE
+        counts, lambda: [bytes([i]) + static.encode(some_symbols(n)) for i, n in enumerate(COUNTS)], VALUE
     ),
     "symbols": Target(
         symbolic,
-        lambda: [bytes([i]) + symbols.encode(some_symbols(n), contexts(n), 3) for i, n in enumerate(COUNTS)],
+        lambda: [bytes([i]) + adaptive.encode(some_symbols(n), contexts(n), 3) for i, n in enumerate(COUNTS)],
         VALUE,
     ),
     "coarse": Target(coarsely, coarse_seeds, VALUE),

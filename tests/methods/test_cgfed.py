@@ -12,14 +12,14 @@ import torch
 from federation import Federation, tiny_net
 
 from thinwire import wire
-from thinwire.compress import artefact, components
-from thinwire.compress.artefact import Artefact
+from thinwire.compress.learned import codec_file, components
+from thinwire.compress.learned.codec_file import Artefact
 from thinwire.keys import Key
 from thinwire.methods.cgfed import CGFed, Coded, Tgap, alike
 from thinwire.methods.fedavg import FedAvg, fill
-from thinwire.model.adapters import add_lora
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.views.lora import add_lora
 
 LOCAL: dict[str, Any] = {"lr": 1e-2, "steps": 3, "batch_size": 4}
 HIDDEN = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -55,7 +55,7 @@ def file(net: Net, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         federation.step()
     tables = components.fit(image, seen, most=1 << 12, rounds=1)
     path = tmp_path_factory.mktemp("codec") / "codec.safetensors"
-    artefact.write(path, Artefact("learned", artefact.fingerprint(net.model, image), tables))
+    codec_file.write(path, Artefact("learned", codec_file.fingerprint(net.model, image), tables))
     return path
 
 
@@ -106,7 +106,7 @@ def test_the_learned_codec_and_its_delivery(net: Net, file: Path, tmp_path: Path
     method = CGFed(**LOCAL, codec="learned", artefact=str(file), spared=0.5, gate=0)
     federation = Federation(method, net, tmp_path)
     first, second = federation.step((0, 1)), federation.step((0, 2))
-    tables = sum(t.numel() * t.element_size() for t in artefact.read(file).tensors.values())
+    tables = sum(t.numel() * t.element_size() for t in codec_file.read(file).tensors.values())
     raw = 4 * factors(federation).numel()
     for visit in (first.visits[0], first.visits[1], second.visits[2]):  # newcomers
         assert raw + tables < visit.bytes_down < raw + tables + 4000
@@ -139,8 +139,8 @@ def test_below_the_gate_eden_travels_at_the_same_bytes(net: Net, tmp_path: Path)
 
 
 def test_an_update_beyond_what_the_codec_was_trained_on_goes_by_eden(net: Net, file: Path, tmp_path: Path) -> None:
-    made = artefact.read(file)
-    artefact.write(
+    made = codec_file.read(file)
+    codec_file.write(
         tmp_path / "far", Artefact(made.kind, made.fingerprint, {**made.tensors, "range": torch.tensor([1e6, 1e7])})
     )
     federation = Federation(CGFed(**LOCAL, codec="learned", artefact=str(tmp_path / "far"), gate=0), net, tmp_path)

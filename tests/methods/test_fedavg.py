@@ -14,7 +14,7 @@ from federation import Federation, tiny_net
 
 from thinwire import wire
 from thinwire.methods.fedavg import FedAvg, Trained
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.train.objective import loss
 
 

@@ -13,16 +13,16 @@ from federation import Federation, closed_data, tiny_net
 from torch import Tensor
 
 from thinwire import wire
-from thinwire.compress.quantise import Blocks
-from thinwire.compress.shrink import Cut
+from thinwire.compress.codecs.blocks import Blocks
 from thinwire.core import Client, StaleVersion
 from thinwire.keys import Key
 from thinwire.methods.fedavg import FedAvg, fill
 from thinwire.methods.fedcybgd import FedCyBGD, Proxy
 from thinwire.methods.gradualdiff import decoded
-from thinwire.model.adapters import add_lora
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.shrink import Cut
+from thinwire.model.views.lora import add_lora
 from thinwire.runtime.store import VersionStore
 from thinwire.train.local import train_locally
 from thinwire.wire import Illegal

@@ -14,8 +14,8 @@ from federation import Federation, tiny_net
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from thinwire import wire
-from thinwire.compress import integers
+from thinwire import streams, wire
+from thinwire.compress.entropy import integers
 from thinwire.core import StaleVersion
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key, reduced
@@ -34,11 +34,10 @@ from thinwire.methods.fedkseed import (
     seed_probabilities,
     seed_tilts,
 )
-from thinwire.model.flat import Net
-from thinwire.perturb import cpu
+from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe
-from thinwire.perturb.zeroth import move, shrink_of
+from thinwire.perturb.spsa import move, shrink_of
 from thinwire.train.objective import loss
 
 
@@ -100,7 +99,7 @@ def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
         finals = []
         for id, rows in enumerate(federation.sizes):
             client = federation.client(id, round)
-            seeds = reduced(cpu.words(draws_key(federation.server(round, (0, 1, 2))), [id], 6), 16)[0].tolist()
+            seeds = reduced(streams.words(draws_key(federation.server(round, (0, 1, 2))), [id], 6), 16)[0].tolist()
             batches = client.data.batches(client.key.fold("batches"), 4)
             finals.append(rows * oracle.client(mean, batches, seeds, lr)[0])
         mean = torch.stack(finals).sum(0) / sum(federation.sizes)

@@ -11,7 +11,7 @@ from federation import Federation, tiny_net
 
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 
 SAME: dict[str, Any] = {"seeds": 32, "steps": 6, "batch_size": 4, "lr": 1e-4, "eps": 1e-3, "law": "gaussian"}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from thinwire import wire
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.gradualdiff import START, GradualDiff, layout
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.runtime.store import VersionStore
 from thinwire.wire.payload import specs_of
 

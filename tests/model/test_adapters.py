@@ -13,9 +13,9 @@ from tiny import BOS, EOS, VOCABULARY, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from thinwire.keys import Key
-from thinwire.model.adapters import add_lora, has_lora, merged
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.views.lora import add_lora, has_lora, merged
 from thinwire.train.local import train_locally
 
 TARGETS = ("q_proj", "v_proj", "down_proj")

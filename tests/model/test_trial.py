@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from thinwire.keys import Key
-from thinwire.model.adapters import add_lora
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.model.task import task_of
 from thinwire.model.trial import check_causal, positions, reads_of
+from thinwire.model.views.lora import add_lora
 
 SIZES = {
     "vocab_size": VOCABULARY,

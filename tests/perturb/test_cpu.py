@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.perturb import cpu, philox
-
-TILE, CHUNK = cpu.TILE, cpu.CHUNK
+from thinwire.perturb import gaussian_cpu, philox
+from thinwire.perturb.threads import CHUNK, TILE
+from thinwire.streams import words
 
 
 def bits(array):
@@ -45,7 +45,7 @@ def test_the_kernel_equals_the_specification_to_the_bit(n, start, pairs, scale, 
     expected = philox.accumulate(weight, run_key, pid, seeds, coefs, scale, start)
     given_weight = weight.copy()
     out = given_weight if in_place else np.full(n, np.nan, np.float32)
-    cpu.accumulate(given_weight, out, run_key, pid, seeds, coefs, scale, start)
+    gaussian_cpu.accumulate(given_weight, out, run_key, pid, seeds, coefs, scale, start)
     # an overflow may make a NaN, whose sign is not part of the specification
     number = ~np.isnan(expected)
     np.testing.assert_array_equal(bits(out)[number], bits(expected)[number])
@@ -61,7 +61,7 @@ def test_many_seeds_with_denormal_and_large_coefs(coef):
     seeds, coefs = rng.integers(0, 2**32, 64), (coef * rng.uniform(-1, 1, 64)).astype(np.float32)
     weight = weights(2 * TILE)
     out = np.empty_like(weight)
-    cpu.accumulate(weight, out, 5, 6, seeds, coefs, 0.999)
+    gaussian_cpu.accumulate(weight, out, 5, 6, seeds, coefs, 0.999)
     expected = philox.accumulate(weight, 5, 6, seeds, coefs, 0.999)
     assert np.isfinite(expected).all()
     np.testing.assert_array_equal(bits(out), bits(expected))
@@ -75,28 +75,28 @@ def test_any_number_of_threads_gives_the_same_bits(start, in_place):
     for threads in (None, 1, 2, 3):
         given_weight = weight.copy()
         out = given_weight if in_place else np.empty_like(weight)
-        cpu.accumulate(given_weight, out, 5, 6, [7, 8], [0.1, 0.2], 0.9, start, threads=threads)
+        gaussian_cpu.accumulate(given_weight, out, 5, 6, [7, 8], [0.1, 0.2], 0.9, start, threads=threads)
         np.testing.assert_array_equal(bits(out), bits(expected))
 
 
 def test_arrays_that_do_not_fit_are_refused():
     weight = np.zeros(16, np.float32)
     with pytest.raises(ValueError, match="weight must be contiguous float32"):
-        cpu.accumulate(weight[::2], weight[:8], 0, 0, [1], [1.0])
+        gaussian_cpu.accumulate(weight[::2], weight[:8], 0, 0, [1], [1.0])
     with pytest.raises(ValueError, match="out must be contiguous float32"):
-        cpu.accumulate(weight, weight.astype(np.float64), 0, 0, [1], [1.0])
+        gaussian_cpu.accumulate(weight, weight.astype(np.float64), 0, 0, [1], [1.0])
     with pytest.raises(ValueError, match="out has 8"):
-        cpu.accumulate(weight, weight[:8], 0, 0, [1], [1.0])
+        gaussian_cpu.accumulate(weight, weight[:8], 0, 0, [1], [1.0])
     with pytest.raises(ValueError, match="2 seeds"):
-        cpu.accumulate(weight, weight, 0, 0, [1, 2], [1.0])
+        gaussian_cpu.accumulate(weight, weight, 0, 0, [1, 2], [1.0])
     with pytest.raises(ValueError, match="start"):
-        cpu.accumulate(weight, weight, 0, 0, [1], [1.0], start=-1)
+        gaussian_cpu.accumulate(weight, weight, 0, 0, [1], [1.0], start=-1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 200, 401])
 def test_words_are_those_of_the_specification(count: int) -> None:
     key, streams = 0xFEDCBA9876543210, [0, 7, 2**32 - 1, 2**32, 2**64 - 1]
-    found = cpu.words(key, streams, count)
+    found = words(key, streams, count)
     assert found.shape == (len(streams), count)
     for row, stream in zip(found, streams, strict=True):
         blocks = np.arange((count + 1) // 2, dtype=np.uint64)

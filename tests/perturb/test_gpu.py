@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.perturb import anywhere, directions, philox, signs
+from thinwire.perturb import directions, philox, sign_cpu, torch_kernels
 
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -65,7 +65,7 @@ def coefs_for(seeds):
 
 def specified(law, weight, seeds, coefs, scale, start, run_key=KEY, pid=PID):
     """In float32, not yet rounded to weight's dtype."""
-    replay = philox.accumulate if law == "gaussian" else signs.reference
+    replay = philox.accumulate if law == "gaussian" else sign_cpu.reference
     return torch.from_numpy(replay(weight.float().numpy(), run_key, pid, seeds, coefs, scale, start))
 
 
@@ -83,21 +83,21 @@ def replayed(accumulate, law, weight, seeds, coefs, scale, start, in_place, devi
 def test_the_words_are_those_of_the_generator(counter, key):
     expected = philox.philox4x32(counter, [key & 0xFFFFFFFF, key >> 32]).tolist()
     tensors = [torch.tensor([word]) for word in counter]
-    assert [word.item() for word in anywhere.words(*tensors, key)] == expected
-    assert list(anywhere.words(*counter, key)) == expected
-    mixed = anywhere.words(tensors[0], counter[1], counter[2], counter[3], key)
+    assert [word.item() for word in torch_kernels.words(*tensors, key)] == expected
+    assert list(torch_kernels.words(*counter, key)) == expected
+    mixed = torch_kernels.words(tensors[0], counter[1], counter[2], counter[3], key)
     assert [word.item() for word in mixed] == expected
 
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("tile", [100, anywhere.TILE])
+@pytest.mark.parametrize("tile", [100, torch_kernels.TILE])
 def test_torch_equals_the_specification_to_the_bit(law, dtype, in_place, tile):
     for n, start, seeds, scale in CASES:
         weight, coefs = weights(n, dtype), coefs_for(seeds)
-        with mock.patch.object(anywhere, "TILE", tile):
-            found = replayed(anywhere.accumulate, law, weight, seeds, coefs, scale, start, in_place)
+        with mock.patch.object(torch_kernels, "TILE", tile):
+            found = replayed(torch_kernels.accumulate, law, weight, seeds, coefs, scale, start, in_place)
         expected = specified(law, weight, seeds, coefs, scale, start).to(dtype)
         assert torch.equal(as_bits(found), as_bits(expected)), (n, start)
 
@@ -115,8 +115,8 @@ def test_torch_equals_the_specification_at_any_address(law, n, start, pairs, run
     seeds, coefs = [seed for seed, _ in pairs], [coef for _, coef in pairs]
     weight = weights(n, torch.float32)
     out = torch.empty_like(weight)
-    with mock.patch.object(anywhere, "TILE", 64):
-        anywhere.accumulate(law, weight, out, run_key, pid, seeds, coefs, 0.9, start)
+    with mock.patch.object(torch_kernels, "TILE", 64):
+        torch_kernels.accumulate(law, weight, out, run_key, pid, seeds, coefs, 0.9, start)
     assert torch.equal(as_bits(out), as_bits(specified(law, weight, seeds, coefs, 0.9, start, run_key, pid)))
 
 
@@ -125,17 +125,17 @@ def test_torch_equals_the_specification_at_any_address(law, n, start, pairs, run
 def test_torch_with_denormal_and_large_coefs(law, coef):
     seeds = np.random.default_rng(3).permutation(4096)[:64]
     weight, coefs = weights(2000, torch.float32), (coef * coefs_for(seeds)).astype(np.float32)
-    found = replayed(anywhere.accumulate, law, weight, seeds, coefs, 0.999, 6, False)
+    found = replayed(torch_kernels.accumulate, law, weight, seeds, coefs, 0.999, 6, False)
     assert torch.equal(as_bits(found), as_bits(specified(law, weight, seeds, coefs, 0.999, 6)))
 
 
-@pytest.mark.parametrize("tile", [1, 700, anywhere.TILE])
+@pytest.mark.parametrize("tile", [1, 700, torch_kernels.TILE])
 def test_the_matrix_in_torch_is_that_of_the_specification(tile):
-    with mock.patch.object(anywhere, "TILE", tile):
+    with mock.patch.object(torch_kernels, "TILE", tile):
         for seeds, start, count in [*NARROW, (np.array(MIXED), 2**62 - 100, 77), (np.arange(0), 0, 5), ([3], 1, 0)]:
-            found = anywhere.matrix(KEY, PID, seeds, start, count)
+            found = torch_kernels.matrix(KEY, PID, seeds, start, count)
             assert found.dtype == torch.float32
-            np.testing.assert_array_equal(found.numpy(), signs.matrix(KEY, PID, seeds, start, count))
+            np.testing.assert_array_equal(found.numpy(), sign_cpu.matrix(KEY, PID, seeds, start, count))
 
 
 def test_what_does_not_fit_is_refused():
@@ -152,11 +152,11 @@ def test_what_does_not_fit_is_refused():
     ]
     for (law, source, target), seeds, text in refused:
         with pytest.raises(ValueError, match=text):
-            anywhere.accumulate(law, source, target, 0, 0, seeds, [1.0])
+            torch_kernels.accumulate(law, source, target, 0, 0, seeds, [1.0])
     with pytest.raises(ValueError, match="start"):
-        anywhere.accumulate("sign", weight, weight, 0, 0, [1], [1.0], start=-1)
+        torch_kernels.accumulate("sign", weight, weight, 0, 0, [1], [1.0], start=-1)
     with pytest.raises(ValueError, match="parameter id"):
-        anywhere.matrix(0, 2**32, [1], 0, 1)
+        torch_kernels.matrix(0, 2**32, [1], 0, 1)
 
 
 def run_here(part, interpreted, folder):
@@ -175,18 +175,18 @@ def test_the_kernels_in_the_interpreter(tmp_path):
 
 def interpret():
     """All checks on CPU tensors; their number."""
-    from thinwire.perturb import gpu
+    from thinwire.perturb import triton_kernels
 
     count = 0
     for seeds, start, rows in NARROW:
-        found = gpu.matrix(KEY, PID, seeds, start, rows, "cpu").numpy()
-        np.testing.assert_array_equal(found, signs.matrix(KEY, PID, seeds, start, rows))
+        found = triton_kernels.matrix(KEY, PID, seeds, start, rows, "cpu").numpy()
+        np.testing.assert_array_equal(found, sign_cpu.matrix(KEY, PID, seeds, start, rows))
         count += 1
     for i, (n, start, seeds, scale) in enumerate(CASES):
         # the interpreter takes its time: one law has one dtype in each case, the other has the other two
         for law, dtype in [(LAWS[i % 2], DTYPES[i % 3]), *((LAWS[1 - i % 2], DTYPES[i % 3 - j]) for j in (1, 2))]:
             weight, coefs = weights(n, dtype), coefs_for(seeds)
-            found = replayed(gpu.accumulate, law, weight, seeds, coefs, scale, start, i % 2 == 0)
+            found = replayed(triton_kernels.accumulate, law, weight, seeds, coefs, scale, start, i % 2 == 0)
             whole = specified(law, weight, seeds, coefs, scale, start)
             allowed = [whole.to(dtype)]
             if dtype == torch.bfloat16:
@@ -229,10 +229,14 @@ def compile_all():
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from thinwire.perturb import gpu
+    from thinwire.perturb import triton_kernels
 
-    kernels = {"gaussian": gpu._gaussian, "sign": gpu._sign, "matrix": gpu._matrix}
-    blocks = {"gaussian": gpu.GAUSSIAN_BLOCKS, "sign": gpu.SIGN_BLOCKS, "matrix": gpu.MATRIX_BLOCKS}
+    kernels = {"gaussian": triton_kernels._gaussian, "sign": triton_kernels._sign, "matrix": triton_kernels._matrix}
+    blocks = {
+        "gaussian": triton_kernels.GAUSSIAN_BLOCKS,
+        "sign": triton_kernels.SIGN_BLOCKS,
+        "matrix": triton_kernels.MATRIX_BLOCKS,
+    }
     types = {"lead": "constexpr", "blocks": "constexpr", "size": "i64", "scale": "fp32"}
     types |= dict.fromkeys(("tile", "pid", "key0", "key1", "many", "groups"), "i32")
     types |= dict.fromkeys(("seeds", "numbers", "bounds", "columns", "bits"), "*i32")
@@ -246,7 +250,7 @@ def compile_all():
             signature={argument: known[argument] for argument in kernel.arg_names},
             constexprs={"lead": 1, "blocks": blocks[name]},
         )
-        options = gpu.LAUNCH | ({"enable_fp_fusion": True} if fused else {})
+        options = triton_kernels.LAUNCH | ({"enable_fp_fusion": True} if fused else {})
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
     return {name: compiled(*name.split(), False) for name in COMPILED} | {"fused": compiled("gaussian", "fp32", True)}
@@ -256,13 +260,13 @@ def compile_all():
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_equals_the_specification_to_the_bit(law, dtype):
-    from thinwire.perturb import gpu
+    from thinwire.perturb import triton_kernels
 
     many = np.random.default_rng(1).integers(0, 4096, 70)
     for n, start, seeds, scale in [*CASES, (1_000_003, 2**34 - 500_001, many, 0.9)]:
         weight, coefs = weights(n, dtype), coefs_for(seeds)
         expected = as_bits(specified(law, weight, seeds, coefs, scale, start).to(dtype))
-        for accumulate in (gpu.accumulate, anywhere.accumulate):
+        for accumulate in (triton_kernels.accumulate, torch_kernels.accumulate):
             for in_place in (True, False):
                 found = replayed(accumulate, law, weight, seeds, coefs, scale, start, in_place, "cuda")
                 assert torch.equal(as_bits(found), expected), (n, start, accumulate)
@@ -270,12 +274,12 @@ def test_a_gpu_equals_the_specification_to_the_bit(law, dtype):
 
 @needs_gpu
 def test_the_matrix_on_a_gpu_is_that_of_the_specification():
-    from thinwire.perturb import gpu
+    from thinwire.perturb import triton_kernels
 
     many = np.random.default_rng(1).integers(0, 4096, 70)
     for seeds, start, count in [*NARROW, (np.arange(4096), 7, 1000), (many, 2**34 - 50_001, 100_003)]:
-        expected = signs.matrix(KEY, PID, seeds, start, count)
-        for matrix in (gpu.matrix, anywhere.matrix):
+        expected = sign_cpu.matrix(KEY, PID, seeds, start, count)
+        for matrix in (triton_kernels.matrix, torch_kernels.matrix):
             np.testing.assert_array_equal(matrix(KEY, PID, seeds, start, count, "cuda").cpu().numpy(), expected)
 
 
@@ -293,7 +297,7 @@ def test_directions_off_the_cpu_are_those_on_it(law, dtype, shape, monkeypatch):
     seeds, coefs = [5, 40, 900, 5, 33, 7], [0.5, -1.0, 2.0, 0.25, 1e-3, 1.0]
     forms = [weight, weight.clone().T if weight.dim() == 2 else weight]
     expected = [pool.apply(form, "w", seeds, coefs, scale=0.9) for form in forms]
-    monkeypatch.setattr(directions, "_kernels", lambda device: anywhere)
+    monkeypatch.setattr(directions, "_kernels", lambda device: torch_kernels)
     for form, here in zip(forms, expected, strict=True):
         there = pool.apply(form, "w", seeds, coefs, scale=0.9)
         assert torch.equal(as_bits(here.contiguous()), as_bits(there.contiguous()))

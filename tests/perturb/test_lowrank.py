@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.perturb import lowrank, philox, products
+from thinwire.perturb import matmul_replay, philox, table_replay
 from thinwire.perturb.directions import Directions
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -31,8 +31,8 @@ def oracle(pool: Directions, weight: torch.Tensor, scale: float = 1.0) -> torch.
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "ROWS", 8)
-    monkeypatch.setattr(lowrank, "ROWS", 8)
+    monkeypatch.setattr(matmul_replay, "ROWS", 8)
+    monkeypatch.setattr(table_replay, "ROWS", 8)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -125,7 +125,7 @@ def test_the_bits_do_not_depend_on_the_threads(rank: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     height=st.integers(1, 40),
-    n=st.integers(1, 3 * lowrank.COLUMNS // 2),
+    n=st.integers(1, 3 * table_replay.COLUMNS // 2),
     rank=st.integers(1, 3),
     seeds=st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 70), min_size=1, max_size=12),
     cut=st.floats(0, 1),
@@ -135,12 +135,12 @@ def test_tables_give_the_bits_of_the_specification(
 ) -> None:
     """Also with seeds that come again, and for some rows of a matrix."""
     weight, coefs = draw(height, n).numpy(), draw(len(seeds)).numpy()
-    expected = lowrank.reference(weight, 7, 11, seeds, coefs, 0.9, rank)
+    expected = table_replay.reference(weight, 7, 11, seeds, coefs, 0.9, rank)
     out, start = np.empty_like(weight), int(cut * (height - 1))
-    lowrank.accumulate(weight, out, 7, 11, seeds, coefs, 0.9, rank)
+    table_replay.accumulate(weight, out, 7, 11, seeds, coefs, 0.9, rank)
     assert np.array_equal(out.view(np.int32), expected.view(np.int32))
     rows = weight[start:].copy()
-    lowrank.accumulate(rows, rows, 7, 11, seeds, coefs, 0.9, rank, start, height)
+    table_replay.accumulate(rows, rows, 7, 11, seeds, coefs, 0.9, rank, start, height)
     assert np.array_equal(rows.view(np.int32), expected[start:].view(np.int32))
 
 

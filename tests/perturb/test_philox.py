@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thinwire.perturb.normal_table import quantiles
 from thinwire.perturb.philox import accumulate, gaussian, parameter_id, philox4x32
-from thinwire.perturb.table import quantiles
 
 # Random123, tests/kat_vectors, philox4x32 10
 KNOWN = [

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MixtralC
 
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
-from thinwire.model.adapters import add_lora
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
+from thinwire.model.views.lora import add_lora
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe, check
 from thinwire.train.objective import loss

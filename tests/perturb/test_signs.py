@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.perturb.cpu import CHUNK, TILE
 from thinwire.perturb.philox import parameter_id, philox4x32
-from thinwire.perturb.signs import MATRIX_BLOCKS, accumulate, matrix, reference, signs
+from thinwire.perturb.sign_cpu import MATRIX_BLOCKS, accumulate, matrix, reference, signs
+from thinwire.perturb.threads import CHUNK, TILE
 
 
 def bits(array):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import thinwire.perturb
-from thinwire.perturb.table import HALF, exact_half, quantiles
+from thinwire.perturb.normal_table import HALF, exact_half, quantiles
 
 FILE = Path(thinwire.perturb.__file__).with_name("gaussian_table.npy")
 

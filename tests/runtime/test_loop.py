@@ -23,10 +23,10 @@ from thinwire.keys import Key
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.gradualdiff import GradualDiff
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.runtime import checkpoint
 from thinwire.runtime.cohort import All, Only, Uniform
-from thinwire.runtime.loop import Job, Watch, read_records, train
+from thinwire.runtime.course import Job, Watch, read_records, train
 
 METHODS = {
     "fedkseed": FedKSeed(seeds=32, steps=4, batch_size=4, lr=1e-4, pro=True),

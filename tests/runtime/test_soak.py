@@ -34,7 +34,7 @@ def run(folder: Path, rounds: int) -> None:
     from thinwire.core import Reply
     from thinwire.keys import Key
     from thinwire.methods.gradualdiff import GradualDiff
-    from thinwire.runtime import loop
+    from thinwire.runtime import course
     from thinwire.runtime.cohort import Uniform
     from thinwire.runtime.inprocess import InProcess
     from thinwire.wire import Frame, Spooled, peek
@@ -59,7 +59,7 @@ def run(folder: Path, rounds: int) -> None:
                 else:
                     yield reply
 
-    class Numbers(loop.Watch):
+    class Numbers(course.Watch):
         """Resident bytes and open files after each round."""
 
         def round_ends(self, record: Any, left: float) -> None:
@@ -68,9 +68,9 @@ def run(folder: Path, rounds: int) -> None:
                 file.write(json.dumps(line) + "\n")
 
     torch.set_num_threads(1)
-    loop.InProcess = Failing  # type: ignore[misc]
+    course.InProcess = Failing  # type: ignore[misc]
     net = tiny_net(folder.parent / "model", "bfloat16", hidden_size=16, intermediate_size=32)
-    job = loop.Job(
+    job = course.Job(
         method=GradualDiff(steps=1, batch_size=2, lr=1e-3, codec="lowrank", rank=1),
         net=net,
         clients=[closed_data(net, 4, 100 + i) for i in range(CLIENTS)],
@@ -85,7 +85,7 @@ def run(folder: Path, rounds: int) -> None:
         watch=Numbers(),
     )
     folder.mkdir(exist_ok=True)
-    loop.train(job)
+    course.train(job)
 
 
 def start(folder: Path, rounds: int) -> subprocess.Popen[bytes]:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thinwire.commands.terminal import echo, one_line, settle
 from thinwire.data.shown import printable
-from thinwire.terminal import echo, one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.config import Data
     from thinwire.data.batch import Dataset
-    from thinwire.data.load import Row
+    from thinwire.data.rows import Row
     from thinwire.data.templates import AnyTemplate, Jinja
-    from thinwire.model.flat import Net
+    from thinwire.model.net import Net
 
 
 def chat(
@@ -31,8 +31,8 @@ def chat(
     with one_line():
         settle()
         from thinwire import config
-        from thinwire.model.find import resolve
-        from thinwire.model.flat import Net
+        from thinwire.model.net import Net
+        from thinwire.model.resolve import resolve
         from thinwire.model.task import labels_of, task_of
 
         data = config.load(path / "run.toml").data if (path / "run.toml").exists() else None
@@ -77,7 +77,7 @@ def _columns(text: str) -> list[str]:
 
 def _row(template: AnyTemplate, line: str, answer: str, talk: Sequence[dict[str, str]] = ()) -> Row:
     """The line in the first column that the run's prompts show; what else they show is left empty."""
-    from thinwire.data.load import Row
+    from thinwire.data.rows import Row
     from thinwire.data.templates import Chat, Jinja, answer_columns
 
     if isinstance(template, Chat):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from thinwire.terminal import Stopped, echo, one_line, settle
+from thinwire.commands.terminal import Stopped, echo, one_line, settle
 
 RETRY = 2.0  # seconds between two attempts to reach a server
 TICK = 0.5  # seconds between two looks at the processes
@@ -59,11 +59,11 @@ def client(
             echo(f"{away}; waiting for it")
             waits = str(away)
         # what follows takes its time to import
-        from thinwire.data.load import read_jsonl
+        from thinwire.data.rows import read_jsonl
         from thinwire.data.source import reader_of
         from thinwire.federation.audit import broken
         from thinwire.federation.policy import Policy
-        from thinwire.federation.site import SiteSide
+        from thinwire.federation.site_processes import SiteSide
         from thinwire.federation.worker import Site
         from thinwire.runtime.folder import locked
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from thinwire.terminal import Overrides, echo, echo_json, one_line, settle
+from thinwire.commands.terminal import Overrides, echo, echo_json, one_line, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from thinwire.compress.image import Image
+    from thinwire.compress.learned.lora_image import Image
     from thinwire.config import Run
 
     Snapshots = list[list[Tensor]]  # of each round, of each client
@@ -71,9 +71,9 @@ def _fit(
     import torch
 
     from thinwire import build
-    from thinwire.compress import artefact, autoencoder, components
     from thinwire.compress.catalogue import code_of, side_of
-    from thinwire.compress.fidelity import cosine, fidelity
+    from thinwire.compress.learned import autoencoder, codec_file, components
+    from thinwire.compress.learned.fidelity import cosine, fidelity
     from thinwire.config import ConfigError
     from thinwire.keys import Key
     from thinwire.methods.cgfed import OnFactors, Tgap
@@ -105,14 +105,14 @@ def _fit(
         model = autoencoder.AutoEncoder.drawn(Key.root(settings.seed).fold("codec").word())
         curve = autoencoder.fit(model, [x * scale for x in seen], iterations)
         tables = autoencoder.tables_of(model, seen, scale)
-    artefact.write(target, artefact.Artefact(method.codec, artefact.fingerprint(net.model, image), tables))
+    codec_file.write(target, codec_file.Artefact(method.codec, codec_file.fingerprint(net.model, image), tables))
     found = fidelity(code_of(method.codec, method.ratio, image, tables), judged)
     eden = fidelity(code_of("eden", method.ratio, image), judged)
     mean = torch.stack(seen).mean(0)
     others = [cosine(mean, x) for updates in judged for x in updates]
     report = {
         "codec": str(target),
-        "fingerprint": artefact.fingerprint(net.model, image),
+        "fingerprint": codec_file.fingerprint(net.model, image),
         "codec_bytes": sum(t.numel() * t.element_size() for t in tables.values()),
         "snapshots": len(seen),
         "gathered_bytes_up": counted[0],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thinwire.terminal import Overrides, echo, echo_json, one_line, settle
+from thinwire.commands.terminal import Overrides, echo, echo_json, one_line, settle
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from thinwire.build import Rows
     from thinwire.config import Run
     from thinwire.data.batch import Dataset
-    from thinwire.data.description import Description
-    from thinwire.data.load import Row
+    from thinwire.data.rows import Row
+    from thinwire.data.statistics import Description
 
 EXAMPLES = 3
 LISTED = 30  # clients that the table lists
@@ -36,12 +36,12 @@ def data(
     with one_line():
         settle()
         from thinwire import build, config
-        from thinwire.data import picture
-        from thinwire.data.description import describe, filled, remarks, shortened, skew
+        from thinwire.data import partition_plot
+        from thinwire.data.statistics import describe, filled, remarks, shortened, skew
         from thinwire.keys import Key
 
         if plot is not None:
-            picture.check(plot)
+            partition_plot.check(plot)
         settings = config.load(file, overrides or [])
         rows = build.rows_of(settings.data, Key.root(settings.seed))
         settings = build.settled(settings, rows)
@@ -73,7 +73,7 @@ def data(
         }
         if plot is not None:
             title = f"{settings.name}: the rows of each client" + (f", by {column}" if column else "")
-            picture.draw(held, title, settings.data.max_length, plot)
+            partition_plot.draw(held, title, settings.data.max_length, plot)
         if as_json:
             echo_json(found, ascii=False)
             for note in found["notes"]:
@@ -151,7 +151,7 @@ def _print(
 ) -> None:
     from rich.table import Column, Table
 
-    from thinwire.show import Screen
+    from thinwire.commands.show import Screen
 
     console = Screen()
     total = sum(client.rows for client in clients)

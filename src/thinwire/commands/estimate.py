@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thinwire.terminal import Overrides, echo_json, one_line, settle
+from thinwire.commands.terminal import Overrides, echo_json, one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.config import Run
-    from thinwire.estimate.estimate import Estimate
+    from thinwire.estimate.costs import Estimate
     from thinwire.estimate.traffic import Span
-    from thinwire.runtime.loop import Job
+    from thinwire.runtime.course import Job
 
 
 def estimate(
@@ -26,7 +26,7 @@ def estimate(
     with one_line():
         settle()
         from thinwire import config
-        from thinwire.estimate.estimate import estimate as estimated
+        from thinwire.estimate.costs import estimate as estimated
 
         found = estimated(config.load(file, overrides or []))
         if as_json:
@@ -39,8 +39,8 @@ def show(found: Estimate) -> None:
     """Three tables, and what was assumed."""
     from rich.table import Column, Table
 
-    from thinwire.estimate.estimate import LINKS
-    from thinwire.show import Screen, number, size
+    from thinwire.commands.show import Screen, number, size
+    from thinwire.estimate.costs import LINKS
 
     def spanned(one: Span) -> str:
         low, high = size(one.least), size(one.most)
@@ -84,6 +84,6 @@ def verdict(run: Run, job: Job, folder: Path) -> str | None:
 
 
 def _time(seconds: float) -> str:
-    from thinwire.show import span
+    from thinwire.commands.show import span
 
     return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else span(seconds)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thinwire.terminal import echo, one_line
+from thinwire.commands.terminal import echo, one_line
 
 if TYPE_CHECKING:
-    from thinwire.data.proposal import Proposal
+    from thinwire.data.guess_columns import Proposal
 
 CLIENTS = 4  # where the data does not say who they are
 
@@ -100,7 +100,7 @@ def _placeholder() -> tuple[list[str], list[str]]:
 
 def _own(data: str) -> tuple[list[str], list[str]]:
     from thinwire.data import source
-    from thinwire.data.proposal import propose
+    from thinwire.data.guess_columns import propose
 
     folder = source.is_folder_of_files(data)
     clients = source.read_clients(data) if folder else {"": source.read(data)}

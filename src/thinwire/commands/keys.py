@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.terminal import echo, one_line
+from thinwire.commands.terminal import echo, one_line
 
 app = typer.Typer(help="Make a site's key, the server's certificate, and register sites.", rich_markup_mode=None)
 

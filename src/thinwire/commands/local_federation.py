@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.terminal import Overrides, Stopped, echo, one_line, settle
+from thinwire.commands.terminal import Overrides, Stopped, echo, one_line, settle
 
 
 def local_federation(
@@ -24,13 +24,13 @@ def local_federation(
     with one_line(), ExitStack() as stack:
         settle()
         from thinwire import build, cli, config
-        from thinwire.federation.hub import Ended, rounds_of
+        from thinwire.commands.show import print_summary
         from thinwire.federation.local import Local, named
         from thinwire.federation.processes import require_flower
         from thinwire.federation.progress import Progress
+        from thinwire.federation.superlink import Ended, rounds_of
         from thinwire.keys import Key
         from thinwire.runtime.folder import ended, locked
-        from thinwire.show import print_summary
 
         require_flower()
         os.umask(0o077)  # what lies below the run's folder is for its owner

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.terminal import echo, one_line
+from thinwire.commands.terminal import echo, one_line
 
 
 def report(

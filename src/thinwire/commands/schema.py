@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from thinwire.terminal import echo_json, one_line
+from thinwire.commands.terminal import echo_json, one_line
 
 
 def schema() -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from thinwire.terminal import Overrides, Stopped, echo, one_line, settle
+from thinwire.commands.terminal import Overrides, Stopped, echo, one_line, settle
 
 RISK = (
     "with --expose-control-api every machine that reaches this port, and holds the CA file that all sites hold, can "
@@ -51,12 +51,12 @@ def server(
             listening(host, port, "--listen")
         # what follows takes its time to import
         from thinwire import cli, config
+        from thinwire.commands.show import print_summary
         from thinwire.federation import proxy
-        from thinwire.federation.hub import Ended, ServerSide, federation_of
         from thinwire.federation.progress import Progress
+        from thinwire.federation.superlink import Ended, ServerSide, federation_of
         from thinwire.runtime.cohort import check_clients
         from thinwire.runtime.folder import ended, locked
-        from thinwire.show import print_summary
 
         settings = config.load(file, overrides or [])
         sites = federation_of(settings)

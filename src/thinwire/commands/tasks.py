@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thinwire.terminal import echo, echo_json
+from thinwire.commands.terminal import echo, echo_json
 
 
 def score_tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, as_json: bool) -> None:
     """Print the scores of a run's model, or of one in a Hugging Face folder, on tasks with commas between them."""
     from thinwire import build, config
     from thinwire.evaluate.harness import harness
-    from thinwire.model.flat import Net
+    from thinwire.model.net import Net
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:

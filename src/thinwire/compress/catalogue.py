@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thinwire.compress.autoencoder import Latents
-from thinwire.compress.codes import elements, flatten
-from thinwire.compress.components import Components
-from thinwire.compress.image import SIDE, Image
-from thinwire.compress.lowrank import LowRank
-from thinwire.compress.qsgd import Qsgd, Signs
-from thinwire.compress.rotate import Eden
-from thinwire.compress.sparsify import TopK
+from thinwire.compress.codecs.eden import Eden
+from thinwire.compress.codecs.qsgd import Qsgd, Signs
+from thinwire.compress.codecs.svd import LowRank
+from thinwire.compress.codecs.topk import TopK
+from thinwire.compress.entropy.packing import elements, flatten
+from thinwire.compress.learned.autoencoder import Latents
+from thinwire.compress.learned.components import Components
+from thinwire.compress.learned.lora_image import SIDE, Image
 
 Name = Literal["none", "eden", "powersgd", "topk", "qsgd", "sign", "svd", "components", "resnet", "learned"]
 LEARNT = ("resnet", "learned")  # which need an artefact of `thinwire fit-codec`

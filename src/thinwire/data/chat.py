@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row, kind
 from thinwire.data.rendering import Message, write
+from thinwire.data.rows import Row, kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from thinwire.data import templates
 from thinwire.data.batch import Dataset, Example
 from thinwire.data.errors import DataError, NoRowsLeft
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.data.templates import AnyTemplate, Template
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.keys import Key
 
 TRIES = 1000

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import jinja2
 import jinja2.filters
 
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

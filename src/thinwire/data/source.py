@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from thinwire.data import hub
+from thinwire.data import huggingface
+from thinwire.data.bundled import PACKAGED
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row, read_jsonl
-from thinwire.data.packaged import PACKAGED
+from thinwire.data.rows import Row, read_jsonl
 from thinwire.data.shown import printable
-from thinwire.data.table import read_arrow, read_csv, read_parquet
+from thinwire.data.tabular import read_arrow, read_csv, read_parquet
 
 READERS: dict[str, Callable[[str | Path], list[Row]]] = {
     ".jsonl": read_jsonl,
@@ -35,19 +35,19 @@ def read(source: str) -> list[Row]:
     """The rows of one source; DataError where it cannot be read or holds none.
 
     `source` is a packaged set, a file (by its ending; JSONL where the ending says nothing), a folder that datasets'
-    save_to_disk wrote, or the name of a data set on the hub, as `thinwire.data.hub` says.
+    save_to_disk wrote, or the name of a data set on the hub, as `thinwire.data.huggingface` says.
     """
     if source in PACKAGED:
         return PACKAGED[source]()
-    if reader_of(Path(source)) is None and not Path(source).is_file() and hub.place_of(source) is not None:
-        return hub.read_hub(source)
+    if reader_of(Path(source)) is None and not Path(source).is_file() and huggingface.place_of(source) is not None:
+        return huggingface.read_hub(source)
     return read_file(source)
 
 
 def read_file(path: str | Path) -> list[Row]:
     """The rows of a file or of a saved data set on this machine; DataError where it cannot be read or holds none."""
     if _is_saved(Path(path)):
-        return hub.read_hub(str(path))
+        return huggingface.read_hub(str(path))
     return (reader_of(Path(path)) or read_jsonl)(path)
 
 
@@ -58,7 +58,7 @@ def reader_of(path: Path) -> Callable[[str | Path], list[Row]] | None:
 
 def is_folder_of_files(source: str) -> bool:
     """Whether the source is a folder, and not one that holds a saved data set."""
-    return source not in PACKAGED and Path(source).is_dir() and hub.place_of(source) is None
+    return source not in PACKAGED and Path(source).is_dir() and huggingface.place_of(source) is None
 
 
 def read_clients(folder: str | Path) -> dict[str, list[Row]]:
@@ -110,7 +110,7 @@ def _no_client(path: Path) -> str | None:
 
 
 def _is_saved(path: Path) -> bool:
-    place = hub.place_of(str(path))
+    place = huggingface.place_of(str(path))
     return place is not None and place.saved
 
 

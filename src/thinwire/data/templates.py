@@ -27,8 +27,8 @@ from thinwire.data.chat import messages_of, turn
 from thinwire.data.errors import DataError
 from thinwire.data.jinja import Jinja as Jinja
 from thinwire.data.jinja import columns_of, fill, used
-from thinwire.data.load import SHAPES, Row
 from thinwire.data.rendering import Message
+from thinwire.data.rows import SHAPES, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

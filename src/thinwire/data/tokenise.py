@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from thinwire.data import chat, templates
 from thinwire.data.batch import Dataset, Example
 from thinwire.data.errors import DataError, NoRowsLeft
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.data.templates import AnyTemplate, Chat, Rendered
 from thinwire.keys import Key
 

@@ -20,14 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.config import Lora, Run
-from thinwire.model.adapters import check_called, chosen_layers, head_of
 from thinwire.model.errors import ModelError, first_line
-from thinwire.model.find import PACKAGED, resolve
 from thinwire.model.folder import check_adapter
-from thinwire.model.hollow import hollow
 from thinwire.model.load import DTYPES
+from thinwire.model.meta import hollow
 from thinwire.model.quantised import HEADS
+from thinwire.model.resolve import PACKAGED, resolve
 from thinwire.model.task import Task, has_head, task_in, task_of
+from thinwire.model.views.lora import check_called, chosen_layers, head_of
 from thinwire.perturb.probe import check_read
 from thinwire.train.objective import cross_entropies
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from thinwire import wire
-from thinwire.compress import artefact, components
 from thinwire.compress.catalogue import LEARNT
-from thinwire.compress.factors import Factors
-from thinwire.compress.rotate import Eden
-from thinwire.compress.sparsify import TopK
+from thinwire.compress.codecs.eden import Eden
+from thinwire.compress.codecs.factors import Factors
+from thinwire.compress.codecs.topk import TopK
+from thinwire.compress.learned import codec_file, components
 from thinwire.config import Run
 from thinwire.core import Server
 from thinwire.keys import Key
@@ -292,7 +292,7 @@ def _codes(at: Federation, method: CGFed, trained: Mapping[str, Tensor]) -> Fram
     codec: Mapping[str, Tensor] = components.untaught() if method.codec == "components" else {}
     if method.codec in LEARNT and method.artefact is not None and Path(method.artefact).exists():
         try:
-            codec = artefact.read(Path(method.artefact)).tensors
+            codec = codec_file.read(Path(method.artefact)).tensors
         except ValueError as error:
             raise ModelError(f"method.artefact: {error}") from None
     version = VERSION if method.downlink == "coded" else NONE

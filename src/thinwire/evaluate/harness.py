@@ -21,7 +21,7 @@ from thinwire.data.errors import DataError
 from thinwire.model.errors import first_line
 
 if TYPE_CHECKING:
-    from thinwire.model.flat import Net
+    from thinwire.model.net import Net
 
 
 def harness(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from thinwire.config import Run
 from thinwire.data import templates
 from thinwire.data.errors import DataError
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.wire import raw
 from thinwire.wire.frame import MAGIC
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from thinwire.model.flat import Net
+    from thinwire.model.net import Net
 
 PROBE = "The quick brown fox, 1234567890 -- naïve café\n\t<s></s> 你好"
 TALK = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from thinwire.federation.question import Refused
+from thinwire.federation.asked import Refused
 
 GAPS = 16  # between the pieces of a frame that are here: they come in order, or nearly so
 

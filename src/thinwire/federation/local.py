@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from thinwire.config import ConfigError, Run
-from thinwire.data.load import Row
+from thinwire.data.rows import Row
 from thinwire.federation import keys
-from thinwire.federation.hub import ServerSide
-from thinwire.federation.site import SiteSide
+from thinwire.federation.site_processes import SiteSide
+from thinwire.federation.superlink import ServerSide
 from thinwire.federation.worker import Site
 
 # Whoever starts this federation owns the rows and the run file.

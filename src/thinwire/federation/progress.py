@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from thinwire.runtime.flower import printable
-from thinwire.runtime.loop import Record, read_records
+from thinwire.federation.transport import printable
+from thinwire.runtime.course import Record, read_records
 
 MOST = 1 << 20  # bytes of a file of notices, which then begins anew
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thinwire.federation.channel import Down, ask
+from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.processes import end_with_parent
-from thinwire.runtime.envelope import pack, unpack
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from thinwire.federation.question import Refused
+from thinwire.federation.asked import Refused
 from thinwire.runtime.store import flush
 from thinwire.wire import Frame, Illegal, Spooled
 from thinwire.wire.frame import SPOOL_ABOVE

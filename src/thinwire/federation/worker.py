@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from thinwire.federation import channel
+from thinwire.federation.asked import Question, Refused
 from thinwire.federation.channel import Table
 from thinwire.federation.incoming import Incoming
 from thinwire.federation.processes import end_with_parent
-from thinwire.federation.question import Question, Refused
 
 if TYPE_CHECKING:
-    from thinwire.federation.visits import Visits
+    from thinwire.federation.site_run import Visits
 
 FAILED = "its rows cannot be used, or its work with them failed; its own log says why"
 SPARE = 1 << 26  # bytes of the disk that stay free
@@ -263,7 +263,7 @@ class Worker:
 
     def _asked(self, settings: str) -> Visits:
         if self.run is None or self.settings != settings:
-            from thinwire.federation.visits import Visits
+            from thinwire.federation.site_run import Visits
 
             asked = Visits(self.site, self.policy, settings, self.folder, self.spent)
             self.run, self.settings = None, ""  # one model in memory, not two
@@ -277,7 +277,7 @@ def main(path: Path) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     site = Site.load(path)
     server = channel.listen(Path(site.socket))
-    import thinwire.federation.visits  # noqa: F401 - takes seconds, and nobody waits for it now
+    import thinwire.federation.site_run  # noqa: F401 - takes seconds, and nobody waits for it now
 
     worker: Worker | None = None
     try:

@@ -13,7 +13,7 @@ client = ClientApp()
 @server.main()
 def run(grid: Grid, context: Context) -> None:
     """The server's loop, in the run's folder."""
-    from thinwire.federation.loop import serve
+    from thinwire.federation.server_app import serve
 
     serve(grid, Path(str(context.run_config["folder"])))
 

@@ -28,16 +28,16 @@ import torch
 from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor
 
-from thinwire.compress import artefact, components
 from thinwire.compress.catalogue import LEARNT, Code, Name, code_of, side_of
-from thinwire.compress.codes import to_bytes, to_tensor
-from thinwire.compress.image import Image
-from thinwire.compress.lowrank import LowRank
+from thinwire.compress.codecs.svd import LowRank
+from thinwire.compress.entropy.packing import to_bytes, to_tensor
+from thinwire.compress.learned import codec_file, components
+from thinwire.compress.learned.lora_image import Image
 from thinwire.core import Client, Metrics, Server, StaleVersion
 from thinwire.keys import Key
 from thinwire.methods.fedavg import FirstOrder, Trained, Weights, fill, fill_checked, running_mean
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.train.objective import loss as batch_loss
 from thinwire.train.schedule import scheduled
 from thinwire.wire import Illegal
@@ -246,10 +246,10 @@ class CGFed(OnFactors):
         codec: Tensors = components.untaught() if self.codec == "components" else {}
         if self.codec in LEARNT and self.artefact is not None:
             try:
-                found = artefact.read(Path(self.artefact))
+                found = codec_file.read(Path(self.artefact))
             except ValueError as error:
                 raise ModelError(f"method.artefact: {error}") from None
-            mine = artefact.fingerprint(server.net.model, image)
+            mine = codec_file.fingerprint(server.net.model, image)
             if found.kind != self.codec:
                 raise ModelError(f"method.artefact: {self.artefact} is of the codec {found.kind}, not {self.codec}")
             if found.fingerprint != mine:

@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from thinwire.core import Client, Method, Metrics, Server
-from thinwire.model.flat import Net
+from thinwire.model.net import Net
 from thinwire.train.local import Optimiser, train_locally
 from thinwire.train.schedule import Schedule, scheduled
 from thinwire.wire import Illegal

@@ -29,18 +29,19 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from thinwire import memory
-from thinwire.compress import coarse, importance, shrink
-from thinwire.compress.codes import to_bytes, to_tensor
-from thinwire.compress.quantise import Blocks as Coarse
-from thinwire.compress.shrink import Cut, Width
+from thinwire.compress.codecs.blocks import Blocks as Coarse
+from thinwire.compress.entropy.packing import to_bytes, to_tensor
+from thinwire.compress.exact import coarse
 from thinwire.core import Client, Metrics, Server, StaleVersion
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Trained, fill, running_mean
 from thinwire.methods.gradualdiff import Exact, coded, decoded, layout
+from thinwire.model import importance, shrink
 from thinwire.model.blocks import blocks_of, layer_of, layers_of
 from thinwire.model.errors import ModelError
-from thinwire.model.flat import Net
 from thinwire.model.head import is_classifier
+from thinwire.model.net import Net
+from thinwire.model.shrink import Cut, Width
 from thinwire.train.objective import loss as batch_loss
 from thinwire.train.schedule import scheduled
 from thinwire.wire import Illegal

@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from thinwire.compress import integers
+from thinwire import streams
+from thinwire.compress.entropy import integers
 from thinwire.core import Client, Method, Metrics, Server, StaleVersion
 from thinwire.keys import reduced, uniform
-from thinwire.model.flat import Net
-from thinwire.perturb import cpu
+from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions, Law
-from thinwire.perturb.zeroth import LARGEST, shrink_of, walk
+from thinwire.perturb.spsa import LARGEST, shrink_of, walk
 from thinwire.train.schedule import Schedule, scheduled
 from thinwire.wire import Illegal, raw
 from thinwire.wire.legal import LARGEST as LARGEST_GAIN
@@ -325,7 +325,7 @@ class FedKSeed(Method):
         self, draws: int, clients: Sequence[int], shares: NDArray[np.int64] | NDArray[np.float64] | None
     ) -> NDArray[np.int64]:
         """The directions of each client's visit, in order: int64 [clients, steps, queries]."""
-        words = cpu.words(draws, clients, self.steps * self.queries).reshape(-1, self.steps, self.queries)
+        words = streams.words(draws, clients, self.steps * self.queries).reshape(-1, self.steps, self.queries)
         if shares is None:
             return reduced(words, self.seeds)
         cumulative = np.cumsum(shares)

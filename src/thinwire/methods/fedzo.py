@@ -15,13 +15,13 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from thinwire import streams
 from thinwire.core import Client, Method, Metrics, Server
 from thinwire.keys import reduced
 from thinwire.methods.fedavg import Trained, average, check_weights, fill, fill_checked
-from thinwire.model.flat import Net
-from thinwire.perturb import cpu
+from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions, Law
-from thinwire.perturb.zeroth import shrink_of, walk
+from thinwire.perturb.spsa import shrink_of, walk
 from thinwire.train.schedule import Schedule, scheduled
 from thinwire.wire.legal import check_keys, check_rate
 
@@ -68,7 +68,7 @@ class FedZO(Method):
 
     def client_update(self, down: Start, client: Client) -> Trained:
         self.receive(down, client)
-        words = cpu.words(down.draws, [client.id], self.steps * self.queries)
+        words = streams.words(down.draws, [client.id], self.steps * self.queries)
         scalars, loss = walk(
             client.net,
             Directions(down.pool, self.law, self.rank),

@@ -29,17 +29,17 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from thinwire.compress import ulp
-from thinwire.compress.codes import to_bytes, to_tensor
-from thinwire.compress.factors import Factors
-from thinwire.compress.quantise import Blocks
-from thinwire.compress.rotate import Eden
-from thinwire.compress.rounding import moves, stochastic
-from thinwire.compress.sparsify import TopK
+from thinwire import streams
+from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.codecs.eden import Eden
+from thinwire.compress.codecs.factors import Factors
+from thinwire.compress.codecs.topk import TopK
+from thinwire.compress.entropy.packing import to_bytes, to_tensor
+from thinwire.compress.exact import ulp
+from thinwire.compress.exact.rounding import moves, stochastic
 from thinwire.core import Client, Metrics, Server, StaleVersion
 from thinwire.methods.fedavg import FirstOrder, Trained, fill, running_mean
-from thinwire.model.flat import Net
-from thinwire.perturb import cpu
+from thinwire.model.net import Net
 from thinwire.train.schedule import scheduled
 from thinwire.wire import Illegal, LazyTensors
 from thinwire.wire.legal import LARGEST, check_keys, check_rate
@@ -357,4 +357,4 @@ def _undone(code: Code, change: Tensor, name: str, like: Spec, key: int, stream:
 
 def _below(key: int, stream: int) -> int:
     """A key for each tensor below the one that travels."""
-    return int(cpu.words(key, [stream], 1)[0, 0])
+    return int(streams.words(key, [stream], 1)[0, 0])

@@ -19,9 +19,9 @@ import torch
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.files import check_shapes
 from thinwire.model.folder import whole_folder
-from thinwire.model.hollow import hollow
+from thinwire.model.meta import hollow
 from thinwire.model.metadata import FACTORS, OWN, check_tensors, complete
-from thinwire.model.settle import quiet, settle_generation
+from thinwire.model.tokens_and_generation import quiet, settle_generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

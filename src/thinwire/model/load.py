@@ -13,10 +13,10 @@ import torch
 from thinwire.model import head
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.files import check_files, check_shapes, settle_ties, unties
-from thinwire.model.find import resolve
-from thinwire.model.hollow import hollow
+from thinwire.model.meta import hollow
 from thinwire.model.quantised import placed_on, quantised_layers
-from thinwire.model.settle import quiet, settle_generation, settle_pad
+from thinwire.model.resolve import resolve
+from thinwire.model.tokens_and_generation import quiet, settle_generation, settle_pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.perturb import anywhere, cpu, lowrank, philox, products, signs
+from thinwire.perturb import gaussian_cpu, matmul_replay, philox, sign_cpu, table_replay, torch_kernels
 
 TILE = 1 << 20
 """Elements of the float32 copy through which weights pass that the kernel cannot take as they are."""
@@ -120,7 +120,7 @@ class Directions:
         if self.law == "lowrank" and len(shape) > 1 and 0 not in shape:
             left, right = self.factors(name, shape, [seed])
             return (left[0] @ right[0].T / math.sqrt(self.rank)).view(tuple(shape))
-        draw = philox.gaussian if self.law == "gaussian" else signs.signs
+        draw = philox.gaussian if self.law == "gaussian" else sign_cpu.signs
         return torch.from_numpy(draw(self.key, seed, philox.parameter_id(name), 0, math.prod(shape))).view(tuple(shape))
 
     def factors(
@@ -134,7 +134,7 @@ class Directions:
         n = shape[-1]
         m = math.prod(shape) // n
         pid, into = philox.parameter_id(f"{name}#factors"), None if out is None else out.numpy()
-        drawn = signs.matrix(self.key, pid, philox.check_seeds(seeds), 0, self.rank * (m + n), into)
+        drawn = sign_cpu.matrix(self.key, pid, philox.check_seeds(seeds), 0, self.rank * (m + n), into)
         both = torch.from_numpy(drawn).view(self.rank, m + n, len(seeds)).permute(2, 1, 0)
         return both[:, :m], both[:, m:]
 
@@ -180,7 +180,7 @@ class Directions:
                 tile = piece if direct else torch.empty(piece.shape).copy_(piece)
                 into = place if direct else tile
                 address = self.key, pid, seeds, spread
-                lowrank.accumulate(tile.numpy(), into.numpy(), *address, scale, self.rank, first, m)
+                table_replay.accumulate(tile.numpy(), into.numpy(), *address, scale, self.rank, first, m)
                 if not direct:
                     place.copy_(tile)
 
@@ -190,9 +190,9 @@ class Directions:
         """Rank by rank in the columns of one product."""
         m, n = weight.shape
         parts = [
-            (i, slice(k, k + products.COLUMNS))
+            (i, slice(k, k + matmul_replay.COLUMNS))
             for i in range(self.rank)
-            for k in range(0, len(seeds), products.COLUMNS)
+            for k in range(0, len(seeds), matmul_replay.COLUMNS)
         ]
 
         kernels = _kernels(weight.device)
@@ -202,15 +202,15 @@ class Directions:
             address = self.key, pid, seeds[columns], i * (m + n) + first, count
             if kernels is not None:
                 return kernels.matrix(*address, device=weight.device)
-            return torch.from_numpy(signs.matrix(*address)).to(weight.device)
+            return torch.from_numpy(sign_cpu.matrix(*address)).to(weight.device)
 
         right: list[Tensor] = [torch.empty(0)] * len(parts)
 
         def spread_out(part: int) -> None:
             right[part] = factor(part, m, n).to(spread.dtype).mul_(spread[parts[part][1]])
 
-        products.one_thread_each([partial(spread_out, part) for part in range(len(parts))])
-        products.accumulate(weight, out, factor, right, scale)
+        matmul_replay.one_thread_each([partial(spread_out, part) for part in range(len(parts))])
+        matmul_replay.accumulate(weight, out, factor, right, scale)
 
     def _accumulate(
         self,
@@ -224,7 +224,7 @@ class Directions:
     ) -> None:
         """The kernel of the law on flat CPU arrays."""
         if weight.dtype == np.float64:
-            draw = philox.gaussian if self.law == "gaussian" else signs.signs
+            draw = philox.gaussian if self.law == "gaussian" else sign_cpu.signs
             total = np.zeros(weight.size)
             for seed, coef in zip(seeds.tolist(), coefs, strict=True):
                 total += coef * draw(self.key, seed, pid, start, weight.size).astype(np.float64)
@@ -232,7 +232,7 @@ class Directions:
             if seeds.size:
                 out += total
         else:
-            kernel = cpu if self.law == "gaussian" else signs
+            kernel = gaussian_cpu if self.law == "gaussian" else sign_cpu
             kernel.accumulate(weight, out, self.key, pid, seeds, coefs, scale, start)
 
 
@@ -242,10 +242,10 @@ def _kernels(device: torch.device) -> Any:
         return None
     if device.type == "cuda":
         with contextlib.suppress(ImportError):  # without Triton, plain torch does it
-            from thinwire.perturb import gpu
+            from thinwire.perturb import triton_kernels
 
-            return gpu
-    return anywhere
+            return triton_kernels
+    return torch_kernels
 
 
 def _finite(name: str, what: str, values: object, precision: type[np.floating]) -> NDArray[np.floating]:

@@ -8,7 +8,7 @@ parameter with id p, in a run with the 64-bit key r:
     counter = (block mod 2^32, block div 2^32, p, s)
     w0..w3  = philox4x32(counter, key)
     i       = the 16-bit half number e mod 8 of the list low(w0), high(w0), low(w1), high(w1), ..., high(w3)
-    z       = Phi^-1((i + 1/2) / 65536), from the table of `thinwire.perturb.table`
+    z       = Phi^-1((i + 1/2) / 65536), from the table of `thinwire.perturb.normal_table`
 
 Any element is reached from its address alone, so a slice of a direction costs its own length and no more. The
 directions have the table's law: mean exactly 0, variance 0.99993, no value beyond 4.33 (one number in 65,536 stands
@@ -24,11 +24,9 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from thinwire.perturb.table import quantiles
+from thinwire.perturb.normal_table import quantiles
+from thinwire.streams import MULTIPLIERS, ROUNDS, WEYL
 
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
-ROUNDS = 10
 BLOCK = 8
 """Elements drawn from one block of four 32-bit words."""
 

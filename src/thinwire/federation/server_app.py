@@ -1,0 +1,150 @@
+"""The server's loop within Flower's server process: the run in its folder, with the sites as its clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+PUBLIC = "sites"  # the folder of the sites' public keys, NAME.pub each
+
+
+@dataclass(frozen=True)
+class Hub:
+    """What the server's process is told, in hub.json of the run's folder `federation`.
+
+    `keys`: the folder that `thinwire keys` fills. `session`: of this run's folder, so that a run begun anew finds no
+    memory of the old one at the sites. `splits`: name -> file of rows that the server scores.
+    """
+
+    keys: str
+    session: str
+    sites: tuple[str, ...]
+    splits: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write the file of the run's folder."""
+        (folder / "federation" / "hub.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Hub:
+        """The inverse of `write`."""
+        found = json.loads((folder / "federation" / "hub.json").read_text(encoding="utf-8"))
+        return cls(**{**found, "sites": tuple(found["sites"])})
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where the server's process stands: `state` is running, done or stopped; `error`: why, in one line."""
+
+    pid: int
+    state: str
+    error: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Say so in status.json of the run's folder `federation`."""
+        path = folder / "federation" / "status.json"
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(asdict(self)))
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, folder: Path) -> Status | None:
+        """What the file says, None where there is none."""
+        path = folder / "federation" / "status.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else None
+
+
+def serve(grid: Grid, folder: Path) -> None:
+    """Run the rounds that are left. What ends it is said in status.json, and the process then fails for Flower too."""
+    from thinwire.federation.processes import end_with_parent
+    from thinwire.federation.transport import NoQuorum
+
+    end_with_parent()  # Flower leaves it behind when its own process dies
+    Status(os.getpid(), "running").write(folder)
+    try:
+        _train(grid, folder)
+    except NoQuorum as few:
+        Status(os.getpid(), "stopped", f"too few sites: {few}").write(folder)
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        line = " ".join(str(error).split()) or type(error).__name__
+        Status(os.getpid(), "stopped", line).write(folder)
+        raise
+    Status(os.getpid(), "done").write(folder)
+
+
+def _train(grid: Grid, folder: Path) -> None:
+    from thinwire import build, config, memory
+    from thinwire.data.source import read_file
+    from thinwire.federation.fingerprint import fingerprints
+    from thinwire.federation.keys import caps_of
+    from thinwire.federation.progress import Notices, notices_of
+    from thinwire.federation.questions import Survey, join
+    from thinwire.federation.transport import Flower
+    from thinwire.runtime import checkpoint
+    from thinwire.runtime.course import Watch, train
+
+    hub, run = Hub.load(folder), config.load(folder / "run.toml")
+    federation = run.federation or config.Federation()
+    build.use_threads(run)
+    before = memory.resident()
+    net = build.net_of(run, remember=True)
+    memory.trim()  # loading has left as much again as the model
+    rows = build.Rows({}, {name: read_file(path) for name, path in hub.splits.items()})
+    job = build.job(run, rows, net, folder, before, Watch())
+    keys = public_keys(Path(hub.keys))
+    spool = folder / "spool"
+    transport = Flower(
+        grid,
+        lambda: nodes_of(grid, hub.sites, keys),
+        spool,
+        fingerprints(run, net),
+        deadline=federation.deadline,
+        quorum=federation.quorum,
+        patience=federation.patience,
+        chunk_bytes=federation.chunk_bytes,
+        max_bytes=job.max_bytes,
+        counted=counted(folder),
+    )
+    began = bool(checkpoint.rounds(folder / "state"))  # then its rounds ask for a quorum, and joining is no condition
+    notices = Notices(notices_of(folder))
+    for name, why in join(transport, job.run, len(hub.sites), hub.sites, 0 if began else federation.quorum).items():
+        notices.add(f"{name} has not joined: {why}")
+    keep = 8 + run.method.versions_each * len(hub.sites)
+    survey = Survey(transport, run.method, job.run, spool) if federation.evaluate else None
+    most = federation.max_examples
+    caps = {id: most for id in range(len(hub.sites)) if most is not None} | caps_of(Path(hub.keys), hub.sites)
+    train(replace(job, names=list(hub.sites), transport=transport, survey=survey, keep_versions=keep, caps=caps))
+
+
+def counted(folder: Path) -> dict[int, int]:
+    """Client -> the last round up to the checkpoint in which a reply of it came."""
+    from thinwire.runtime import checkpoint
+    from thinwire.runtime.course import read_records
+
+    ended = max(checkpoint.rounds(folder / "state"), default=0)
+    records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]
+    return {visit["id"]: record["round"] for record in records for visit in record["clients"] if visit["bytes_up"]}
+
+
+def public_keys(folder: Path) -> dict[str, bytes]:
+    """Name -> the site's public key as Flower writes it, of the files NAME.pub that were registered."""
+    from thinwire.federation.keys import public_bytes
+
+    return {path.stem: public_bytes(path) for path in sorted((folder / PUBLIC).glob("*.pub"))}
+
+
+def nodes_of(grid: Any, sites: tuple[str, ...], keys: Mapping[str, bytes]) -> dict[int, int]:
+    """Client -> node of the sites that are connected: a site is its key, whatever number the engine gives it."""
+    by_key = {bytes(node.public_key): int(node.node_id) for node in grid.get_nodes()}
+    found = {client: by_key.get(keys.get(name, b"-")) for client, name in enumerate(sites)}
+    return {client: node for client, node in found.items() if node is not None}

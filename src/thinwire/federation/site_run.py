@@ -1,0 +1,201 @@
+"""A run as a site sees it: its model and rows, and what it does with a frame."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinwire import build, config, memory, wire
+from thinwire.config import method_name
+from thinwire.core import Client, serve
+from thinwire.data import partition
+from thinwire.data.rows import Row
+from thinwire.data.source import read_file
+from thinwire.evaluate.splits import Split, evaluate
+from thinwire.federation.asked import Refused, Told
+from thinwire.federation.fingerprint import fingerprints
+from thinwire.federation.payloads import Ready, Scores
+from thinwire.federation.spent import Replies, Spent, drop_old
+from thinwire.keys import Key
+from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
+from thinwire.wire import Frame, Header, Illegal
+
+if TYPE_CHECKING:
+    from thinwire.data.batch import Dataset
+    from thinwire.federation.policy import Policy
+    from thinwire.federation.worker import Site
+
+KEPT = 2  # rounds whose memory stays, as the server's checkpoints do
+
+
+def told(run: config.Run, sites: tuple[str, ...], session: str) -> str:
+    """What the sites are told of a run: its file without the server's paths, its id, its sites, and its session."""
+    data = {"path": "the site's own", "partition": "iid", "heldout_tasks": None, "public": None, "values": None}
+    if isinstance(run.data.heldout, str):
+        data["heldout"] = 0
+    stripped = run.model_copy(
+        update={"data": run.data.model_copy(update=data), "federation": None, "environment": {}, "threads": run.threads}
+    )
+    return json.dumps(
+        {"run": build.identity(run), "sites": list(sites), "session": session, "toml": stripped.to_toml()}
+    )
+
+
+class Visits:
+    """The client halves of one run at one site, in three steps: nothing is read before it has been allowed.
+
+    Made of what the server says alone; `load` takes the start model, `read` the site's rows.
+    """
+
+    def __init__(self, site: Site, policy: Policy, settings: str, folder: Path, spent: Spent) -> None:
+        self.site, self.policy, self.spent = site, policy, spent
+        told, tree = Told.of(settings)
+        self.asked = hashlib.sha256(settings.encode()).hexdigest()
+        method, model = tree.get("method"), tree.setdefault("model", {})
+        if not isinstance(method, dict) or not isinstance(model, dict):
+            raise Refused("not a run: its file has no method")
+        self.path: str | None = method.get("path")
+        if self.path is not None and self.path not in policy.code:
+            raise Refused(f"this site's policy does not allow the class {self.path!s:.100}")  # before it is imported
+        model.update({k: v for k, v in {"path": site.model, "device": site.device}.items() if v is not None})
+        if site.threads is not None:
+            tree["threads"] = site.threads
+        try:
+            self.settings = run = config.parse(tree, "the server's run file")
+        except config.ConfigError as error:
+            raise Refused(f"{error}"[:200]) from None
+        if site.model is None and not (site.allow_model or policy.model):
+            raise Refused("this site names no start model, and does not take the server's word for one")
+        self.run, self.sites, self.name, self.ran = told.run, told.sites, told.folder, method_name(run.method)
+        self.folder = folder / "runs" / told.folder
+        self.key = Key.root(run.seed)
+        self.replies = Replies(self.folder / "replies")
+        self.fingerprints: dict[str, str] = {}
+        self.data: Dataset | None = None
+        self.actions: dict[str, Callable[[Frame, Path, int], Frame]] = {
+            "join": self.join,
+            "train": self.train,
+            "evaluate": self.evaluate,
+        }
+
+    @property
+    def id(self) -> int:
+        """The client that this site is; Refused where the run has none of its name."""
+        if self.site.name not in self.sites:
+            raise Refused(f"{self.site.name} is not one of the run's sites: {', '.join(self.sites)}"[:200])
+        return self.sites.index(self.site.name)
+
+    def expect(self, header: Header, action: str, again: bool) -> None:
+        """Illegal for a frame of another run, for another site, or of a round that this site will not answer.
+
+        `again`: this very request was answered before, and gets that answer once more.
+        """
+        if header.run != self.run:
+            raise Illegal(f"a frame of run {header.run} where {self.run} is under way")
+        if header.client != self.id:
+            raise Illegal(f"a frame for client {header.client} was given to client {self.id}")
+        if not 0 <= header.round < 1 << 32:
+            raise Illegal(f"a frame of round {header.round}")
+        if action == "join" or again:
+            return
+        floor = self._kept()["newest"] if action == "train" else 0
+        self.spent.admit(self.name, action, header.round, self.policy.max_rounds, floor)
+
+    def load(self) -> None:
+        """Take the start model, and its fingerprints with it."""
+        if not self.fingerprints:
+            build.use_threads(self.settings)
+            self.net = build.net_of(self.settings, hollow=self.settings.method.hollow)
+            self.fingerprints = fingerprints(self.settings, self.net)
+
+    def allow(self) -> None:
+        """Count a run file for which a model and rows are about to be read; Refused beyond the policy's bound."""
+        if self.data is None:
+            self.spent.asks(self.name, self.asked[:16], self.policy.max_runs)
+
+    def read(self) -> None:
+        """Take the site's rows as the run file says; whatever that raises is the site's own to know."""
+        if self.data is not None:
+            return
+        run, site = self.settings, self.site
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.utime(self.folder)
+        drop_old(self.folder.parent, self.policy.kept_runs, self.name)
+        rows = read_file(site.data)
+        scored: list[Row] | None = read_file(site.heldout) if site.heldout is not None else None
+        if scored is None and site.hold_out and run.data.heldout and not isinstance(run.data.heldout, str):
+            rows, scored = partition.holdout(rows, run.data.heldout, self.key.fold("heldout", site.name))
+        data = build.client_data(run, rows, self.net.tokenizer)
+        self.heldout = bool(scored)
+        some = build.dataset(run.data, scored or rows, self.net.tokenizer, build.classes_of(run))
+        self.scored = Split("sites", replace(some, examples=some.examples[: run.eval.rows]), run.eval.generate)
+        for each in (data, self.scored.data):
+            build.check_context(self.net.positions, run.model.path, each.examples)
+            build.check_tokens(self.net, run.model.path, each)
+        self.versions = VersionStore(self.folder / "versions")
+        self.data = data
+        memory.trim()  # loading has left as much again as the model
+
+    def join(self, frame: Frame, spool: Path, counted: int) -> Frame:
+        """The site can take part: its fingerprints have been compared."""
+        header = wire.peek(frame)
+        return wire.encode(Ready(), run=header.run, round=header.round, client=self.id)
+
+    def train(self, frame: Frame, spool: Path, counted: int) -> Frame:
+        """The client half's reply; the client's memory and the version that it holds then are on the disk.
+
+        Both are taken as they were after round `counted`, the last whose reply the server has counted.
+        """
+        round = wire.peek(frame).round
+        self._rewind(min(counted, round - 1))
+        client = self._client(round)
+        answer = serve(self.settings.method, frame, client, spool)
+        assert isinstance(client.memory, ClientMemory)
+        client.memory.commit()
+        self._hold(round, client.held)
+        ClientMemory.prune(self.folder / "memory", min(counted, round - KEPT))
+        return answer
+
+    def evaluate(self, frame: Frame, spool: Path, counted: int) -> Frame:
+        """How the weights that the frame means score on this site's rows; leaves no trace."""
+        header = wire.peek(frame)
+        method = self.settings.method
+        method.receive(wire.decode(method.Down, frame), self._client(header.round + 1))
+        found = evaluate(self.net, self.scored, self.settings.eval.batch_size, self.settings.eval.max_new_tokens)
+        scores = Scores(found.rows, found.loss, found.accuracy, found.rouge_l, self.heldout)
+        return wire.encode(scores, run=header.run, round=header.round, client=self.id)
+
+    def _client(self, round: int) -> Client:
+        key = self.key.fold("client", self.id, "round", round)
+        before = [version for number, version in self._kept()["held"] if number < round]
+        memory = ClientMemory(self.folder / "memory", round)
+        assert self.data is not None
+        return Client(self.id, self.net, self.data, key, memory, self.versions, before[-1] if before else None)
+
+    def _kept(self) -> dict[str, Any]:
+        """`newest`: the last round that the site has answered; `held`: [round, the version then held], ascending."""
+        file = self.folder / "held.json"
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"newest": 0, "held": []}
+        return found
+
+    def _keep(self, newest: int, held: list[Any]) -> None:
+        partial = self.folder / "held.json.part"
+        partial.write_text(json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
+        partial.replace(self.folder / "held.json")
+
+    def _hold(self, round: int, held: str | None) -> None:
+        before = [entry for entry in self._kept()["held"] if entry[0] < round]
+        self._keep(round, [*before, [round, held]])
+
+    def _rewind(self, round: int) -> None:
+        """Forget what came after that round."""
+        for number, file in files_by_round(self.folder / "memory"):
+            if number > round:
+                file.unlink()
+        known = self._kept()
+        self._keep(known["newest"], [entry for entry in known["held"] if entry[0] <= round])

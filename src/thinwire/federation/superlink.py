@@ -1,0 +1,179 @@
+"""The server's side: Flower's SuperLink on loopback with its database, what runs apps beside it, and the run on it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tomli_w
+
+from thinwire.config import ConfigError, Run
+from thinwire.federation.keys import check_server, public_bytes
+from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
+from thinwire.federation.server_app import PUBLIC, Hub, Status
+from thinwire.federation.site_run import told
+from thinwire.runtime.course import read_records
+
+APP = Path(__file__).parent.parent / "flower_app"
+CONNECTION = "hub"
+TICK = 0.25  # seconds between two looks at the processes
+BEGIN = 300.0  # seconds that Flower has to start the server's process
+TRIES = 5  # Flower runs in a row that die within the same round
+
+
+class Ended(RuntimeError):
+    """The run did not come to its end; the message says why."""
+
+
+class ServerSide:
+    """Flower's processes at the server, with their files in `home`; they serve one run after another.
+
+    `keys`: the folder that `thinwire keys` fills. `show` is given each Flower command that is run.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        keys: Path,
+        sites: Sequence[str],
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        show: Callable[[Sequence[str]], None] = lambda command: None,
+    ) -> None:
+        self.home, self.keys, self.sites = home.resolve(), keys.resolve(), tuple(sites)
+        self.host, self.port, self.show = host, port or free_port(), show
+        for name in (f"{PUBLIC}/{site}.pub" for site in self.sites):
+            if not (self.keys / name).is_file():
+                raise ConfigError(f"{self.keys / name}: missing; a site's key is registered by: thinwire keys register")
+        if not (self.keys / "server.crt").is_file():
+            raise ConfigError(f"{self.keys}: holds no certificate; make one with: thinwire keys server --host NAME")
+        check_server(self.keys)
+        self.children = Children(self.home / "flwr", self.home / "logs")
+
+    def prepare(self, folder: Path, run: Run, splits: dict[str, str]) -> None:
+        """Write what a run's processes need into its folder; `splits`: name -> file of rows that the server scores."""
+        place = folder.resolve() / "federation"
+        place.mkdir(parents=True, exist_ok=True)
+        known = (place / "hub.json").exists()
+        session = Hub.load(folder).session if known else secrets.token_hex(8)
+        Hub(str(self.keys), session, self.sites, splits).write(folder)
+        (place / "app").mkdir(exist_ok=True)
+        for file in (file for file in APP.iterdir() if file.is_file()):
+            shutil.copyfile(file, place / "app" / file.name)
+        (place / "app" / "site.json").write_text(told(run, self.sites, session), encoding="utf-8")
+
+    @property
+    def ca(self) -> Path:
+        """The certificate authority's certificate."""
+        return self.keys / "ca.crt"
+
+    def start(self) -> None:
+        """Start the hub and wait until it is well, then register the sites' keys. Ended: it did not start."""
+        flwr = self.home / "flwr"
+        flwr.mkdir(parents=True, exist_ok=True)
+        self.home.chmod(0o700)  # made by an older thinwire, perhaps
+        address = f"127.0.0.1:{self.port}"
+        connection = {"address": address, "root-certificates": str(self.ca)}
+        (flwr / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
+        self._superlink()
+        self._superexec()
+        known = self.home / "registered.json"
+        registered = json.loads(known.read_text()) if known.exists() else {}
+        for site in self.sites:
+            key = self.keys / PUBLIC / f"{site}.pub"
+            if registered.get(site) != public_bytes(key).decode():
+                self._flwr("supernode", "register", key, CONNECTION, "--name", site)
+                registered[site] = public_bytes(key).decode()
+                known.write_text(json.dumps(registered))
+
+    def begin(self, folder: Path) -> None:
+        """Begin a Flower run of the app: it goes on from the folder's checkpoint where there is one."""
+        place = folder.resolve() / "federation"
+        (place / "status.json").unlink(missing_ok=True)
+        quoted = json.dumps(str(folder.resolve()), ensure_ascii=False)
+        self._flwr("run", place / "app", CONNECTION, "--run-config", f"folder={quoted}", "--format", "json")
+
+    def follow(self, folder: Path, tick: Callable[[], None] = lambda: None) -> None:
+        """Begin the run and see it through; Ended where that fails. A dead hub or loop is started again."""
+        tries, reached = 0, rounds_of(folder)
+        while True:
+            self.begin(folder)
+            until = time.monotonic() + BEGIN
+            while True:
+                time.sleep(TICK)
+                self.tick()
+                tick()
+                status = Status.read(folder)
+                if status is None:
+                    if time.monotonic() > until:
+                        raise Ended(f"Flower did not start the server's process: {self.children.why('superexec')}")
+                elif status.state == "done":
+                    return
+                elif status.state == "stopped":
+                    raise Ended(status.error or "stopped")
+                elif not alive(status.pid):
+                    break
+            ended = rounds_of(folder)
+            tries, reached = (0, ended) if ended > reached else (tries + 1, reached)
+            if tries == TRIES:
+                raise Ended(f"the server's process died {TRIES} times in round {reached + 1}")
+
+    def tick(self) -> None:
+        """Start what has died again: the hub on its database, so that a run goes on."""
+        for name, start in (("superlink", self._superlink), ("superexec", self._superexec)):
+            if self.children.running[name].poll() is not None:
+                start()
+
+    def stop(self) -> None:
+        """End all."""
+        self.children.stop()
+
+    def _superlink(self) -> None:
+        command = [
+            BIN / "flower-superlink",
+            *("--ssl-ca-certfile", self.ca),
+            *("--ssl-certfile", self.keys / "server.crt"),
+            *("--ssl-keyfile", self.keys / "server.key"),
+            "--enable-supernode-auth",
+            *("--isolation", "process"),
+            *("--database", self.home / "superlink.db"),
+            *("--host", self.host),
+            *("--port", str(self.port)),
+            "--disable-runtime-dependency-installation",
+        ]
+        self.show([str(part) for part in command])
+        process = self.children.start("superlink", command, **LEAN)
+        if (wrong := wait_healthy(process, self.port, self.ca)) is not None:
+            raise Ended(f"the hub did not start: {wrong or self.children.why('superlink')}")
+
+    def _superexec(self) -> None:
+        address = f"127.0.0.1:{self.port}"
+        command = [BIN / "flower-superexec", "--runtime-api-address", address, "--root-certificates", self.ca]
+        self.show([str(part) for part in command])
+        self.children.start("superexec", command, **LEAN)
+
+    def _flwr(self, *args: str | Path) -> str:
+        command = [str(BIN / "flwr"), *map(str, args)]
+        self.show(command)
+        try:
+            return self.children.call(command)
+        except RuntimeError as error:
+            raise Ended(str(error)) from None
+
+
+def rounds_of(folder: Path) -> int:
+    """The rounds of a run that have ended."""
+    records = read_records(folder / "rounds.jsonl")
+    return int(records[-1]["round"]) if records else 0
+
+
+def federation_of(run: Run) -> tuple[str, ...]:
+    """The sites that a run file names; ConfigError if it names none."""
+    if run.federation is None or not run.federation.sites:
+        raise ConfigError('federation.sites: missing; it names the run\'s clients, such as ["north", "south"]')
+    return run.federation.sites
