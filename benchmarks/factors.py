@@ -20,7 +20,7 @@ from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.codecs.factors import Factors
 from thinwire.compress.codecs.topk import TopK
 from thinwire.keys import Key
-from thinwire.train.local import train_locally
+from thinwire.train.local import Rule, train_locally
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "compare-gradualdiff.toml"
 CODES = {
@@ -44,7 +44,7 @@ def change(settings: list[str]) -> dict[str, Tensor]:
     for name, parameter in net.parameters():
         parameter.data.copy_(old[name])
     lr, batches = float(run.method.model_dump()["lr"]), data.batches(Key.root(0).fold("batches"), 4)
-    train_locally(net.model, [p for _, p in net.parameters()], batches, 20, "adamw", lr, 0.0, 1.0)
+    train_locally(net.model, [p for _, p in net.parameters()], batches, Rule("adamw", lr, 20, clip=1.0))
     return {name: p.detach() - old[name].float() for name, p in net.parameters()}
 
 

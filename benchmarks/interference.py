@@ -22,7 +22,7 @@ from thinwire import build, config
 from thinwire.keys import Key
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.model.blocks import blocks_of, layer_of, layers_of
-from thinwire.train.local import train_locally
+from thinwire.train.local import Rule, train_locally
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo-fedcybgd.toml"
 Change = dict[str, Tensor]
@@ -52,7 +52,7 @@ def main() -> None:
         for name, p in net.parameters():
             p.requires_grad_(name in own)
         drawn = data.batches(Key.root(0).fold(batches), method.batch_size)
-        train_locally(net.model, list(own.values()), drawn, method.steps, "adamw", method.lr, 0.0, method.clip)
+        train_locally(net.model, list(own.values()), drawn, Rule("adamw", method.lr, method.steps, clip=method.clip))
         return {name: p.detach() - net.base[name] for name, p in own.items()}
 
     whole = trained(range(len(of)))

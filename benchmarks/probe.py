@@ -23,9 +23,9 @@ from rows import Row, finish
 from thinwire import memory
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
-from thinwire.methods.fedkseed import rebuild
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions, Law
+from thinwire.perturb.pool import Pool
 from thinwire.perturb.probe import Probe
 from thinwire.train.objective import loss
 
@@ -55,7 +55,7 @@ def passes() -> dict[str, Callable[[], None]]:
             runs[name] = lambda law=law, together=together: probe(law, together)
 
     def rebuild_all() -> None:
-        rebuild(net, Directions(1, "lowrank"), torch.linspace(-1e-4, 1e-4, SEEDS), 1.0)
+        Pool(Directions(1, "lowrank"), SEEDS).rebuild(net, torch.linspace(-1e-4, 1e-4, SEEDS))
 
     return {**runs, "rebuild": rebuild_all}
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from thinwire import build, config
 from thinwire.compress.exact import ulp
 from thinwire.keys import Key
-from thinwire.train.local import train_locally
+from thinwire.train.local import Rule, train_locally
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo-fedavg.toml"
 RATES, STEPS, BATCH, REPEATS = (1e-6, 1e-5, 1e-4), 20, 4, 3
@@ -49,7 +49,7 @@ def differences() -> Iterator[tuple[float, Weights, Weights]]:
             for name, parameter in net.parameters():
                 parameter.copy_(old[name])
         batches = data.batches(Key.root(0).fold("batches"), BATCH)
-        train_locally(net.model, [p for _, p in net.parameters()], batches, STEPS, "adamw", rate, 0.0, 1.0)
+        train_locally(net.model, [p for _, p in net.parameters()], batches, Rule("adamw", rate, STEPS, clip=1.0))
         yield rate, old, {name: p.detach().bfloat16() for name, p in net.parameters()}
 
 

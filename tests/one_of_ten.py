@@ -32,9 +32,10 @@ from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
-from thinwire.methods.gradualdiff import GradualDiff, coded
+from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.net import Net
 from thinwire.model.views.lora import add_lora
+from thinwire.train.versions import coded
 from thinwire.wire import Frame
 
 SIZES = (12, 8, 16, 10, 9, 14, 11, 8, 13, 12)

@@ -16,11 +16,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from thinwire import wire
+from thinwire.aggregate.mean import Counted, Mean, Metrics, Update
+from thinwire.aggregate.server_step import AnyServerStep, Plain
 from thinwire.keys import Key
 from thinwire.wire import Frame, Illegal, Ledger, Spooled, Stale, WireError
 from thinwire.wire.legal import MOST, check_report
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from thinwire.data.batch import Dataset
     from thinwire.model.net import Net
 
-Metrics = dict[str, float]
 LOG = logging.getLogger("thinwire")
 REASON = 500  # characters of why a client has no reply that are kept
 
@@ -129,6 +130,44 @@ class Method(BaseModel):
     def receive(self, down: Any, client: Client) -> None:
         """Fill the client's net as `down` means it, without training: for evaluation at the clients."""
         raise NotImplementedError(f"{type(self).__name__} does not evaluate at the clients")
+
+
+class Averaged(Method):
+    """A method whose server moves along the mean of what its clients' replies add: `update` and `step` are its own."""
+
+    weighting: Literal["examples", "uniform"] = "examples"
+    aggregation: Mean = Mean()
+    server_step: AnyServerStep = Plain()
+
+    def update(self, state: Any, server: Server, up: Any) -> Update:
+        """What a legal reply adds: the one place where it is decoded for the mean, tensor by tensor."""
+        raise NotImplementedError
+
+    def step(
+        self, state: Any, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
+    ) -> tuple[Any, Metrics]:
+        """What the mean, float32 by name, does to the state; `counted` has each client whose reply is in it."""
+        raise NotImplementedError
+
+    def aggregate(self, state: Any, server: Server, replies: Iterable[tuple[int, Any]]) -> tuple[Any, Metrics]:
+        counted: list[Counted] = []
+
+        def updates() -> Iterator[tuple[int, Update]]:
+            for client, up in replies:
+                update = self.update(state, server, up)
+                counted.append(Counted(client, update.weight, update.metrics))
+                yield client, update
+                del up, update  # large ones are gone before the next one comes
+
+        mean, metrics = self.aggregation(updates())
+        if not mean:
+            return state, {}
+        state, own = self.step(state, server, mean, counted)
+        return state, metrics | own
+
+    def weight(self, up: Any) -> float:
+        """How much a reply counts in the mean."""
+        return up.examples if self.weighting == "examples" else 1
 
 
 @dataclass(frozen=True)

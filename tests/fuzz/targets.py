@@ -39,7 +39,7 @@ from thinwire.compress.learned.lora_image import Image
 from thinwire.federation import channel
 from thinwire.federation.payloads import Hello, Ready, Scores
 from thinwire.methods import METHODS
-from thinwire.methods.cgfed import Tgap
+from thinwire.methods.tgap import Tgap
 from thinwire.wire.legal import check_report
 from thinwire.wire.payload import fields_of
 

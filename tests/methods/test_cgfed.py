@@ -15,11 +15,13 @@ from thinwire import wire
 from thinwire.compress.learned import codec_file, components
 from thinwire.compress.learned.codec_file import Artefact
 from thinwire.keys import Key
-from thinwire.methods.cgfed import CGFed, Coded, Tgap, alike
-from thinwire.methods.fedavg import FedAvg, fill
+from thinwire.methods.cgfed import CGFed, Coded, alike
+from thinwire.methods.fedavg import FedAvg
+from thinwire.methods.tgap import Tgap
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.views.lora import add_lora
+from thinwire.train.weights import fill
 
 LOCAL: dict[str, Any] = {"lr": 1e-2, "steps": 3, "batch_size": 4}
 HIDDEN = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}

@@ -13,9 +13,10 @@ import torch
 from federation import Federation, tiny_net
 
 from thinwire import wire
-from thinwire.methods.fedavg import FedAvg, Trained
+from thinwire.methods.fedavg import FedAvg
 from thinwire.model.net import Net
 from thinwire.train.objective import loss
+from thinwire.train.weights import Trained
 
 
 @pytest.fixture(scope="module")

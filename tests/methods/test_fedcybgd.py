@@ -16,15 +16,16 @@ from thinwire import wire
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.core import Client, StaleVersion
 from thinwire.keys import Key
-from thinwire.methods.fedavg import FedAvg, fill
+from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD, Proxy
-from thinwire.methods.gradualdiff import decoded
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.shrink import Cut
 from thinwire.model.views.lora import add_lora
 from thinwire.runtime.store import VersionStore
-from thinwire.train.local import train_locally
+from thinwire.train.local import Rule, train_locally
+from thinwire.train.versions import decoded
+from thinwire.train.weights import fill
 from thinwire.wire import Illegal
 from thinwire.wire.payload import Spec
 
@@ -71,7 +72,7 @@ def test_without_compression_it_is_the_plain_relay(coded: bool, common: int, net
             p.requires_grad_(any(p is mine for mine in block))
         key = federation.client(id, turn + 1).key
         batches = closed_data(net, federation.sizes[id], 100 + id).batches(key.fold("batches"), 4)
-        train_locally(net.model, block, batches, 3, "adamw", 1e-2, 0.0, 1.0)
+        train_locally(net.model, block, batches, Rule("adamw", 1e-2, 3, clip=1.0))
         weights = {name: p.detach().clone() for name, p in net.parameters()}
         for _, p in net.parameters():
             p.requires_grad_(True)

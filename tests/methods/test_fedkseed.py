@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ from thinwire.methods.fedkseed import (
     Steps,
     draws_key,
     grid_of,
-    rebuild,
     rounded,
     seed_probabilities,
     seed_tilts,
 )
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
+from thinwire.perturb.pool import Pool
 from thinwire.perturb.probe import Probe
 from thinwire.perturb.spsa import move, shrink_of
 from thinwire.train.objective import loss
@@ -44,6 +45,12 @@ from thinwire.train.objective import loss
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Net:
     return tiny_net(tmp_path_factory.mktemp("model"))
+
+
+def picks(method: FedKSeed, key: int, clients: Sequence[int], shares: Any = None) -> Any:
+    """The directions that the clients draw."""
+    pool = Pool(Directions(0, method.law), method.seeds)
+    return pool.picks(key, clients, (method.steps, method.queries), shares)
 
 
 def weights(net: Net) -> Tensor:
@@ -132,13 +139,14 @@ def test_one_clients_weights_are_the_rebuild_from_its_scalars(
     server, client = federation.server(1, (0,)), federation.client(0, 1)
     up = method.client_update(method.broadcast(federation.state, server, 0, None), client)
     # a client makes no last move, since nobody would see it
-    pool, picks = Directions(federation.state.pool, method.law), method._draw(draws_key(server), [0], None)[0]
+    pool = Directions(federation.state.pool, method.law)
+    picks = Pool(pool, method.seeds).picks(draws_key(server), [0], (method.steps, method.queries))[0]
     last = -1e-4 / queries * up.scalars[-queries:].double().numpy()
     move(net, pool, picks[-1], last, shrink_of(1e-4, decay))
     local = weights(net)
     net.forget()
     state, _ = method.aggregate(federation.state, server, [(0, up)])
-    rebuild(net, pool, state.gains.float(), state.shrink)
+    Pool(pool, method.seeds).rebuild(net, state.gains.float(), state.shrink)
     rebuilt = weights(net)
     if form == "paper":
         net.forget()
@@ -164,7 +172,7 @@ def test_the_model_is_the_gains_on_the_grid_and_the_rest_is_told_later(net: Net,
     nearest = torch.round(federation.state.gains / grid) * grid
     assert (nearest - federation.state.gains).abs().max() <= grid / 2
     net.forget()
-    rebuild(net, Directions(federation.state.pool, method.law), nearest.float(), 1.0)
+    Pool(Directions(federation.state.pool, method.law), method.seeds).rebuild(net, nearest.float())
     assert torch.equal(weights(net), found)
 
 
@@ -380,7 +388,7 @@ def test_pros_statistic_is_the_papers_history_of_amplitudes(net: Net, tmp_path: 
 def test_pro_draws_by_the_probabilities_it_is_told() -> None:
     p = torch.tensor([0.1, 0.2, 0.0, 0.7])
     method = FedKSeed(seeds=4, pro=True, steps=4000, wire="paper")
-    drawn = method._draw(5, [0], method._shares(Gains(1, 5, 1e-5, 1.0, torch.zeros(4), p))).ravel()
+    drawn = picks(method, 5, [0], method._shares(Gains(1, 5, 1e-5, 1.0, torch.zeros(4), p))).ravel()
     assert np.bincount(drawn, minlength=4) / 4000 == pytest.approx(p.numpy(), abs=0.03)
 
 
@@ -393,7 +401,7 @@ def test_pro_draws_by_the_tilts_it_is_told() -> None:
     method = FedKSeed(seeds=16, pro=True, steps=20_000)
     shares = method._shares(Gains(1, 5, 1e-5, 1.0, tilts=integers.pack(np.arange(16))))
     assert shares is not None
-    drawn = method._draw(5, [0], shares).ravel()
+    drawn = picks(method, 5, [0], shares).ravel()
     assert drawn.dtype == np.int64
     assert np.bincount(drawn, minlength=16) / 20_000 == pytest.approx(expected, abs=0.01)
     for bad in (np.arange(16) + 1, np.arange(16) - 1):
@@ -405,7 +413,7 @@ def test_clients_and_rounds_draw_differently(net: Net, tmp_path: Path) -> None:
     method = FedKSeed(seeds=4096, steps=200)
     federation = Federation(method, net, tmp_path)
     keys = [draws_key(federation.server(round, (0,))) for round in (1, 2, 3)]
-    assert len({tuple(picks.ravel()) for key in keys for picks in method._draw(key, range(3), None)}) == 9
+    assert len({tuple(drawn.ravel()) for key in keys for drawn in picks(method, key, range(3))}) == 9
 
 
 def test_a_rebuild_is_one_sum_in_the_order_of_the_pool(net: Net) -> None:
@@ -413,7 +421,7 @@ def test_a_rebuild_is_one_sum_in_the_order_of_the_pool(net: Net) -> None:
     gains = torch.zeros(4096)
     gains[[7, 900, 4095]] = torch.tensor([1e-3, -2e-3, 5e-4])
     directions = Directions(77)
-    rebuild(net, directions, gains, 1.0)
+    Pool(directions, len(gains)).rebuild(net, gains)
     for name, parameter in net.parameters():
         expected = net.base[name].double()
         for j in (7, 900, 4095):

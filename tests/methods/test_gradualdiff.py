@@ -14,9 +14,10 @@ from torch import Tensor
 
 from thinwire import wire
 from thinwire.methods.fedavg import FedAvg
-from thinwire.methods.gradualdiff import START, GradualDiff, layout
+from thinwire.methods.gradualdiff import START, GradualDiff
 from thinwire.model.net import Net
 from thinwire.runtime.store import VersionStore
+from thinwire.train.versions import layout
 from thinwire.wire.payload import specs_of
 
 LOCAL: dict[str, Any] = {"lr": 3e-3, "steps": 3, "batch_size": 4}

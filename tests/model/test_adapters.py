@@ -16,7 +16,7 @@ from thinwire.keys import Key
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.views.lora import add_lora, has_lora, merged
-from thinwire.train.local import train_locally
+from thinwire.train.local import Rule, train_locally
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -30,7 +30,7 @@ def lora_net(folder: Path, seed: int = 0, dtype: str = "float32") -> Net:
 
 def train(net: Net) -> None:
     batches = closed_data(net, 16, 1).batches(Key.root(1), 4)
-    train_locally(net.model, [p for _, p in net.parameters()], batches, 4, "adamw", 1e-2)
+    train_locally(net.model, [p for _, p in net.parameters()], batches, Rule("adamw", 1e-2, 4))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from federation import closed_data, tiny_net
 
 from thinwire.keys import Key
 from thinwire.train import local
-from thinwire.train.local import train_locally
+from thinwire.train.local import Rule, train_locally
 
 
 def test_recomputed_activations_give_the_same_weights_and_are_not_kept(
@@ -29,8 +29,8 @@ def test_recomputed_activations_give_the_same_weights_and_are_not_kept(
         net.reset()
         batches = data.batches(Key.root(1), 4)
         parameters = [p for _, p in net.parameters()]
-        told = train_locally(net.model, parameters, batches, 3, "adamw", 1e-2, recompute=recompute)
-        found.append((told, net.state_sha256()))
+        told = train_locally(net.model, parameters, batches, Rule("adamw", 1e-2, 3), recompute=recompute)
+        found.append((told[:2], net.state_sha256()))
     assert found[0] == found[1]
     assert len(checkpoints) == 3 * net.model.config.num_hidden_layers
     assert not any("forward" in vars(module) for module in net.model.modules())
@@ -43,7 +43,8 @@ def test_what_is_not_asked_for_stays_and_has_no_gradient(tmp_path: Path) -> None
     some = {name: p for name, p in net.parameters() if ".layers.1." in name}
     for name, p in net.parameters():
         p.requires_grad_(name in some)
-    train_locally(net.model, list(some.values()), closed_data(net, 16, 1).batches(Key.root(1), 4), 2, "adamw", 1e-2)
+    batches = closed_data(net, 16, 1).batches(Key.root(1), 4)
+    train_locally(net.model, list(some.values()), batches, Rule("adamw", 1e-2, 2))
     for name, p in net.parameters():
         assert torch.equal(p, start[name]) != (name in some), name
         assert p.grad is None, name

@@ -76,7 +76,8 @@ def _fit(
     from thinwire.compress.learned.fidelity import cosine, fidelity
     from thinwire.config import ConfigError
     from thinwire.keys import Key
-    from thinwire.methods.cgfed import OnFactors, Tgap
+    from thinwire.methods.tgap import Tgap
+    from thinwire.train.factors import OnFactors
 
     build.use_threads(settings)
     rows = build.rows_of(settings.data, Key.root(settings.seed))

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from thinwire.config import Run
 from thinwire.core import Method
 from thinwire.estimate.sketch import Pass, Sketch
-from thinwire.methods.fedavg import FirstOrder
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
+from thinwire.train.first_order import FirstOrder
 
 RUNTIME = 60_000_000  # bytes that have nothing to do with the model: fitted on SmolLM2-135M
 CODING = 50  # bytes a weight of the largest tensor, while its exact difference is coded or decoded: fitted there too

@@ -26,13 +26,15 @@ from thinwire.config import Run
 from thinwire.core import Server
 from thinwire.keys import Key
 from thinwire.methods.cgfed import NONE, CGFed, Coded, Told
-from thinwire.methods.fedavg import FedAvg, Trained, Weights
+from thinwire.methods.fedavg import FedAvg, Weights
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FORMS, FedKSeed, Steps
 from thinwire.methods.fedzo import FedZO, Start
-from thinwire.methods.gradualdiff import Exact, GradualDiff
+from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.errors import ModelError
 from thinwire.runtime.cohort import cohort_of
+from thinwire.train.versions import Exact
+from thinwire.train.weights import Trained
 
 VERSION = "0" * 32  # as long as the name of a version
 SIMULATED = 4000  # visits that are run through FedKSeed's server half at most

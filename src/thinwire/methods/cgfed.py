@@ -17,10 +17,8 @@ bytes. The paper's DP variant is not here: `bound` clips X, and its noise would 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -28,20 +26,21 @@ import torch
 from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor
 
+from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.compress.catalogue import LEARNT, Code, Name, code_of, side_of
 from thinwire.compress.codecs.svd import LowRank
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.learned import codec_file, components
 from thinwire.compress.learned.lora_image import Image
-from thinwire.core import Client, Metrics, Server, StaleVersion
-from thinwire.keys import Key
-from thinwire.methods.fedavg import FirstOrder, Trained, Weights, fill, fill_checked, running_mean
+from thinwire.core import Client, Server, StaleVersion
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.train.objective import loss as batch_loss
-from thinwire.train.schedule import scheduled
+from thinwire.train.factors import OnFactors, moved
+from thinwire.train.local import scheduled
+from thinwire.train.weights import fill, fill_checked
 from thinwire.wire import Illegal
-from thinwire.wire.legal import LARGEST, check_keys, check_rate
+from thinwire.wire.legal import LARGEST, check_keys
+from thinwire.wire.payload import LATE
 
 Tensors = Mapping[str, Tensor]
 NONE = "-"  # in place of a version
@@ -59,6 +58,7 @@ class Global:
     step: Tensor | None = None
     key: int = 0
     residue: Tensor | None = None
+    moments: Tensors | None = field(default=None, metadata=LATE)  # the memory of the server's step
 
 
 @dataclass(frozen=True)
@@ -86,129 +86,6 @@ class Coded:
     examples: int = field(metadata={"release": True})
     loss: float = field(metadata={"release": True})
     skipped: int = field(metadata={"release": True})
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """A client's own increment as it is: nothing protects it."""
-
-    update: Tensors = field(metadata={"release": True})
-    examples: int = field(metadata={"release": True})
-    loss: float = field(metadata={"release": True})
-    skipped: int = field(metadata={"release": True})
-
-
-class OnFactors(FirstOrder):
-    """What both stages have in common: local steps on a share of the client's rows, and what is told of them."""
-
-    encode: Literal["increment", "state", "gradient"] = "increment"
-    layout: Literal["packed", "paper"] = "packed"
-    spared: float = Field(0.0, ge=0, lt=1)  # share of each client's rows that is for fit-codec, and not trained on here
-
-    def image(self, net: Net, side: int = 1) -> Image:
-        """The layout of the net's factors; ModelError where the net is no LoRA view, or has no such layout."""
-        shapes = {name: tuple(p.shape) for name, p in net.parameters()}
-        if not all(".lora_" in name for name in shapes):
-            raise ModelError("model.lora: missing; cgfed codes the factors of a LoRA view")
-        try:
-            return Image.paper(shapes, side) if self.layout == "paper" else Image.packed(shapes, side)
-        except ValueError as error:
-            raise ModelError(f"method.layout: {error}") from None
-
-    def learn(self, weights: Tensors, client: Client, lr: float, first: bool) -> tuple[dict[str, Tensor], float, int]:
-        """What the client has to tell after its steps on the first or the other part of its rows; loss, steps skipped.
-
-        The increment or the state after local steps; or -lr times the mean gradient of as many batches, no step taken.
-        """
-        check_rate(lr)
-        fill_checked(client.net, weights)
-        count = math.floor(self.spared * len(client.data) + 0.5)
-        order = Key.root(0).fold("spared", client.id).permutation(len(client.data))
-        kept = order[:count] if first else order[count:]
-        if not len(kept):
-            raise Illegal(f"{len(client.data)} examples leave none to train on")
-        part = replace(client.data, examples=tuple(client.data.examples[i] for i in sorted(kept.tolist())))
-        client = replace(client, data=part)
-        if self.encode == "gradient":
-            return self._gradient(client, lr)
-        loss, skipped = self.train(client, lr)
-        told = {name: p.detach().float() for name, p in client.net.parameters()}
-        if self.encode == "increment":
-            told = {name: tensor - weights[name].to(tensor) for name, tensor in told.items()}
-        return {name: tensor.cpu() for name, tensor in told.items()}, loss, skipped
-
-    def _gradient(self, client: Client, lr: float) -> tuple[dict[str, Tensor], float, int]:
-        total, taken = 0.0, 0
-        mean = {name: torch.zeros(p.shape) for name, p in client.net.parameters()}
-        for batch in islice(client.data.batches(client.key.fold("batches"), self.batch_size), self.steps):
-            loss = batch_loss(client.net.model, batch)
-            loss.backward()
-            grads = {n: p.grad.float().cpu() for n, p in client.net.parameters() if p.grad is not None}
-            for _, parameter in client.net.parameters():
-                parameter.grad = None
-            norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
-            if not math.isfinite(loss.item()) or not math.isfinite(norm):
-                continue
-            shrink = min(1.0, self.clip / norm) if self.clip and norm else 1.0
-            for name, grad in grads.items():
-                mean[name] -= lr * shrink * grad
-            total, taken = total + loss.item(), taken + 1
-        told = {name: tensor / max(taken, 1) for name, tensor in mean.items()}
-        return told, total / taken if taken else math.nan, self.steps - taken
-
-
-class Tgap(OnFactors):
-    """Stage 1: plain local steps on the spared rows; the replies, unprotected, are what a codec is learnt from.
-
-    `federated`: the server goes on from the mean, as in the paper's later version; else each client from its own last
-    factors, as in its first.
-    """
-
-    name: Literal["tgap"] = "tgap"
-    spared: float = Field(0.3, gt=0, lt=1)
-    federated: bool = True
-
-    Down, Up, State = Weights, Gathered, Weights
-    paper: ClassVar[str] = "Wu et al. 2024, arXiv:2405.13746, stage 1"
-
-    def init(self, server: Server) -> Weights:
-        self.image(server.net)
-        return Weights({name: server.net.base[name] for name in server.net.names})
-
-    def broadcast(self, state: Weights, server: Server, client_id: int, held: str | None) -> Weights:
-        return Weights(state.weights, scheduled(self.schedule, self.lr, server.round, server.rounds))
-
-    def client_update(self, down: Weights, client: Client) -> Gathered:
-        weights = dict(down.weights)
-        if not self.federated:
-            weights = {name: client.memory.get(name, tensor) for name, tensor in weights.items()}
-        told, loss, skipped = self.learn(weights, client, down.lr, first=True)
-        if not self.federated:
-            for name, tensor in weights.items():
-                moved = told[name] if self.encode == "state" else tensor.float() + told[name]
-                client.memory[name] = moved.to(tensor.dtype)
-        return Gathered(told, len(client.data), loss, skipped)
-
-    def check(self, state: Weights, client_id: int, up: Gathered) -> None:
-        if set(up.update) != set(state.weights):
-            raise Illegal("the names of the updates are not the model's")
-        for name, tensor in up.update.items():
-            if tensor.shape != state.weights[name].shape or tensor.dtype != torch.float32:
-                raise Illegal(f"the update of {name} is {tensor.dtype} {list(tensor.shape)}")
-            if not bool((tensor.abs() <= LARGEST).all()):
-                raise Illegal(f"the update of {name} is beyond {LARGEST:g} or not finite")
-
-    def aggregate(
-        self, state: Weights, server: Server, replies: Iterable[tuple[int, Gathered]]
-    ) -> tuple[Weights, Metrics]:
-        told = ((id, Trained(up.update, up.examples, up.loss, up.skipped)) for id, up in replies)
-        mean, metrics = running_mean(told, self.weighting)
-        if not mean or not self.federated:
-            return state, metrics
-        return Weights(moved(state.weights, mean, self.encode)), metrics
-
-    def materialise(self, state: Weights, net: Net) -> None:
-        fill(net, state.weights)
 
 
 class CGFed(OnFactors):
@@ -312,33 +189,29 @@ class CGFed(OnFactors):
         if not bool((self._decoded(state, up, self._layout(state)).abs() <= LARGEST).all()):
             raise Illegal(f"the update is beyond {LARGEST:g} or not finite")
 
-    def aggregate(self, state: Global, server: Server, replies: Iterable[tuple[int, Coded]]) -> tuple[Global, Metrics]:
+    def update(self, state: Global, server: Server, up: Coded) -> Update:
+        image = self._layout(state)
+        decoded = self._decoded(state, up, image)
+        metrics = {"cosine": up.cosine, "fallback": up.spare, "norm": float(decoded.norm())}
+        return Update(image.unstack(decoded), self.weight(up), up.loss, up.skipped, metrics)
+
+    def weight(self, up: Coded) -> float:
+        return 1 if self.average == "sum" else super().weight(up)
+
+    def step(
+        self, state: Global, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
+    ) -> tuple[Global, Metrics]:
         image = self._image(server.net)
-        cosines: list[float] = []
-        pairs: list[float] = []
-        fallbacks = 0
-
-        def told() -> Iterator[tuple[int, Trained]]:
-            nonlocal fallbacks
-            before: Tensor | None = None
-            for id, up in replies:
-                decoded = self._decoded(state, up, image)
-                cosines.append(up.cosine)
-                fallbacks += up.spare
-                if before is not None:
-                    pairs.append(alike(before, decoded))
-                before = decoded
-                yield id, Trained(image.unstack(decoded), up.examples, up.loss, up.skipped)
-
-        mean, metrics = running_mean(told(), "uniform" if self.average == "sum" else self.weighting)
-        if not mean:
-            return state, {}
+        metrics = {
+            "cosine": sum(reply.metrics["cosine"] for reply in counted) / len(counted),
+            "fallbacks": sum(reply.metrics["fallback"] for reply in counted),
+        }
+        if len(counted) > 1:  # near 1 where the decoder gives the same whatever it is given
+            metrics["alike"] = alike_all(float(image.stack(mean).norm()), counted)
         if self.average == "sum":
-            mean = {name: tensor * len(cosines) for name, tensor in mean.items()}
-        metrics |= {"cosine": sum(cosines) / len(cosines), "fallbacks": fallbacks}
-        if pairs:  # near 1 where the decoder gives the same whatever it is given
-            metrics["alike"] = sum(pairs) / len(pairs)
-        weights = moved(state.weights, mean, self.encode)
+            mean = {name: tensor * len(counted) for name, tensor in mean.items()}
+        weights, moments = self.moved(state.weights, mean, state.moments)
+        state = replace(state, moments=moments)
         if self.downlink == "raw":
             return replace(state, weights=weights), metrics
         now = image.stack({name: tensor.float() for name, tensor in state.weights.items()})
@@ -420,14 +293,19 @@ class CGFed(OnFactors):
             raise Illegal(str(error)) from None
 
 
-def moved(weights: Tensors, told: Tensors, encode: str) -> dict[str, Tensor]:
-    """The weights under what was told of them, each in its own dtype: moved by it, or replaced where it is states."""
-    if encode == "state":
-        return {name: told[name].to(tensor.dtype) for name, tensor in weights.items()}
-    return {name: (tensor.float() + told[name].to(tensor.device)).to(tensor.dtype) for name, tensor in weights.items()}
-
-
 def alike(x: Tensor, y: Tensor) -> float:
     """The cosine of two updates; 0 where one of them is zero."""
     lengths = float(x.norm()) * float(y.norm())
     return float((x * y).sum()) / lengths if lengths > 0 else 0.0
+
+
+def alike_all(length: float, counted: Sequence[Counted]) -> float:
+    """The mean cosine of any two updates, from the length of their weighted mean and their own.
+
+    |sum_i p_i d_i|^2 = sum_i p_i^2 |d_i|^2 + the pairs' products, of which each weighs p_i p_j |d_i| |d_j|.
+    """
+    total = sum(reply.weight for reply in counted)
+    parts = [reply.weight / total * reply.metrics["norm"] for reply in counted]
+    own = sum(part * part for part in parts)
+    pairs = sum(parts) ** 2 - own
+    return (length**2 - own) / pairs if pairs > 0 else 0.0

@@ -19,7 +19,7 @@ client a round); or each another one, damped by a (`parallel`); or each the whol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import ClassVar, Literal
@@ -29,24 +29,24 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from thinwire import memory
+from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.compress.codecs.blocks import Blocks as Coarse
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.exact import coarse
-from thinwire.core import Client, Metrics, Server, StaleVersion
+from thinwire.core import Client, Server, StaleVersion
 from thinwire.keys import Key
-from thinwire.methods.fedavg import Trained, fill, running_mean
-from thinwire.methods.gradualdiff import Exact, coded, decoded, layout
 from thinwire.model import importance, shrink
-from thinwire.model.blocks import blocks_of, layer_of, layers_of
 from thinwire.model.errors import ModelError
-from thinwire.model.head import is_classifier
 from thinwire.model.net import Net
 from thinwire.model.shrink import Cut, Width
+from thinwire.train.blocks import Blocks
+from thinwire.train.local import scheduled
 from thinwire.train.objective import loss as batch_loss
-from thinwire.train.schedule import scheduled
+from thinwire.train.versions import Exact, coded, decoded, layout
+from thinwire.train.weights import fill
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST, check_rate
-from thinwire.wire.payload import Spec, specs_of
+from thinwire.wire.payload import LATE, Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
 STEPS = (1.0, 0.5, 0.25, 0.0)  # of which a server that checks takes the best
@@ -55,13 +55,16 @@ ROWS, LENGTH = 8, 128  # of the text that importance is measured on, where the s
 
 
 @dataclass(frozen=True)
-class State:
+class Relay:
     """The weights, and how far the cycle is: blocks that are left, layers that it has updated, layers ever updated.
 
     `key` draws what clients are not shown. `member` says for each tensor which block it belongs to, -1 for none,
     EACH for every one.
     `scores` is each layer's importance; `parts` has that of each layer's heads and channels, "heads.3", float32.
+    `moments` is the memory of the server's step.
     """
+
+    KIND: ClassVar[str] = "State"
 
     weights: Tensors
     key: int
@@ -71,6 +74,7 @@ class State:
     ever: list[int]
     scores: list[float]
     parts: Tensors
+    moments: Tensors | None = field(default=None, metadata=LATE)
 
 
 @dataclass(frozen=True)
@@ -102,29 +106,6 @@ class Block:
     skipped: int = field(metadata={"release": True})
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Where a model's layers are; each block's run of them; what trains in each turn, extra blocks last, and in all."""
-
-    layout: shrink.Layout
-    layers: tuple[tuple[int, ...], ...]
-    names: tuple[tuple[str, ...], ...]
-    each: frozenset[str] = frozenset()
-
-    @property
-    def depth(self) -> int:
-        """How many layers there are."""
-        return len(self.layout.layers)
-
-    def layer(self, name: str) -> int | None:
-        """Which layer a parameter belongs to."""
-        return layer_of(name, self.layout.path)
-
-    def trained(self, block: int) -> set[int]:
-        """The layers that train in a block's turn."""
-        return {layer for name in self.names[block] if (layer := self.layer(name)) is not None}
-
-
 class FedCyBGD(Exact):
     """Clients take turns; each trains one block, in a smaller model around it."""
 
@@ -151,12 +132,12 @@ class FedCyBGD(Exact):
     choose_step: bool = False  # take the best of steps 1, 1/2, 1/4 and 0 by the loss on the server's rows
     layers: str | None = None  # where the model's layers are; found where it is None
 
-    Down, Up, State = Proxy, Block, State
+    Down, Up, State = Proxy, Block, Relay
     paper: ClassVar[str] = "Wang, Wang and Tang 2024, arXiv:2406.11187"
     hollow: ClassVar[bool] = True
     versions_each: ClassVar[int] = 1
 
-    def init(self, server: Server) -> State:
+    def init(self, server: Server) -> Relay:
         if self.choose_step and server.data is None:
             raise ModelError("method.choose_step: needs rows at the server, data.public")
         if len(server.net.names) < sum(1 for _ in server.net.model.parameters()):
@@ -174,9 +155,9 @@ class FedCyBGD(Exact):
             EACH if name in at.each else next((b for b, own in enumerate(at.names) if name in own), -1)
             for name in weights
         ]
-        return self._cycle(State(weights, server.key.fold("shown").word(), member, [], [], [], [], {}), server)
+        return self._cycle(Relay(weights, server.key.fold("shown").word(), member, [], [], [], [], {}), server)
 
-    def broadcast(self, state: State, server: Server, client_id: int, held: str | None) -> Proxy:
+    def broadcast(self, state: Relay, server: Server, client_id: int, held: str | None) -> Proxy:
         net, at = server.net, self._blocks(server.net)
         block = state.left[client_id % len(state.left) if self.variant == "parallel" else 0]
         cut, hidden = self._cut(state, at, block), self._hidden(state, at, block, server, client_id)
@@ -220,23 +201,22 @@ class FedCyBGD(Exact):
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        masters: list[Tensor] = []
         memory.trim()  # decoding has left much that training would add to
-        loss, skipped = self.train(client, down.lr, masters, model, trained)
+        local = self.train(client, down.lr, model, trained, keep=True)
         # read again: in memory while the block trains, it would be as much as the block
         if (start := client.versions.get(down.version)) is None:
             raise Illegal(f"the version {down.version:.12} was lost during the visit")
         key, changes = client.key.fold("code").word(), {}
-        for i, (name, master) in enumerate(zip(own, masters, strict=True)):
+        for i, (name, master) in enumerate(zip(own, local.weights, strict=True)):
             target = master.detach().float().cpu()
             if not torch.isfinite(target).all():
                 raise Illegal(f"the update of {name} is not finite")
             old = start[name]
             new = self.rounded(target, old.dtype, key, i)
             changes[name] = coded(new, old) if self.coded else new
-        return Block(down.block, changes, len(client.data), loss, skipped)
+        return Block(down.block, changes, len(client.data), local.loss, local.skipped)
 
-    def check(self, state: State, client_id: int, up: Block) -> None:
+    def check(self, state: Relay, client_id: int, up: Block) -> None:
         if up.block not in state.left:
             raise Illegal(f"block {up.block} is not one that this cycle has left")
         own = [name for name, block in zip(state.weights, state.member, strict=True) if block in (up.block, EACH)]
@@ -246,25 +226,28 @@ class FedCyBGD(Exact):
             if not ((new.float() - state.weights[name].float()).abs() <= LARGEST).all():
                 raise Illegal(f"the difference of {name} is beyond {LARGEST:g} or not finite")
 
-    def aggregate(self, state: State, server: Server, replies: Iterable[tuple[int, Block]]) -> tuple[State, Metrics]:
-        at, weights, blocks = self._blocks(server.net), dict(state.weights), set[int]()
+    def update(self, state: Relay, server: Server, up: Block) -> Update:
+        tensors = dict(self._answered(state, up))
+        return Update(tensors, self.weight(up), up.loss, up.skipped, {"block": up.block})
 
-        def told() -> Iterator[tuple[int, Trained]]:
-            for id, up in replies:
-                blocks.add(up.block)
-                yield id, Trained(dict(self._answered(state, up)), up.examples, up.loss, up.skipped)
-
-        means, metrics = running_mean(told(), self.weighting)
-        if not means:
-            return state, {}  # the block is the next client's
+    def step(
+        self, state: Relay, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
+    ) -> tuple[Relay, Metrics]:
+        at, weights = self._blocks(server.net), dict(state.weights)
+        blocks, moments = {int(reply.metrics["block"]) for reply in counted}, dict(state.moments or {})
+        if not self.server_step.plain:
+            for name, tensor in mean.items():
+                old = weights[name].float()
+                move, entries = self.server_step(moments, name, tensor - old)
+                mean[name], moments = old + move, moments | entries
         key, order = server.key.fold("code").word(), {name: i for i, name in enumerate(weights)}
 
         def moved(step: float) -> dict[str, Tensor]:
             return {  # a whole step ends where the mean is, to the bit
                 name: self.rounded(
-                    weights[name].float().lerp(mean, step * self.damping), weights[name].dtype, key, order[name]
+                    weights[name].float().lerp(target, step * self.damping), weights[name].dtype, key, order[name]
                 )
-                for name, mean in means.items()
+                for name, target in mean.items()
             }
 
         step, after = 1.0, moved(1.0)
@@ -280,46 +263,23 @@ class FedCyBGD(Exact):
             left=[block for block in state.left if block not in blocks],
             updated=sorted(layers.union(state.updated)),
             ever=sorted(layers.union(state.ever)),
+            moments=moments or None,
         )
-        metrics |= {"block": float(min(blocks)), "step": step * self.damping}
+        metrics = {"block": float(min(blocks)), "step": step * self.damping}
         return (state if state.left else self._cycle(state, server)), metrics
 
-    def materialise(self, state: State, net: Net) -> None:
+    def materialise(self, state: Relay, net: Net) -> None:
         fill(net, state.weights)
 
     def passes(self) -> float:
         return math.nan  # a pass through a proxy is not one through the model
 
     def _blocks(self, net: Net) -> Blocks:
-        """Of the net's parameters; ModelError where it has no layers, or fewer than there are to be blocks."""
-        path = layers_of(net.model, self.layers)
-        layout = shrink.Layout.of(net.model, path)
-        depth, of = len(layout.layers), {name: layer_of(name, path) for name in net.names}
         if self.variant == "full":
-            return Blocks(layout, (tuple(range(depth)),), (net.names,))
-        try:
-            runs = tuple(tuple(run) for run in blocks_of(depth, self.blocks))
-        except ValueError as error:
-            raise ModelError(f"method.blocks: {error}") from None
-        first = next(i for i, name in enumerate(net.names) if of[name] is not None)
-        after = tuple(name for name in net.names[first:] if of[name] is None)
-        if self.common > self.blocks:
-            raise ModelError(f"method.common: there are {self.blocks} blocks, not {self.common}")
-        head = {*after} if is_classifier(net.model) else set[str]()
-        last = {layer for run in runs[len(runs) - self.common :] for layer in run}
-        each = frozenset(head).union(name for name in net.names if of[name] in last)
-        blocks = [{name for name in net.names if of[name] in run} for run in runs]
-        for extra in self.extra:
-            if extra == "head" and head:
-                raise ModelError("method.extra: a classifier's head trains with every block, and is none of its own")
-            before = tuple(name for name in net.names[:first] if of[name] is None)
-            if not (own := before if extra == "embeddings" else after):
-                raise ModelError(f"method.extra: the model has no parameters that are its {extra} alone")
-            blocks.append({*own})
-        names = tuple(tuple(name for name in net.names if name in own or name in each) for own in blocks)
-        return Blocks(layout, runs, names, each)
+            return Blocks.whole(net, self.layers)
+        return Blocks.of(net, self.layers, self.blocks, self.common, self.extra)
 
-    def _cycle(self, state: State, server: Server) -> State:
+    def _cycle(self, state: Relay, server: Server) -> Relay:
         """The state at the start of a cycle: an order, and in the first one importance, on the weights as they are.
 
         It is not measured again: other channels would stay of every narrowed layer each time, and a client that returns
@@ -348,7 +308,7 @@ class FedCyBGD(Exact):
             left.sort(key=lambda block: -means[block] if block < len(means) else 0.0)
         return replace(state, left=left, updated=[], scores=scores, parts=parts)
 
-    def _cut(self, state: State, at: Blocks, block: int) -> Cut:
+    def _cut(self, state: Relay, at: Blocks, block: int) -> Cut:
         """What is left of the model around a block."""
         own = at.trained(block)
         updated, (first, last) = set(state.updated) - own, self.spared
@@ -364,7 +324,7 @@ class FedCyBGD(Exact):
             }
         return Cut(tuple(n for n in range(at.depth) if n not in gone), widths)
 
-    def _hidden(self, state: State, at: Blocks, block: int, server: Server, client_id: int) -> set[int]:
+    def _hidden(self, state: Relay, at: Blocks, block: int, server: Server, client_id: int) -> set[int]:
         """Updated layers that the client is told as they were at the start."""
         own = at.trained(block)
         if self.veiled:
@@ -445,7 +405,7 @@ class FedCyBGD(Exact):
             raise Illegal(f"{name} is {change.dtype} {list(change.shape)}, not {like.dtype} {list(like.shape)}")
         return change
 
-    def _answered(self, state: State, up: Block) -> Iterable[tuple[str, Tensor]]:
+    def _answered(self, state: Relay, up: Block) -> Iterable[tuple[str, Tensor]]:
         """The block's tensors as the client has trained them, one after another."""
         for name, change in up.changes.items():
             old = state.weights[name]

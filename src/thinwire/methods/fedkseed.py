@@ -15,11 +15,9 @@ the probabilities go as integers of four bits, and both ends draw with integers 
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -28,17 +26,17 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from thinwire import streams
-from thinwire.compress.entropy import integers
-from thinwire.core import Client, Method, Metrics, Server, StaleVersion
-from thinwire.keys import reduced, uniform
+from thinwire.aggregate.mean import Metrics
+from thinwire.core import Averaged, Client, Server, StaleVersion
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions, Law
+from thinwire.perturb.pool import Levels, Pool, Shares, packed, unpacked
 from thinwire.perturb.spsa import LARGEST, shrink_of, walk
-from thinwire.train.schedule import Schedule, scheduled
-from thinwire.wire import Illegal, raw
+from thinwire.train.local import Schedule, scheduled
+from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST as LARGEST_GAIN
 from thinwire.wire.legal import check_keys, check_rate
+from thinwire.wire.payload import LATE
 
 GRID = 4  # steps of the grid in the root mean square of the gains of the first round
 APART = 8  # times the median: a reply whose scalars are larger does not set the grid
@@ -90,6 +88,7 @@ class Accumulators:
     """The server's memory. gains, and the sum and the count of |g| for each direction: float64 [K].
 
     In the thin form the model is made of the gains' nearest multiples of grid, whose version clients may hold.
+    `moments` is the memory of the server's step, which moves the gains.
     """
 
     pool: int
@@ -99,9 +98,10 @@ class Accumulators:
     visits: Tensor
     grid: float = 0.0
     version: str | None = None
+    moments: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
 
 
-class FedKSeed(Method):
+class FedKSeed(Averaged):
     """Zeroth-order steps along K shared directions; kilobytes a round, whatever the model's size."""
 
     name: Literal["fedkseed"] = "fedkseed"
@@ -117,7 +117,6 @@ class FedKSeed(Method):
     weight_decay: NonNegativeFloat = 0.0
     steps: PositiveInt = 200
     batch_size: PositiveInt = 1
-    weighting: Literal["examples", "uniform"] = "examples"
     wire: Literal["thin", "paper"] = "thin"
     scalars: Literal["float32", "float16", "int8"] = "float16"  # on the thin wire; the paper's is float32
     amplitude_clip: PositiveFloat = 1000.0  # Pro: bounds |g| in the statistic alone, not in the update
@@ -137,26 +136,25 @@ class FedKSeed(Method):
         amplitudes = state.amplitude / state.visits
         if self.wire == "paper":
             return Gains(*down, state.gains.float(), seed_probabilities(amplitudes).float() if self.pro else None)
-        levels = packed(self._levels(state).tobytes())
         known = server.versions.get(held) if held is not None else None
-        if known is not None:
-            change = packed((self._levels(state) - known["levels"].numpy()).tobytes())
-            levels, held = (change, held) if len(change) < len(levels) else (levels, None)
+        levels, changes = Levels.of(state.gains, state.grid).encode(
+            known["levels"].numpy() if known is not None else None
+        )
         return Gains(
             *down,
             grid=state.grid,
             levels=levels,
-            base=held if known is not None else None,
+            base=held if changes else None,
             tilts=packed(seed_tilts(amplitudes).tobytes()) if self.pro else None,
         )
 
     def client_update(self, down: Gains, client: Client) -> Steps:
         self.receive(down, client)
-        directions = Directions(down.pool, self.law, self.rank)
-        picks = self._draw(down.draws, [client.id], self._shares(down))[0]
+        pool = self._pool(down.pool)
+        picks = pool.picks(down.draws, [client.id], (self.steps, self.queries), self._shares(down))[0]
         scalars, loss = walk(
             client.net,
-            directions,
+            pool.directions,
             picks,
             client.data.batches(client.key.fold("batches"), self.batch_size),
             lr=down.lr,
@@ -199,7 +197,7 @@ class FedKSeed(Method):
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
     ) -> tuple[Accumulators, Metrics]:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        draws, decay = draws_key(server), shrink_of(lr, self.weight_decay)
+        pool, draws, decay = self._pool(state.pool), draws_key(server), shrink_of(lr, self.weight_decay)
         shares = TILTS[seed_tilts(state.amplitude / state.visits)] if self.pro and self.wire == "thin" else None
         gains, shrink = np.zeros(self.seeds), 0.0
         amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
@@ -214,7 +212,7 @@ class FedKSeed(Method):
             if self.wire == "paper":
                 picks = torch.stack(seeds).numpy().reshape(scalars.shape)
             else:
-                picks = self._draw(draws, clients, shares)
+                picks = pool.picks(draws, clients, (self.steps, self.queries), shares)
             taken = ~np.isnan(scalars[..., 0])
             scalars[~taken] = 0.0
             taken = taken.astype(np.float64)
@@ -248,19 +246,26 @@ class FedKSeed(Method):
         if examples == 0:
             return state, {}
         shrink /= examples
-        gains = shrink * state.gains.numpy() + gains / examples
+        gains /= examples
+        moments = state.moments
+        if not self.server_step.plain:
+            move, moments = self.server_step(state.moments or {}, "gains", torch.from_numpy(gains))
+            gains = move.numpy()
+        gains = shrink * state.gains.numpy() + gains
         touched = gains[gains != 0]
         grid = grid_of(touched, state.grid, np.concatenate(lengths, axis=1) if lengths else None)
         arrays = (torch.from_numpy(array) for array in (gains, amplitude, visits))
         after = Accumulators(state.pool, next(arrays), state.shrink * shrink, next(arrays), next(arrays), grid)
+        after = replace(after, moments=moments)
         if self.wire == "thin":
-            version = server.versions.put({"levels": torch.from_numpy(self._levels(after))})
-            after = replace(after, version=version)
+            after = replace(after, version=server.versions.put(Levels.of(after.gains, grid).table()))
         return after, {"loss": loss, "skipped": skipped, "directions": int(touched.size)}
 
     def materialise(self, state: Accumulators, net: Net) -> None:
-        gains = state.gains if self.wire == "paper" else torch.from_numpy(self._levels(state) * state.grid)
-        rebuild(net, Directions(state.pool, self.law, self.rank), gains.float(), state.shrink)
+        gains = state.gains
+        if self.wire == "thin":
+            gains = torch.from_numpy(Levels.of(gains, state.grid).values * state.grid)
+        self._pool(state.pool).rebuild(net, gains.float(), state.shrink)
 
     def reply_bytes(self, net: Net) -> int:
         return 8 * self.steps * self.queries  # a scalar and a seed of four bytes each
@@ -284,18 +289,18 @@ class FedKSeed(Method):
                 levels = levels + known["levels"].numpy()
             if not abs(down.grid) < math.inf:
                 raise Illegal(f"the grid of the gains is {down.grid}")
-            client.held = client.versions.put({"levels": torch.from_numpy(levels)})
+            client.held = client.versions.put(Levels(levels).table())
             gains = torch.from_numpy(levels * down.grid).float()
         if not (gains.abs() <= LARGEST_GAIN).all() or not abs(down.shrink) <= 1:
             raise Illegal("gains or shrink are beyond their bounds, or not finite")
-        rebuild(client.net, Directions(down.pool, self.law, self.rank), gains, down.shrink)
+        self._pool(down.pool).rebuild(client.net, gains, down.shrink)
 
     @property
     def _form(self) -> str:
         return "float32" if self.wire == "paper" else self.scalars
 
-    def _levels(self, state: Accumulators) -> NDArray[np.int64]:
-        return np.rint(state.gains.numpy() / (state.grid or 1.0)).astype(np.int64)
+    def _pool(self, key: int) -> Pool:
+        return Pool(Directions(key, self.law, self.rank), self.seeds)
 
     def _scalars(self, told: Sequence[tuple[Tensor, float]]) -> NDArray[np.float64]:
         """From the scalars and the unit of each reply float64 [replies, steps, queries], NaN where skipped."""
@@ -305,7 +310,7 @@ class FedKSeed(Method):
         scalars *= np.array([[unit] for _, unit in told])
         return scalars.reshape(len(told), self.steps, self.queries)
 
-    def _shares(self, down: Gains) -> NDArray[np.int64] | NDArray[np.float64] | None:
+    def _shares(self, down: Gains) -> Shares | None:
         """Pro's shares of the directions, none uniform: integers on the thin wire, floats in the paper's form."""
         if not self.pro:
             return None
@@ -320,19 +325,6 @@ class FedKSeed(Method):
         if not 0 < float(p.sum()) < 2:
             raise Illegal(f"probabilities are not {self.seeds} shares of 1")
         return p.numpy().astype(np.float64)
-
-    def _draw(
-        self, draws: int, clients: Sequence[int], shares: NDArray[np.int64] | NDArray[np.float64] | None
-    ) -> NDArray[np.int64]:
-        """The directions of each client's visit, in order: int64 [clients, steps, queries]."""
-        words = streams.words(draws, clients, self.steps * self.queries).reshape(-1, self.steps, self.queries)
-        if shares is None:
-            return reduced(words, self.seeds)
-        cumulative = np.cumsum(shares)
-        if shares.dtype == np.int64:
-            return np.searchsorted(cumulative, reduced(words, int(cumulative[-1])), side="right")
-        points = uniform(words) * cumulative[-1]
-        return np.minimum(np.searchsorted(cumulative, points, side="right"), self.seeds - 1)
 
 
 def grid_of(gains: NDArray[np.float64], grid: float, lengths: NDArray[np.float64] | None) -> float:
@@ -368,36 +360,6 @@ def rounded(scalars: NDArray[np.float32], form: str) -> tuple[Tensor, float]:
     unit = largest / 127 or 1.0
     codes = np.where(np.isnan(scalars), SKIPPED, np.rint(np.nan_to_num(scalars) / unit))
     return torch.from_numpy(codes.astype(np.int8)), unit
-
-
-@lru_cache(maxsize=32)
-def packed(values: bytes) -> bytes:
-    """int64 values as packed integers; a round tells thousands of clients the same."""
-    return integers.pack(np.frombuffer(values, np.int64))
-
-
-def unpacked(packed: bytes | None, count: int, name: str) -> NDArray[np.int64]:
-    """Packed integers off the wire; Illegal where they are none."""
-    try:
-        return integers.unpack(packed or b"", count)
-    except ValueError as error:
-        raise Illegal(f"{name}: {error}") from None
-
-
-def rebuild(net: Net, directions: Directions, gains: Tensor, shrink: float) -> None:
-    """weights := shrink w0 - sum_j gains_j z_j in the order of j, whatever the history; a gain of 0 costs nothing.
-
-    gains: float32 [K].
-    """
-    token = hashlib.sha256(f"fedkseed {directions} {shrink!r} ".encode() + bytes(raw(gains))).digest()
-    coefs = -gains.numpy().astype(np.float64)
-    touched: NDArray[np.int64] = np.flatnonzero(coefs)
-
-    def build() -> None:
-        for name, parameter in net.parameters():
-            directions.apply(net.base[name], name, touched, coefs[touched], scale=shrink, out=parameter.data)
-
-    net.rebuild(token, build)
 
 
 def seed_probabilities(amplitudes: Tensor) -> Tensor:

@@ -7,39 +7,42 @@ same pool of directions (`seeds`) both make the same weights, up to the rounding
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from thinwire import streams
-from thinwire.core import Client, Method, Metrics, Server
-from thinwire.keys import reduced
-from thinwire.methods.fedavg import Trained, average, check_weights, fill, fill_checked
+from thinwire.aggregate.mean import Counted, Metrics, Update
+from thinwire.aggregate.server_step import stepped
+from thinwire.core import Averaged, Client, Server
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions, Law
+from thinwire.perturb.pool import Pool
 from thinwire.perturb.spsa import shrink_of, walk
-from thinwire.train.schedule import Schedule, scheduled
+from thinwire.train.local import Schedule, scheduled
+from thinwire.train.weights import Trained, check_weights, fill, fill_checked
 from thinwire.wire.legal import check_keys, check_rate
+from thinwire.wire.payload import LATE
 
 
 @dataclass(frozen=True)
 class Start:
     """The global weights, the key of the directions, that of the clients' draws among them in this round, the rate.
 
-    Also the server's state, without the last two.
+    Also the server's state, without draws and rate, and with the memory of its step.
     """
 
     weights: Mapping[str, Tensor]
     pool: int
     draws: int = 0
     lr: float = 0.0
+    moments: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
 
 
-class FedZO(Method):
+class FedZO(Averaged):
     """Zeroth-order local steps; whole weights travel both ways."""
 
     name: Literal["fedzo"] = "fedzo"
@@ -54,7 +57,6 @@ class FedZO(Method):
     weight_decay: NonNegativeFloat = 0.0
     steps: PositiveInt = 200
     batch_size: PositiveInt = 1
-    weighting: Literal["examples", "uniform"] = "examples"
 
     Down, Up, State = Start, Trained, Start
     paper: ClassVar[str] = "Fang et al. 2022, arXiv:2201.09531"
@@ -68,11 +70,11 @@ class FedZO(Method):
 
     def client_update(self, down: Start, client: Client) -> Trained:
         self.receive(down, client)
-        words = streams.words(down.draws, [client.id], self.steps * self.queries)
+        pool = Pool(Directions(down.pool, self.law, self.rank), self.seeds)
         scalars, loss = walk(
             client.net,
-            Directions(down.pool, self.law, self.rank),
-            reduced(words, self.seeds).reshape(self.steps, self.queries),
+            pool.directions,
+            pool.picks(down.draws, [client.id], (self.steps, self.queries))[0],
             client.data.batches(client.key.fold("batches"), self.batch_size),
             lr=down.lr,
             eps=self.eps,
@@ -85,9 +87,14 @@ class FedZO(Method):
     def check(self, state: Start, client_id: int, up: Trained) -> None:
         check_weights(state.weights, up.weights)
 
-    def aggregate(self, state: Start, server: Server, replies: Iterable[tuple[int, Trained]]) -> tuple[Start, Metrics]:
-        weights, metrics = average(state.weights, replies, self.weighting)
-        return Start(weights, state.pool), metrics
+    def update(self, state: Start, server: Server, up: Trained) -> Update:
+        return Update(up.weights, self.weight(up), up.loss, up.skipped)
+
+    def step(
+        self, state: Start, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
+    ) -> tuple[Start, Metrics]:
+        weights, moments = stepped(self.server_step, state.weights, mean, state.moments)
+        return Start(weights, state.pool, moments=moments), {}
 
     def materialise(self, state: Start, net: Net) -> None:
         fill(net, state.weights)

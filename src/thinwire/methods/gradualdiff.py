@@ -11,52 +11,53 @@ kept by the one who rounds (`residue`), or lost as in FedAvg (`nearest`).
 Lossy (`codec`): c = Q(d + e) travels, e <- d + e - c stays (error feedback), at the clients and at the server. The
 server applies exactly what it tells.
 
-The server's step s is the mean itself, or momentum, Adam or Yogi on it (Reddi et al. 2020, without bias correction):
-
-    m <- b1 m + (1 - b1) D        s = eta m / (sqrt(v) + tau)
-    v <- b2 v + (1 - b2) D^2      Yogi: v <- v - (1 - b2) D^2 sign(v - D^2)
+The server's step s is the mean itself, or what `server_step` makes of it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from thinwire import streams
+from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.codecs.factors import Factors
 from thinwire.compress.codecs.topk import TopK
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
-from thinwire.compress.exact import ulp
-from thinwire.compress.exact.rounding import moves, stochastic
-from thinwire.core import Client, Metrics, Server, StaleVersion
-from thinwire.methods.fedavg import FirstOrder, Trained, fill, running_mean
+from thinwire.compress.exact.rounding import moves
+from thinwire.core import Client, Server, StaleVersion
 from thinwire.model.net import Net
-from thinwire.train.schedule import scheduled
+from thinwire.train.local import scheduled
+from thinwire.train.versions import Exact, coded, decoded, layout
+from thinwire.train.weights import fill
 from thinwire.wire import Illegal, LazyTensors
 from thinwire.wire.legal import LARGEST, check_keys, check_rate
 from thinwire.wire.payload import Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
 Code = Blocks | Eden | Factors | TopK
+# run files of before: field -> the field of the server's step; and which of them each kind of step has
+FLAT = {"server": "kind", "server_lr": "lr", "momentum": "momentum", "second_moment": "second_moment", "tau": "tau"}
+KEPT = {"momentum": ("lr", "momentum")} | dict.fromkeys(("adam", "yogi"), ("lr", "momentum", "second_moment", "tau"))
 START = "start"  # in place of a version: the start model, which every site has
 
 
 @dataclass(frozen=True)
-class State:
+class Held:
     """The weights that all peers hold, their version, and how they came of the version before.
 
     `step` has each tensor's coded change from the version `prior`, uint8, under `key`; the others are float32: the
     server's momentum and second moment, and what it has still to tell.
     """
+
+    KIND: ClassVar[str] = "State"
 
     weights: Tensors
     version: str
@@ -97,29 +98,6 @@ class Difference:
     skipped: int = field(metadata={"release": True})
 
 
-class Exact(FirstOrder):
-    """What methods have in common whose peers hold the same low-precision weights and tell exact differences."""
-
-    rounding: Literal["stochastic", "residue", "nearest"] = "stochastic"  # of what is told without loss
-    dtype: Literal["model", "bfloat16", "float16"] = (
-        "model"  # of the weights that peers hold; the model trains in its own
-    )
-    start: Literal["sent", "shared"] = "sent"  # shared: every site has the start model, newcomers are told a difference
-
-    def held_dtype(self, own: torch.dtype) -> torch.dtype:
-        """The dtype of what peers hold of a parameter."""
-        return own if self.dtype == "model" else getattr(torch, self.dtype)
-
-    def start_of(self, net: Net, name: str) -> Tensor:
-        """A tensor of the start model as peers hold it."""
-        weights = net.base[name]
-        return weights.to(self.held_dtype(weights.dtype))
-
-    def rounded(self, target: Tensor, dtype: torch.dtype, key: int, stream: int) -> Tensor:
-        """A float32 target in the dtype that is held."""
-        return stochastic(target, dtype, key, stream) if self.rounding == "stochastic" else target.to(dtype)
-
-
 class GradualDiff(Exact):
     """Local first-order steps; coded differences of weights travel both ways."""
 
@@ -131,14 +109,22 @@ class GradualDiff(Exact):
     share: float = Field(0.03, gt=0, le=1)  # of the weights, that topk tells
     feedback: bool = True  # what the codec loses is kept, and added to the next difference
     gate: bool = False  # what cannot change a weight as it is rounded is not told, but kept
-    server: Literal["average", "momentum", "adam", "yogi"] = "average"
-    server_lr: PositiveFloat = 1.0
-    momentum: float = Field(0.9, ge=0, lt=1)  # b1
-    second_moment: float = Field(0.99, ge=0, lt=1)  # b2
-    tau: PositiveFloat = 1e-5  # differences of fine-tuning are of this size; far above it Adam is but momentum
 
-    Down, Up, State = Change, Difference, State
+    Down, Up, State = Change, Difference, Held
     paper: ClassVar[str] = "Faiyaz and Salman 2025, arXiv:2506.19164"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat_step(cls, values: Any) -> Any:
+        """Fields of the server's step as they stood in run files before it had a table of its own."""
+        if not isinstance(values, dict) or not (flat := {k: v for k, v in values.items() if k in FLAT}):
+            return values
+        given = values.get("server_step", {})
+        given = {"kind": given} if isinstance(given, str) else dict(given)
+        kind = flat.pop("server", given.get("kind", "average"))
+        step = given | {FLAT[name]: value for name, value in flat.items() if FLAT[name] in KEPT.get(kind, ("lr",))}
+        rest = {name: value for name, value in values.items() if name not in FLAT}
+        return rest | {"server_step": step | {"kind": "plain" if kind == "average" else kind}}
 
     @model_validator(mode="after")
     def _known_code(self) -> GradualDiff:
@@ -146,11 +132,11 @@ class GradualDiff(Exact):
             self.code()  # raises ValueError for bits that it does not have
         return self
 
-    def init(self, server: Server) -> State:
+    def init(self, server: Server) -> Held:
         weights = {name: self.start_of(server.net, name) for name in server.net.names}
-        return State(weights, server.versions.put(weights))
+        return Held(weights, server.versions.put(weights))
 
-    def broadcast(self, state: State, server: Server, client_id: int, held: str | None) -> Change:
+    def broadcast(self, state: Held, server: Server, client_id: int, held: str | None) -> Change:
         known = server.versions.get(held) if held is not None else None
         base, exact, changes = held if known is not None else None, True, state.step
         if held == state.version:
@@ -169,11 +155,10 @@ class GradualDiff(Exact):
 
     def client_update(self, down: Change, client: Client) -> Difference:
         self.receive(down, client)
-        masters: list[Tensor] = []
-        loss, skipped = self.train(client, down.lr, masters)
+        local = self.train(client, down.lr, keep=True)
         key, changes, held = client.key.fold("code").word(), {}, client.versions.get(down.version)
         assert held is not None  # `receive` has put it there
-        for i, (name, trained) in enumerate(zip(client.net.names, masters, strict=True)):
+        for i, (name, trained) in enumerate(zip(client.net.names, local.weights, strict=True)):
             old, target = held[name], trained.detach().float()
             if name in client.memory:
                 target = target + client.memory[name]
@@ -188,9 +173,9 @@ class GradualDiff(Exact):
                 left = wanted - told
             if self._keeps:
                 client.memory[name] = left
-        return Difference(down.version, key, changes, len(client.data), loss, skipped)
+        return Difference(down.version, key, changes, len(client.data), local.loss, local.skipped)
 
-    def check(self, state: State, client_id: int, up: Difference) -> None:
+    def check(self, state: Held, client_id: int, up: Difference) -> None:
         check_keys(up.key)
         if up.base != state.version:
             raise Illegal(f"a difference to the version {up.base:.12}, not to {state.version:.12}")
@@ -205,17 +190,20 @@ class GradualDiff(Exact):
                 if not torch.isfinite((old.float() + change).to(old.dtype)).all():
                     raise Illegal(f"the difference of {name} leaves the range of {old.dtype}")
 
-    def aggregate(
-        self, state: State, server: Server, replies: Iterable[tuple[int, Difference]]
-    ) -> tuple[State, Metrics]:
-        told = ((id, Trained(self._differences(state, up), up.examples, up.loss, up.skipped)) for id, up in replies)
-        mean, metrics = running_mean(told, self.weighting)
-        if not mean:
-            return state, {}
+    def update(self, state: Held, server: Server, up: Difference) -> Update:
+        return Update(self._differences(state, up), self.weight(up), up.loss, up.skipped)
+
+    def step(
+        self, state: Held, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
+    ) -> tuple[Held, Metrics]:
         key, weights, step = server.key.fold("code").word(), {}, {}
+        before = {f"first/{n}": t for n, t in (state.first or {}).items()}
+        before |= {f"second/{n}": t for n, t in (state.second or {}).items()}
         kept: dict[str, dict[str, Tensor]] = {"first": {}, "second": {}, "residue": {}}
         for i, (name, old) in enumerate(state.weights.items()):
-            move = self._server_step(state, name, mean.pop(name), kept)
+            move, entries = self.server_step(before, name, mean.pop(name))
+            for entry, tensor in entries.items():
+                kept[entry.partition("/")[0]][name] = tensor
             target = old.float() + move
             if state.residue is not None:
                 target += state.residue[name]
@@ -227,10 +215,10 @@ class GradualDiff(Exact):
                 weights[name] = (old.float() + told_here).to(old.dtype)  # exactly what the peers make of it
             if self._keeps:
                 kept["residue"][name] = target - weights[name].float()
-        after = State(weights, server.versions.put(weights), state.version, step, key)
-        return replace(after, **{name: tensors or None for name, tensors in kept.items()}), metrics
+        after = Held(weights, server.versions.put(weights), state.version, step, key)
+        return replace(after, **{name: tensors or None for name, tensors in kept.items()}), {}
 
-    def materialise(self, state: State, net: Net) -> None:
+    def materialise(self, state: Held, net: Net) -> None:
         fill(net, state.weights)
 
     def receive(self, down: Change, client: Client) -> None:
@@ -294,7 +282,7 @@ class GradualDiff(Exact):
         data = code.encode(told, own)
         return to_tensor(data), code.decode(data, old.shape, own)
 
-    def _differences(self, state: State, up: Difference) -> LazyTensors:
+    def _differences(self, state: Held, up: Difference) -> LazyTensors:
         """What the reply says of each tensor, float32, decoded when asked for."""
         specs = specs_of(state.weights)
         order = {name: i for i, name in enumerate(specs)}
@@ -306,45 +294,6 @@ class GradualDiff(Exact):
             return decoded(up.changes[name], name, old, specs[name]).float() - old.float()
 
         return LazyTensors({name: Spec(torch.float32, spec.shape) for name, spec in specs.items()}, read)
-
-    def _server_step(self, state: State, name: str, mean: Tensor, kept: dict[str, dict[str, Tensor]]) -> Tensor:
-        """s(D) for one tensor; what it remembers goes into `kept`."""
-        if self.server == "average":
-            return self.server_lr * mean
-        share = 1.0 if self.server == "momentum" else 1 - self.momentum
-        first = share * mean if state.first is None else self.momentum * state.first[name] + share * mean
-        kept["first"][name] = first
-        if self.server == "momentum":
-            return self.server_lr * first
-        square = mean.square()
-        second = torch.full_like(mean, self.tau**2) if state.second is None else state.second[name]
-        if self.server == "adam":
-            second = self.second_moment * second + (1 - self.second_moment) * square
-        else:
-            second = second - (1 - self.second_moment) * square * torch.sign(second - square)
-        kept["second"][name] = second
-        return self.server_lr * first / (second.sqrt() + self.tau)
-
-
-def layout(specs: Mapping[str, Spec]) -> str:
-    """Whose weights they are, for people and to be compared: names, shapes and dtypes."""
-    digest = hashlib.sha256(repr([(name, *spec.packed()) for name, spec in specs.items()]).encode()).hexdigest()
-    dtypes = " and ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs.values()}))
-    count = sum(math.prod(spec.shape) for spec in specs.values())
-    return f"{count:,} {dtypes} weights in {len(specs)} tensors ({digest[:8]})"
-
-
-def coded(new: Tensor, old: Tensor | None) -> Tensor:
-    """The exact difference of two tensors, or without `old` the new one: uint8."""
-    return to_tensor(ulp.encode(new, old))
-
-
-def decoded(change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor:
-    """The inverse; Illegal, with the tensor's name, for what is none."""
-    try:
-        return ulp.decode(to_bytes(change), old, like.dtype, like.shape)
-    except ValueError as error:
-        raise Illegal(f"{name}: {error}") from None
 
 
 def _undone(code: Code, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:

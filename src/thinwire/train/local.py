@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,37 +19,64 @@ from thinwire.train import parallel
 from thinwire.train.objective import loss as batch_loss
 
 Optimiser = Literal["adamw", "sgd"]
+Schedule = Literal["constant", "linear", "cosine"]
+# a hand on the float32 weights with their .grad, before clipping: a proximal term, control variates, a mask
+Adjust = Callable[[Sequence[Tensor]], None]
+
+
+class Rule(NamedTuple):
+    """How the local steps are taken; `clip` bounds the gradient's norm, 0: nothing does."""
+
+    optimiser: Optimiser
+    lr: float
+    steps: int
+    weight_decay: float = 0.0
+    clip: float = 0.0
+
+
+class Local(NamedTuple):
+    """The mean loss of the steps taken, the steps skipped; the float32 weights in the parameters' order, if kept."""
+
+    loss: float
+    skipped: int
+    weights: list[Tensor]
+
+
+def scheduled(schedule: Schedule, lr: float, round: int, rounds: int) -> float:
+    """The learning rate of round `round` (from 1) of `rounds`: the full one in the first, near 0 after the last."""
+    done = (round - 1) / rounds
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * done))
+    return lr
 
 
 def train_locally(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
     batches: Iterator[Batch],
-    steps: int,
-    optimiser: Optimiser,
-    lr: float,
-    weight_decay: float = 0.0,
-    clip: float = 0.0,
-    masters: list[Tensor] | None = None,
+    rule: Rule,
+    *,
+    adjust: Adjust | None = None,
     recompute: bool = False,
-) -> tuple[float, int]:
-    """`steps` steps on these parameters of the model, in place; returns (mean loss of the steps taken, steps skipped).
+    keep: bool = False,
+) -> Local:
+    """Steps on these parameters of the model, in place.
 
     The optimiser is fresh. A step whose loss or gradient is not finite is skipped and counted. bf16 and fp16 weights
-    are trained through a float32 copy, and rounded once a step. `clip` bounds the gradient's norm, 0: nothing does.
-    Of several processes (train.parallel) each takes a share of every batch.
-    An empty list for `masters` then holds those copies as the last step left them, one a parameter, in order.
-    `recompute`: what is within a transformer layer is computed again on the way back, and not kept.
+    are trained through a float32 copy, and rounded once a step; with `keep` the result has those copies as the last
+    step left them. Of several processes (train.parallel) each takes a share of every batch. `recompute`: what is within
+    a transformer layer is computed again on the way back, and not kept.
     """
-    masters = [] if masters is None else masters
-    masters += [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
-    if optimiser == "adamw":
-        rule: torch.optim.Optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=weight_decay)
+    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
+    if rule.optimiser == "adamw":
+        optimiser: torch.optim.Optimizer = torch.optim.AdamW(masters, lr=rule.lr, weight_decay=rule.weight_decay)
     else:
-        rule = torch.optim.SGD(masters, lr=lr, weight_decay=weight_decay)
+        optimiser = torch.optim.SGD(masters, lr=rule.lr, weight_decay=rule.weight_decay)
     total, taken = 0.0, 0
     with _recomputing(model) if recompute else contextlib.nullcontext():
-        for batch in islice(batches, steps):
+        for batch in islice(batches, rule.steps):
             mine, share = parallel.part(batch)
             loss = torch.zeros(()) if mine is None else share * batch_loss(model, mine)
             if not math.isfinite(value := parallel.summed(loss.detach().clone()).item()):
@@ -61,16 +88,18 @@ def train_locally(
                     master.grad = None if parameter.grad is None else parameter.grad.float()
                     parameter.grad = None
             parallel.sum_gradients(masters)
-            norm = torch.nn.utils.clip_grad_norm_(masters, clip or math.inf)
+            if adjust is not None:
+                adjust(masters)
+            norm = torch.nn.utils.clip_grad_norm_(masters, rule.clip or math.inf)
             if torch.isfinite(norm):
-                rule.step()
+                optimiser.step()
                 total, taken = total + value, taken + 1
-            rule.zero_grad(set_to_none=True)
+            optimiser.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for parameter, master in zip(parameters, masters, strict=True):
                     if parameter is not master:
                         parameter.copy_(master)
-    return total / taken if taken else math.nan, steps - taken
+    return Local(total / taken if taken else math.nan, rule.steps - taken, masters if keep else [])
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ import xxhash
 from torch import Tensor
 
 from thinwire.wire.errors import Corrupt, Malformed, TooLarge
-from thinwire.wire.payload import MAX_DIMENSIONS, LazyTensors, Spec, fields_of, fits, specs_of
+from thinwire.wire.payload import MAX_DIMENSIONS, LazyTensors, Spec, fields_of, fits, kind_of, specs_of
 
 MAGIC = b"thw\x01"
 CHECK = 8  # bytes of checksum
@@ -144,13 +144,13 @@ def decode(payload: type[P], frame: Frame, max_bytes: int = MAX_FRAME, max_heade
         raise TooLarge(f"a frame of {len(frame)} bytes is over the cap of {max_bytes}")
     _verify(frame)
     header, offset = _header(frame, max_header)
-    if header.kind != payload.__name__:
-        raise Malformed(f"a frame of kind {header.kind[:40]!r} where {payload.__name__!r} was expected")
+    if header.kind != kind_of(payload):
+        raise Malformed(f"a frame of kind {header.kind[:40]!r} where {kind_of(payload)!r} was expected")
     fields = fields_of(payload)
-    if len(fields) != len(header.fields):
+    if len(fields) < len(header.fields) or not all(field.late for field in fields[len(header.fields) :]):
         raise Malformed(f"{payload.__name__} has {len(fields)} fields, the frame {len(header.fields)}")
     values: dict[str, Any] = {}
-    for field, entry in zip(fields, header.fields, strict=True):
+    for field, entry in zip(fields, header.fields, strict=False):  # late ones may not be there
         if entry is None and field.optional:
             values[field.name] = None
         elif field.one_tensor:
@@ -203,8 +203,12 @@ def _packed(payload: Any, run: int, round: int, client: int, held: str | None) -
             entries.append(value)
         else:
             raise TypeError(f"{type(payload).__name__}.{field.name} is not {field.form}: {value!r:.60}")
+    for field in reversed(fields_of(type(payload))):
+        if not field.late or entries[-1] is not None:
+            break
+        entries.pop()
     try:
-        header = msgpack.packb([type(payload).__name__, run, round, client, held, entries])
+        header = msgpack.packb([kind_of(type(payload)), run, round, client, held, entries])
     except (ValueError, OverflowError) as error:  # text that is not Unicode, an integer beyond 64 bits
         raise TypeError(f"{type(payload).__name__} holds what cannot travel: {error}") from error
     if len(header) > MAX_HEADER:

@@ -1,7 +1,8 @@
 """Payloads: frozen dataclasses of plain values and tensors, the only things that travel.
 
 A field is one of: bool, int, float, str, bytes, list[int], list[float], list[str], Tensor, Mapping[str, Tensor], or one
-of these with None. The order of the fields is the order on the wire.
+of these with None. The order of the fields is the order on the wire. A field that a class was given after frames of it
+had been kept is `late`: the last ones of them are not written where they are None, so old frames stay as they are.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ DTYPES: dict[int, torch.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 8
 MAX_STRIDE = 1 << 59  # elements; torch counts bytes in 63 bits
+LATE = {"late": True}  # the metadata of a field that came after frames without it had been kept
 PLAIN: tuple[Any, ...] = (bool, int, float, str, bytes, list[int], list[float], list[str])
 
 
@@ -102,6 +104,11 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self.specs)
 
 
+def kind_of(payload: type) -> str:
+    """What frames call a payload class: its KIND where it was once named otherwise, else its name."""
+    return str(payload.__dict__.get("KIND", payload.__name__))
+
+
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
     """Name -> spec, without reading tensors that are not in memory where that can be had."""
     if isinstance(tensors, LazyTensors):
@@ -118,6 +125,7 @@ class Field:
     name: str
     form: Any
     optional: bool
+    late: bool = False
 
     @property
     def one_tensor(self) -> bool:
@@ -142,7 +150,10 @@ def _read_fields(payload: type) -> tuple[Field, ...]:
     if not dataclasses.is_dataclass(payload) or not isinstance(payload, type):
         raise TypeError(f"{payload!r} is not a payload: it is not a dataclass")
     hints = typing.get_type_hints(payload)
-    return tuple(_field(payload, f.name, hints[f.name]) for f in dataclasses.fields(payload))
+    return tuple(
+        dataclasses.replace(_field(payload, f.name, hints[f.name]), late=f.metadata.get("late", False))
+        for f in dataclasses.fields(payload)
+    )
 
 
 def _field(payload: type, name: str, hint: Any) -> Field:

@@ -1,0 +1,62 @@
+"""What a reply adds, and the weighted mean of what replies add."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+Metrics = dict[str, float]
+
+
+class Update(NamedTuple):
+    """What one reply adds: named tensors of any float dtype, read when asked for, and how much they count.
+
+    A client holds some of the names or all of them. `loss` may be NaN, where no step was taken; `skipped` counts steps.
+    `metrics` are the method's own numbers about this reply.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weight: float
+    loss: float = math.nan
+    skipped: int = 0
+    metrics: Mapping[str, float] = {}
+
+
+class Counted(NamedTuple):
+    """Who counted how much in an aggregation, and the method's own numbers about that reply."""
+
+    client: int
+    weight: float
+    metrics: Mapping[str, float]
+
+
+class Mean(BaseModel):
+    """m += (u - m) n_i / n: one client's tensor in memory at a time. A tensor's mean is over those that hold it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["mean"] = "mean"
+    keeps_all: ClassVar[bool] = False  # whether it needs all updates at once, so that a round keeps their files
+
+    def __call__(self, updates: Iterable[tuple[int, Update]]) -> tuple[dict[str, Tensor], Metrics]:
+        """The mean of the updates, float32, by name, and their mean loss and skipped steps; nothing without updates."""
+        mean: dict[str, Tensor] = {}
+        totals: dict[str, float] = {}
+        loss, measured, skipped = 0.0, 0.0, 0
+        for _, update in updates:
+            for name, tensor in update.tensors.items():
+                totals[name] = totals.get(name, 0) + update.weight
+                if name in mean:
+                    mean[name].lerp_(tensor.float(), update.weight / totals[name])
+                else:
+                    mean[name] = tensor.to(torch.float32, copy=True)
+            if math.isfinite(update.loss):
+                measured += update.weight
+                loss += (update.loss - loss) * update.weight / measured
+            skipped += update.skipped
+        return mean, {"loss": loss, "skipped": skipped} if mean else {}

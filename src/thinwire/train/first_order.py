@@ -1,0 +1,64 @@
+"""What methods of local first-order steps have in common: their fields, and the steps themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from thinwire.core import Averaged, Client
+from thinwire.train.local import Adjust, Local, Optimiser, Rule, Schedule, train_locally
+
+
+class FirstOrder(Averaged):
+    """Local steps on what the net trains, or on some parameters of a model."""
+
+    name: str
+    lr: float = Field(2e-5, gt=0, le=100)
+    schedule: Schedule = "constant"
+    optimiser: Optimiser = "adamw"
+    weight_decay: NonNegativeFloat = 0.0
+    steps: PositiveInt = 10
+    batch_size: PositiveInt = 8
+    clip: NonNegativeFloat = 1.0  # of the gradient's norm; 0: none
+    proximal: NonNegativeFloat = 0.0  # mu of FedProx (Li et al. 2020): the pull back to where the visit began; 0: none
+    recompute: bool = False  # what is within a layer is computed again on the way back: less memory, more time
+
+    def train(
+        self,
+        client: Client,
+        lr: float,
+        model: nn.Module | None = None,
+        parameters: Sequence[nn.Parameter] | None = None,
+        keep: bool = False,
+    ) -> Local:
+        """The local steps on the client's net, or on these parameters of a model, in place; see train_locally."""
+        return train_locally(
+            model if model is not None else client.net.model,
+            parameters if parameters is not None else [p for _, p in client.net.parameters()],
+            client.data.batches(client.key.fold("batches"), self.batch_size),
+            Rule(self.optimiser, lr, self.steps, self.weight_decay, self.clip),
+            adjust=proximal(self.proximal) if self.proximal else None,
+            recompute=self.recompute,
+            keep=keep,
+        )
+
+    def passes(self) -> float:
+        return 3 * self.steps * self.batch_size
+
+
+def proximal(mu: float) -> Adjust:
+    """The gradient of mu / 2 |w - w0|^2 added to each weight's own; w0 is where the first step finds the weights."""
+    start: list[Tensor] = []
+
+    @torch.no_grad()
+    def adjust(weights: Sequence[Tensor]) -> None:
+        if not start:
+            start.extend(weight.detach().clone() for weight in weights)
+        for weight, before in zip(weights, start, strict=True):
+            if weight.grad is not None:
+                weight.grad.add_(weight - before, alpha=mu)
+
+    return adjust
