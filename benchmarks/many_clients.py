@@ -27,9 +27,10 @@ CHILD = """
 import sys, time
 began = time.perf_counter()
 from thinwire import cli
-from thinwire.terminal import settle
+from thinwire.commands.terminal import settle
 settle()
-from thinwire import memory, show
+from thinwire import memory
+from thinwire.commands import show
 import json
 imported = time.perf_counter()
 

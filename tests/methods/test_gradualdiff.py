@@ -168,30 +168,6 @@ def test_what_was_not_told_is_told_later(fields: dict[str, Any], net: Net, tmp_p
         assert memory[name].abs().max() > 0 or not whole.abs().max()
 
 
-@pytest.mark.parametrize("rule", ["average", "momentum", "adam", "yogi"])
-def test_the_servers_step_is_its_equation(rule: str, net: Net, tmp_path: Path) -> None:
-    rules = method(server=rule, server_lr=0.3, tau=1e-3)
-    generator, name = torch.Generator().manual_seed(0), "model.norm.weight"
-    m, v = torch.zeros(32, dtype=torch.float64), torch.full((32,), 1e-6, dtype=torch.float64)
-    state = Federation(rules, net, tmp_path, rounds=1).state
-    for _ in range(3):
-        mean = torch.randn(32, generator=generator) * 1e-3
-        kept: dict[str, dict[str, Tensor]] = {"first": {}, "second": {}}
-        ours = rules._server_step(state, name, mean, kept)
-        state = dataclasses.replace(state, **{key: value or None for key, value in kept.items()})
-        d = mean.double()
-        if rule == "average":
-            expected = 0.3 * d
-        elif rule == "momentum":
-            m = 0.9 * m + d
-            expected = 0.3 * m
-        else:
-            m = 0.9 * m + 0.1 * d
-            v = 0.99 * v + 0.01 * d**2 if rule == "adam" else v - 0.01 * d**2 * torch.sign(v - d**2)
-            expected = 0.3 * m / (v.sqrt() + 1e-3)
-        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-9)
-
-
 def test_another_model_or_dtype_is_refused_with_both_named(net: Net, folder: Path, tmp_path: Path) -> None:
     federation = Federation(method(), net, tmp_path, rounds=1)
     down = down_of(federation, 0, None)

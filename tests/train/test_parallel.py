@@ -36,7 +36,7 @@ STOPPED = "fedkseed"
 LAUNCHED = """
 import sys
 from unittest import mock
-from thinwire import show
+from thinwire.commands import show
 from thinwire.cli import app
 
 def stop(self, record, left):

@@ -80,6 +80,7 @@ class Adam(Momentum):
     """s = eta m / (sqrt(v) + tau)."""
 
     kind: Literal["adam"] = "adam"  # type: ignore[assignment]
+    lr: PositiveFloat = 1e-3  # about what each weight moves by
     second_moment: float = Field(0.99, ge=0, lt=1)  # b2
     tau: PositiveFloat = 1e-5  # changes of fine-tuning are of this size; far above it Adam is but momentum
 

@@ -122,7 +122,11 @@ class GradualDiff(Exact):
         given = values.get("server_step", {})
         given = {"kind": given} if isinstance(given, str) else dict(given)
         kind = flat.pop("server", given.get("kind", "average"))
-        step = given | {FLAT[name]: value for name, value in flat.items() if FLAT[name] in KEPT.get(kind, ("lr",))}
+        step = (
+            {"lr": 1.0}
+            | given
+            | {FLAT[name]: value for name, value in flat.items() if FLAT[name] in KEPT.get(kind, ("lr",))}
+        )
         rest = {name: value for name, value in values.items() if name not in FLAT}
         return rest | {"server_step": step | {"kind": "plain" if kind == "average" else kind}}
 

@@ -32,6 +32,7 @@ def join() -> int:
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available())
+    wait()  # what the first one still writes of a run before this one, another must not read
     rank, _ = ranks()
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
