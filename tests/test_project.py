@@ -18,7 +18,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def test_one_version_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert {PROJECT["version"], str(citation["version"])} == {__version__}
+    released = re.search(r"^## \[(\d\S*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released
+    assert {PROJECT["version"], str(citation["version"]), released[1]} == {__version__}
+    assert str(citation["date-released"]) == released[2]
 
 
 def test_types_are_there_for_others() -> None:
