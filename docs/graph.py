@@ -19,6 +19,7 @@ from test_imports import FLOORS, parts  # noqa: E402
 
 DRAWING = ROOT / "docs" / "architecture.svg"
 FLOOR, BOX, GAP, EDGE = 78, 30, 26, 10  # heights of a floor and of a box, room between boxes, width of a passing arrow
+DOWN, UP = "#7a8599", "#c0392b"
 Node = str | tuple[str, str, int]  # a part, or where an arrow between two of them passes a floor
 Order = list[list[Node]]
 
@@ -111,8 +112,13 @@ def drawing() -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {tall}" width="{wide:.0f}" height="{tall}" '
         'font-family="sans-serif" font-size="14" role="img" aria-label="who imports whom">',
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0,0 L8,4 L0,8 z" fill="context-stroke"/></marker></defs>',
+        "<defs>",
+        *(
+            f'<marker id="{name}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+            f'<path d="M0,0 L8,4 L0,8 z" fill="{colour}"/></marker>'
+            for name, colour in (("down", DOWN), ("up", UP))
+        ),
+        "</defs>",
         f'<rect width="{wide:.0f}" height="{tall}" fill="#ffffff"/>',
     ]
     lines += [
@@ -126,14 +132,14 @@ def drawing() -> str:
             d += f" V{start:.0f}" if a != path[0] else ""
             half = (start + top[b]) / 2
             d += f" C{x[a]:.0f},{half:.0f} {x[b]:.0f},{half:.0f} {x[b]:.0f},{top[b]:.0f}"
-        lines.append(f'<path d="{d}" fill="none" stroke="#7a8599" stroke-width="1.3" marker-end="url(#tip)"/>')
+        lines.append(f'<path d="{d}" fill="none" stroke="{DOWN}" stroke-width="1.3" marker-end="url(#down)"/>')
     for a, b in upwards:
         side = 6 if x[a] < x[b] else -6  # two that import one another do not share a line
         bend = (side * 6, 0) if top[b] < top[a] else (0, -30 - side)
         d = f"M{x[a] + side:.0f},{top[a]:.0f} Q{(x[a] + x[b]) / 2 + bend[0]:.0f},{(top[a] + top[b]) / 2 + bend[1]:.0f} "
         d += f"{x[b] - side:.0f},{top[b] + BOX if top[b] < top[a] else top[b]:.0f}"
         lines.append(
-            f'<path d="{d}" fill="none" stroke="#c0392b" stroke-dasharray="5 4" marker-end="url(#tip)">'
+            f'<path d="{d}" fill="none" stroke="{UP}" stroke-dasharray="5 4" marker-end="url(#up)">'
             f"<title>{a} imports {b}, upwards</title></path>"
         )
     lines += [
