@@ -1,5 +1,5 @@
-# make demo [METHOD=fedkseed|fedkseed-pro|fedavg|fedit|gradualdiff]   set up, and run the main job
-# make test                                         set up, and pass the tests
+# make demo [METHOD=NAME]   set up, and run the main job; `make demos` lists the names
+# make test                 set up, and pass the tests
 PYTHON ?= python3
 METHOD ?= fedkseed
 RUN_ARGS ?=
@@ -11,7 +11,13 @@ READY := $(VENV)/.ready
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv demo test test-long lint docs bench clean
+# a demo is its recipe
+DEMOS := $(sort $(patsubst recipes/demo-%.toml,%,$(wildcard recipes/demo-*.toml)))
+ifeq ($(filter $(METHOD),$(DEMOS)),)
+$(error METHOD=$(METHOD) has no recipe; there are: $(DEMOS))
+endif
+
+.PHONY: venv demo demos test test-fast test-long lint fmt types docs bench clean
 
 venv: $(READY)
 
@@ -27,8 +33,15 @@ $(READY): pyproject.toml constraints.txt Makefile
 demo: venv
 	$(BIN)/thinwire run recipes/demo-$(METHOD).toml --out runs/demo-$(METHOD)-$(STAMP) $(RUN_ARGS)
 
+demos:
+	@printf '%s\n' $(DEMOS)
+
 test: venv
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# without the real model
+test-fast: venv
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not real and not long'
 
 # executions of the fuzz targets, all together
 FUZZ ?= 10000000
@@ -37,10 +50,16 @@ test-long: venv
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python tests/fuzz/run.py --runs $(FUZZ) --finds build/fuzz
 
-lint: venv
+fmt: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: venv
+	$(BIN)/mypy
+
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

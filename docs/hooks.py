@@ -1,4 +1,4 @@
-"""What mkdocs is told beside its configuration: absent pages are left out, and the run file's tables are made."""
+"""What mkdocs does beside its configuration: absent pages are left out, and the run file's tables are made."""
 
 from __future__ import annotations
 

@@ -22,10 +22,11 @@ from thinwire.cli import app
 ROOT = Path(__file__).parent.parent
 HOWTO = ["choosing", "numbers", "adding", "scores"]
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("tutorial", "data", "cgfed", "results", "federation"))]
-PAGES += [f"docs/howto/{name}.md" for name in HOWTO]
+PAGES += [f"docs/howto/{name}.md" for name in HOWTO] + ["CONTRIBUTING.md"]
 SHORT = ["rounds=1", "threads=1", "method.batch_size=1", "data.max_length=128", "eval.rows=2", "eval.max_new_tokens=2"]
 SLOW = ("compare", "server", "client", "local-federation", "chat")  # checked by their own tests
 NEEDS = {f"docs/howto/{name}.md": "docs/tutorial.md" for name in HOWTO[:3]}  # whose files they go on with
+NEEDS["CONTRIBUTING.md"] = "docs/tutorial.md"
 
 
 @dataclass(frozen=True)
@@ -152,3 +153,15 @@ def test_pages_that_are_listed_are_there_and_their_commands_known() -> None:
             words = shlex.split(line, comments=True)
             if words[0] == "thinwire" and not words[1].startswith("-"):
                 assert words[1] in known | {"eval"}, f"{page}: {line}"
+
+
+def test_each_entry_of_the_log_begins_with_five_lines_and_stands_in_the_index() -> None:
+    index, *entries = re.split(r"^## (?=\d{4}-)", (ROOT / "LOG.md").read_text(), flags=re.MULTILINE)
+    heads = ("Question", "Command", "Commit", "Result", "Decision")
+    slugs = set()
+    for entry in entries:
+        title, _, *lines = entry.splitlines()
+        assert tuple(re.findall(r"^- \*\*(\w+):\*\* \S", "\n".join(lines[:5]), re.MULTILINE)) == heads, title
+        slugs.add(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-"))
+    assert set(re.findall(r"\]\(#([^)]+)\)", index)) == slugs
+    assert len(slugs) == len(entries)
