@@ -20,7 +20,8 @@ from rows import Row, finish
 from thinwire import wire
 from thinwire.core import Server
 from thinwire.keys import Key
-from thinwire.methods.fedkseed import FedKSeed, Steps, rounded
+from thinwire.methods.fedkseed import FedKSeed, Steps
+from thinwire.perturb.scalars import as_sent
 from thinwire.runtime.store import VersionStore
 
 ROUNDS, CLIENTS = 40, 8
@@ -38,7 +39,7 @@ def frames(method: FedKSeed, folder: Path) -> dict[str, int]:
         replies = []
         for client in server.cohort:
             seeds = torch.from_numpy(rng.integers(method.seeds, size=method.steps).astype(np.int32))
-            scalars = rounded(rng.normal(0, 20, method.steps).astype(np.float32), method._form)
+            scalars = as_sent(rng.normal(0, 20, method.steps).astype(np.float32), method._form)
             replies.append((client, Steps(seeds if method.wire == "paper" else None, *scalars, 1000, 0.5)))
         header: dict[str, Any] = {"run": 2**31, "round": round, "client": 199}
         up = len(wire.encode(replies[0][1], **header, held=state.version))

@@ -23,7 +23,8 @@ from rows import Row, finish
 from thinwire import memory, wire
 from thinwire.core import Reply, Round, Server, run_round
 from thinwire.keys import Key
-from thinwire.methods.fedkseed import FedKSeed, Steps, rounded
+from thinwire.methods.fedkseed import FedKSeed, Steps
+from thinwire.perturb.scalars import as_sent
 from thinwire.runtime.store import VersionStore
 
 TARGET = 20_000
@@ -48,7 +49,7 @@ def main() -> None:
     method, rng = FedKSeed(steps=200), np.random.default_rng(0)
     replies = []
     for client in range(clients):
-        up = Steps(None, *rounded(rng.normal(0, 20, 200).astype(np.float32), "float16"), 100, 0.5)
+        up = Steps(None, *as_sent(rng.normal(0, 20, 200).astype(np.float32), "float16"), 100, 0.5)
         frame = wire.encode(up, run=1, round=1, client=client)
         assert isinstance(frame, bytes)
         replies.append(frame)

@@ -20,24 +20,12 @@ from thinwire.compress.entropy import integers
 from thinwire.core import StaleVersion
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key, reduced
-from thinwire.methods.fedkseed import (
-    GRID,
-    SKIPPED,
-    TILTS,
-    Accumulators,
-    FedKSeed,
-    Gains,
-    Steps,
-    draws_key,
-    grid_of,
-    rounded,
-    seed_probabilities,
-    seed_tilts,
-)
+from thinwire.methods.fedkseed import Accumulators, FedKSeed, Gains, Steps, draws_key
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
-from thinwire.perturb.pool import Pool
+from thinwire.perturb.pool import GRID, TILTS, Pool, grid_of, seed_probabilities, seed_tilts
 from thinwire.perturb.probe import Probe
+from thinwire.perturb.scalars import SKIPPED, as_floats, as_sent
 from thinwire.perturb.spsa import move, shrink_of
 from thinwire.train.objective import loss
 
@@ -205,15 +193,14 @@ def test_who_returns_is_told_the_changes_and_who_lost_its_version_the_whole(net:
 
 @pytest.mark.parametrize("form", ["float32", "float16", "int8"])
 def test_scalars_survive_their_rounding(form: Any) -> None:
-    method = FedKSeed(steps=50, queries=2, scalars=form)
     scalars = np.linspace(-30, 7, 100, dtype=np.float32)
     scalars[4:6] = np.nan
-    found = method._scalars([rounded(scalars, form)]).ravel()
+    found = as_floats([as_sent(scalars, form)], form, (1, scalars.size)).ravel()
     assert np.isnan(found).tolist() == np.isnan(scalars).tolist()
     bound = {"float32": 0.0, "float16": 30 * 2**-11, "int8": 30 / 254 * 1.0001}[form]
     assert np.nanmax(np.abs(found - scalars)) <= bound
     nothing = np.full(100, np.nan, np.float32)
-    assert np.isnan(method._scalars([rounded(nothing, form)])).all()
+    assert np.isnan(as_floats([as_sent(nothing, form)], form, (1, nothing.size))).all()
 
 
 def test_a_client_that_joins_last_rebuilds_the_same_bits(net: Net, tmp_path: Path) -> None:
@@ -258,7 +245,7 @@ def test_frames_on_the_thin_wire_to_a_newcomer(pro: bool, seeds: int, most: int,
     normal = torch.randn(2, seeds, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     state = Accumulators(2**63, normal[0], 1.0, 20 + normal[1], torch.ones(seeds).double(), 1 / 25)
     down = method.broadcast(state, server, 0, None)
-    up = Steps(None, *rounded(np.random.default_rng(0).normal(0, 20, 200).astype(np.float32), "float16"), 1000, 0.5)
+    up = Steps(None, *as_sent(np.random.default_rng(0).normal(0, 20, 200).astype(np.float32), "float16"), 1000, 0.5)
     frames = [wire.encode(payload, run=2**31, round=40, client=199) for payload in (down, up)]
     assert sum(map(len, frames)) <= most
 

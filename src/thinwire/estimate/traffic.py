@@ -28,10 +28,11 @@ from thinwire.keys import Key
 from thinwire.methods.cgfed import NONE, CGFed, Coded, Told
 from thinwire.methods.fedavg import FedAvg, Weights
 from thinwire.methods.fedcybgd import FedCyBGD
-from thinwire.methods.fedkseed import FORMS, FedKSeed, Steps
+from thinwire.methods.fedkseed import FedKSeed, Steps
 from thinwire.methods.fedzo import FedZO, Start
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.errors import ModelError
+from thinwire.perturb.scalars import FORMS
 from thinwire.runtime.cohort import cohort_of
 from thinwire.train.versions import Exact
 from thinwire.train.weights import Trained

@@ -159,8 +159,8 @@ class CGFed(OnFactors):
             raise Illegal(f"the codec: {error}") from None
         weights = self._weights(down, client, image)
         client.held = f"{down.version} {down.codec_version}"
-        told, loss, skipped = self.learn(weights, client, down.lr, first=False)
-        wanted = image.stack(told)
+        learnt, loss, skipped = self.learn(weights, client, down.lr, first=False)
+        wanted = image.stack(learnt)
         if self.bound and (norm := float(wanted.norm())) > self.bound:
             wanted = wanted * (self.bound / norm)
         if self.feedback and "residue" in client.memory:
@@ -253,7 +253,7 @@ class CGFed(OnFactors):
         return found
 
     def _weights(self, down: Told, client: Client, image: Image) -> Tensors:
-        """The factors as told; StaleVersion where the step is from a version that is not held."""
+        """The factors as received; StaleVersion where the step is from a version that is not held."""
         check_keys(down.key)
         if down.version == NONE:
             return down.weights

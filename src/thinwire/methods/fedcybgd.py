@@ -6,8 +6,8 @@
 
 The proxy (the paper's hybrid compression, section 3.3) is a real smaller model: block j as it is; blocks that this
 cycle has not updated yet lose their least important layers; blocks that it has updated stay, with fewer heads and
-channels. Beyond the paper, matrices around the block, which do not train, are told in a few bits a weight (`around`).
-What the client has seen of a tensor before, or has with the start model, is told as a difference.
+channels. Beyond the paper, matrices around the block, which do not train, travel in a few bits a weight (`around`).
+What the client has seen of a tensor before, or has with the start model, travels as a difference.
 
 A classifier's head (pooler and all else after the layers) trains with every block, as in the paper; beyond it, so do
 the layers of the last `common` blocks.
@@ -30,9 +30,6 @@ from torch import Tensor
 
 from thinwire import memory
 from thinwire.aggregate.mean import Counted, Metrics, Update
-from thinwire.compress.codecs.blocks import Blocks as Coarse
-from thinwire.compress.entropy.packing import to_bytes, to_tensor
-from thinwire.compress.exact import coarse
 from thinwire.core import Client, Server, StaleVersion
 from thinwire.keys import Key
 from thinwire.model import importance, shrink
@@ -42,7 +39,8 @@ from thinwire.model.shrink import Cut, Width
 from thinwire.train.blocks import Blocks
 from thinwire.train.local import scheduled
 from thinwire.train.objective import loss as batch_loss
-from thinwire.train.versions import Exact, coded, decoded, layout
+from thinwire.train.proxy import Coder
+from thinwire.train.versions import Exact, coded, layout
 from thinwire.train.weights import fill
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST, check_rate
@@ -82,7 +80,7 @@ class Proxy:
     """A smaller model around a block: what is left of each tensor, coded (uint8) or raw, by the whole model's names.
 
     `cut` says which layers, heads and channels those are. `base` is the version of an earlier proxy that the client
-    holds: tensors that have their shape in it are told as differences to it. `model` says whose weights they are. Of
+    holds: tensors that have their shape in it travel as differences to it. `model` says whose weights they are. Of
     matrices that are not the block's there are few bits, uint8 in either case.
     """
 
@@ -97,7 +95,7 @@ class Proxy:
 
 @dataclass(frozen=True)
 class Block:
-    """A client's difference to the block that it was told, coded or raw; examples, loss, skipped as in FedAvg."""
+    """A client's difference to the block that it received, coded or raw; examples, loss, skipped as in FedAvg."""
 
     block: int = field(metadata={"release": True})
     changes: Tensors = field(metadata={"release": True})
@@ -123,11 +121,11 @@ class FedCyBGD(Exact):
     prune: float = Field(0.0, ge=0, lt=1)  # of the heads and channels of updated layers
     importance: Literal["influence", "perplexity", "taylor"] = "influence"
     spared: tuple[NonNegativeInt, NonNegativeInt] = (4, 2)  # first and last layers that are never dropped
-    shown: float = Field(1.0, ge=0, le=1)  # of updated layers; the others are told as at the start (the published code)
+    shown: float = Field(1.0, ge=0, le=1)  # of updated layers; the others travel as at the start (the published code)
     veiled: bool = (
         False  # which layers are not shown is drawn once a client: those it sees only when they are its block
     )
-    around: Literal["exact", "8bit", "7bit", "6bit", "4bit"] = "7bit"  # how matrices that are not the block's are told
+    around: Literal["exact", "8bit", "7bit", "6bit", "4bit"] = "7bit"  # how matrices that are not the block's travel
     coded: bool = True
     choose_step: bool = False  # take the best of steps 1, 1/2, 1/4 and 0 by the loss on the server's rows
     layers: str | None = None  # where the model's layers are; found where it is None
@@ -162,16 +160,16 @@ class FedCyBGD(Exact):
         block = state.left[client_id % len(state.left) if self.variant == "parallel" else 0]
         cut, hidden = self._cut(state, at, block), self._hidden(state, at, block, server, client_id)
         known = server.versions.get(held) if held is not None else None
-        changes, told, own = dict[str, Tensor](), dict[str, Tensor](), {*at.names[block]}
+        changes, sent, own, coder = dict[str, Tensor](), dict[str, Tensor](), {*at.names[block]}, self._coder
         for name, weights in state.weights.items():
             source = self.start_of(net, name) if at.layer(name) in hidden else weights
             if (part := shrink.sliced(name, source, cut, at.layout)) is not None:
                 base = self._base(net, known, name, Spec.of(part), cut, at, name in own) if self.coded else None
-                changes[name], told[name] = self._tell(part, base, name in own)
+                changes[name], sent[name] = coder.encode(part, base, name in own)
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        base = held if known is not None else None
-        version = server.versions.put(told)  # only now: what is put may push out what is known
-        return Proxy(layout(specs_of(state.weights)), block, cut.packed(), base, version, changes, lr)
+        known_as = held if known is not None else None
+        version = server.versions.put(sent)  # only now: what is put may push out what is known
+        return Proxy(layout(specs_of(state.weights)), block, cut.packed(), known_as, version, changes, lr)
 
     def client_update(self, down: Proxy, client: Client) -> Block:
         check_rate(down.lr)
@@ -184,19 +182,21 @@ class FedCyBGD(Exact):
         known = client.versions.get(down.base) if down.base is not None else None
         if down.base is not None and known is None:
             raise StaleVersion
-        told = self._told(down, net, known, at)
-        if client.versions.put(told) != down.version:
+        parts = self._decoded(down, net, known, at)
+        if client.versions.put(parts) != down.version:
             raise Illegal(f"the changes do not make the version {down.version:.12}")
         client.held = down.version
         cut, own = Cut.unpacked(down.cut, at.layout), at.names[down.block]
         place = "cpu" if net.device.type == "meta" else net.device
         given = {}
-        for name in list(told):  # one by one, or there would be twice as much
+        for name in list(parts):  # one by one, or there would be twice as much
             # a copy, for torch's own memory is aligned, and a product's rounding may depend on that
-            given[shrink.renamed(name, cut, at.layout)] = told.pop(name).to(place, net.parameter(name).dtype, copy=True)
+            given[shrink.renamed(name, cut, at.layout)] = parts.pop(name).to(
+                place, net.parameter(name).dtype, copy=True
+            )
         model = shrink.proxy(type(net.model), net.model.config, cut, given, at.layout.path)
         weights = dict(model.named_parameters())
-        trained = [weights[shrink.renamed(name, cut, at.layout)] for name in own]
+        trained = [weights[str(shrink.renamed(name, cut, at.layout))] for name in own]
         for parameter in weights.values():
             parameter.requires_grad_(False)
         for parameter in trained:
@@ -274,6 +274,10 @@ class FedCyBGD(Exact):
     def passes(self) -> float:
         return math.nan  # a pass through a proxy is not one through the model
 
+    @property
+    def _coder(self) -> Coder:
+        return Coder(self.around, self.coded)
+
     def _blocks(self, net: Net) -> Blocks:
         if self.variant == "full":
             return Blocks.whole(net, self.layers)
@@ -283,7 +287,7 @@ class FedCyBGD(Exact):
         """The state at the start of a cycle: an order, and in the first one importance, on the weights as they are.
 
         It is not measured again: other channels would stay of every narrowed layer each time, and a client that returns
-        would have to be told all of them anew.
+        would have to receive all of them anew.
         """
         at, net = self._blocks(server.net), server.net
         scores, parts = state.scores, dict(state.parts)
@@ -325,7 +329,7 @@ class FedCyBGD(Exact):
         return Cut(tuple(n for n in range(at.depth) if n not in gone), widths)
 
     def _hidden(self, state: Relay, at: Blocks, block: int, server: Server, client_id: int) -> set[int]:
-        """Updated layers that the client is told as they were at the start."""
+        """Updated layers that the client receives as they were at the start."""
         own = at.trained(block)
         if self.veiled:
             order = Key.root(state.key).fold("client", client_id).permutation(at.depth).tolist()
@@ -339,9 +343,9 @@ class FedCyBGD(Exact):
     def _base(
         self, net: Net, known: Tensors | None, name: str, like: Spec, cut: Cut, at: Blocks, own: bool
     ) -> Tensor | None:
-        """What both ends hold of a tensor that is to be told, if anything."""
+        """What both ends hold of a tensor that is to be sent, if anything."""
         # what was around another block is rough, and an exact tensor nearer to the start model's
-        exact = self._coarse(like.shape, own=False) is None or name in at.each
+        exact = self._coder.coarse(like.shape, own=False) is None or name in at.each
         rough = own and self.start == "shared" and not exact
         if known is not None and name in known and not rough:
             old: Tensor | None = known[name]
@@ -351,7 +355,7 @@ class FedCyBGD(Exact):
                 return old
         return shrink.sliced(name, self.start_of(net, name), cut, at.layout) if self.start == "shared" else None
 
-    def _told(self, down: Proxy, net: Net, known: Tensors | None, at: Blocks) -> dict[str, Tensor]:
+    def _decoded(self, down: Proxy, net: Net, known: Tensors | None, at: Blocks) -> dict[str, Tensor]:
         """The tensors of the proxy, by their names in the whole model."""
         try:
             cut = Cut.unpacked(down.cut, at.layout)
@@ -366,50 +370,17 @@ class FedCyBGD(Exact):
         }
         if list(down.changes) != list(specs):
             raise Illegal("the names of the changes are not those of the proxy")
-        own, told = {*at.names[down.block]}, dict[str, Tensor]()
+        own, found = {*at.names[down.block]}, dict[str, Tensor]()
         for name, spec in specs.items():
             base = self._base(net, known, name, spec, cut, at, name in own)
-            told[name] = self._heard(down.changes[name], name, base, spec, name in own)
-        return told
-
-    def _coarse(self, shape: Sequence[int], own: bool) -> Coarse | None:
-        """What tells a tensor in few bits, if it is so told."""
-        return None if self.around == "exact" or own or len(shape) < 2 else Coarse(int(self.around[0]))
-
-    def _tell(self, part: Tensor, base: Tensor | None, own: bool) -> tuple[Tensor, Tensor]:
-        """How a tensor of the proxy travels, and what it is there."""
-        code = self._coarse(part.shape, own)
-        if code is None:
-            return coded(part, base) if self.coded else part, part
-        scales, codes = code.rounded(part.float(), 0)
-        data = coarse.encode(scales, codes, code, base) if self.coded else code.join(scales, codes)
-        return to_tensor(data), code.values(scales, codes, part.shape).to(part.dtype)
-
-    def _heard(self, change: Tensor, name: str, base: Tensor | None, like: Spec, own: bool) -> Tensor:
-        """The inverse; Illegal where it is not what it should be."""
-        code = self._coarse(like.shape, own)
-        if code is None:
-            return self._read(change, name, base, like)
-        try:
-            data, count = to_bytes(change), math.prod(like.shape)
-            found = coarse.decode(data, code, base, count) if self.coded else code.split(data, count)
-            return code.values(*found, like.shape).to(like.dtype)
-        except ValueError as error:
-            raise Illegal(f"{name}: {error}") from None
-
-    def _read(self, change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor:
-        """A tensor as it was told; Illegal where it is not what it should be."""
-        if self.coded:
-            return decoded(change, name, old, like)
-        if Spec.of(change) != like:
-            raise Illegal(f"{name} is {change.dtype} {list(change.shape)}, not {like.dtype} {list(like.shape)}")
-        return change
+            found[name] = self._coder.decode(down.changes[name], name, base, spec, name in own)
+        return found
 
     def _answered(self, state: Relay, up: Block) -> Iterable[tuple[str, Tensor]]:
         """The block's tensors as the client has trained them, one after another."""
         for name, change in up.changes.items():
             old = state.weights[name]
-            yield name, self._read(change, name, old, Spec.of(old))
+            yield name, self._coder.exact(change, name, old, Spec.of(old))
 
     def _loss(self, server: Server, weights: Tensors) -> float:
         """The mean loss of the net on the server's rows, with these weights in it."""

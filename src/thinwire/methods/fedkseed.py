@@ -9,14 +9,14 @@ decays, 1 without: decay is applied once a step, in training and in rebuild alik
 What travels, in the paper's form: down A (float32) and with Pro the probabilities of the K directions; up one pair
 (direction, g) a step. In the thin form: down A in whole multiples of a grid that is fixed for the run, to a client that
 holds an earlier version only the changes; up the scalars alone, for which directions a client draws follows from a key
-that the server knows. What rounding to the grid leaves stays in the server's accumulators and is told later. With Pro
+that the server knows. What rounding to the grid leaves stays in the server's accumulators and is sent later. With Pro
 the probabilities go as integers of four bits, and both ends draw with integers only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -30,27 +30,21 @@ from thinwire.aggregate.mean import Metrics
 from thinwire.core import Averaged, Client, Server, StaleVersion
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions, Law
-from thinwire.perturb.pool import Levels, Pool, Shares, packed, unpacked
-from thinwire.perturb.spsa import LARGEST, shrink_of, walk
+from thinwire.perturb.pool import TILTS, Levels, Pool, Shares, grid_of, packed, seed_probabilities, seed_tilts, unpacked
+from thinwire.perturb.scalars import as_floats, as_sent, check_scalars
+from thinwire.perturb.spsa import shrink_of, walk
 from thinwire.train.local import Schedule, scheduled
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST as LARGEST_GAIN
 from thinwire.wire.legal import check_keys, check_rate
 from thinwire.wire.payload import LATE
 
-GRID = 4  # steps of the grid in the root mean square of the gains of the first round
-APART = 8  # times the median: a reply whose scalars are larger does not set the grid
 BLOCK = 128  # replies that the server adds up at a time
-SKIPPED = -128  # the int8 code of a skipped step; among floats it is NaN
-TILTS = np.array([256, 274, 293, 313, 334, 357, 382, 408, 436, 466, 499, 533, 570, 609, 651, 696])  # 256 exp(i / 15)
-FORMS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
-BITS = {"float32": np.uint32, "float16": np.uint16, "int8": np.uint8}
-BOUNDS = {form: np.array(LARGEST, form).view(BITS[form]) << 1 for form in ("float32", "float16")}
 
 
 @dataclass(frozen=True)
 class Gains:
-    """The global model as a client is told it.
+    """The global model as a client receives it.
 
     Paper: gains and, with Pro, probabilities, float32 [K]. Thin: levels, [K] packed integers, the gains in units of
     grid, or what changed in them since the version `base`; with Pro, tilts, [K] packed integers below 16.
@@ -167,12 +161,10 @@ class FedKSeed(Averaged):
             last=False,
         )
         seeds = torch.from_numpy(picks.ravel().astype(np.int32)) if self.wire == "paper" else None
-        return Steps(seeds, *rounded(scalars.ravel(), self._form), len(client.data), loss)
+        return Steps(seeds, *as_sent(scalars.ravel(), self._form), len(client.data), loss)
 
     def check(self, state: Accumulators, client_id: int, up: Steps) -> None:
         count, form = self.steps * self.queries, self._form
-        if up.scalars.dtype != FORMS[form] or up.scalars.shape != (count,):
-            raise Illegal(f"scalars are {up.scalars.dtype} {list(up.scalars.shape)}, not {form} [{count}]")
         if (up.seeds is None) == (self.wire == "paper"):
             raise Illegal("seeds travel in the paper's form, and in no other")
         if up.seeds is not None:
@@ -180,18 +172,7 @@ class FedKSeed(Averaged):
                 raise Illegal(f"seeds are {up.seeds.dtype} {list(up.seeds.shape)}, not int32 [{count}]")
             if up.seeds.min() < 0 or up.seeds.max() >= self.seeds:
                 raise Illegal(f"a direction outside the pool of {self.seeds}")
-        # what is applied is scalars times unit, and the quick look below is at the scalars alone
-        if not (0 < up.unit <= LARGEST / 127 if form == "int8" else up.unit == 1.0):
-            raise Illegal(f"unit is {up.unit}")
-        # Without their sign, the bits of floats are ordered as they are, NaN last: most replies need no closer look.
-        bits = up.scalars.numpy().view(BITS[form])
-        if form == "int8" or np.maximum.reduce(bits << 1) > BOUNDS[form]:
-            scalars = self._scalars([(up.scalars, up.unit)])[0]
-            skipped = np.isnan(scalars)
-            if not (np.abs(scalars[~skipped]) <= 1.001 * LARGEST).all():
-                raise Illegal(f"a scalar is beyond {LARGEST:g}")
-            if (skipped.any(axis=1) != skipped.all(axis=1)).any():
-                raise Illegal("a step is skipped in part")
+        check_scalars(up.scalars, up.unit, form, (self.steps, self.queries))
 
     def aggregate(
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
@@ -207,8 +188,8 @@ class FedKSeed(Averaged):
         def add(block: list[tuple[int, int, tuple[Tensor, float], Tensor | None]]) -> None:
             """All replies of a block in one go, in their order: one by one they would cost far more."""
             nonlocal shrink, skipped
-            clients, each, told, seeds = zip(*block, strict=True)
-            weights, scalars = np.array(each, np.float64), self._scalars(told)
+            clients, each, sent, seeds = zip(*block, strict=True)
+            weights, scalars = np.array(each, np.float64), as_floats(sent, self._form, (self.steps, self.queries))
             if self.wire == "paper":
                 picks = torch.stack(seeds).numpy().reshape(scalars.shape)
             else:
@@ -302,14 +283,6 @@ class FedKSeed(Averaged):
     def _pool(self, key: int) -> Pool:
         return Pool(Directions(key, self.law, self.rank), self.seeds)
 
-    def _scalars(self, told: Sequence[tuple[Tensor, float]]) -> NDArray[np.float64]:
-        """From the scalars and the unit of each reply float64 [replies, steps, queries], NaN where skipped."""
-        scalars = torch.stack([scalars for scalars, _ in told]).double().numpy()
-        if self._form == "int8":
-            scalars[scalars == SKIPPED] = np.nan
-        scalars *= np.array([[unit] for _, unit in told])
-        return scalars.reshape(len(told), self.steps, self.queries)
-
     def _shares(self, down: Gains) -> Shares | None:
         """Pro's shares of the directions, none uniform: integers on the thin wire, floats in the paper's form."""
         if not self.pro:
@@ -327,48 +300,6 @@ class FedKSeed(Averaged):
         return p.numpy().astype(np.float64)
 
 
-def grid_of(gains: NDArray[np.float64], grid: float, lengths: NDArray[np.float64] | None) -> float:
-    """The grid of gains that are not 0: at first GRID steps in their root mean square, and then that one for the run.
-
-    lengths: [2, replies], each reply's own length and what it weighs in the mean. Of three replies or more none counts
-    as longer than APART times the median one. A single reply can still be all there is: so the grid is made anew where
-    the gains' middle is far below it.
-    """
-    if not gains.size:
-        return grid
-    spread = math.sqrt(np.square(gains).mean())
-    if grid:
-        middle = min(spread, GRID * float(np.median(np.abs(gains))))
-        return grid if middle >= grid else middle / GRID
-    own, weighed = lengths[:, lengths[0] > 0] if lengths is not None else np.ones((2, 1))
-    most = APART * np.sort(own)[(own.size - 1) // 2] if own.size > 2 else math.inf
-    if (own > most).any():
-        spread *= math.sqrt(np.square(weighed * np.minimum(1.0, most / own)).sum() / np.square(weighed).sum())
-    return spread / GRID
-
-
 def draws_key(server: Server) -> int:
     """The key of the directions that clients draw in this round: known at both ends, 64 bits."""
     return server.key.fold("draws").word()
-
-
-def rounded(scalars: NDArray[np.float32], form: str) -> tuple[Tensor, float]:
-    """The scalars as they travel, and their unit. float32 [n], NaN where skipped."""
-    if form != "int8":
-        return torch.from_numpy(scalars).to(FORMS[form]), 1.0
-    largest = float(np.nanmax(np.abs(scalars), initial=0.0))
-    unit = largest / 127 or 1.0
-    codes = np.where(np.isnan(scalars), SKIPPED, np.rint(np.nan_to_num(scalars) / unit))
-    return torch.from_numpy(codes.astype(np.int8)), unit
-
-
-def seed_probabilities(amplitudes: Tensor) -> Tensor:
-    """FedKSeed-Pro's softmax of the min-max normalised mean |g| of each direction; float64 [K], sums to 1."""
-    low, high = amplitudes.min(), amplitudes.max()
-    return torch.softmax((amplitudes - low) / (high - low + 1e-10), dim=0)
-
-
-def seed_tilts(amplitudes: Tensor) -> NDArray[np.int64]:
-    """The same law in sixteen steps: int64 [K] in 0..15, of which TILTS has the shares."""
-    low, high = amplitudes.min(), amplitudes.max()
-    return torch.round(15 * (amplitudes - low) / (high - low + 1e-10)).to(torch.int64).numpy()

@@ -3,13 +3,13 @@
     d_i = w_i - w        D = sum_i (n_i / n) d_i        w <- w + s(D)
 
 Lossless (the default): both ends hold the same low-precision tensors, and what travels is how many values of the dtype
-each weight has moved by, entropy-coded (compress.ulp). A client says which version it holds, and is told the difference
+each weight has moved by, entropy-coded (compress.ulp). A client says which version it holds, and receives the difference
 to the current one, or the whole model once, coded too; a hash of the result rides in each frame, so that all peers hold
 the same bits for ever. What rounding would lose is kept in the mean by a keyed draw (`rounding = "stochastic"`), or
 kept by the one who rounds (`residue`), or lost as in FedAvg (`nearest`).
 
 Lossy (`codec`): c = Q(d + e) travels, e <- d + e - c stays (error feedback), at the clients and at the server. The
-server applies exactly what it tells.
+server applies exactly what it sends.
 
 The server's step s is the mean itself, or what `server_step` makes of it.
 """
@@ -54,7 +54,7 @@ class Held:
     """The weights that all peers hold, their version, and how they came of the version before.
 
     `step` has each tensor's coded change from the version `prior`, uint8, under `key`; the others are float32: the
-    server's momentum and second moment, and what it has still to tell.
+    server's momentum and second moment, and what it has still to send.
     """
 
     KIND: ClassVar[str] = "State"
@@ -73,7 +73,7 @@ class Held:
 class Change:
     """How to come from the version `base` to `version`: a coded tensor each, uint8; none where they are one version.
 
-    `base` is START for the start model that all sites have, and None where the whole model is told. `model` says whose
+    `base` is START for the start model that all sites have, and None where the whole model travels. `model` says whose
     weights they are. Exact changes are coded by ulp, others by the method's codec under `key`.
     """
 
@@ -104,11 +104,11 @@ class GradualDiff(Exact):
     name: Literal["gradualdiff"] = "gradualdiff"
     codec: Literal["lossless", "lowrank", "blocks", "eden", "topk"] = "lossless"
     bits: float = 4  # a value: lowrank 8, 4 or 2; blocks 8, 4, 2 or 1 (signs); eden 4 to 1 or 0.5; topk 16, 8, 4 or 2
-    rank: PositiveInt = 16  # of a matrix, that lowrank tells
-    down_rank: PositiveInt | None = None  # and that the server tells: of two clients' mean, twice theirs loses nothing
-    share: float = Field(0.03, gt=0, le=1)  # of the weights, that topk tells
+    rank: PositiveInt = 16  # of a matrix, that lowrank sends
+    down_rank: PositiveInt | None = None  # and that the server sends: of two clients' mean, twice theirs loses nothing
+    share: float = Field(0.03, gt=0, le=1)  # of the weights, that topk sends
     feedback: bool = True  # what the codec loses is kept, and added to the next difference
-    gate: bool = False  # what cannot change a weight as it is rounded is not told, but kept
+    gate: bool = False  # what cannot change a weight as it is rounded is not sent, but kept
 
     Down, Up, State = Change, Difference, Held
     paper: ClassVar[str] = "Faiyaz and Salman 2025, arXiv:2506.19164"
@@ -151,7 +151,9 @@ class GradualDiff(Exact):
             shared = known is None and self.start == "shared"
             base = START if shared else base
             changes = {
-                name: coded(new, self.start_of(server.net, name) if shared else known and known[name])
+                name: coded(
+                    new, self.start_of(server.net, name) if shared else known[name] if known is not None else None
+                )
                 for name, new in state.weights.items()
             }
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
@@ -173,8 +175,8 @@ class GradualDiff(Exact):
                 changes[name], left = coded(new, old), target - new.float()
             else:
                 wanted = target - old.float()
-                changes[name], told = self._lossy(self.code(), old, wanted, key, i)
-                left = wanted - told
+                changes[name], sent = self._lossy(self.code(), old, wanted, key, i)
+                left = wanted - sent
             if self._keeps:
                 client.memory[name] = left
         return Difference(down.version, key, changes, len(client.data), local.loss, local.skipped)
@@ -215,12 +217,13 @@ class GradualDiff(Exact):
                 weights[name] = self.rounded(target, old.dtype, key, i)
                 step[name] = coded(weights[name], old)
             else:
-                step[name], told_here = self._lossy(self.code(down=True), old, target - old.float(), key, i)
-                weights[name] = (old.float() + told_here).to(old.dtype)  # exactly what the peers make of it
+                step[name], sent = self._lossy(self.code(down=True), old, target - old.float(), key, i)
+                weights[name] = (old.float() + sent).to(old.dtype)  # exactly what the peers make of it
             if self._keeps:
                 kept["residue"][name] = target - weights[name].float()
         after = Held(weights, server.versions.put(weights), state.version, step, key)
-        return replace(after, **{name: tensors or None for name, tensors in kept.items()}), {}
+        first, second, residue = (kept[name] or None for name in ("first", "second", "residue"))
+        return replace(after, first=first, second=second, residue=residue), {}
 
     def materialise(self, state: Held, net: Net) -> None:
         fill(net, state.weights)
@@ -241,15 +244,16 @@ class GradualDiff(Exact):
         @torch.no_grad()
         def build() -> None:
             for i, (name, parameter) in enumerate(net.parameters()):
-                old = self.start_of(net, name) if down.base == START else known and known[name]
+                old = self.start_of(net, name) if down.base == START else known[name] if known is not None else None
                 spec = Spec(self.held_dtype(parameter.dtype), tuple(parameter.shape))
                 if down.exact and len(down.changes):
                     old = decoded(down.changes[name], name, old, spec)
                 elif len(down.changes):
                     if old is None:
                         raise Illegal("a lossy change needs a version to build on")
-                    told = _undone(self.code(down=True), down.changes[name], name, spec, down.key, i)
-                    old = (old.float() + told).to(old.dtype)
+                    received = _undone(self.code(down=True), down.changes[name], name, spec, down.key, i)
+                    old = (old.float() + received).to(old.dtype)
+                assert old is not None  # no changes: then there is a base
                 parameter.copy_(old)
             if self._keep(client) != down.version:
                 raise Illegal(f"the changes do not make the version {down.version:.12}")
@@ -269,7 +273,7 @@ class GradualDiff(Exact):
         return self.rounding == "residue" if self.codec == "lossless" else self.feedback
 
     def code(self, down: bool = False) -> Code:
-        """What tells a tensor of the lossy tier, up or down; ValueError for bits that it has not."""
+        """What codes a tensor of the lossy tier, up or down; ValueError for bits that it has not."""
         if self.codec == "eden":
             return Eden(self.bits)
         bits = int(self.bits)
@@ -280,14 +284,14 @@ class GradualDiff(Exact):
         return Blocks(bits) if self.codec == "blocks" else TopK(self.share, bits=bits)
 
     def _lossy(self, code: Code, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
-        """The code of what is wanted of this tensor, and what it says, float32."""
-        told = torch.where(moves(old, wanted), wanted, 0.0) if self.gate else wanted
+        """The code of what is wanted of this tensor, and what it decodes to, float32."""
+        sent = torch.where(moves(old, wanted), wanted, 0.0) if self.gate else wanted
         own = _below(key, stream)
-        data = code.encode(told, own)
+        data = code.encode(sent, own)
         return to_tensor(data), code.decode(data, old.shape, own)
 
     def _differences(self, state: Held, up: Difference) -> LazyTensors:
-        """What the reply says of each tensor, float32, decoded when asked for."""
+        """What the reply changes in each tensor, float32, decoded when asked for."""
         specs = specs_of(state.weights)
         order = {name: i for i, name in enumerate(specs)}
 
@@ -301,7 +305,7 @@ class GradualDiff(Exact):
 
 
 def _undone(code: Code, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
-    """What a code says of a tensor, float32; Illegal, with the tensor's name, for bytes that are none."""
+    """What a code decodes to, float32; Illegal, with the tensor's name, for bytes that are none."""
     try:
         return code.decode(to_bytes(change), like.shape, _below(key, stream))
     except ValueError as error:

@@ -71,12 +71,12 @@ class Tgap(OnFactors):
         weights = dict(down.weights)
         if not self.federated:
             weights = {name: client.memory.get(name, tensor) for name, tensor in weights.items()}
-        told, loss, skipped = self.learn(weights, client, down.lr, first=True)
+        learnt, loss, skipped = self.learn(weights, client, down.lr, first=True)
         if not self.federated:
             for name, tensor in weights.items():
-                moved = told[name] if self.encode == "state" else tensor.float() + told[name]
+                moved = learnt[name] if self.encode == "state" else tensor.float() + learnt[name]
                 client.memory[name] = moved.to(tensor.dtype)
-        return Gathered(told, len(client.data), loss, skipped)
+        return Gathered(learnt, len(client.data), loss, skipped)
 
     def check(self, state: Factors, client_id: int, up: Gathered) -> None:
         if set(up.update) != set(state.weights):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,9 @@ from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
 from thinwire.wire import Illegal, raw
 
+TILTS = np.array([256, 274, 293, 313, 334, 357, 382, 408, 436, 466, 499, 533, 570, 609, 651, 696])  # 256 exp(i / 15)
+GRID = 4  # steps of the grid in the root mean square of the gains of the first round
+APART = 8  # times the median: a reply whose scalars are larger does not set the grid
 Shares = NDArray[np.int64] | NDArray[np.float64]
 
 
@@ -43,7 +47,8 @@ class Pool:
         if shares.dtype == np.int64:
             return np.searchsorted(cumulative, reduced(words, int(cumulative[-1])), side="right")
         points = uniform(words) * cumulative[-1]
-        return np.minimum(np.searchsorted(cumulative, points, side="right"), self.size - 1)
+        found: NDArray[np.int64] = np.minimum(np.searchsorted(cumulative, points, side="right"), self.size - 1)
+        return found
 
     def rebuild(self, net: Net, gains: Tensor, shrink: float = 1.0) -> None:
         """weights := shrink w0 - sum_j gains_j z_j in the order of j, whatever the history; a gain of 0 costs nothing.
@@ -97,3 +102,35 @@ class Levels:
         if known is not None and len(change := packed((self.values - known).tobytes())) < len(whole):
             return change, True
         return whole, False
+
+
+def grid_of(gains: NDArray[np.float64], grid: float, lengths: NDArray[np.float64] | None) -> float:
+    """The grid of gains that are not 0: at first GRID steps in their root mean square, and then that one for the run.
+
+    lengths: [2, replies], each reply's own length and what it weighs in the mean. Of three replies or more none counts
+    as longer than APART times the median one. A single reply can still be all there is: so the grid is made anew where
+    the gains' middle is far below it.
+    """
+    if not gains.size:
+        return grid
+    spread = math.sqrt(np.square(gains).mean())
+    if grid:
+        middle = min(spread, GRID * float(np.median(np.abs(gains))))
+        return grid if middle >= grid else middle / GRID
+    own, weighed = lengths[:, lengths[0] > 0] if lengths is not None else np.ones((2, 1))
+    most = APART * np.sort(own)[(own.size - 1) // 2] if own.size > 2 else math.inf
+    if (own > most).any():
+        spread *= math.sqrt(np.square(weighed * np.minimum(1.0, most / own)).sum() / np.square(weighed).sum())
+    return spread / GRID
+
+
+def seed_probabilities(amplitudes: Tensor) -> Tensor:
+    """FedKSeed-Pro's softmax of the min-max normalised mean |g| of each direction; float64 [K], sums to 1."""
+    low, high = amplitudes.min(), amplitudes.max()
+    return torch.softmax((amplitudes - low) / (high - low + 1e-10), dim=0)
+
+
+def seed_tilts(amplitudes: Tensor) -> NDArray[np.int64]:
+    """The same law in sixteen steps: int64 [K] in 0..15, of which TILTS has the shares."""
+    low, high = amplitudes.min(), amplitudes.max()
+    return torch.round(15 * (amplitudes - low) / (high - low + 1e-10)).to(torch.int64).numpy()

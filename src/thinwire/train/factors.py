@@ -27,7 +27,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class OnFactors(FirstOrder):
-    """What both stages have in common: local steps on a share of the client's rows, and what is told of them."""
+    """What both stages have in common: local steps on a share of the client's rows, and what is found of them."""
 
     encode: Literal["increment", "state", "gradient"] = "increment"
     layout: Literal["packed", "paper"] = "packed"
@@ -60,10 +60,10 @@ class OnFactors(FirstOrder):
         if self.encode == "gradient":
             return self._gradient(client, lr)
         loss, skipped, _ = self.train(client, lr)
-        told = {name: p.detach().float() for name, p in client.net.parameters()}
+        found = {name: p.detach().float() for name, p in client.net.parameters()}
         if self.encode == "increment":
-            told = {name: tensor - weights[name].to(tensor) for name, tensor in told.items()}
-        return {name: tensor.cpu() for name, tensor in told.items()}, loss, skipped
+            found = {name: tensor - weights[name].to(tensor) for name, tensor in found.items()}
+        return {name: tensor.cpu() for name, tensor in found.items()}, loss, skipped
 
     def moved(
         self, weights: Tensors, mean: Tensors, memory: Tensors | None
@@ -94,12 +94,12 @@ class OnFactors(FirstOrder):
             for name, grad in grads.items():
                 mean[name] -= lr * shrink * grad
             total, taken = total + loss.item(), taken + 1
-        told = {name: tensor / max(taken, 1) for name, tensor in mean.items()}
-        return told, total / taken if taken else math.nan, self.steps - taken
+        found = {name: tensor / max(taken, 1) for name, tensor in mean.items()}
+        return found, total / taken if taken else math.nan, self.steps - taken
 
 
-def moved(weights: Tensors, told: Tensors, encode: str) -> dict[str, Tensor]:
-    """The weights under what was told of them, each in its own dtype: moved by it, or replaced where it is states."""
+def moved(weights: Tensors, found: Tensors, encode: str) -> dict[str, Tensor]:
+    """The weights under what was found of them, each in its own dtype: moved by it, or replaced where it is states."""
     if encode == "state":
-        return {name: told[name].to(tensor.dtype) for name, tensor in weights.items()}
-    return {name: (tensor.float() + told[name].to(tensor.device)).to(tensor.dtype) for name, tensor in weights.items()}
+        return {name: found[name].to(tensor.dtype) for name, tensor in weights.items()}
+    return {name: (tensor.float() + found[name].to(tensor.device)).to(tensor.dtype) for name, tensor in weights.items()}
