@@ -191,7 +191,7 @@ class FedCyBGD(Exact):
         given = {}
         for name in list(parts):  # one by one, or there would be twice as much
             # a copy, for torch's own memory is aligned, and a product's rounding may depend on that
-            given[shrink.renamed(name, cut, at.layout)] = parts.pop(name).to(
+            given[str(shrink.renamed(name, cut, at.layout))] = parts.pop(name).to(
                 place, net.parameter(name).dtype, copy=True
             )
         model = shrink.proxy(type(net.model), net.model.config, cut, given, at.layout.path)

@@ -3,8 +3,8 @@
     d_i = w_i - w        D = sum_i (n_i / n) d_i        w <- w + s(D)
 
 Lossless (the default): both ends hold the same low-precision tensors, and what travels is how many values of the dtype
-each weight has moved by, entropy-coded (compress.ulp). A client says which version it holds, and receives the difference
-to the current one, or the whole model once, coded too; a hash of the result rides in each frame, so that all peers hold
+each weight has moved by, entropy-coded (compress.ulp). A client says which version it holds, and receives the
+difference to the current one, or the whole model once, coded too; a hash of the result rides in each frame, so that all peers hold
 the same bits for ever. What rounding would lose is kept in the mean by a keyed draw (`rounding = "stochastic"`), or
 kept by the one who rounds (`residue`), or lost as in FedAvg (`nearest`).
 
@@ -150,12 +150,10 @@ class GradualDiff(Exact):
         else:
             shared = known is None and self.start == "shared"
             base = START if shared else base
-            changes = {
-                name: coded(
-                    new, self.start_of(server.net, name) if shared else known[name] if known is not None else None
-                )
-                for name, new in state.weights.items()
-            }
+            changes = {}
+            for name, new in state.weights.items():
+                own = known[name] if known is not None else None
+                changes[name] = coded(new, self.start_of(server.net, name) if shared else own)
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
         return Change(layout(specs_of(state.weights)), base, state.version, exact, state.key, changes, lr)
 
