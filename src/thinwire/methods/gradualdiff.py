@@ -4,8 +4,8 @@
 
 Lossless (the default): both ends hold the same low-precision tensors, and what travels is how many values of the dtype
 each weight has moved by, entropy-coded (compress.ulp). A client says which version it holds, and receives the
-difference to the current one, or the whole model once, coded too; a hash of the result rides in each frame, so that all peers hold
-the same bits for ever. What rounding would lose is kept in the mean by a keyed draw (`rounding = "stochastic"`), or
+difference to the current one, or the whole model once, coded too; a hash of the result rides in each frame, so that all
+peers hold the same bits for ever. What rounding would lose is kept in the mean by a keyed draw (`rounding = "stochastic"`), or
 kept by the one who rounds (`residue`), or lost as in FedAvg (`nearest`).
 
 Lossy (`codec`): c = Q(d + e) travels, e <- d + e - c stays (error feedback), at the clients and at the server. The
