@@ -18,7 +18,7 @@ from thinwire.data import partition
 from thinwire.data.errors import DataError
 from thinwire.data.rows import Row, kind, present
 from thinwire.keys import Key
-from thinwire.methods import FedKSeed
+from thinwire.methods.fedkseed import FedKSeed
 from thinwire.model.folder import whole_folder
 from thinwire.model.load import DTYPES
 from thinwire.model.tokens_and_generation import quiet

@@ -27,7 +27,8 @@ from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
 from thinwire.data.tokenise import shuffle_answers, tokenise, tokenise_groups
 from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.keys import Key
-from thinwire.methods import FedKSeed, FedZO
+from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.fedzo import FedZO
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
 from thinwire.model.task import labels_of, task_of

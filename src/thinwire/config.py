@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import tomli_w
 from pydantic import (
@@ -31,10 +31,14 @@ from pydantic import (
     model_validator,
 )
 
-from thinwire.core import Method
 from thinwire.errors import ConfigError as ConfigError
-from thinwire.methods import METHODS
+from thinwire.methods import METHODS, PLACES
 from thinwire.runtime.cohort import All, Cohort
+
+if TYPE_CHECKING:
+    from thinwire.core import Method
+else:
+    Method = Any  # the class comes with torch; `Run` sees to it itself that it has one
 
 
 class _Section(BaseModel):
@@ -217,14 +221,18 @@ class Run(_Section):
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Any:
-        if not isinstance(value, dict | Method):
+        if isinstance(value, dict):
+            return method_of(value)
+        from thinwire.core import Method
+
+        if not isinstance(value, Method):
             raise ValueError(f'must be a table, such as {{ name = "fedkseed" }}, got {value!r:.60}')
-        return method_of(value) if isinstance(value, dict) else value
+        return value
 
     @field_serializer("method")
     def _method_table(self, method: Method, info: SerializationInfo) -> dict[str, Any]:
-        cls = type(method)
-        path = {} if cls in METHODS.values() else {"path": f"{cls.__module__}:{cls.__qualname__}"}
+        place = f"{type(method).__module__}:{type(method).__qualname__}"
+        path = {} if place in PLACES.values() else {"path": place}
         return path | method.model_dump(mode=info.mode)
 
     @field_validator("cohort")
@@ -413,6 +421,8 @@ def _import(path: Any) -> type[Method]:
         found = operator.attrgetter(name)(importlib.import_module(module))
     except Exception as error:  # whatever the user's module raises
         raise ConfigError(f"method.path: cannot import {path}: {type(error).__name__}: {error}") from None
+    from thinwire.core import Method
+
     if not isinstance(found, type) or not issubclass(found, Method):
         raise ConfigError(f"method.path: {path} is not a thinwire.core.Method")
     for part in ("Down", "Up", "State"):
