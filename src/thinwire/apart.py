@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from thinwire import wire
+from thinwire import files, wire
 from thinwire.config import Run
 from thinwire.core import Client, Reply, Round, Server, run_round, serve
 from thinwire.keys import Key
@@ -50,9 +50,7 @@ def measure(run: Run, cohort: Sequence[int], folder: Path) -> Cost:
         whole = build.settled(run, build.rows_of(run.data, Key.root(run.seed)))  # the server's side sees no rows
         (Path(place) / "run.toml").write_text(whole.to_toml(), encoding="utf-8")
         found = _ask("server", Path(place), ",".join(map(str, cohort[:CLIENTS])))
-    partial = folder / "cost.json.part"
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    partial.replace(folder / "cost.json")
+    files.write(folder / "cost.json", json.dumps(found, indent=2) + "\n")
     return Cost(**found)
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from thinwire.config import ConfigError, Run, method_name
-from thinwire.runtime.course import Record, Watch
-
-SCORES = ("loss", "perplexity", "accuracy", "rouge_l", "bleu")
+from thinwire.records import SCORES, Record
+from thinwire.runtime.course import Watch
 
 
 class Tracker(Protocol):

@@ -151,7 +151,7 @@ def _print(
 ) -> None:
     from rich.table import Column, Table
 
-    from thinwire.commands.show import Screen
+    from thinwire.commands.screen import Screen
 
     console = Screen()
     total = sum(client.rows for client in clients)

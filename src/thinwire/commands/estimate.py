@@ -39,8 +39,9 @@ def show(found: Estimate) -> None:
     """Three tables, and what was assumed."""
     from rich.table import Column, Table
 
-    from thinwire.commands.show import Screen, number, size
+    from thinwire.commands.screen import Screen
     from thinwire.estimate.costs import LINKS
+    from thinwire.units import number, size
 
     def spanned(one: Span) -> str:
         low, high = size(one.least), size(one.most)
@@ -84,6 +85,6 @@ def verdict(run: Run, job: Job, folder: Path) -> str | None:
 
 
 def _time(seconds: float) -> str:
-    from thinwire.commands.show import span
+    from thinwire.units import span
 
     return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else span(seconds)

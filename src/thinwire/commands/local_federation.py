@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from thinwire.commands.claim import check_place, claim, record
 from thinwire.commands.terminal import Overrides, Stopped, echo, one_line, settle
 
 
@@ -23,7 +24,7 @@ def local_federation(
     """Run a run file on Flower with a server and sites on this machine, as a federation of machines would."""
     with one_line(), ExitStack() as stack:
         settle()
-        from thinwire import build, cli, config
+        from thinwire import build, config
         from thinwire.commands.show import print_summary
         from thinwire.federation.local import Local, named
         from thinwire.federation.processes import require_flower
@@ -42,14 +43,14 @@ def local_federation(
         if clients is not None and len(rows.clients) != clients:
             raise config.ConfigError(f"--clients: the data has {len(rows.clients)} clients, not {clients}")
         folder = out if out is not None else Path("runs") / settings.name
-        cli.check_place(folder, resume)
+        check_place(folder, resume)
         stack.enter_context(locked(folder))
-        cli.claim(folder, settings, resume)
+        claim(folder, settings, resume)
         if ended(folder):
             echo(f"{folder}: this run is complete")
             print_summary(folder)
             return
-        cli.record(folder, settings)
+        record(folder, settings)
         local = Local(folder / "federation", named(settings, rows.clients), echo)
         progress, killed = Progress(folder, settings.rounds, echo), False
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thinwire import files
+
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
@@ -50,10 +52,7 @@ class Status:
 
     def write(self, folder: Path) -> None:
         """Say so in status.json of the run's folder `federation`."""
-        path = folder / "federation" / "status.json"
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(asdict(self)))
-        partial.replace(path)
+        files.write(folder / "federation" / "status.json", json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Status | None:
@@ -128,8 +127,8 @@ def _train(grid: Grid, folder: Path) -> None:
 
 def counted(folder: Path) -> dict[int, int]:
     """Client -> the last round up to the checkpoint in which a reply of it came."""
+    from thinwire.records import read_records
     from thinwire.runtime import checkpoint
-    from thinwire.runtime.course import read_records
 
     ended = max(checkpoint.rounds(folder / "state"), default=0)
     records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire import build, config, memory, wire
+from thinwire import build, config, files, memory, wire
 from thinwire.config import method_name
 from thinwire.core import Client, serve
 from thinwire.data import partition
@@ -184,9 +184,7 @@ class Visits:
         return found
 
     def _keep(self, newest: int, held: list[Any]) -> None:
-        partial = self.folder / "held.json.part"
-        partial.write_text(json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
-        partial.replace(self.folder / "held.json")
+        files.write(self.folder / "held.json", json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
 
     def _hold(self, round: int, held: str | None) -> None:
         before = [entry for entry in self._kept()["held"] if entry[0] < round]
