@@ -53,7 +53,6 @@ LONG = {
     "compare.py",
     "compress/codecs/blocks.py",
     "compress/learned/components.py",
-    "config.py",
     "core.py",
     "data/tokenise.py",
     "estimate/traffic.py",
