@@ -29,7 +29,7 @@ FLOORS = (
     {"evaluate", "perturb"},
     {"methods"},
     {"config"},
-    {"build", "card"},
+    {"assemble"},
     {"apart", "api", "estimate", "federation", "report", "trackers"},
     {"compare", "standings"},
     {"commands"},
@@ -39,17 +39,13 @@ FLOORS = (
 
 # (part, part) against the floors
 UPWARDS = {
-    ("build", "card"): "the card is written at the end of a job",
-    ("card", "build"): "the card names the template",
     ("standings", "compare"): "the table reads the plan",
 }
 CIRCLES = [
-    {"thinwire.build", "thinwire.card"},
     {"thinwire.federation.site_run", "thinwire.federation.worker"},
 ]
 ESTIMATE_OF_METHOD = {"costs", "memory", "traffic"}
 LONG = {
-    "build.py",
     "compare.py",
     "compress/codecs/blocks.py",
     "compress/learned/components.py",

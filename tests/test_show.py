@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from thinwire import config
-from thinwire.build import Rows
+from thinwire.assemble import Rows
 from thinwire.commands import methods
 from thinwire.commands.screen import Screen
 from thinwire.commands.show import Live, print_scores, print_summary

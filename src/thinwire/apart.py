@@ -42,12 +42,12 @@ class Cost:
 
 def measure(run: Run, cohort: Sequence[int], folder: Path) -> Cost:
     """What the run costs either side, kept in the folder as cost.json; RuntimeError with its last line if one fails."""
-    from thinwire import build
+    from thinwire import assemble
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.toml").write_text(run.to_toml(), encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        whole = build.settled(run, build.rows_of(run.data, Key.root(run.seed)))  # the server's side sees no rows
+        whole, _ = assemble.prepared(run)  # the server's side sees no rows
         (Path(place) / "run.toml").write_text(whole.to_toml(), encoding="utf-8")
         found = _ask("server", Path(place), ",".join(map(str, cohort[:CLIENTS])))
     files.write(folder / "cost.json", json.dumps(found, indent=2) + "\n")
@@ -85,14 +85,12 @@ class Processes:
 
 def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     """The server's side: a process that holds no client's rows."""
-    from thinwire import build, config, memory
+    from thinwire import assemble, config, memory
     from thinwire.runtime.store import VersionStore
 
     run = config.load(folder / "run.toml")
-    build.use_threads(run)
-    before = memory.resident()
-    net = build.net_of(run, remember=True)
-    public = build.public_data(run, net.tokenizer)
+    start = assemble.begin(run, assemble.Rows({}, {}))
+    net, public = start.net, assemble.public_data(run, start.net)
     memory.reset()
     held: dict[int, str] = {}
     versions, transport = VersionStore(folder / "server"), Processes(folder, held)
@@ -115,20 +113,17 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
         sent.append(fmean(visit.bytes_down + visit.bytes_up for visit in visits))
     run.method.materialise(state, net)
     newcomer, returning = sent
-    return asdict(Cost(newcomer, returning, clients, alone, transport.peak, memory.peak() - before))
+    return asdict(Cost(newcomer, returning, clients, alone, transport.peak, memory.peak() - start.before))
 
 
 def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
     """One visit: a process that holds the client's rows, its model and its frame."""
-    from thinwire import build, config, memory
+    from thinwire import assemble, config, memory
     from thinwire.runtime.store import ClientMemory, VersionStore
 
     run = config.load(folder / "run.toml")
-    build.use_threads(run)
-    rows = build.rows_of(run.data, Key.root(run.seed))
-    before = memory.resident()
-    net = build.net_of(run, remember=True, hollow=run.method.hollow)
-    data = build.client_data(run, list(rows.clients.values())[id], net.tokenizer)
+    start = assemble.begin(*assemble.prepared(run), hollow=run.method.hollow)
+    net, data = start.net, assemble.client_data(run, list(start.rows.clients.values())[id], start.net)
     frame = _frame(folder / "down")
     number = wire.peek(frame).round
     own = ClientMemory(folder / "clients" / str(id), number)
@@ -145,7 +140,7 @@ def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
             (folder / "up").write_bytes(up)
     except WireError as wrong:
         error = f"{type(wrong).__name__}: {wrong}"
-    return {"peak": memory.peak() - before, "seconds": time.perf_counter() - began, "error": error}
+    return {"peak": memory.peak() - start.before, "seconds": time.perf_counter() - began, "error": error}
 
 
 def _frame(path: Path) -> Frame:

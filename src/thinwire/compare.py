@@ -411,11 +411,11 @@ def _clients(run: Run) -> int:
     """How many clients the run has; its data is read for it where the file alone does not say."""
     if run.data.partition in ("iid", "dirichlet"):
         return run.data.clients
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.keys import Key
 
     plain = run.data.model_copy(update={"pooled": False})
-    return len(build.rows_of(plain, Key.root(run.seed)).clients)
+    return len(assemble.rows_of(plain, Key.root(run.seed)).clients)
 
 
 def _cohort(run: Run, clients: int) -> list[int]:

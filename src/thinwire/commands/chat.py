@@ -104,12 +104,12 @@ def _chooser(net: Net, data: Data | None, choices: Sequence[str], classifies: bo
     """What prints which of a closed set of answers scores highest, as an evaluation has it, and its share."""
     import torch
 
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.data.classes import WHOLE, classify
     from thinwire.data.tokenise import tokenise
     from thinwire.train.objective import scores
 
-    template = build.template_of(data, classifies) if data is not None else WHOLE
+    template = assemble.template_of(data, classifies) if data is not None else WHOLE
     longest = net.tokenizer.model_max_length if data is None else data.max_length
 
     def read(row: Row) -> Dataset:
@@ -134,7 +134,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
     """
     import torch
 
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.data.templates import NAMED, Chat
     from thinwire.data.tokenise import tokenise
     from thinwire.evaluate.text import answer_of, decoding
@@ -142,13 +142,13 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
     tokenizer: Any = net.tokenizer
     template = NAMED["chat" if tokenizer.chat_template else "completion"]
     if data is not None:
-        template = build.template_of(data)
+        template = assemble.template_of(data)
     talk: list[dict[str, str]] = []
 
     def answer(line: str) -> None:
         row = _row(template, line, "-", talk)
         held = tokenise([row], template, tokenizer, max_length=sys.maxsize, eos=False)
-        build.check_tokens(net, "the model", held)
+        assemble.check_tokens(net, "the model", held)
         prompt = torch.tensor([held.examples[0].prompt], device=net.device)
         room = getattr(net.model.config, "max_position_embeddings", None)
         length = prompt.shape[1]

@@ -75,10 +75,10 @@ def show(found: Estimate) -> None:
 
 def verdict(run: Run, job: Job, folder: Path) -> str | None:
     """The line that says whether a run's bytes were within the estimate; None for a method without one."""
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.estimate import traffic
 
-    told = traffic.Federation(run, build.identity(run), [len(rows) for rows in job.clients])
+    told = traffic.Federation(run, assemble.identity(run), [len(rows) for rows in job.clients])
     said = traffic.traffic(told, dict(job.net.parameters()))
     summary = json.loads((folder / "summary.json").read_text())
     return None if said is None else traffic.verdict(said, summary["bytes_down"], summary["bytes_up"])

@@ -25,7 +25,7 @@ def evaluate(
         if tasks is not None:
             _tasks(path, tasks, overrides or [], limit, as_json)
             return
-        from thinwire import build, config
+        from thinwire import assemble, config
         from thinwire.commands.show import print_scores
         from thinwire.keys import Key
 
@@ -35,19 +35,19 @@ def evaluate(
             settings = config.load(path / "run.toml", [*(overrides or []), _named(path / "model")])
             plain = settings.model.model_copy(update={"lora": None})  # the saved model has its factors merged in
             settings = settings.model_copy(update={"model": plain})
-            rows = build.rows_of(settings.data, Key.root(settings.seed))
+            rows = assemble.rows_of(settings.data, Key.root(settings.seed))
         elif path.is_dir():
             tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": {}}
             config.override(tree, [*(overrides or []), _named(path)])
             settings = config.parse(tree, "the command line")
             whole = settings.data.model_copy(update={"partition": "iid", "clients": 1, "heldout": 0})
-            rows = build.rows_of(whole, Key.root(settings.seed))
-            rows = build.Rows(rows.clients, {"data": next(iter(rows.clients.values()))} | rows.splits)
+            rows = assemble.rows_of(whole, Key.root(settings.seed))
+            rows = assemble.Rows(rows.clients, {"data": next(iter(rows.clients.values()))} | rows.splits)
         else:
             raise config.ConfigError(f"{path}: not a folder")
-        build.use_threads(settings)
-        net = build.net_of(settings)
-        scores = build.scorer(settings, net, build.splits_of(settings, rows, net.tokenizer))()
+        assemble.use_threads(settings)
+        net = assemble.net_of(settings)
+        scores = assemble.scorer(settings, net, assemble.splits_of(settings, rows, net))()
         if as_json:
             echo_json(scores)
         else:
@@ -56,9 +56,10 @@ def evaluate(
 
 def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, as_json: bool) -> None:
     """Print the scores of a run's model, or of one in a Hugging Face folder, on tasks with commas between them."""
-    from thinwire import build, config
+    from thinwire import assemble, config
     from thinwire.evaluate.harness import harness
     from thinwire.model.net import Net
+    from thinwire.model.resolve import resolve
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -69,8 +70,8 @@ def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, 
     tree: dict[str, Any] = {"method": {"name": "fedavg"}, "data": {"path": "none"}}
     config.override(tree, [*overrides, _named(path / "model" if whole else path)])
     settings = config.parse(tree, "the command line")
-    build.use_threads(settings)
-    if build.classes_of(settings) is not None:
+    assemble.use_threads(settings)
+    if assemble.classes_of(settings, resolve(settings.model.path)) is not None:
         raise config.ConfigError(f"--tasks: {path} is a classifier, and the harness's tasks are for causal models")
     net = Net.open(settings.model.path, settings.model.dtype, device=settings.model.device)
     records = harness(net, names, settings.eval.batch_size, limit)

@@ -24,11 +24,10 @@ def run(
         settle()
         from safetensors import SafetensorError
 
-        from thinwire import build, config, memory
+        from thinwire import assemble, config, memory
         from thinwire.commands import estimate
         from thinwire.commands.show import Live, print_summary
         from thinwire.data.statistics import remarks, shortened
-        from thinwire.keys import Key
         from thinwire.runtime.course import train
         from thinwire.runtime.folder import ended, locked
         from thinwire.trackers import Trackers, check, trackers_of
@@ -49,18 +48,15 @@ def run(
             if rank:
                 folder = parallel.shadow(folder)
             parallel.wait()
-            build.use_threads(settings)
             with memory.for_good():
-                rows = build.rows_of(settings.data, Key.root(settings.seed))
-                whole = build.settled(settings, rows)
-            before = memory.resident()
-            net = build.net_of(whole, remember=True)
-            with Live(settings, rows, net, folder, resume) as watch:
+                whole, rows = assemble.prepared(settings)
+            start = assemble.begin(whole, rows)
+            with Live(settings, rows, start.net, folder, resume) as watch:
                 with memory.for_good():
-                    job = build.job(whole, rows, net, folder, before, watch)
+                    job = start.job(folder, watch)
                 for line in (shortened(job.names, job.clients, settings.data.max_length), *remarks(job.clients)):
                     watch.remark(line)
-                record(folder, settings, build.fingerprints(job))
+                record(folder, settings, assemble.fingerprints(job))
                 try:
                     with Trackers(watch, trackers_of(settings, folder)) as job.watch:
                         train(job)

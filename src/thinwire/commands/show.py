@@ -19,7 +19,7 @@ from thinwire.runtime.course import Watch
 from thinwire.units import number, share, size, span
 
 if TYPE_CHECKING:
-    from thinwire.build import Rows
+    from thinwire.assemble import Rows
     from thinwire.model.net import Net
 
 LISTED = 50  # clients that a line names

@@ -25,7 +25,8 @@ def explain(error: ValidationError, prefix: tuple[str, ...], root: type[BaseMode
     if first["type"] == "missing":
         return f"{where}: missing"
     if first["type"] == "union_tag_not_found":
-        return f"{where}.kind: missing; known: all, uniform, cyclic, only"
+        known = [str(model.model_fields["kind"].default) for model in _at(root, first["loc"])]
+        return f"{where}.kind: missing; known: {', '.join(known)}"
     if first["type"] == "union_tag_invalid":
         return f"{where}.kind: {first['ctx']['tag']!r} is not one of {first['ctx']['expected_tags']}"
     if first["type"] == "value_error":
@@ -50,12 +51,17 @@ def _place(loc: Sequence[Any], missing: bool, tree: Any) -> list[Any]:
 
 def _fields(root: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
     """The fields of the models that pydantic's place `loc` can mean."""
+    return {name for model in _at(root, loc) for name in model.model_fields}
+
+
+def _at(root: type[BaseModel], loc: Sequence[str | int]) -> list[type[BaseModel]]:
+    """The models that pydantic's place `loc` can mean."""
     models = [root]
     for part in loc:
         inner = [m for model in models if part in model.model_fields for m in _models(model.model_fields[str(part)])]
         tagged = [model for model in models if part in (field.default for field in model.model_fields.values())]
         models = inner or (tagged if isinstance(part, str) else []) or models
-    return {name for model in models for name in model.model_fields}
+    return models
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

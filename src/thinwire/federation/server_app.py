@@ -82,7 +82,7 @@ def serve(grid: Grid, folder: Path) -> None:
 
 
 def _train(grid: Grid, folder: Path) -> None:
-    from thinwire import build, config, memory
+    from thinwire import assemble, config, memory
     from thinwire.data.source import read_file
     from thinwire.federation.fingerprint import fingerprints
     from thinwire.federation.keys import caps_of
@@ -94,19 +94,17 @@ def _train(grid: Grid, folder: Path) -> None:
 
     hub, run = Hub.load(folder), config.load(folder / "run.toml")
     federation = run.federation or config.Federation()
-    build.use_threads(run)
-    before = memory.resident()
-    net = build.net_of(run, remember=True)
+    rows = assemble.Rows({}, {name: read_file(path) for name, path in hub.splits.items()})
+    start = assemble.begin(run, rows)
     memory.trim()  # loading has left as much again as the model
-    rows = build.Rows({}, {name: read_file(path) for name, path in hub.splits.items()})
-    job = build.job(run, rows, net, folder, before, Watch())
+    job = start.job(folder, Watch())
     keys = public_keys(Path(hub.keys))
     spool = folder / "spool"
     transport = Flower(
         grid,
         lambda: nodes_of(grid, hub.sites, keys),
         spool,
-        fingerprints(run, net),
+        fingerprints(run, start.net),
         deadline=federation.deadline,
         quorum=federation.quorum,
         patience=federation.patience,

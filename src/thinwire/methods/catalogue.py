@@ -44,8 +44,9 @@ def described() -> dict[str, Any]:
 
 
 def written() -> str:
-    """The text of the file."""
-    return json.dumps(described(), indent=1, default=_plain) + "\n"
+    """The text of the file, a line a method."""
+    lines = (f'"{name}": {json.dumps(about, default=_plain)}' for name, about in described().items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _plain(value: Any) -> Any:
