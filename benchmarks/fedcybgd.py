@@ -27,7 +27,8 @@ from statistics import fmean
 
 from rows import Row, finish
 
-from thinwire import apart, assemble, config, wire
+from thinwire import assemble, config, wire
+from thinwire.compare.measure import Processes
 from thinwire.core import Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
@@ -71,7 +72,7 @@ def visits(folder: Path, turns: int, settings: Sequence[str]) -> list[Visit]:
     run = config.load(folder / "plain.toml", [*settings, *LOCAL])
     (folder / "run.toml").write_text(run.to_toml())
     net, held = assemble.net_of(run), dict[int, str]()
-    versions, transport = VersionStore(folder / "server", 8 + CLIENTS), apart.Processes(folder, held)
+    versions, transport = VersionStore(folder / "server", 8 + CLIENTS), Processes(folder, held)
 
     def server(turn: int, *cohort: int) -> Server:
         return Server(net, Key.root(0).fold("server", turn), turn, turns, cohort, versions)

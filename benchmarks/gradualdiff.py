@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from rows import Row, finish
 
-from thinwire import apart, assemble, config, memory, wire
+from thinwire import assemble, config, memory, wire
+from thinwire.compare.measure import Cost, measure
 from thinwire.compress.exact import ulp
 from thinwire.core import Reply, Round, Server, run_round
 from thinwire.keys import Key
@@ -80,10 +81,10 @@ def served(clients: int) -> float:
     return float(done.stdout)
 
 
-def priced(*settings: str) -> apart.Cost:
+def priced(*settings: str) -> Cost:
     """What the recipe under these settings costs either side."""
     with tempfile.TemporaryDirectory() as folder:
-        return apart.measure(config.load(RECIPE, [*SETTINGS, *settings]), (0, 1), Path(folder))
+        return measure(config.load(RECIPE, [*SETTINGS, *settings]), (0, 1), Path(folder))
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from thinwire import apart, config
+from thinwire import config
 from thinwire.cli import app
+from thinwire.compare import measure
 from thinwire.config import Lora, Run
 from thinwire.estimate.costs import estimate
 from thinwire.estimate.sketch import Live, one_pass, sketch
@@ -131,7 +132,7 @@ def errors(cases: dict[str, Run], folder: Path) -> list[float]:
     """Print the table of the estimate against what is measured; the relative errors."""
     found = []
     for name, run in cases.items():
-        cost, said = apart.measure(run, [0], folder / name.replace(" ", "-")), estimate(run)
+        cost, said = measure.measure(run, [0], folder / name.replace(" ", "-")), estimate(run)
         for side, measured in (("client", cost.client_memory), ("server", cost.server_memory)):
             memory = getattr(said, side)
             found.append(memory.total / measured - 1)

@@ -13,8 +13,7 @@ import typer
 from thinwire.commands.terminal import Overrides, Stopped, echo, one_line, settle
 
 if TYPE_CHECKING:
-    from thinwire.compare import Plan
-    from thinwire.standings import Line
+    from thinwire.compare import Line, Plan
 
 
 def compare(
@@ -29,7 +28,6 @@ def compare(
     with one_line():
         settle()
         from thinwire import compare as comparison
-        from thinwire import standings
 
         tree, settings = comparison.load(file, overrides or [])
         made = comparison.plans(tree, settings, [name.strip() for name in methods.split(",") if name.strip()], control)
@@ -51,8 +49,8 @@ def compare(
         except RuntimeError as error:
             raise Stopped(str(error)) from None
         comparison.recall(made, settings, folder)
-        lines = [line for plan in made if (line := standings.line(plan, made, folder, settings.target)) is not None]
-        standings.write(lines, made, folder)
+        lines = [line for plan in made if (line := comparison.line(plan, made, folder, settings.target)) is not None]
+        comparison.write(lines, made, folder)
         show(lines, made, folder)
 
 

@@ -149,7 +149,7 @@ def _frame(path: Path) -> Frame:
 
 
 def _ask(side: str, folder: Path, *args: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "thinwire.apart", side, str(folder), *args]
+    command = [sys.executable, "-m", "thinwire.compare", side, str(folder), *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
@@ -157,10 +157,10 @@ def _ask(side: str, folder: Path, *args: str) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    place = Path(sys.argv[2])
-    if sys.argv[1] == "server":
-        answer = _server(place, tuple(map(int, sys.argv[3].split(","))))
+def main(side: str, folder: str, *args: str) -> None:
+    """One side, in the process that `_ask` has started; its answer is the last line on stdout."""
+    if side == "server":
+        answer = _server(Path(folder), tuple(map(int, args[0].split(","))))
     else:
-        answer = _client(place, int(sys.argv[3]), sys.argv[4])
+        answer = _client(Path(folder), int(args[0]), args[1])
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from thinwire.compare import ALONE, Plan
+from thinwire.compare.plan import ALONE, Plan
 from thinwire.config import Run
 from thinwire.records import MEASURED, dumps, read_records
 
