@@ -32,7 +32,7 @@ from thinwire.compare.measure import Processes
 from thinwire.core import Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
-from thinwire.runtime.course import read_records
+from thinwire.records import read_records
 from thinwire.runtime.store import VersionStore
 
 CLIENTS, ROWS, LENGTH, STEPS = 10, 4, 128, 20

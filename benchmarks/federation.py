@@ -133,9 +133,7 @@ def federated(run: config.Run, folder: Path) -> tuple[list[float], Peaks, Peaks]
 def alone(run: config.Run, folder: Path) -> list[float]:
     """Seconds of each round in this process."""
     folder.mkdir()
-    assemble.use_threads(run)
-    net = assemble.net_of(run, remember=True)
-    course.train(assemble.job(run, assemble.rows_of(run.data, Key.root(run.seed)), net, folder, 0, course.Watch()))
+    course.train(assemble.begin(*assemble.prepared(run)).job(folder, course.Watch()))
     return [record["seconds"] for record in course.read_records(folder / "rounds.jsonl")]
 
 

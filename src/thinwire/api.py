@@ -22,8 +22,9 @@ from thinwire.methods.fedkseed import FedKSeed
 from thinwire.model.folder import whole_folder
 from thinwire.model.load import DTYPES
 from thinwire.model.tokens_and_generation import quiet
+from thinwire.records import Record, read_records
 from thinwire.runtime.cohort import All, Segment
-from thinwire.runtime.course import Record, Watch, read_records, train
+from thinwire.runtime.course import Watch, train
 
 if TYPE_CHECKING:
     import pandas
@@ -196,7 +197,8 @@ def _records(frame: pandas.DataFrame, source: str) -> list[dict[Any, Any]]:
     floats = frame.select_dtypes("float")
     exact = floats[(floats % 1 == 0) & (floats.abs() < 2**53)].notna() | floats.isna()
     whole = [name for name in floats if floats[name].hasnans and exact[name].all()]
-    return frame.astype(dict.fromkeys(whole, "Int64")).to_dict("records")
+    rows: list[dict[Any, Any]] = frame.astype(dict.fromkeys(whole, "Int64")).to_dict("records")
+    return rows
 
 
 def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, place: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,7 +99,7 @@ def check(run: Run) -> None:
 
 def trackers_of(run: Run, folder: Path) -> list[Tracker]:
     """The trackers that the run file names, writing below the run's folder."""
-    made = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+    made: dict[str, Callable[[Run, Path], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
     return [made[name](run, folder) for name in run.track.to]
 
 

@@ -140,6 +140,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
     from thinwire.evaluate.text import answer_of, decoding
 
     tokenizer: Any = net.tokenizer
+    model: Any = net.model
     template = NAMED["chat" if tokenizer.chat_template else "completion"]
     if data is not None:
         template = assemble.template_of(data)
@@ -157,7 +158,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
             echo(f"thinwire: {length} tokens do not fit into the model's {room}; forgot the talk so far", err=True)
             return
         with decoding(net.model, tokenizer, held, temperature) as (ends, texts):
-            made = net.model.generate(
+            made = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 streamer=None if texts else _streamer(tokenizer, ends),
@@ -176,10 +177,10 @@ def _streamer(tokenizer: Any, ends: set[int]) -> Any:
     """What prints tokens as they are made, but for those that end an answer."""
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):  # type: ignore[misc]
+    class Streamer(TextStreamer):
         def put(self, value: Any) -> None:
             if self.next_tokens_are_prompt or int(value) not in ends:
-                super().put(value)
+                super().put(value)  # type: ignore[no-untyped-call]
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             typer.echo(printable(text), nl=stream_end)

@@ -59,6 +59,7 @@ def data(
         column, labels = _labels(settings, rows, classes is not None)
         held_out = [describe(name, each, labels.get(name, ())) for name, each in splits.items()]
         held = [describe(n, d, labels.get(n, ())) for n, d in zip(rows.clients, clients, strict=True)]
+        notes = remarks([*clients, *splits.values()])
         found = {
             "clients": [asdict(each) for each in held],
             "splits": [asdict(each) for each in held_out],
@@ -66,7 +67,7 @@ def data(
             "label": column,
             "skew": skew([each.labels for each in held]) if column is not None else None,
             "packed": [dict(zip(("rows", "filled"), filled(each), strict=True)) for each in clients if each.pack],
-            "notes": remarks([*clients, *splits.values()]),
+            "notes": notes,
             "examples": _examples(list(rows.clients), clients, net.tokenizer),
         }
         if plot is not None:
@@ -74,7 +75,7 @@ def data(
             partition_plot.draw(held, title, settings.data.max_length, plot)
         if as_json:
             echo_json(found, ascii=False)
-            for note in found["notes"]:
+            for note in notes:
                 echo(f"thinwire: {note}", err=True)
             return
         line = shortened(list(rows.clients), clients, settings.data.max_length)
@@ -115,7 +116,7 @@ def _labels(run: Run, rows: Rows, classifies: bool) -> tuple[str | None, dict[st
 def _examples(names: list[str], clients: list[Dataset], tokenizer: Any) -> list[dict[str, Any]]:
     """A few examples from as many clients as there are for them, as text: what is read, and what is trained."""
     picked = [(n % len(clients), n // len(clients)) for n in range(EXAMPLES * len(clients))]
-    found = []
+    found: list[dict[str, Any]] = []
     for client, i in picked:
         if i < len(clients[client]) and len(found) < EXAMPLES:
             example = clients[client].examples[i]
