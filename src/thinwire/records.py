@@ -14,8 +14,8 @@ from thinwire import files
 Record = dict[str, Any]
 
 
-class Score(NamedTuple):
-    """A score of held-out rows, as people read it: title, unit, what it is, how a line of progress writes it."""
+class Scale(NamedTuple):
+    """How a score of held-out rows is read: its title, unit, what it is, how a line of progress writes it."""
 
     title: str
     unit: str
@@ -25,16 +25,16 @@ class Score(NamedTuple):
 
 
 SCORES = {
-    "loss": Score("loss", "nats a token", "Mean negative log-likelihood of the answers; less is better.", ".4f"),
-    "perplexity": Score("perplexity", "exp of nats a token", "The loss as exp(loss); less is better.", ".3f", True),
-    "accuracy": Score(
+    "loss": Scale("loss", "nats a token", "Mean negative log-likelihood of the answers; less is better.", ".4f"),
+    "perplexity": Scale("perplexity", "exp of nats a token", "The loss as exp(loss); less is better.", ".3f", True),
+    "accuracy": Scale(
         "accuracy", "share of rows", "Share of rows whose right answer is the likeliest; more is better.", ".3f"
     ),
-    "rouge_l": Score(
+    "rouge_l": Scale(
         "Rouge-L", "F1, 0 to 1", "Longest common subsequence with the expected answer; more is better.", ".3f"
     ),
-    "bleu": Score("BLEU", "0 to 100", "BLEU of all generated answers together; more is better.", ".1f"),
-    "exact_match": Score(
+    "bleu": Scale("BLEU", "0 to 100", "BLEU of all generated answers together; more is better.", ".1f"),
+    "exact_match": Scale(
         "exact match", "share of rows", "Share of generated answers that are an expected one; more is better.", ".3f"
     ),
 }
