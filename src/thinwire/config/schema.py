@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NewType
 
 import tomli_w
 from pydantic import (
@@ -30,7 +30,7 @@ from thinwire.runtime.cohort import All, Cohort
 if TYPE_CHECKING:
     from thinwire.core import Method
 else:
-    Method = Any  # the class comes with torch; `Run` sees to it itself that it has one
+    Method = NewType("Method", Any)  # the class comes with torch; `Run` sees to it itself that it has one
 
 
 class _Section(BaseModel):
