@@ -17,7 +17,7 @@ ifeq ($(filter $(METHOD),$(DEMOS)),)
 $(error METHOD=$(METHOD) has no recipe; there are: $(DEMOS))
 endif
 
-.PHONY: venv demo demos test test-fast test-long lint fmt types docs bench clean
+.PHONY: venv demo demos test test-fast test-long lint fmt types catalogue docs bench clean
 
 venv: $(READY)
 
@@ -60,6 +60,10 @@ types: venv
 lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# what `thinwire methods` and `thinwire schema` read, written anew from the methods' classes
+catalogue: venv
+	$(BIN)/python -m thinwire.methods.catalogue
 
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -19,7 +19,8 @@ from typing import Any
 
 from rows import Row, finish
 
-from thinwire import apart, config
+from thinwire import config
+from thinwire.compare import measure
 from thinwire.config import Run
 
 MODEL = "smollm2-135m-instruct"
@@ -80,7 +81,7 @@ def main() -> None:
             if names and not any(name.startswith(wanted) for wanted in names):
                 continue
             place = folder / name.replace(" ", "-")
-            cost = apart.read(place) or apart.measure(run, [0], place)
+            cost = measure.read(place) or measure.measure(run, [0], place)
             print(name, cost, flush=True)  # noqa: T201
             from thinwire.estimate.costs import estimate
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from rows import Row, finish
 from torch import Tensor
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.codecs.factors import Factors
 from thinwire.compress.codecs.topk import TopK
@@ -38,8 +38,8 @@ CODES = {
 def change(settings: list[str]) -> dict[str, Tensor]:
     """What 20 steps of the first client change, float32."""
     run = config.load(RECIPE, settings)
-    net, rows = build.net_of(run), build.rows_of(run.data, Key.root(run.seed))
-    data = build.client_data(run, next(iter(rows.clients.values())), net.tokenizer)
+    net, rows = assemble.net_of(run), assemble.rows_of(run.data, Key.root(run.seed))
+    data = assemble.client_data(run, next(iter(rows.clients.values())), net)
     old = {name: net.base[name].bfloat16() for name in net.names}
     for name, parameter in net.parameters():
         parameter.data.copy_(old[name])

@@ -27,11 +27,12 @@ from statistics import fmean
 
 from rows import Row, finish
 
-from thinwire import apart, build, config, wire
+from thinwire import assemble, config, wire
+from thinwire.compare.measure import Processes
 from thinwire.core import Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
-from thinwire.runtime.course import read_records
+from thinwire.records import read_records
 from thinwire.runtime.store import VersionStore
 
 CLIENTS, ROWS, LENGTH, STEPS = 10, 4, 128, 20
@@ -70,8 +71,8 @@ def visits(folder: Path, turns: int, settings: Sequence[str]) -> list[Visit]:
     (folder / "plain.toml").write_text(RUN.format(rows=rows))
     run = config.load(folder / "plain.toml", [*settings, *LOCAL])
     (folder / "run.toml").write_text(run.to_toml())
-    net, held = build.net_of(run), dict[int, str]()
-    versions, transport = VersionStore(folder / "server", 8 + CLIENTS), apart.Processes(folder, held)
+    net, held = assemble.net_of(run), dict[int, str]()
+    versions, transport = VersionStore(folder / "server", 8 + CLIENTS), Processes(folder, held)
 
     def server(turn: int, *cohort: int) -> Server:
         return Server(net, Key.root(0).fold("server", turn), turn, turns, cohort, versions)
@@ -151,7 +152,7 @@ def seconds(relay: Sequence[str]) -> list[Row]:
 
 def traffic(settings: Sequence[str]) -> list[Row]:
     """Of a visit, both ways."""
-    weights = build.net_of(config.parse({"method": {"name": "fedavg"}, "data": {"path": "x"}})).base
+    weights = assemble.net_of(config.parse({"method": {"name": "fedavg"}, "data": {"path": "x"}})).base
     whole = 2 * len(wire.encode(Weights({name: tensor.bfloat16() for name, tensor in weights.items()}))) / 1e6
     raw = sent(CLIENTS, [*settings, "method.start=sent", "method.coded=false"])
     coded = sent(2 * CLIENTS, [*settings, "method.start=sent"])

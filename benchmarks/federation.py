@@ -25,7 +25,7 @@ from typing import Any
 
 from rows import Row, finish
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.federation.local import Local, named
 from thinwire.keys import Key
 from thinwire.runtime import course
@@ -106,7 +106,7 @@ class Peaks:
 
 def federated(run: config.Run, folder: Path) -> tuple[list[float], Peaks, Peaks]:
     """Seconds of each round on Flower; peak bytes of the hub's processes and of the first site's."""
-    rows = build.rows_of(run.data, Key.root(run.seed))
+    rows = assemble.rows_of(run.data, Key.root(run.seed))
     local, hub, site = Local(folder / "hub", named(run, rows.clients)), Peaks(), Peaks()
     out = folder / "out"
     out.mkdir()
@@ -133,9 +133,7 @@ def federated(run: config.Run, folder: Path) -> tuple[list[float], Peaks, Peaks]
 def alone(run: config.Run, folder: Path) -> list[float]:
     """Seconds of each round in this process."""
     folder.mkdir()
-    build.use_threads(run)
-    net = build.net_of(run, remember=True)
-    course.train(build.job(run, build.rows_of(run.data, Key.root(run.seed)), net, folder, 0, course.Watch()))
+    course.train(assemble.begin(*assemble.prepared(run)).job(folder, course.Watch()))
     return [record["seconds"] for record in course.read_records(folder / "rounds.jsonl")]
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from rows import Row, finish
 
-from thinwire import apart, build, config, memory, wire
+from thinwire import assemble, config, memory, wire
+from thinwire.compare.measure import Cost, measure
 from thinwire.compress.exact import ulp
 from thinwire.core import Reply, Round, Server, run_round
 from thinwire.keys import Key
@@ -56,7 +57,7 @@ def serve(clients: int, folder: Path) -> float:
     """MB that the server's process takes at its peak in a round of so many clients, less what the imports took."""
     run = config.load(RECIPE, ["data.clients=2"])
     before = memory.resident()
-    net = build.net_of(run)
+    net = assemble.net_of(run)
     versions, ids = VersionStore(folder / "versions"), tuple(range(clients))
     server = Server(net, Key.root(0), 1, 1, ids, versions)
     state = run.method.init(server)
@@ -80,10 +81,10 @@ def served(clients: int) -> float:
     return float(done.stdout)
 
 
-def priced(*settings: str) -> apart.Cost:
+def priced(*settings: str) -> Cost:
     """What the recipe under these settings costs either side."""
     with tempfile.TemporaryDirectory() as folder:
-        return apart.measure(config.load(RECIPE, [*SETTINGS, *settings]), (0, 1), Path(folder))
+        return measure(config.load(RECIPE, [*SETTINGS, *settings]), (0, 1), Path(folder))
 
 
 def main() -> None:
@@ -92,7 +93,7 @@ def main() -> None:
         print(serve(int(sys.argv[-2]), Path(sys.argv[-1])))  # noqa: T201
         return
     run = config.load(RECIPE)
-    weights = {name: tensor.bfloat16() for name, tensor in build.net_of(run).base.items()}
+    weights = {name: tensor.bfloat16() for name, tensor in assemble.net_of(run).base.items()}
     whole = 2 * len(wire.encode(Weights(weights))) / 1e6
     plain = priced("method.name=fedavg", f"method.lr={RATES[-1]}")
     rows = []

@@ -18,7 +18,7 @@ from statistics import fmean
 from rows import Row, finish
 from torch import Tensor
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.keys import Key
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.model.blocks import blocks_of, layer_of, layers_of
@@ -40,8 +40,8 @@ def main() -> None:
     run = config.load(RECIPE, [argument for argument in sys.argv[1:] if "=" in argument])
     method = run.method
     assert isinstance(method, FedCyBGD)
-    net, rows = build.net_of(run), build.rows_of(run.data, Key.root(run.seed))
-    data = build.client_data(run, next(iter(rows.clients.values())), net.tokenizer)
+    net, rows = assemble.net_of(run), assemble.rows_of(run.data, Key.root(run.seed))
+    data = assemble.client_data(run, next(iter(rows.clients.values())), net)
     path = layers_of(net.model)
     of = {name: layer_of(name, path) for name in net.names}
     blocks = blocks_of(1 + max(layer for layer in of.values() if layer is not None), method.blocks)

@@ -22,7 +22,7 @@ def measure(side: str) -> int:
     """Bytes at the peak, of one side, in this process."""
     import torch
 
-    from thinwire import build, config, memory
+    from thinwire import assemble, config, memory
     from thinwire.core import Client
     from thinwire.keys import Key
     from thinwire.methods.fedkseed import FedKSeed
@@ -31,10 +31,10 @@ def measure(side: str) -> int:
 
     torch.set_num_threads(2)
     run = config.load(RECIPE)
-    rows = build.rows_of(run.data, Key.root(0))
+    rows = assemble.rows_of(run.data, Key.root(0))
     before = memory.resident()
-    net = build.net_of(run)
-    data = build.dataset(run.data, next(iter(rows.clients.values())), net.tokenizer)
+    net = assemble.net_of(run)
+    data = assemble.dataset(run.data, next(iter(rows.clients.values())), net.tokenizer)
     key, folder = Key.root(1), Path("unused")
     memory.reset()
     if side == "inference":

@@ -21,7 +21,7 @@ import torch
 from rows import Row, finish
 from torch import Tensor
 
-from thinwire import build, config, wire
+from thinwire import assemble, config, wire
 from thinwire.core import Client, Reply, Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedcybgd import Block, FedCyBGD, Proxy
@@ -87,8 +87,8 @@ def shares(net: Net, run: config.Run, folder: Path) -> Iterator[list[tuple[float
     """Of each client, after each cycle."""
     method, path = run.method, layers_of(net.model)
     assert isinstance(method, FedCyBGD)
-    rows = build.rows_of(run.data, Key.root(run.seed))
-    data = build.clients_data(run, rows, net.tokenizer)
+    rows = assemble.rows_of(run.data, Key.root(run.seed))
+    data = assemble.clients_data(run, rows, net)
     versions, memories = VersionStore(folder / "versions", 2), ClientMemories(folder / "clients")
 
     def client(id: int, round: int) -> Client:
@@ -118,7 +118,7 @@ def main() -> None:
     run = config.load(RECIPE, [*raw, *(argument for argument in sys.argv[1:] if "=" in argument)])
     folder, found = Path(tempfile.mkdtemp()), []
     try:
-        for cycle, each in enumerate(shares(build.net_of(run), run, folder), 1):
+        for cycle, each in enumerate(shares(assemble.net_of(run), run, folder), 1):
             for name, of in zip(("exact", "ever seen"), zip(*each, strict=True), strict=True):
                 found.append(Row(f"{name}, after {cycle} cycles, mean; most", fmean(of), max(of), "of the weights"))
     finally:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rows import Row, finish
 from torch import Tensor
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.compress.exact import ulp
 from thinwire.keys import Key
 from thinwire.train.local import Rule, train_locally
@@ -40,8 +40,8 @@ Weights = Mapping[str, Tensor]
 def differences() -> Iterator[tuple[float, Weights, Weights]]:
     """(rate, old, new) in bf16 for each rate."""
     run = config.load(RECIPE)
-    net, rows = build.net_of(run), build.rows_of(run.data, Key.root(run.seed))
-    office = build.dataset(run.data, next(iter(rows.clients.values())), net.tokenizer)
+    net, rows = assemble.net_of(run), assemble.rows_of(run.data, Key.root(run.seed))
+    office = assemble.dataset(run.data, next(iter(rows.clients.values())), net.tokenizer)
     data = replace(office, balanced=run.data.balanced)
     old = {name: net.base[name].bfloat16() for name in net.names}
     for rate in RATES:

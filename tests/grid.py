@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from silos import Silos
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.local import OPEN
@@ -92,13 +92,13 @@ def federate(
         site = Site(name, str(data), str(place), "", hold_out=False, policy=str(policy), allow_model=True)
         workers.append(Worker(site))
     grid = OneProcess(workers, told(run, tuple(clients), "0123456789abcdef"))
-    net = net or build.net_of(run, remember=True)
+    net = net or assemble.net_of(run, remember=True)
     spool = folder / "spool"
     about = fingerprints(run, net)
     nodes = {client: FIRST + client for client in range(len(clients))}
     transport = Flower(grid, lambda: nodes, spool, about, **{"patience": 0.0, **options})
-    rows = build.Rows({}, silos.rows(run).splits)
-    job = build.job(run, rows, net, folder, 0, Watch())
+    rows = assemble.Rows({}, silos.rows(run).splits)
+    job = assemble.job(run, rows, net, folder, 0, Watch())
     job.names, job.transport = list(clients), transport
     job.keep_versions = 8 + run.method.versions_each * len(clients)
     return job, grid, transport

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny import CHOICES, tiny_folder, tiny_rows, write_jsonl
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.core import Reply
 from thinwire.federation.local import Local, named
 from thinwire.keys import Key
@@ -64,9 +64,9 @@ class Silos:
         }
         return config.parse(tree)
 
-    def rows(self, run: config.Run) -> build.Rows:
+    def rows(self, run: config.Run) -> assemble.Rows:
         """The clients' rows."""
-        return build.rows_of(run.data, Key.root(run.seed))
+        return assemble.rows_of(run.data, Key.root(run.seed))
 
     def begin(self, run: config.Run, folder: Path) -> None:
         """The folder of a run, as `thinwire run` makes it."""
@@ -91,9 +91,9 @@ def in_process(silos: Silos, run: config.Run, folder: Path, monkeypatch: pytest.
                 yield reply
 
     silos.begin(run, folder)
-    build.use_threads(run)
-    net = build.net_of(run, remember=True)
-    job = build.job(run, silos.rows(run), net, folder, 0, course.Watch())
+    assemble.use_threads(run)
+    net = assemble.net_of(run, remember=True)
+    job = assemble.job(run, silos.rows(run), net, folder, 0, course.Watch())
     with monkeypatch.context() as patch:
         patch.setattr(course, "InProcess", Recording)
         course.train(job)
@@ -114,7 +114,7 @@ def audited(local: Local, run: config.Run) -> Frames:
     for name in local.names:
         for line in (local.place(name) / "audit.jsonl").read_text().splitlines():
             entry = json.loads(line)
-            if entry["run"] == build.identity(run) and entry["action"] == "train":
+            if entry["run"] == assemble.identity(run) and entry["action"] == "train":
                 assert entry["verdict"] == "passed"
                 key = (entry["round"], entry["client"], entry["direction"])
                 frames.setdefault(key, []).append((entry["bytes"], entry["sha256"]))

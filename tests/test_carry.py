@@ -110,7 +110,7 @@ def test_a_talk_through_a_pipe(place: Path) -> None:
 
 
 def test_a_closed_set_is_chosen_from_as_an_evaluation_does(place: Path, tmp_path: Path) -> None:
-    from thinwire import build, config
+    from thinwire import assemble, config
     from thinwire.data.rows import Row
     from thinwire.model.net import Net
     from thinwire.train.objective import scores
@@ -123,7 +123,7 @@ def test_a_closed_set_is_chosen_from_as_an_evaluation_does(place: Path, tmp_path
     expected = []
     for line in lines:
         row = Row({"input": line, "output": CHOICES[1]}, "input", 1)
-        batch, _ = next(build.dataset(data, [row], net.tokenizer).in_order(1))
+        batch, _ = next(assemble.dataset(data, [row], net.tokenizer).in_order(1))
         expected.append(CHOICES[int(scores(net.model, batch)[0].argmax())])
     found = spoken(tmp_path, text="\n".join(lines))
     assert (found.code, found.err) == (0, "")

@@ -16,9 +16,9 @@ import pytest
 from test_cli import refused, thinwire
 from tiny import tiny_folder, tiny_rows, write_jsonl
 
-from thinwire import compare, standings
-from thinwire.apart import Cost
+from thinwire import compare
 from thinwire.compare import Plan, Settings
+from thinwire.compare.measure import Cost
 from thinwire.config import ConfigError
 from thinwire.core import Method
 from thinwire.wire import Stale
@@ -175,7 +175,7 @@ def test_a_method_that_cannot_afford_a_round_says_so_in_its_line(tmp_path: Path)
     for p in made:
         p.cost = replace(COST, newcomer_bytes=10**7) if p.name == "fedavg" else COST
     compare.settle(made, settings)
-    line = standings.line(made[0], made, tmp_path, None)
+    line = compare.line(made[0], made, tmp_path, None)
     assert line is not None
     assert line.note == "1600 bytes buy less than a round, which costs a client 1e+07"
     assert made[0].tuning() == made[0].final() == {}
@@ -209,7 +209,7 @@ def test_a_run_that_diverged_has_its_line(tmp_path: Path) -> None:
         totals = {"bytes_down": 1, "bytes_up": 1}
         (folder / "summary.json").write_text(json.dumps(totals | {"first": [score], "final": [last]}))
         (folder / "evals.jsonl").write_text(json.dumps(last | {"round": 6}) + "\n")
-    lines = [standings.line(plan, made, tmp_path, target=0.6) for plan in made]
+    lines = [compare.line(plan, made, tmp_path, target=0.6) for plan in made]
     base, fedavg = (line for line in lines if line is not None)
     assert base.scores == {"heldout loss": (1.0, 0.0)}
     assert math.isnan(fedavg.scores["heldout loss"][0])

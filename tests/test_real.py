@@ -94,15 +94,15 @@ def test_kill_9_on_the_real_model_and_resume(method: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("code", [[], ["method.codec=topk", "method.bits=4"]], ids=["lossless", "topk"])
 def test_peers_hold_the_same_bits_after_ten_real_rounds(code: list[str], tmp_path: Path) -> None:
     """Twenty AdamW steps a visit; the third client joins in round 5, the second misses rounds 4 to 6."""
-    from thinwire import build, config
+    from thinwire import assemble, config
     from thinwire.core import Client, Round, Server, run_round
     from thinwire.keys import Key
     from thinwire.runtime.inprocess import InProcess
     from thinwire.runtime.store import VersionStore, version_of
 
     run = config.load(RECIPES / "demo-gradualdiff.toml", ["method.steps=20", "method.batch_size=4", *code])
-    net, key = build.net_of(run), Key.root(0)
-    data = [build.client_data(run, held, net.tokenizer) for held in build.rows_of(run.data, key).clients.values()]
+    net, key = assemble.net_of(run), Key.root(0)
+    data = [assemble.client_data(run, held, net) for held in assemble.rows_of(run.data, key).clients.values()]
     stores = [VersionStore(tmp_path / f"client-{id}", 1) for id in range(3)]  # each has its own, of one version
     memories: list[dict[str, Any]] = [{}, {}, {}]
     held: dict[int, str] = {}

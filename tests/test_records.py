@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from thinwire import records
+from thinwire.evaluate.splits import Score
 
 
 def lines(count: int) -> list[dict[str, Any]]:
@@ -75,3 +77,9 @@ def test_a_file_that_is_gone_or_empty_is_said(tmp_path: Path, content: bytes | N
         path.write_bytes(content)
     assert records.rewind(path, 3, 5) == [f"{path}: 5 of 5 records are lost"]
     assert records.rewind(path, 3, None) == []  # a checkpoint of old does not know how many there were
+
+
+def test_every_score_of_an_evaluation_has_its_scale() -> None:
+    """What cards, tables, plots and trackers show is made from it: a score without one would be shown nowhere."""
+    assert {field.name for field in dataclasses.fields(Score)} - {"split", "rows"} == set(records.SCORES)
+    assert set(records.SCORES) - set(records.MEASURED) == {"perplexity"}

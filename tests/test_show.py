@@ -12,10 +12,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from thinwire import config
-from thinwire.build import Rows
-from thinwire.commands.show import Live, Screen, number, print_methods, print_scores, print_summary, share, size, span
+from thinwire.assemble import Rows
+from thinwire.commands import methods
+from thinwire.commands.screen import Screen
+from thinwire.commands.show import Live, print_scores, print_summary
 from thinwire.data.rows import Row
 from thinwire.data.shown import printable
+from thinwire.units import number, share, size, span
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def test_scores_and_methods_are_lines_of_any_length(capsys: pytest.CaptureFixtur
     print_scores([score | {"rows": 1}])
     assert capsys.readouterr().out == "data: loss 1.0000, perplexity 2.700, Rouge-L 0.250, BLEU 12.5 (1 row)\n"
     fields = {"order": {"type": "a" * 90, "default": [1]}, "lr": {"type": "float | None", "default": None}}
-    print_methods({"own": {"about": "b" * 90, "paper": "", "fields": fields}})
+    methods.show({"own": {"about": "b" * 90, "paper": "", "fields": fields}})
     out = capsys.readouterr().out
     assert f"own: {'b' * 90}\n" in out
     assert f"  order = [1]  ({'a' * 90})\n" in out

@@ -5,22 +5,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from thinwire import methods
+
 __version__ = "0.1.0"
 
 # what a notebook imports from here; each comes with torch, so none is loaded before it is asked for
 _PLACES = {
     "federate": "thinwire.api",
     "Result": "thinwire.api",
-    "CGFed": "thinwire.methods",
-    "FedAvg": "thinwire.methods",
-    "FedCyBGD": "thinwire.methods",
-    "FedKSeed": "thinwire.methods",
-    "FedZO": "thinwire.methods",
-    "GradualDiff": "thinwire.methods",
     "All": "thinwire.runtime.cohort",
     "Cyclic": "thinwire.runtime.cohort",
     "Only": "thinwire.runtime.cohort",
     "Uniform": "thinwire.runtime.cohort",
+    **{name: module for module, _, name in (place.partition(":") for place in methods.PLACES.values())},
 }
 
 

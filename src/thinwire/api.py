@@ -11,19 +11,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire import build, config, memory
+from thinwire import assemble, config
 from thinwire.config import ConfigError
 from thinwire.core import Method
 from thinwire.data import partition
 from thinwire.data.errors import DataError
 from thinwire.data.rows import Row, kind, present
 from thinwire.keys import Key
-from thinwire.methods import FedKSeed
+from thinwire.methods.fedkseed import FedKSeed
 from thinwire.model.folder import whole_folder
 from thinwire.model.load import DTYPES
 from thinwire.model.tokens_and_generation import quiet
+from thinwire.records import Record, read_records
 from thinwire.runtime.cohort import All, Segment
-from thinwire.runtime.course import Record, Watch, read_records, train
+from thinwire.runtime.course import Watch, train
 
 if TYPE_CHECKING:
     import pandas
@@ -131,22 +132,22 @@ def federate(
     return result
 
 
-def _run(path: str, rows: build.Rows, method: Method | str, tree: dict[str, Any], place: Path, watch: Watch) -> Result:
+def _run(
+    path: str, rows: assemble.Rows, method: Method | str, tree: dict[str, Any], place: Path, watch: Watch
+) -> Result:
     name = {"name": method} if isinstance(method, str) else {"name": "fedavg"}
     run = config.parse(tree | {"method": name, "model": {"path": path, **tree["model"]}}, "federate()")
     if isinstance(method, Method):
         run = run.model_copy(update={"method": method})
-    run = build.settled(run, rows)
-    before = memory.resident()
-    net = build.net_of(run, remember=True)
+    start = assemble.begin(*assemble.prepared(run, rows))
     place.mkdir(parents=True, exist_ok=True)
-    (place / "run.toml").write_text(run.to_toml(), encoding="utf-8")
-    summary = train(build.job(run, rows, net, place, before, watch))
-    net.model.config.use_cache = True
-    return Result(net.model, net.tokenizer, summary, place)
+    (place / "run.toml").write_text(start.run.to_toml(), encoding="utf-8")
+    summary = train(start.job(place, watch))
+    start.net.model.config.use_cache = True
+    return Result(start.net.model, start.net.tokenizer, summary, place)
 
 
-def _rows(clients: Mapping[str, Table] | Sequence[Table], heldout: Table | float, key: Key) -> build.Rows:
+def _rows(clients: Mapping[str, Table] | Sequence[Table], heldout: Table | float, key: Key) -> assemble.Rows:
     """The rows as a run has them; DataError for what is none."""
     if isinstance(clients, Mapping):
         named = dict(clients)
@@ -163,14 +164,14 @@ def _rows(clients: Mapping[str, Table] | Sequence[Table], heldout: Table | float
         if not rows:
             raise DataError(f"clients: {name!r} has no rows")
     if not isinstance(heldout, int | float):
-        return build.Rows(held, {"heldout": _read(heldout, "heldout")})
+        return assemble.Rows(held, {"heldout": _read(heldout, "heldout")})
     if not heldout:
-        return build.Rows(held, {})
+        return assemble.Rows(held, {})
     parts = {name: partition.holdout(rows, heldout, key.fold("heldout", name)) for name, rows in held.items()}
     splits = [row for _, out in parts.values() for row in out]
     if not splits:
         raise DataError(f"heldout: {heldout} of each client's rows holds out none at all")
-    return build.Rows({name: kept for name, (kept, _) in parts.items()}, {"heldout": splits})
+    return assemble.Rows({name: kept for name, (kept, _) in parts.items()}, {"heldout": splits})
 
 
 def _read(table: Table, source: str) -> list[Row]:
@@ -196,7 +197,8 @@ def _records(frame: pandas.DataFrame, source: str) -> list[dict[Any, Any]]:
     floats = frame.select_dtypes("float")
     exact = floats[(floats % 1 == 0) & (floats.abs() < 2**53)].notna() | floats.isna()
     whole = [name for name in floats if floats[name].hasnans and exact[name].all()]
-    return frame.astype(dict.fromkeys(whole, "Int64")).to_dict("records")
+    rows: list[dict[Any, Any]] = frame.astype(dict.fromkeys(whole, "Int64")).to_dict("records")
+    return rows
 
 
 def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, place: Path) -> str:

@@ -1,9 +1,24 @@
-"""What a user can mend."""
+"""What can go wrong that is no bug of ours.
+
+    UserError           what a user can mend, in one line; commands end with status 2
+    ├── ConfigError     the run file, or what a command was given
+    ├── DataError       the rows (data/errors.py)
+    │   └── NoRowsLeft  none of a set fits
+    └── ModelError      the model (model/errors.py)
+    RunError            a run cannot go on; commands end with status 1
+    └── Damaged         a file that it has kept is not as it was written
+
+Bytes from elsewhere have a tree of their own, in wire/errors.py: they cost a client its round, and end nothing.
+"""
 
 from __future__ import annotations
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """What a user can mend; the message is one line that names it."""
+
+
+class ConfigError(UserError):
     """The run file, or what a command was given, is wrong; the message is one line that names it."""
 
 

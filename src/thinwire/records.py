@@ -7,9 +7,38 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from thinwire import files
 
 Record = dict[str, Any]
+
+
+class Scale(NamedTuple):
+    """How a score of held-out rows is read: its title, unit, what it is, how a line of progress writes it."""
+
+    title: str
+    unit: str
+    about: str
+    form: str
+    derived: bool = False  # says what another score says
+
+
+SCORES = {
+    "loss": Scale("loss", "nats a token", "Mean negative log-likelihood of the answers; less is better.", ".4f"),
+    "perplexity": Scale("perplexity", "exp of nats a token", "The loss as exp(loss); less is better.", ".3f", True),
+    "accuracy": Scale(
+        "accuracy", "share of rows", "Share of rows whose right answer is the likeliest; more is better.", ".3f"
+    ),
+    "rouge_l": Scale(
+        "Rouge-L", "F1, 0 to 1", "Longest common subsequence with the expected answer; more is better.", ".3f"
+    ),
+    "bleu": Scale("BLEU", "0 to 100", "BLEU of all generated answers together; more is better.", ".1f"),
+    "exact_match": Scale(
+        "exact match", "share of rows", "Share of generated answers that are an expected one; more is better.", ".3f"
+    ),
+}
+MEASURED = {name: score for name, score in SCORES.items() if not score.derived}
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
@@ -25,24 +54,9 @@ def append(path: Path, record: Record) -> None:
         os.fsync(file.fileno())
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Write a file that is whole, old or new, whenever it is looked at: flushed, then renamed."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def read_records(path: Path) -> list[Record]:
     """The records of a file of lines, none where there is no file; a line that is none is left out."""
-    return [record for _, record in _lines(path) if record is not None]
+    return [record for _, record in lines(path) if isinstance(record, dict)]
 
 
 def rewind(path: Path, round: int, expected: int | None = None) -> list[str]:
@@ -51,11 +65,11 @@ def rewind(path: Path, round: int, expected: int | None = None) -> list[str]:
     A line that is no record is moved to NAME.damaged; but a last one without its end was being written when the run was
     cut off, and is dropped. `expected`: how many records there were at the end of that round, if that is known.
     """
-    notes, lines = [], _lines(path)
-    damaged = [line for line, record in lines if record is None]
-    if damaged and not damaged[-1].endswith(b"\n") and lines[-1][0] is damaged[-1]:
+    notes, found = [], lines(path)
+    damaged = [line for line, record in found if isinstance(record, str)]
+    if damaged and not damaged[-1].endswith(b"\n") and found[-1][0] is damaged[-1]:
         damaged.pop()
-    kept = [record for _, record in lines if record is not None and record["round"] <= round]
+    kept = [record for _, record in found if isinstance(record, dict) and record["round"] <= round]
     if damaged:
         aside = path.with_name(path.name + ".damaged")
         with aside.open("ab") as file:
@@ -63,12 +77,12 @@ def rewind(path: Path, round: int, expected: int | None = None) -> list[str]:
         notes.append(f"{path}: {len(damaged)} damaged line{'s' * (len(damaged) > 1)} moved to {aside.name}")
     if expected is not None and len(kept) < expected:
         notes.append(f"{path}: {expected - len(kept)} of {expected} records are lost")
-    replace(path, "".join(dumps(record) + "\n" for record in kept).encode())
+    files.write(path, "".join(dumps(record) + "\n" for record in kept))
     return notes
 
 
-def _lines(path: Path) -> list[tuple[bytes, Record | None]]:
-    """Each line, and the record that it is."""
+def lines(path: Path) -> list[tuple[bytes, Record | str]]:
+    """Each line that is not blank, and the record that it is, or why it is none; nothing where there is no file."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -76,12 +90,13 @@ def _lines(path: Path) -> list[tuple[bytes, Record | None]]:
     return [(line, _record(line)) for line in content.splitlines(keepends=True) if line.strip()]
 
 
-def _record(line: bytes) -> Record | None:
+def _record(line: bytes) -> Record | str:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and type(found.get("round")) is int else None
+        return "not JSON"
+    whole = isinstance(found, dict) and type(found.get("round")) is int
+    return found if whole else "not a record of a round"
 
 
 def finite(value: Any) -> Any:

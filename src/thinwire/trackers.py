@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from thinwire.config import ConfigError, Run, method_name
-from thinwire.runtime.course import Record, Watch
-
-SCORES = ("loss", "perplexity", "accuracy", "rouge_l", "bleu")
+from thinwire.records import SCORES, Record
+from thinwire.runtime.course import Watch
 
 
 class Tracker(Protocol):
@@ -100,7 +99,7 @@ def check(run: Run) -> None:
 
 def trackers_of(run: Run, folder: Path) -> list[Tracker]:
     """The trackers that the run file names, writing below the run's folder."""
-    made = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+    made: dict[str, Callable[[Run, Path], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
     return [made[name](run, folder) for name in run.track.to]
 
 

@@ -98,11 +98,11 @@ class Hub:
 
     def fingerprints(self, **data: Any) -> dict[str, str]:
         """Those of the run; a hub has the model too."""
-        from thinwire import build
+        from thinwire import assemble
         from thinwire.federation.fingerprint import fingerprints
 
         run = config.parse({**self.tree, "data": {**self.tree["data"], **data}})
-        return fingerprints(run, build.net_of(run))
+        return fingerprints(run, assemble.net_of(run))
 
     def ask(self, action: str, frame: bytes, settings: str, **table: Any) -> tuple[dict[str, Any], bytes]:
         """The answer to one whole frame."""

@@ -11,7 +11,7 @@ import torch
 from tiny import BOS, CHOICES, EOS, tiny_encoder, tiny_model, tiny_tokenizer
 from tokenizers import processors
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.commands import chat
 from thinwire.data.rows import Row
 from thinwire.data.tokenise import tokenise
@@ -89,19 +89,19 @@ def test_a_line_is_read_as_a_row_is(
     settings: dict[str, Any], fields: dict[str, Any], around: str, tmp_path: Path, fed: Callable[..., list[list[int]]]
 ) -> None:
     net, data = opened(tmp_path, around), data_of(**settings)
-    row = build.dataset(data, [Row(fields, "x.jsonl", 1)], net.tokenizer).examples[0]
+    row = assemble.dataset(data, [Row(fields, "x.jsonl", 1)], net.tokenizer).examples[0]
     assert fed(net, data, LINE) == [list(row.prompt)]
 
 
 def test_a_talk_is_read_as_a_row_of_messages_is(tmp_path: Path, fed: Callable[..., list[list[int]]]) -> None:
     net, data = opened(tmp_path, "<bos> $A"), data_of(template="chat")
     first, second = fed(net, data, "One?", "Two?")
-    held = build.dataset(data, [Row({"prompt": "One?", "completion": "-"}, "x", 1)], net.tokenizer)
+    held = assemble.dataset(data, [Row({"prompt": "One?", "completion": "-"}, "x", 1)], net.tokenizer)
     (said,) = generate(net.model, net.tokenizer, held, 4, 1)
     talk = [("user", "One?"), ("assistant", said), ("user", "Two?"), ("assistant", "-")]
     row = Row({"messages": [{"role": role, "content": text} for role, text in talk]}, "x", 1)
     assert first == list(held.examples[0].prompt)
-    assert second == list(tokenise([row], build.template_of(data), net.tokenizer, max_length=999).examples[0].prompt)
+    assert second == list(tokenise([row], assemble.template_of(data), net.tokenizer, max_length=999).examples[0].prompt)
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, fed: Callable[..., list[list[int]]]) -> None:
@@ -135,7 +135,7 @@ def test_a_classifier_reads_a_line_as_it_reads_a_row(tmp_path: Path) -> None:
     net = Net.open(str(tiny_encoder(tmp_path)), classes=CHOICES, head_key=Key.root(0))
     data = data_of(prompt="Review: {text}", answer="{label}", choices=CHOICES, max_length=12)
     row = Row({"text": LINE, "label": CHOICES[0]}, "x", 1)
-    expected = build.dataset(data, [row], net.tokenizer, CHOICES).examples[0].prompt
+    expected = assemble.dataset(data, [row], net.tokenizer, CHOICES).examples[0].prompt
     found: list[Any] = []
     net.model.register_forward_pre_hook(lambda _, args, fields: found.append(fields["input_ids"]), with_kwargs=True)
     chat._chooser(net, data, CHOICES, True)(LINE)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from test_cli import refused, thinwire
-from tiny import tiny_folder, tiny_rows, write_jsonl
+from tiny import CHOICES, tiny_encoder, tiny_folder, tiny_rows, write_jsonl
 
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
+from thinwire import assemble
 from thinwire.federation import keys, local, proxy, reach, site_processes, superlink
 from thinwire.runtime.folder import locked
 
@@ -135,6 +136,30 @@ def test_what_a_local_federation_writes_is_its_owner_s(tmp_path: Path, monkeypat
     with locked(tmp_path / "out"):
         line = refused("local-federation", file, "--out", tmp_path / "out", "--resume")
     assert line == f"{tmp_path / 'out'}: another process (pid {os.getpid()}) is at work here"
+
+
+def test_a_fresh_classifier_s_classes_are_found_as_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(24, closed=True))
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'[model]\npath = "{tmp_path / "encoder"}"\n[data]\npath = "{rows}"\nclients = 2\n[method]\nname = "fedavg"\n'
+    )
+
+    def start(self: local.Local) -> None:
+        raise superlink.Ended("as far as this test goes")
+
+    monkeypatch.setattr(local.Local, "start", start)
+    monkeypatch.setattr(superlink.ServerSide, "stop", lambda self: None)
+    for again in ([], ["--resume"]):
+        result = thinwire("local-federation", file, "--out", tmp_path / "out", *again)
+        assert (result.code, "as far as this test goes" in result.err) == (1, True), result
+    run = local_run(tmp_path / "out")
+    assert run.data.choices == tuple(sorted(CHOICES))
+    server = assemble.begin(run, assemble.Rows({}, {}))  # its process holds nobody's rows
+    assert server.net.model.config.num_labels == 2
 
 
 def local_run(folder: Path) -> Any:

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from thinwire import apart, config
+from thinwire import config
 from thinwire.cli import app
+from thinwire.compare import measure
 from thinwire.config import Lora, Run
 from thinwire.estimate.costs import estimate
 from thinwire.estimate.sketch import Live, one_pass, sketch
@@ -73,12 +74,12 @@ def test_the_pass_of_a_deep_model_is_that_of_two_layers_drawn_out(tmp_path: Path
 
 
 def test_factors_have_the_names_and_shapes_of_a_view(tmp_path: Path) -> None:
-    from thinwire import build
+    from thinwire import assemble
 
     tiny_folder(tmp_path / "model")
     run = run_of(tmp_path / "model", {"name": "fedavg"})
     run = run.model_copy(update={"model": run.model.model_copy(update={"lora": Lora(rank=3)})})
-    net: Net = build.net_of(run)
+    net: Net = assemble.net_of(run)
     assert {n: p.shape for n, p in net.parameters()} == {n: t.shape for n, t in sketch(run).trained.items()}
     frozen, whole = one_pass(sketch(run), 2, 40, 8, run.model.lora), one_pass(sketch(run), 2, 40, 8)
     assert frozen.kept < whole.kept
@@ -86,12 +87,12 @@ def test_factors_have_the_names_and_shapes_of_a_view(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_base_weighs_what_it_says(tmp_path: Path, bits: int) -> None:
-    from thinwire import build
+    from thinwire import assemble
 
     tiny_folder(tmp_path / "model", hidden_size=64, num_attention_heads=4)
     run = run_of(tmp_path / "model", {"name": "fedavg"})
     run = run.model_copy(update={"model": run.model.model_copy(update={"lora": Lora(rank=3), "bits": bits})})
-    net: Net = build.net_of(run)
+    net: Net = assemble.net_of(run)
     there = sum(p.nbytes for p in net.model.parameters())
     for layer in quantised_layers(net.model).values():
         if bits == 4:
@@ -131,7 +132,7 @@ def errors(cases: dict[str, Run], folder: Path) -> list[float]:
     """Print the table of the estimate against what is measured; the relative errors."""
     found = []
     for name, run in cases.items():
-        cost, said = apart.measure(run, [0], folder / name.replace(" ", "-")), estimate(run)
+        cost, said = measure.measure(run, [0], folder / name.replace(" ", "-")), estimate(run)
         for side, measured in (("client", cost.client_memory), ("server", cost.server_memory)):
             memory = getattr(said, side)
             found.append(memory.total / measured - 1)

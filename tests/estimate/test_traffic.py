@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import CHOICES, tiny_encoder, tiny_folder, tiny_rows, write_jsonl
 
-from thinwire import build, config, wire
+from thinwire import assemble, config, wire
 from thinwire.config import Run
 from thinwire.estimate.costs import estimate
 from thinwire.estimate.traffic import Span, Traffic, verdict
@@ -95,9 +95,7 @@ def run_of(place: Path, changes: dict[str, Any], **fields: Any) -> Run:
 
 
 def bytes_of(run: Run, folder: Path) -> tuple[int, int]:
-    rows = build.rows_of(run.data, build.Key.root(run.seed))
-    net = build.net_of(run, remember=True)
-    train(build.job(run, rows, net, folder, 0, Watch()))
+    train(assemble.begin(*assemble.prepared(run)).job(folder, Watch()))
     summary = json.loads((folder / "summary.json").read_text())
     return summary["bytes_down"], summary["bytes_up"]
 
@@ -120,9 +118,9 @@ def test_a_classifiers_frames_are_known_too(place: Path, tmp_path: Path, lora: A
     run = run.model_copy(update={"data": run.data.model_copy(update=update)})
     said = estimate(run)
     assert said.traffic is not None
-    settled = build.settled(run, build.rows_of(run.data, build.Key.root(run.seed)))
+    settled = assemble.prepared(run)[0]
     assert (said.traffic.total[0].least, said.traffic.total[1].least) == bytes_of(settled, tmp_path / "run")
-    assert said.trained == sum(p.numel() for _, p in build.net_of(settled).parameters())
+    assert said.trained == sum(p.numel() for _, p in assemble.net_of(settled).parameters())
     assert said.flops > 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from silos import Silos
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.data import rendering
 from thinwire.federation.fingerprint import difference, fingerprints
 
@@ -18,7 +18,7 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Silos:
 def test_a_template_that_writes_something_else_is_another_prompt(silos: Silos, monkeypatch: pytest.MonkeyPatch) -> None:
     run = silos.run({"name": "fedavg", "lr": 1e-3})
     data = config.Data(path=run.data.path, template="chat")
-    talking, net = run.model_copy(update={"data": data}), build.net_of(run)
+    talking, net = run.model_copy(update={"data": data}), assemble.net_of(run)
     net.tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}"
         "{{ strftime_now('%Y') }}{{ m.content }}{% endfor %}"

@@ -15,7 +15,7 @@ pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 from silos import Silos
 from tiny import tiny_rows, write_jsonl
 
-from thinwire import build, config, wire
+from thinwire import assemble, config, wire
 from thinwire.core import Server
 from thinwire.federation import audit, worker
 from thinwire.federation.fingerprint import fingerprints
@@ -57,20 +57,20 @@ class Attack:
         """The settings and hashes as an honest hub has them, but for the changes."""
         plain = told(run, ("north",), SESSION)
         settings = json.dumps({**json.loads(plain), **(changes or {})})
-        tiny = build.net_of(run.model_copy(update={"model": self.run().model}))
+        tiny = assemble.net_of(run.model_copy(update={"model": self.run().model}))
         return {"settings": settings, **fingerprints(run, tiny)}
 
     def frame(self, run: config.Run, round: int = 1, **changes: Any) -> bytes:
         """What this round's client is told; `changes` are fields of the payload."""
-        net = build.net_of(run, remember=True)
+        net = assemble.net_of(run, remember=True)
         key, versions = Key.root(0), VersionStore(self.place / "hub")
         server = Server(net, key, round, 9, (0,), versions)
         down = run.method.broadcast(run.method.init(server), server, 0, None)
         down = type(down)(**{**vars(down), **changes})
-        return bytes(wire.encode(down, run=build.identity(run), round=round, client=0))  # type: ignore[arg-type]
+        return bytes(wire.encode(down, run=assemble.identity(run), round=round, client=0))  # type: ignore[arg-type]
 
     def hello(self, run: config.Run) -> bytes:
-        return bytes(wire.encode(Hello(), run=build.identity(run), client=0))  # type: ignore[arg-type]
+        return bytes(wire.encode(Hello(), run=assemble.identity(run), client=0))  # type: ignore[arg-type]
 
     def ask(self, action: str, about: dict[str, Any], frame: bytes, table: dict[str, Any] | None = None) -> str | bytes:
         """Put one whole frame to the worker."""
@@ -281,7 +281,7 @@ def test_a_round_is_answered_once(attack: Attack) -> None:
     assert isinstance(reply, bytes)
     others = {attack.ask("train", about, attack.frame(run, draws=draws)) for draws in range(30)}
     assert others == {"Illegal: round 1 is answered already, to another request"}
-    other = attack.about(attack.run({**THIN, "lr": 1e-2}), {"run": build.identity(run)})  # another file of the same run
+    other = attack.about(attack.run({**THIN, "lr": 1e-2}), {"run": assemble.identity(run)})  # another file of it
     assert attack.ask("train", other, first) == reply
     assert "is answered already" in str(attack.ask("train", other, attack.frame(run, lr=1e-2)))
     assert attack.ask("train", about, first) == reply  # what a retry needs

@@ -415,16 +415,16 @@ def test_scores_of_the_sites_are_weighted_by_their_rows(
     assert state_of(tmp_path / "there") == state_of(tmp_path / "here")  # a survey leaves no trace
     assert visits(tmp_path / "there") == visits(tmp_path / "here")
     # the last state scored by hand: all rows in one data set
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.evaluate.splits import Split, evaluate
 
     rows = [row for held in silos.rows(run).clients.values() for row in held]
     last = [r for r in course.read_records(tmp_path / "there" / "evals.jsonl") if r["split"] == "sites_train"]
     assert [r["round"] for r in last] == [0, 1, 2]
-    net = build.net_of(
+    net = assemble.net_of(
         run.model_copy(update={"model": run.model.model_copy(update={"path": str(tmp_path / "there" / "model")})})
     )
-    found = evaluate(net, Split("all", build.dataset(run.data, rows, net.tokenizer)), run.eval.batch_size)
+    found = evaluate(net, Split("all", assemble.dataset(run.data, rows, net.tokenizer)), run.eval.batch_size)
     assert last[-1]["loss"] == pytest.approx(found.loss, rel=1e-5)
     assert last[-1]["accuracy"] == pytest.approx(found.accuracy)
     assert (last[-1]["rows"], last[-1]["sites"]) == (len(rows), 3)

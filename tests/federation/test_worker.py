@@ -22,7 +22,7 @@ import msgpack
 from silos import Silos
 from tiny import tiny_rows, write_jsonl
 
-from thinwire import build, wire
+from thinwire import assemble, wire
 from thinwire.errors import ConfigError
 from thinwire.federation import channel
 from thinwire.federation.fingerprint import fingerprints
@@ -48,9 +48,9 @@ def test_a_visit_beyond_the_policy_s_seconds_is_ended_whatever_it_is_at(tmp_path
     site = Site("north", str(data), str(tmp_path / "site"), "", **files)
     side = SiteSide(site, "127.0.0.1:1", tmp_path / "north.key", tmp_path / "ca.crt")
     children, settings = side.children, told(run, ("north",), "0" * 16)
-    hello = bytes(wire.encode(Hello(), run=build.identity(run), client=0))  # type: ignore[arg-type]
+    hello = bytes(wire.encode(Hello(), run=assemble.identity(run), client=0))  # type: ignore[arg-type]
     table = {"action": "join", "transfer": "0" * 16, "offset": 0, "total": len(hello), "room": 1, "counted": 0}
-    table |= fingerprints(run, build.net_of(run))
+    table |= fingerprints(run, assemble.net_of(run))
     try:
         children.start("supernode", ["sleep", "600"])
         children.start("worker", [sys.executable, "-m", "thinwire.federation.worker", side.folder / "site.json"])

@@ -22,7 +22,7 @@ from transformers import (
     T5Config,
 )
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.config import ConfigError
 from thinwire.data.batch import collate
 from thinwire.data.classes import classes_of
@@ -84,17 +84,16 @@ def run_of(place: Path, **tables: Any) -> config.Run:
     return config.parse(tree | tables)
 
 
-def opened(run: config.Run) -> tuple[config.Run, build.Rows, Net]:
-    rows = build.rows_of(run.data, Key.root(run.seed))
-    run = build.settled(run, rows)
-    return run, rows, build.net_of(run)
+def opened(run: config.Run) -> tuple[config.Run, assemble.Rows, Net]:
+    run, rows = assemble.prepared(run)
+    return run, rows, assemble.net_of(run)
 
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_trains_an_encoder(name: str, place: Path, tmp_path: Path) -> None:
     method, model = METHODS[name]
     run, rows, net = opened(run_of(place, method=method, model=model, rounds=2, seed=1))
-    job = build.job(run, rows, net, tmp_path, 0, Watch())
+    job = assemble.job(run, rows, net, tmp_path, 0, Watch())
     before = sum(mean_loss(net.model, data, 16)[0] for data in job.clients)
     summary = train(job)
     assert not [c["error"] for r in read_records(tmp_path / "rounds.jsonl") for c in r["clients"] if "error" in c]
@@ -107,7 +106,7 @@ def test_every_method_trains_an_encoder(name: str, place: Path, tmp_path: Path) 
     with torch.no_grad():
         found = model(**tokenizer([row.fields["input"]], return_tensors="pt")).logits
     assert model.config.id2label == dict(enumerate(sorted(CHOICES)))
-    one = build.dataset(run.data, [row], net.tokenizer, tuple(sorted(CHOICES)))
+    one = assemble.dataset(run.data, [row], net.tokenizer, tuple(sorted(CHOICES)))
     with torch.no_grad():
         mine = scores(net.model, collate(one.examples, one.pad, one.candidates))
     torch.testing.assert_close(mine, found.log_softmax(1), atol=1e-5, rtol=1e-4)
@@ -115,15 +114,15 @@ def test_every_method_trains_an_encoder(name: str, place: Path, tmp_path: Path) 
         {"data": run_of(place).data.model_dump(mode="json", exclude_none=True)}
         | {"method": {"name": "fedavg"}, "model": {"path": str(tmp_path / "model")}}
     )
-    data = build.splits_of(again, rows, tokenizer)[0]
-    assert evaluate(build.net_of(again), data).loss == pytest.approx(final["loss"], rel=1e-4)
+    saved = assemble.net_of(again)
+    assert evaluate(saved, assemble.splits_of(again, rows, saved)[0]).loss == pytest.approx(final["loss"], rel=1e-4)
 
 
 def test_an_adapter_of_a_classifier_holds_its_head(place: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     run, rows, net = opened(run_of(place, method=METHODS["lora"][0], model=METHODS["lora"][1]))
-    train(build.job(run, rows, net, tmp_path, 0, Watch()))
+    train(assemble.job(run, rows, net, tmp_path, 0, Watch()))
     start = AutoModelForSequenceClassification.from_pretrained(place / "encoder", num_labels=2)
     peft = PeftModel.from_pretrained(start, tmp_path / "model" / "adapter").eval()
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
@@ -138,7 +137,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(place: Path)
         Row({**row.fields, "input": row.fields["input"] * (i + 1)}, row.source, row.line)
         for i, row in enumerate(next(iter(rows.clients.values()))[:4])
     ]
-    data = build.dataset(run.data, held, net.tokenizer, run.data.choices)
+    data = assemble.dataset(run.data, held, net.tokenizer, run.data.choices)
     batch = collate(data.examples, data.pad, data.candidates)
     assert batch.classes
     assert batch.attention_mask[:, 0].all()
@@ -164,7 +163,7 @@ def test_a_fresh_head_is_drawn_from_the_runs_key_alone(place: Path) -> None:
     assert not torch.equal(heads[0], heads[2])
     assert heads[0].std().item() == pytest.approx(0.02, rel=0.3)
     run = run_of(place, seed=3, data={"choices": list(CHOICES)})
-    hollow = build.net_of(run, hollow=True)
+    hollow = assemble.net_of(run, hollow=True)
     assert torch.equal(hollow.base["classifier.weight"], heads[0])
     assert hollow.names == nets[0].names
     with torch.no_grad():
@@ -230,16 +229,16 @@ def test_a_causal_model_becomes_a_classifier_where_the_run_says_so(place: Path, 
     tiny_folder(tmp_path / "llama")
     run, rows, net = opened(run_of(place, model={"path": str(tmp_path / "llama"), "task": "classification"}))
     assert isinstance(net.model, LlamaForSequenceClassification)
-    assert evaluate(net, build.splits_of(run, rows, net.tokenizer)[0]).accuracy is not None
+    assert evaluate(net, assemble.splits_of(run, rows, net)[0]).accuracy is not None
 
 
 def test_a_context_shorter_than_a_row_is_one_line(place: Path, tmp_path: Path) -> None:
     tiny_encoder(tmp_path / "short", max_position_embeddings=16)
     run, rows, net = opened(run_of(place, model={"path": str(tmp_path / "short")}))
     with pytest.raises(DataError, match=r"has \d\d tokens, and the context of .* is 16; set data.max_length to 16"):
-        build.job(run, rows, net, tmp_path, 0, Watch())
+        assemble.job(run, rows, net, tmp_path, 0, Watch())
     run = run.model_copy(update={"data": run.data.model_copy(update={"max_length": 16})})
-    evaluate(net, build.splits_of(run, rows, net.tokenizer)[0])
+    evaluate(net, assemble.splits_of(run, rows, net)[0])
     RobertaForSequenceClassification(
         RobertaConfig(
             vocab_size=259,
@@ -272,7 +271,7 @@ def test_a_tokenizer_without_padding_is_handled(place: Path, tmp_path: Path) -> 
     for task in ("causal", "classification"):
         data = {"prompt": "{input}", "answer": "{output}", "choices": list(CHOICES)}
         run, rows, net = opened(run_of(place, model={"path": str(tmp_path / "llama"), "task": task}, data=data))
-        split = build.splits_of(run, rows, net.tokenizer)[0]
+        split = assemble.splits_of(run, rows, net)[0]
         found += [evaluate(net, split, batch_size=size).loss for size in (1, 8)]
     assert found[0] == pytest.approx(found[1], abs=1e-5)
     assert found[2] == pytest.approx(found[3], abs=1e-5)
@@ -280,18 +279,18 @@ def test_a_tokenizer_without_padding_is_handled(place: Path, tmp_path: Path) -> 
 
 def test_bad_classes_are_one_line(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.choices: missing"):
-        build.net_of(run_of(place))
+        assemble.net_of(run_of(place))
     run, rows, net = opened(run_of(place))
     odd = Row({"input": "x", "output": "odd"}, "f.jsonl", 7)
     with pytest.raises(DataError, match=r"f\.jsonl:7: the class 'odd' is unseen in training, where there are: great"):
-        build.splits_of(run, build.Rows(rows.clients, {"heldout": [odd]}), net.tokenizer)
+        assemble.splits_of(run, assemble.Rows(rows.clients, {"heldout": [odd]}), net)
     with pytest.raises(DataError, match="fewer than two classes"):
         classes_of([odd])
     net.save(tmp_path / "saved")
     with pytest.raises(ConfigError, match=r"data\.choices: the classes of the model .* are great, terrible"):
-        build.net_of(run_of(place, model={"path": str(tmp_path / "saved")}, data={"choices": ["x", "y"]}))
+        assemble.net_of(run_of(place, model={"path": str(tmp_path / "saved")}, data={"choices": ["x", "y"]}))
     swapped = run_of(place, model={"path": str(tmp_path / "saved")}, data={"choices": ["terrible", "great"]})
-    assert build.classes_of(swapped) == ("great", "terrible")
+    assert assemble.classes_of(swapped, tmp_path / "saved") == ("great", "terrible")
     assert classes_of([Row({"input": "", "output": n}, "x", 1) for n in (10, 9, 2)]) == ("2", "9", "10")
     weights = json.loads((place / "encoder" / "config.json").read_text())
     assert weights["architectures"] == ["BertModel"]
@@ -302,7 +301,7 @@ def test_fedcybgd_trains_the_head_with_every_block(importance: str, place: Path,
     method = METHODS["fedcybgd"][0] | {"importance": importance, "blocks": 4, "drop": 0.5, "steps": 2, "common": 0}
     run, rows, net = opened(run_of(place, method=method))
     federation = Federation(run.method, net, tmp_path, sizes=(), rounds=4)
-    federation.data = [build.client_data(run, held, net.tokenizer) for held in rows.clients.values()]
+    federation.data = [assemble.client_data(run, held, net) for held in rows.clients.values()]
     for turn in range(4):
         before = federation.state.weights
         at = federation.step((turn % 2,))
@@ -318,7 +317,7 @@ def test_fedcybgd_trains_the_head_with_every_block(importance: str, place: Path,
 def test_a_probe_together_is_the_probe_apart(place: Path) -> None:
     """Positions, which an encoder looks up once for all rows, are perturbed for each direction."""
     run, rows, net = opened(run_of(place))
-    data = build.client_data(run, next(iter(rows.clients.values())), net.tokenizer)
+    data = assemble.client_data(run, next(iter(rows.clients.values())), net)
     batch = next(data.batches(Key.root(0), 6))
     for law in ("sign", "lowrank"):
         found = []
@@ -354,6 +353,6 @@ def test_the_real_encoder_sorts_film_desk(tmp_path: Path) -> None:
     }
     run, rows, net = opened(config.parse(tree))
     assert run.data.choices == ("film", "other")
-    summary = train(build.job(run, rows, net, tmp_path, 0, Watch()))
+    summary = train(assemble.job(run, rows, net, tmp_path, 0, Watch()))
     assert net.size == 22_713_986 + 0
     assert summary["final"][0]["accuracy"] > 0.9

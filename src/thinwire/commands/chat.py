@@ -104,12 +104,12 @@ def _chooser(net: Net, data: Data | None, choices: Sequence[str], classifies: bo
     """What prints which of a closed set of answers scores highest, as an evaluation has it, and its share."""
     import torch
 
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.data.classes import WHOLE, classify
     from thinwire.data.tokenise import tokenise
     from thinwire.train.objective import scores
 
-    template = build.template_of(data, classifies) if data is not None else WHOLE
+    template = assemble.template_of(data, classifies) if data is not None else WHOLE
     longest = net.tokenizer.model_max_length if data is None else data.max_length
 
     def read(row: Row) -> Dataset:
@@ -134,21 +134,22 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
     """
     import torch
 
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.data.templates import NAMED, Chat
     from thinwire.data.tokenise import tokenise
     from thinwire.evaluate.text import answer_of, decoding
 
     tokenizer: Any = net.tokenizer
+    model: Any = net.model
     template = NAMED["chat" if tokenizer.chat_template else "completion"]
     if data is not None:
-        template = build.template_of(data)
+        template = assemble.template_of(data)
     talk: list[dict[str, str]] = []
 
     def answer(line: str) -> None:
         row = _row(template, line, "-", talk)
         held = tokenise([row], template, tokenizer, max_length=sys.maxsize, eos=False)
-        build.check_tokens(net, "the model", held)
+        assemble.check_tokens(net, "the model", held)
         prompt = torch.tensor([held.examples[0].prompt], device=net.device)
         room = getattr(net.model.config, "max_position_embeddings", None)
         length = prompt.shape[1]
@@ -157,7 +158,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
             echo(f"thinwire: {length} tokens do not fit into the model's {room}; forgot the talk so far", err=True)
             return
         with decoding(net.model, tokenizer, held, temperature) as (ends, texts):
-            made = net.model.generate(
+            made = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 streamer=None if texts else _streamer(tokenizer, ends),
@@ -176,10 +177,10 @@ def _streamer(tokenizer: Any, ends: set[int]) -> Any:
     """What prints tokens as they are made, but for those that end an answer."""
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):  # type: ignore[misc]
+    class Streamer(TextStreamer):
         def put(self, value: Any) -> None:
             if self.next_tokens_are_prompt or int(value) not in ends:
-                super().put(value)
+                super().put(value)  # type: ignore[no-untyped-call]
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             typer.echo(printable(text), nl=stream_end)

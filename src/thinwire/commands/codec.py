@@ -70,7 +70,7 @@ def _fit(
 
     import torch
 
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.compress.catalogue import code_of, side_of
     from thinwire.compress.learned import autoencoder, codec_file, components
     from thinwire.compress.learned.fidelity import cosine, fidelity
@@ -79,13 +79,12 @@ def _fit(
     from thinwire.methods.tgap import Tgap
     from thinwire.train.factors import OnFactors
 
-    build.use_threads(settings)
-    rows = build.rows_of(settings.data, Key.root(settings.seed))
+    settings, rows = assemble.prepared(settings)
     if settings.rounds < 2 or len(rows.clients) < 3:
         raise ConfigError(
             "rounds, data.clients: a codec needs two rounds and three clients, some of them to judge it on"
         )
-    net = build.net_of(settings, remember=True)
+    net = assemble.begin(settings, rows).net
     image = method.image(net, side_of(method.codec))
     with tempfile.TemporaryDirectory() as scratch:
         shared = {name: getattr(method, name) for name in OnFactors.model_fields if name != "name"}
@@ -137,14 +136,14 @@ def _gather(
     """The updates of all clients in all rounds, and the bytes that they took up and down."""
     from safetensors.torch import save_file
 
-    from thinwire import build, wire
+    from thinwire import assemble, wire
     from thinwire.core import Client, Reply, Round, Server, run_round
     from thinwire.keys import Key
     from thinwire.runtime.inprocess import InProcess
     from thinwire.runtime.store import ClientMemories, VersionStore
 
     key = Key.root(settings.seed).fold("tgap")
-    data = [build.client_data(settings, held, net.tokenizer) for held in rows.clients.values()]
+    data = [assemble.client_data(settings, held, net) for held in rows.clients.values()]
     versions, memories = VersionStore(scratch / "versions"), ClientMemories(scratch / "clients")
     cohort, rounds, held = tuple(range(len(data))), [], dict[int, str]()
     up = down = 0

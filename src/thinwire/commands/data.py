@@ -13,7 +13,7 @@ from thinwire.commands.terminal import Overrides, echo, echo_json, one_line, set
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from thinwire.build import Rows
+    from thinwire.assemble import Rows
     from thinwire.config import Run
     from thinwire.data.batch import Dataset
     from thinwire.data.rows import Row
@@ -35,32 +35,31 @@ def data(
     """Show a run's clients: their rows, lengths, labels, what is cut, and examples as the model reads them."""
     with one_line():
         settle()
-        from thinwire import build, config
+        from thinwire import assemble, config
         from thinwire.data import partition_plot
         from thinwire.data.statistics import describe, filled, remarks, shortened, skew
-        from thinwire.keys import Key
 
         if plot is not None:
             partition_plot.check(plot)
         settings = config.load(file, overrides or [])
-        rows = build.rows_of(settings.data, Key.root(settings.seed))
-        settings = build.settled(settings, rows)
+        settings, rows = assemble.prepared(settings)
         plain = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None})})
-        net = build.net_of(plain, hollow=True)  # the tokenizer and the config are all that is needed
-        clients = build.clients_data(settings, rows, net.tokenizer)
-        classes = build.classes_of(settings)
+        net = assemble.net_of(plain, hollow=True)  # the tokenizer and the config are all that is needed
+        clients = assemble.clients_data(settings, rows, net)
+        classes = assemble.classes_of(settings, net.folder)
         splits = {
-            name: build.dataset(settings.data, held, net.tokenizer, classes) for name, held in rows.splits.items()
+            name: assemble.dataset(settings.data, held, net.tokenizer, classes) for name, held in rows.splits.items()
         }
         for each in (*clients, *splits.values()):
-            build.check_context(net.positions, settings.model.path, each.examples)
-            build.check_tokens(net, settings.model.path, each)
+            assemble.check_context(net.positions, settings.model.path, each.examples)
+            assemble.check_tokens(net, settings.model.path, each)
         if settings.data.choices is not None:
-            build.check_answers(settings.data, rows)
+            assemble.check_answers(settings.data, rows)
 
         column, labels = _labels(settings, rows, classes is not None)
         held_out = [describe(name, each, labels.get(name, ())) for name, each in splits.items()]
         held = [describe(n, d, labels.get(n, ())) for n, d in zip(rows.clients, clients, strict=True)]
+        notes = remarks([*clients, *splits.values()])
         found = {
             "clients": [asdict(each) for each in held],
             "splits": [asdict(each) for each in held_out],
@@ -68,7 +67,7 @@ def data(
             "label": column,
             "skew": skew([each.labels for each in held]) if column is not None else None,
             "packed": [dict(zip(("rows", "filled"), filled(each), strict=True)) for each in clients if each.pack],
-            "notes": remarks([*clients, *splits.values()]),
+            "notes": notes,
             "examples": _examples(list(rows.clients), clients, net.tokenizer),
         }
         if plot is not None:
@@ -76,7 +75,7 @@ def data(
             partition_plot.draw(held, title, settings.data.max_length, plot)
         if as_json:
             echo_json(found, ascii=False)
-            for note in found["notes"]:
+            for note in notes:
                 echo(f"thinwire: {note}", err=True)
             return
         line = shortened(list(rows.clients), clients, settings.data.max_length)
@@ -90,17 +89,17 @@ def _labels(run: Run, rows: Rows, classifies: bool) -> tuple[str | None, dict[st
 
     The closed set of answers; else the column that the partition goes by; else the answers, where they are few.
     """
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.data import templates
     from thinwire.data.errors import DataError
 
-    template, everyone = build.template_of(run.data, classifies), {**rows.clients, **rows.splits}
+    template, everyone = assemble.template_of(run.data, classifies), {**rows.clients, **rows.splits}
     by = run.data.column
     if run.data.choices is None and run.data.partition in ("dirichlet", "task"):
         return by, {name: [row.text(by) for row in held] for name, held in everyone.items()}
 
     def answers(held: list[Row]) -> list[str]:
-        return [templates.answer_value(row, template) for row in build.in_words(run.data, held)]
+        return [templates.answer_value(row, template) for row in assemble.in_words(run.data, held)]
 
     try:
         labels = {name: answers(held) for name, held in everyone.items()}
@@ -117,7 +116,7 @@ def _labels(run: Run, rows: Rows, classifies: bool) -> tuple[str | None, dict[st
 def _examples(names: list[str], clients: list[Dataset], tokenizer: Any) -> list[dict[str, Any]]:
     """A few examples from as many clients as there are for them, as text: what is read, and what is trained."""
     picked = [(n % len(clients), n // len(clients)) for n in range(EXAMPLES * len(clients))]
-    found = []
+    found: list[dict[str, Any]] = []
     for client, i in picked:
         if i < len(clients[client]) and len(found) < EXAMPLES:
             example = clients[client].examples[i]
@@ -151,7 +150,7 @@ def _print(
 ) -> None:
     from rich.table import Column, Table
 
-    from thinwire.commands.show import Screen
+    from thinwire.commands.screen import Screen
 
     console = Screen()
     total = sum(client.rows for client in clients)

@@ -39,8 +39,9 @@ def show(found: Estimate) -> None:
     """Three tables, and what was assumed."""
     from rich.table import Column, Table
 
-    from thinwire.commands.show import Screen, number, size
+    from thinwire.commands.screen import Screen
     from thinwire.estimate.costs import LINKS
+    from thinwire.units import number, size
 
     def spanned(one: Span) -> str:
         low, high = size(one.least), size(one.most)
@@ -74,16 +75,16 @@ def show(found: Estimate) -> None:
 
 def verdict(run: Run, job: Job, folder: Path) -> str | None:
     """The line that says whether a run's bytes were within the estimate; None for a method without one."""
-    from thinwire import build
+    from thinwire import assemble
     from thinwire.estimate import traffic
 
-    told = traffic.Federation(run, build.identity(run), [len(rows) for rows in job.clients])
+    told = traffic.Federation(run, assemble.identity(run), [len(rows) for rows in job.clients])
     said = traffic.traffic(told, dict(job.net.parameters()))
     summary = json.loads((folder / "summary.json").read_text())
     return None if said is None else traffic.verdict(said, summary["bytes_down"], summary["bytes_up"])
 
 
 def _time(seconds: float) -> str:
-    from thinwire.commands.show import span
+    from thinwire.units import span
 
     return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else span(seconds)

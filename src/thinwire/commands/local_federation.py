@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from thinwire.commands.claim import check_place, claim, record
 from thinwire.commands.terminal import Overrides, Stopped, echo, one_line, settle
 
 
@@ -23,13 +24,12 @@ def local_federation(
     """Run a run file on Flower with a server and sites on this machine, as a federation of machines would."""
     with one_line(), ExitStack() as stack:
         settle()
-        from thinwire import build, cli, config
+        from thinwire import assemble, config
         from thinwire.commands.show import print_summary
         from thinwire.federation.local import Local, named
         from thinwire.federation.processes import require_flower
         from thinwire.federation.progress import Progress
         from thinwire.federation.superlink import Ended, rounds_of
-        from thinwire.keys import Key
         from thinwire.runtime.folder import ended, locked
 
         require_flower()
@@ -38,18 +38,18 @@ def local_federation(
         settings = config.load(file, changes)
         if clients is not None and settings.data.partition in ("iid", "dirichlet"):
             settings = config.load(file, [*changes, f"data.clients={clients}"])
-        rows = build.rows_of(settings.data, Key.root(settings.seed))
+        settings, rows = assemble.prepared(settings)
         if clients is not None and len(rows.clients) != clients:
             raise config.ConfigError(f"--clients: the data has {len(rows.clients)} clients, not {clients}")
         folder = out if out is not None else Path("runs") / settings.name
-        cli.check_place(folder, resume)
+        check_place(folder, resume)
         stack.enter_context(locked(folder))
-        cli.claim(folder, settings, resume)
+        claim(folder, settings, resume)
         if ended(folder):
             echo(f"{folder}: this run is complete")
             print_summary(folder)
             return
-        cli.record(folder, settings)
+        record(folder, settings)
         local = Local(folder / "federation", named(settings, rows.clients), echo)
         progress, killed = Progress(folder, settings.rounds, echo), False
 

@@ -16,13 +16,12 @@ def report(
 ) -> None:
     """Make one self-contained page about runs: curves, bars, the table, answers to public prompts."""
     with one_line():
+        from thinwire import files
         from thinwire.report.page import render
-        from thinwire.report.plots import size
         from thinwire.report.runs import collect
+        from thinwire.units import size
 
         page = render(collect(runs))
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.part")
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
+        files.write(out, page)
         echo(f"{out}: {size(len(page.encode()))}, opens in any browser and asks no network")

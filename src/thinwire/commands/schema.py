@@ -16,18 +16,17 @@ def schema() -> None:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a run file: methods told apart by `name`, one of the user's own by `path`."""
     from thinwire.config import Run
-    from thinwire.methods import METHODS
+    from thinwire.methods.catalogue import catalogue
 
     whole = Run.model_json_schema(ref_template="#/$defs/{model}")
     definitions, fields = whole["$defs"], whole["properties"]
-    definitions.pop("Method", None)
     kinds = []
-    for name, cls in sorted(METHODS.items()):
-        method = cls.model_json_schema(ref_template="#/$defs/{model}")
+    for name, about in catalogue().items():
+        method, title = about["schema"], about["schema"]["title"]
         definitions |= method.pop("$defs", {})
         method["required"] = ["name", *(field for field in method.get("required", ()) if field != "name")]
-        definitions[cls.__name__] = {**method, "properties": {**method["properties"], "name": {"const": name}}}
-        kinds.append({"$ref": f"#/$defs/{cls.__name__}"})
+        definitions[title] = {**method, "properties": {**method["properties"], "name": {"const": name}}}
+        kinds.append({"$ref": f"#/$defs/{title}"})
     path = {"type": "string", "pattern": ".:.", "description": "package.module:Class of a method of your own"}
     own = {"type": "object", "title": "A method of your own", "properties": {"path": path}, "required": ["path"]}
     fields["method"] = {"oneOf": [*kinds, own], "title": "Method", "discriminator": {"propertyName": "name"}}

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from thinwire.commands.claim import check_place, claim, record
 from thinwire.commands.terminal import Overrides, Stopped, echo, one_line, settle
 
 RISK = (
@@ -50,7 +51,7 @@ def server(
         if not own_proxy:
             listening(host, port, "--listen")
         # what follows takes its time to import
-        from thinwire import cli, config
+        from thinwire import config
         from thinwire.commands.show import print_summary
         from thinwire.federation import proxy
         from thinwire.federation.progress import Progress
@@ -62,9 +63,9 @@ def server(
         sites = federation_of(settings)
         check_clients(settings.cohort, len(sites))
         folder = out if out is not None else Path("runs") / settings.name
-        cli.check_place(folder, resume)
+        check_place(folder, resume)
         stack.enter_context(locked(folder))
-        cli.claim(folder, settings, resume)
+        claim(folder, settings, resume)
         if ended(folder):
             echo(f"{folder}: this run is complete")
             print_summary(folder)
@@ -88,7 +89,7 @@ def server(
             listening("127.0.0.1", hub_port, "--hub-port")
         if expose:
             echo(f"thinwire: {RISK}", err=True)
-        cli.record(folder, settings)
+        record(folder, settings)
         if not expose:
             files = proxy.write(home / "proxy", keys, host, port, side.port)
             if own_proxy:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from thinwire.data.shown import printable, printable_json
-from thinwire.errors import RunError
+from thinwire.errors import RunError, UserError
 from thinwire.records import finite
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
@@ -72,13 +72,7 @@ def _ends() -> Iterator[None]:
     except RunError as error:
         _complain(str(error))
         raise typer.Exit(1) from None
-    except ValueError as error:
-        from thinwire.config import ConfigError
-        from thinwire.data.errors import DataError
-        from thinwire.model.errors import ModelError
-
-        if not isinstance(error, ConfigError | DataError | ModelError):
-            raise
+    except UserError as error:
         _complain(str(error))
         raise typer.Exit(2) from None
     except BrokenPipeError:

@@ -1,7 +1,9 @@
 """What is wrong with the user's data."""
 
+from thinwire.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """The user's data cannot be used; the message is one line, with the file and the line where it can."""
 
 

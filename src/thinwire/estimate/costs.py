@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thinwire import build
-from thinwire.build import Rows
+from thinwire import assemble
+from thinwire.assemble import Rows
 from thinwire.config import ConfigError, Run, method_name
 from thinwire.data.bundled import PACKAGED
 from thinwire.data.classes import classes_of
@@ -98,7 +98,7 @@ def estimate(run: Run) -> Estimate:
         clients=len(examples),
         rounds=run.rounds,
         batch=(rows, length),
-        traffic=traffic(Federation(run, build.identity(run), examples), model.trained),
+        traffic=traffic(Federation(run, assemble.identity(run), examples), model.trained),
         client=client_memory(run, model, forward),
         server=server_memory(run, model),
         flops=forward.flops / sides * passes,
@@ -113,7 +113,7 @@ def rows_at_hand(run: Run) -> Rows | None:
     files = [inner for file in files for inner in (file.rglob("*") if file.is_dir() else [file])]
     try:
         if sum(file.stat().st_size for file in files) <= READ and (files or data.path in PACKAGED):
-            return build.rows_of(data, Key.root(run.seed))
+            return assemble.rows_of(data, Key.root(run.seed))
     except (OSError, DataError, ConfigError):
         pass
     return None
@@ -137,7 +137,7 @@ def classes_in(run: Run, held: Rows | None, assumed: list[str]) -> int:
     if held is not None:
         rows = [row for rows in held.clients.values() for row in rows]
         try:
-            return len(classes_of(build.in_words(run.data, rows), build.template_of(run.data, True)))
+            return len(classes_of(assemble.in_words(run.data, rows), assemble.template_of(run.data, True)))
         except (DataError, ConfigError):
             pass
     assumed.append("two classes: neither data.choices nor the rows name them")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from thinwire.federation.transport import printable
-from thinwire.runtime.course import Record, read_records
+from thinwire.records import Record, read_records
 
 MOST = 1 << 20  # bytes of a file of notices, which then begins anew
 

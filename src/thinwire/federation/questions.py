@@ -12,6 +12,7 @@ from thinwire import wire
 from thinwire.core import Method, Reply, Server
 from thinwire.federation.payloads import Hello, Ready, Scores
 from thinwire.federation.transport import Flower, NoQuorum
+from thinwire.records import SCORES
 from thinwire.wire import Frame, Ledger, WireError
 
 SMALL = 1 << 16  # bytes of an answer that holds no weights
@@ -107,18 +108,18 @@ class Survey:
 def record(split: str, scores: Sequence[Scores]) -> dict[str, Any]:
     """The mean of some sites' scores, weighted by their rows; perplexity of the mean loss."""
     rows = sum(s.examples for s in scores)
-    loss = sum(s.loss * s.examples for s in scores) / rows
 
-    def mean(values: list[tuple[int, float]]) -> float | None:
-        return sum(n * v for n, v in values) / sum(n for n, _ in values) if values else None
+    def mean(name: str) -> float | None:
+        held = [(s.examples, value) for s in scores if (value := getattr(s, name, None)) is not None]
+        return sum(n * value for n, value in held) / sum(n for n, _ in held) if held else None
 
+    means = {name: mean(name) for name in SCORES}
+    loss = means["loss"]
+    assert loss is not None  # every site has one
     return {
         "split": split,
-        "loss": loss,
+        **means,
         "perplexity": math.exp(loss) if loss < 700 else None,
-        "accuracy": mean([(s.examples, s.accuracy) for s in scores if s.accuracy is not None]),
-        "rouge_l": mean([(s.examples, s.rouge_l) for s in scores if s.rouge_l is not None]),
-        "bleu": None,
         "rows": rows,
         "sites": len(scores),
         "samples": [],

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thinwire import files
+
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
@@ -50,10 +52,7 @@ class Status:
 
     def write(self, folder: Path) -> None:
         """Say so in status.json of the run's folder `federation`."""
-        path = folder / "federation" / "status.json"
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(asdict(self)))
-        partial.replace(path)
+        files.write(folder / "federation" / "status.json", json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Status | None:
@@ -83,7 +82,7 @@ def serve(grid: Grid, folder: Path) -> None:
 
 
 def _train(grid: Grid, folder: Path) -> None:
-    from thinwire import build, config, memory
+    from thinwire import assemble, config, memory
     from thinwire.data.source import read_file
     from thinwire.federation.fingerprint import fingerprints
     from thinwire.federation.keys import caps_of
@@ -95,19 +94,17 @@ def _train(grid: Grid, folder: Path) -> None:
 
     hub, run = Hub.load(folder), config.load(folder / "run.toml")
     federation = run.federation or config.Federation()
-    build.use_threads(run)
-    before = memory.resident()
-    net = build.net_of(run, remember=True)
+    rows = assemble.Rows({}, {name: read_file(path) for name, path in hub.splits.items()})
+    start = assemble.begin(run, rows)
     memory.trim()  # loading has left as much again as the model
-    rows = build.Rows({}, {name: read_file(path) for name, path in hub.splits.items()})
-    job = build.job(run, rows, net, folder, before, Watch())
+    job = start.job(folder, Watch())
     keys = public_keys(Path(hub.keys))
     spool = folder / "spool"
     transport = Flower(
         grid,
         lambda: nodes_of(grid, hub.sites, keys),
         spool,
-        fingerprints(run, net),
+        fingerprints(run, start.net),
         deadline=federation.deadline,
         quorum=federation.quorum,
         patience=federation.patience,
@@ -128,8 +125,8 @@ def _train(grid: Grid, folder: Path) -> None:
 
 def counted(folder: Path) -> dict[int, int]:
     """Client -> the last round up to the checkpoint in which a reply of it came."""
+    from thinwire.records import read_records
     from thinwire.runtime import checkpoint
-    from thinwire.runtime.course import read_records
 
     ended = max(checkpoint.rounds(folder / "state"), default=0)
     records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire import build, config, memory, wire
+from thinwire import assemble, config, files, memory, wire
 from thinwire.config import method_name
 from thinwire.core import Client, serve
 from thinwire.data import partition
@@ -42,7 +42,7 @@ def told(run: config.Run, sites: tuple[str, ...], session: str) -> str:
         update={"data": run.data.model_copy(update=data), "federation": None, "environment": {}, "threads": run.threads}
     )
     return json.dumps(
-        {"run": build.identity(run), "sites": list(sites), "session": session, "toml": stripped.to_toml()}
+        {"run": assemble.identity(run), "sites": list(sites), "session": session, "toml": stripped.to_toml()}
     )
 
 
@@ -109,8 +109,8 @@ class Visits:
     def load(self) -> None:
         """Take the start model, and its fingerprints with it."""
         if not self.fingerprints:
-            build.use_threads(self.settings)
-            self.net = build.net_of(self.settings, hollow=self.settings.method.hollow)
+            assemble.use_threads(self.settings)
+            self.net = assemble.net_of(self.settings, hollow=self.settings.method.hollow)
             self.fingerprints = fingerprints(self.settings, self.net)
 
     def allow(self) -> None:
@@ -130,13 +130,13 @@ class Visits:
         scored: list[Row] | None = read_file(site.heldout) if site.heldout is not None else None
         if scored is None and site.hold_out and run.data.heldout and not isinstance(run.data.heldout, str):
             rows, scored = partition.holdout(rows, run.data.heldout, self.key.fold("heldout", site.name))
-        data = build.client_data(run, rows, self.net.tokenizer)
+        data = assemble.client_data(run, rows, self.net)
         self.heldout = bool(scored)
-        some = build.dataset(run.data, scored or rows, self.net.tokenizer, build.classes_of(run))
+        some = assemble.dataset(run.data, scored or rows, self.net.tokenizer, assemble.classes_of(run, self.net.folder))
         self.scored = Split("sites", replace(some, examples=some.examples[: run.eval.rows]), run.eval.generate)
         for each in (data, self.scored.data):
-            build.check_context(self.net.positions, run.model.path, each.examples)
-            build.check_tokens(self.net, run.model.path, each)
+            assemble.check_context(self.net.positions, run.model.path, each.examples)
+            assemble.check_tokens(self.net, run.model.path, each)
         self.versions = VersionStore(self.folder / "versions")
         self.data = data
         memory.trim()  # loading has left as much again as the model
@@ -184,9 +184,7 @@ class Visits:
         return found
 
     def _keep(self, newest: int, held: list[Any]) -> None:
-        partial = self.folder / "held.json.part"
-        partial.write_text(json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
-        partial.replace(self.folder / "held.json")
+        files.write(self.folder / "held.json", json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
 
     def _hold(self, round: int, held: str | None) -> None:
         before = [entry for entry in self._kept()["held"] if entry[0] < round]

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from thinwire import files
 from thinwire.federation.asked import Refused
-from thinwire.runtime.store import flush
+from thinwire.files import flush
 from thinwire.wire import Frame, Illegal, Spooled
 from thinwire.wire.frame import SPOOL_ABOVE
 
@@ -59,10 +60,7 @@ class Spent:
 
     def _write(self, run: str, entry: dict[str, Any]) -> None:
         self.runs = {**self.runs, run: entry}
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(self.runs))
-        flush(partial)
-        partial.replace(self.path)
+        files.write(self.path, json.dumps(self.runs))
 
 
 class Replies:

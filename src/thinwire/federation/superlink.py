@@ -16,7 +16,7 @@ from thinwire.federation.keys import check_server, public_bytes
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
 from thinwire.federation.server_app import PUBLIC, Hub, Status
 from thinwire.federation.site_run import told
-from thinwire.runtime.course import read_records
+from thinwire.records import read_records
 
 APP = Path(__file__).parent.parent / "flower_app"
 CONNECTION = "hub"

@@ -1,15 +1,43 @@
-"""The methods: one file each, one line in the union, discriminated by `name`."""
+"""The methods: one file each, one line in the table, found by `name`. None is imported before it is asked for."""
 
-from typing import Annotated
+from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from thinwire.methods.cgfed import CGFed
-from thinwire.methods.fedavg import FedAvg
-from thinwire.methods.fedcybgd import FedCyBGD
-from thinwire.methods.fedkseed import FedKSeed
-from thinwire.methods.fedzo import FedZO
-from thinwire.methods.gradualdiff import GradualDiff
+if TYPE_CHECKING:
+    from thinwire.core import Method
 
-AnyMethod = Annotated[CGFed | FedAvg | FedCyBGD | FedKSeed | FedZO | GradualDiff, Field(discriminator="name")]
-METHODS = {cls.model_fields["name"].default: cls for cls in (CGFed, FedAvg, FedCyBGD, FedKSeed, FedZO, GradualDiff)}
+PLACES = {
+    "cgfed": "thinwire.methods.cgfed:CGFed",
+    "fedavg": "thinwire.methods.fedavg:FedAvg",
+    "fedcybgd": "thinwire.methods.fedcybgd:FedCyBGD",
+    "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
+    "fedzo": "thinwire.methods.fedzo:FedZO",
+    "gradualdiff": "thinwire.methods.gradualdiff:GradualDiff",
+}
+
+
+class Methods(Mapping[str, "type[Method]"]):
+    """Name -> class of a table of places; what a class needs, torch above all, is imported when it is asked for."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> type[Method]:
+        module, _, cls = self._places[name].partition(":")
+        found: type[Method] = getattr(import_module(module), cls)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+METHODS = Methods(PLACES)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from thinwire.errors import UserError
 
-class ModelError(ValueError):
+
+class ModelError(UserError):
     """A model that cannot be used; the message is one clear line for the user."""
 
 

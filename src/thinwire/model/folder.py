@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from thinwire.files import flush
 from thinwire.model.errors import ModelError, first_line
 
 WEIGHTS = "model.safetensors"
@@ -104,8 +104,8 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
-                _flush(file)
-        _flush(temporary)
+                flush(file)
+        flush(temporary)
         if replace and target.exists():
             target.rename(old)
         try:
@@ -116,15 +116,7 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
                 raise
             if replace or not target.is_dir():
                 raise
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,8 +13,10 @@ import jinja2
 
 from thinwire.data.errors import DataError
 from thinwire.data.shown import printable
-from thinwire.report.plots import SCORES, SPLITS, plots, size
+from thinwire.records import MEASURED
+from thinwire.report.plots import SPLITS, plots
 from thinwire.report.runs import Recorded, number
+from thinwire.units import size
 
 PARTS = {"kind", "columns", "rows", "spec", "title"}  # of a plot, that the page's code needs
 
@@ -78,12 +80,12 @@ def table(runs: Sequence[Recorded]) -> tuple[list[str], list[list[str]]]:
     scores = [
         (split, score)
         for split in dict.fromkeys(str(row.get("split")) for run in runs for row in run.evals)
-        for score in SCORES
+        for score in MEASURED
         if any(number(row.get(score)) is not None for run in runs for row in run.evals if row.get("split") == split)
     ]
     heads = ["run", "method", "seed", "rounds"]
     for split, score in scores:
-        name = f"{SPLITS.get(split, split).lower()} {SCORES[score][0]}"
+        name = f"{SPLITS.get(split, split).lower()} {MEASURED[score].title}"
         heads += [f"{name}, before", f"{name}, after"]
     heads += ["down", "up", "seconds", "peak memory"]
     lines = []

@@ -9,14 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from thinwire.records import MEASURED
 from thinwire.report.runs import Recorded, number
+from thinwire.units import size
 
-SCORES = {
-    "loss": ("loss", "nats a token", "Mean negative log-likelihood of the answers; less is better."),
-    "accuracy": ("accuracy", "share of rows", "Share of rows whose right answer is the likeliest; more is better."),
-    "rouge_l": ("Rouge-L", "F1, 0 to 1", "Longest common subsequence with the expected answer; more is better."),
-    "bleu": ("BLEU", "0 to 100", "BLEU of all generated answers together; more is better."),
-}
 SPLITS = {"heldout": "Held-out", "heldout_tasks": "Held-out tasks", "validation": "Validation", "train": "Training"}
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
 
@@ -37,7 +33,7 @@ class Plot:
 def plots(runs: Sequence[Recorded]) -> list[Plot]:
     """All plots that the runs have records for."""
     groups = list(dict.fromkeys(run.group for run in runs))
-    found = [plot for split in _splits(runs) for score in SCORES if (plot := _score(runs, groups, split, score))]
+    found = [plot for split in _splits(runs) for score in MEASURED if (plot := _score(runs, groups, split, score))]
     found += [plot for plot in (_training(runs, groups), _bytes(runs), _memory(runs), _clients(runs)) if plot]
     return found
 
@@ -55,7 +51,7 @@ def _score(runs: Sequence[Recorded], groups: Sequence[str], split: str, score: s
     ]
     if not rows:
         return None
-    name, unit, about = SCORES[score]
+    name, unit, about, *_ = MEASURED[score]
     where = SPLITS.get(split, split)
     spec = _curve(groups, f"{name} ({unit})")
     return Plot(
@@ -161,15 +157,6 @@ def _clients(runs: Sequence[Recorded]) -> Plot | None:
         rows,
         spec,
     )
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < (999.5 if unit == "B" else 999.95):
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _at(run: Recorded, at: int) -> dict[str, Any]:

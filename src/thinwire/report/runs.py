@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thinwire.data.errors import DataError
-
-Record = dict[str, Any]
+from thinwire.records import Record, lines
 
 
 @dataclass(frozen=True)
@@ -61,20 +60,14 @@ def collect(paths: Sequence[Path]) -> list[Recorded]:
 
 
 def records(path: Path) -> list[Record]:
-    """The objects in a .jsonl file, one a line; a last line that was cut off is left out. DataError for another."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: not JSON") from None
-        if not isinstance(record, dict) or not isinstance(record.get("round"), int):
-            raise DataError(f"{path}:{number}: not a record of a round")
-        found.append(record)
-    return found
+    """The records in a .jsonl file; a last line that was cut off is left out. DataError for another."""
+    found = lines(path)
+    if found and isinstance(found[-1][1], str) and not found[-1][0].endswith(b"\n"):
+        found.pop()
+    for number, (_, record) in enumerate(found, 1):
+        if isinstance(record, str):
+            raise DataError(f"{path}:{number}: {record}")
+    return [record for _, record in found if isinstance(record, dict)]
 
 
 def number(value: Any) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from thinwire import records, wire
 from thinwire.errors import Damaged
-from thinwire.runtime.store import flush
+from thinwire.files import flush
 from thinwire.wire import LazyTensors, Spooled
 
 KEPT = 2

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from thinwire import memory, records
+from thinwire import files, memory, records
 from thinwire.core import LOG, Client, Method, Metrics, Round, Server, Transport, Visit, run_round
 from thinwire.errors import RunError
 from thinwire.keys import Key
@@ -199,7 +199,7 @@ def _train(job: Job) -> Record:
     summary = _summary(job, progress)
     job.net.save(job.folder / "model", job.card(summary) if job.card is not None else None)
     shutil.rmtree(spool)
-    records.replace(job.folder / "summary.json", (records.dumps(summary, indent=2) + "\n").encode())
+    files.write(job.folder / "summary.json", records.dumps(summary, indent=2) + "\n")
     return summary
 
 

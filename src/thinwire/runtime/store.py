@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thinwire.errors import Damaged
+from thinwire.files import whole
 from thinwire.wire import LazyTensors, raw
 from thinwire.wire.payload import Spec
 
@@ -50,7 +51,6 @@ def version_of(tensors: Mapping[str, Tensor]) -> str:
 def write_atomically(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
     """A safetensors file that is either whole or not there; `about` is its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
     own: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -58,19 +58,8 @@ def write_atomically(path: Path, tensors: Mapping[str, Tensor], about: Mapping[s
         shared = tensor.untyped_storage().data_ptr() in storages
         storages.add(tensor.untyped_storage().data_ptr())
         own[name] = tensor.detach().clone().contiguous() if shared else tensor.detach().contiguous()
-    save_file(own, partial, dict(about) if about else None)
-    flush(partial)
-    partial.replace(path)
-    flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with whole(path) as partial:
+        save_file(own, partial, dict(about) if about else None)
 
 
 class _File:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from thinwire import files
 from thinwire.compress.learned.lora_image import Image
 
 FORM = "thinwire codec 1"
@@ -39,10 +40,9 @@ def fingerprint(model: nn.Module, image: Image) -> str:
 
 def write(path: Path, artefact: Artefact) -> None:
     """The file, which is there whole or not at all."""
-    partial = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in artefact.tensors.items()}
-    save_file(tensors, partial, {"form": FORM, "kind": artefact.kind, "fingerprint": artefact.fingerprint})
-    partial.replace(path)
+    with files.whole(path) as partial:
+        save_file(tensors, partial, {"form": FORM, "kind": artefact.kind, "fingerprint": artefact.fingerprint})
 
 
 def read(path: Path) -> Artefact:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from thinwire import wire
+from thinwire import files, wire
 from thinwire.config import Run
 from thinwire.core import Client, Reply, Round, Server, run_round, serve
 from thinwire.keys import Key
@@ -42,17 +42,15 @@ class Cost:
 
 def measure(run: Run, cohort: Sequence[int], folder: Path) -> Cost:
     """What the run costs either side, kept in the folder as cost.json; RuntimeError with its last line if one fails."""
-    from thinwire import build
+    from thinwire import assemble
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.toml").write_text(run.to_toml(), encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        whole = build.settled(run, build.rows_of(run.data, Key.root(run.seed)))  # the server's side sees no rows
+        whole, _ = assemble.prepared(run)  # the server's side sees no rows
         (Path(place) / "run.toml").write_text(whole.to_toml(), encoding="utf-8")
         found = _ask("server", Path(place), ",".join(map(str, cohort[:CLIENTS])))
-    partial = folder / "cost.json.part"
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    partial.replace(folder / "cost.json")
+    files.write(folder / "cost.json", json.dumps(found, indent=2) + "\n")
     return Cost(**found)
 
 
@@ -87,14 +85,12 @@ class Processes:
 
 def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     """The server's side: a process that holds no client's rows."""
-    from thinwire import build, config, memory
+    from thinwire import assemble, config, memory
     from thinwire.runtime.store import VersionStore
 
     run = config.load(folder / "run.toml")
-    build.use_threads(run)
-    before = memory.resident()
-    net = build.net_of(run, remember=True)
-    public = build.public_data(run, net.tokenizer)
+    start = assemble.begin(run, assemble.Rows({}, {}))
+    net, public = start.net, assemble.public_data(run, start.net)
     memory.reset()
     held: dict[int, str] = {}
     versions, transport = VersionStore(folder / "server"), Processes(folder, held)
@@ -117,20 +113,17 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
         sent.append(fmean(visit.bytes_down + visit.bytes_up for visit in visits))
     run.method.materialise(state, net)
     newcomer, returning = sent
-    return asdict(Cost(newcomer, returning, clients, alone, transport.peak, memory.peak() - before))
+    return asdict(Cost(newcomer, returning, clients, alone, transport.peak, memory.peak() - start.before))
 
 
 def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
     """One visit: a process that holds the client's rows, its model and its frame."""
-    from thinwire import build, config, memory
+    from thinwire import assemble, config, memory
     from thinwire.runtime.store import ClientMemory, VersionStore
 
     run = config.load(folder / "run.toml")
-    build.use_threads(run)
-    rows = build.rows_of(run.data, Key.root(run.seed))
-    before = memory.resident()
-    net = build.net_of(run, remember=True, hollow=run.method.hollow)
-    data = build.client_data(run, list(rows.clients.values())[id], net.tokenizer)
+    start = assemble.begin(*assemble.prepared(run), hollow=run.method.hollow)
+    net, data = start.net, assemble.client_data(run, list(start.rows.clients.values())[id], start.net)
     frame = _frame(folder / "down")
     number = wire.peek(frame).round
     own = ClientMemory(folder / "clients" / str(id), number)
@@ -147,7 +140,7 @@ def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
             (folder / "up").write_bytes(up)
     except WireError as wrong:
         error = f"{type(wrong).__name__}: {wrong}"
-    return {"peak": memory.peak() - before, "seconds": time.perf_counter() - began, "error": error}
+    return {"peak": memory.peak() - start.before, "seconds": time.perf_counter() - began, "error": error}
 
 
 def _frame(path: Path) -> Frame:
@@ -156,7 +149,7 @@ def _frame(path: Path) -> Frame:
 
 
 def _ask(side: str, folder: Path, *args: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "thinwire.apart", side, str(folder), *args]
+    command = [sys.executable, "-m", "thinwire.compare", side, str(folder), *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
@@ -164,10 +157,10 @@ def _ask(side: str, folder: Path, *args: str) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    place = Path(sys.argv[2])
-    if sys.argv[1] == "server":
-        answer = _server(place, tuple(map(int, sys.argv[3].split(","))))
+def main(side: str, folder: str, *args: str) -> None:
+    """One side, in the process that `_ask` has started; its answer is the last line on stdout."""
+    if side == "server":
+        answer = _server(Path(folder), tuple(map(int, args[0].split(","))))
     else:
-        answer = _client(place, int(sys.argv[3]), sys.argv[4])
+        answer = _client(Path(folder), int(args[0]), args[1])
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -1,19 +1,10 @@
-"""A run is a file: TOML, checked whole before anything runs, overridden by key=value and by nothing else."""
+"""What a run file may hold: a table each, frozen, with unknown fields refused."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import json
-import math
-import operator
-import os
 import re
-import sys
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NewType
 
 import tomli_w
 from pydantic import (
@@ -25,16 +16,21 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializationInfo,
-    ValidationError,
     field_serializer,
     field_validator,
     model_validator,
 )
 
-from thinwire.core import Method
-from thinwire.errors import ConfigError as ConfigError
-from thinwire.methods import METHODS
+from thinwire.config.explain import leaves
+from thinwire.config.method import method_of
+from thinwire.errors import ConfigError
+from thinwire.methods import PLACES
 from thinwire.runtime.cohort import All, Cohort
+
+if TYPE_CHECKING:
+    from thinwire.core import Method
+else:
+    Method = NewType("Method", Any)  # the class comes with torch; `Run` sees to it itself that it has one
 
 
 class _Section(BaseModel):
@@ -217,14 +213,18 @@ class Run(_Section):
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Any:
-        if not isinstance(value, dict | Method):
+        if isinstance(value, dict):
+            return method_of(value)
+        from thinwire.core import Method
+
+        if not isinstance(value, Method):
             raise ValueError(f'must be a table, such as {{ name = "fedkseed" }}, got {value!r:.60}')
-        return method_of(value) if isinstance(value, dict) else value
+        return value
 
     @field_serializer("method")
     def _method_table(self, method: Method, info: SerializationInfo) -> dict[str, Any]:
-        cls = type(method)
-        path = {} if cls in METHODS.values() else {"path": f"{cls.__module__}:{cls.__qualname__}"}
+        place = f"{type(method).__module__}:{type(method).__qualname__}"
+        path = {} if place in PLACES.values() else {"path": place}
         return path | method.model_dump(mode=info.mode)
 
     @field_validator("cohort")
@@ -245,7 +245,7 @@ class Run(_Section):
             "track": True,
             "federation": Federation.model_fields.keys() - {"sites"},
         }
-        mine, theirs = (dict(_leaves(r.model_dump(exclude=aside))) for r in (self, other))
+        mine, theirs = (dict(leaves(r.model_dump(exclude=aside))) for r in (self, other))
         for key in dict.fromkeys([*mine, *theirs]):
             if mine.get(key) != theirs.get(key):
                 return f"{key} is {theirs.get(key)!r} there, {mine.get(key)!r} here"
@@ -254,187 +254,6 @@ class Run(_Section):
     def to_toml(self) -> str:
         """The file of this run with every default filled in."""
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
-
-
-def method_of(fields: dict[str, Any]) -> Method:
-    """The method that a [method] table means: `name` of ours, or `path = "package.module:Class"` of the user's."""
-    fields = dict(fields)
-    path = fields.pop("path", None)
-    if path is None:
-        name, known = fields.get("name"), sorted(METHODS)
-        if name is None:
-            raise ConfigError(f"method.name: missing; known: {', '.join(known)}")
-        if name not in known:
-            hint = _nearest(str(name), known)
-            raise ConfigError(f"method.name: {name!r} is not a method{hint}; known: {', '.join(known)}")
-        cls: Any = METHODS[name]
-    else:
-        cls = _import(path)
-    try:
-        method: Method = cls.model_validate_json(_json(fields), strict=True)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, ("method",), cls, fields)) from None
-    return method
-
-
-def method_name(method: Method) -> str:
-    """What a method is called, also one of the user's that has no field `name`."""
-    return str(getattr(method, "name", type(method).__name__))
-
-
-def load(path: Path, overrides: Sequence[str] = ()) -> Run:
-    """The run in a TOML file under `key=value` overrides; raises ConfigError with one line."""
-    tree = read(path, overrides)
-    tree.pop("compare", None)  # that table is for thinwire compare
-    return parse(tree, str(path))
-
-
-def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The tree of plain values in a TOML file under `key=value` overrides; raises ConfigError with one line."""
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # bad UTF-8 or TOML, dates that do not exist
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    override(tree, overrides)
-    return tree
-
-
-def parse(tree: dict[str, Any], source: str = "the run file") -> Run:
-    """The run that a tree of plain values means; raises ConfigError with one line."""
-    for key, value in _leaves(tree):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{source}: {key}: must be a finite number, got {value}")
-    segments = {"cohort": [tree["cohort"]]} if isinstance(tree.get("cohort"), dict) else {}
-    try:
-        # As JSON, whose types are TOML's: strict then means that no "5" or true passes for a number.
-        return Run.model_validate_json(_json(tree | segments), strict=True)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error, (), Run, tree)}") from None
-
-
-def override(tree: dict[str, Any], changes: Sequence[str]) -> None:
-    """Set each `key=value` in a tree of plain values; raises ConfigError.
-
-    Another method.name or method.path first drops the fields of the old method, wherever it stands among the changes.
-    """
-    parsed = [_parse(change) for change in changes]
-    for keys, value in sorted(parsed, key=lambda change: change[0] not in _CHOOSE):
-        at: Any = tree
-        if keys in _CHOOSE and isinstance(old := tree.get("method"), dict) and old.get(keys[-1]) != value:
-            tree["method"] = {}
-        for i, parent in enumerate(keys[:-1]):
-            at = at.setdefault(parent, {})
-            if not isinstance(at, dict):
-                raise ConfigError(f"{'.'.join(keys)}: {'.'.join(keys[: i + 1])} is not a table")
-        at[keys[-1]] = value
-
-
-_CHOOSE = (["method", "name"], ["method", "path"])
-
-
-def _parse(change: str) -> tuple[list[str], Any]:
-    key, equals, text = change.partition("=")
-    keys = [part.strip() for part in key.split(".")]
-    if not equals or not all(keys):
-        raise ConfigError(f"{change!r} is not key=value")
-    try:
-        return keys, tomllib.loads(f"v = {text}")["v"]
-    except (ValueError, RecursionError):
-        return keys, text  # a bare word is a string
-
-
-def _explain(error: ValidationError, prefix: tuple[str, ...], root: type[BaseModel], tree: Any) -> str:
-    errors = error.errors()
-    first = errors[0]
-    if isinstance(inner := first.get("ctx", {}).get("error"), ConfigError):
-        return str(inner)
-    place = _place(first["loc"], first["type"] == "missing", tree)
-    where = ".".join(str(part) for part in (*prefix, *place))
-    if first["type"] == "extra_forbidden":
-        known = sorted(_fields(root, first["loc"][:-1]))
-        return f"{where}: unknown field{_nearest(str(place[-1]), known)}; known: {', '.join(known)}"
-    if first["type"] == "missing":
-        return f"{where}: missing"
-    if first["type"] == "union_tag_not_found":
-        return f"{where}.kind: missing; known: all, uniform, cyclic, only"
-    if first["type"] == "union_tag_invalid":
-        return f"{where}.kind: {first['ctx']['tag']!r} is not one of {first['ctx']['expected_tags']}"
-    if first["type"] == "value_error":
-        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
-    # A field of several types has an error for each.
-    wanted = [e["msg"] for e in errors if _place(e["loc"], False, tree) == place]
-    message = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in wanted))
-    must = "must be " if first["msg"].startswith("Input should be ") else ""
-    return f"{where}: {must}{message}, got {first['input']!r:.60}"
-
-
-def _place(loc: Sequence[Any], missing: bool, tree: Any) -> list[Any]:
-    """Where in the user's tree an error is; pydantic's place also names the members of unions."""
-    place: list[Any] = []
-    for part in loc:
-        inside = part in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(part, int)
-        if inside:
-            place.append(part)
-            tree = tree[part]
-    return [*place, loc[-1]] if missing else place
-
-
-def _fields(root: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
-    """The fields of the models that pydantic's place `loc` can mean."""
-    models = [root]
-    for part in loc:
-        inner = [m for model in models if part in model.model_fields for m in _models(model.model_fields[str(part)])]
-        tagged = [model for model in models if part in (field.default for field in model.model_fields.values())]
-        models = inner or (tagged if isinstance(part, str) else []) or models
-    return {name for model in models for name in model.model_fields}
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    annotation = getattr(annotation, "annotation", annotation)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in get_args(annotation) for model in _models(inner)]
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _import(path: Any) -> type[Method]:
-    module, colon, name = path.partition(":") if isinstance(path, str) else ("", "", "")
-    if not (module and colon and name):
-        raise ConfigError(f"method.path: {path!r} is not of the form package.module:Class")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m` would: the class may stand beside the run file
-    try:
-        found = operator.attrgetter(name)(importlib.import_module(module))
-    except Exception as error:  # whatever the user's module raises
-        raise ConfigError(f"method.path: cannot import {path}: {type(error).__name__}: {error}") from None
-    if not isinstance(found, type) or not issubclass(found, Method):
-        raise ConfigError(f"method.path: {path} is not a thinwire.core.Method")
-    for part in ("Down", "Up", "State"):
-        if not hasattr(found, part):
-            raise ConfigError(f"method.path: {path} has no {part}")
-    return found
-
-
-def _json(tree: Any) -> str:
-    return json.dumps(tree, default=str)  # a date, for one, is its text
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        items: Any = tree.items()
-    elif isinstance(tree, list | tuple):
-        items = enumerate(tree)
-    else:
-        yield prefix, tree
-        return
-    for key, value in items:
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _without_none(value: Any) -> Any:

@@ -11,13 +11,14 @@ import pytest
 from tiny import CHAT, CHOICES, tiny_folder, tiny_rows, tiny_tokenizer, write_jsonl
 from transformers import MambaConfig, MambaForCausalLM
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.config import ConfigError, Data
 from thinwire.data.errors import DataError
 from thinwire.data.rows import Row
 from thinwire.keys import Key
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
+from thinwire.runtime.course import Job, Watch
 
 KEY = Key.root(0)
 
@@ -44,29 +45,29 @@ def data_of(place: Path, path: str = "rows.jsonl", **fields: Any) -> Data:
     return Data(path=str(place / path), **fields)
 
 
-def sizes(rows: build.Rows) -> list[int]:
+def sizes(rows: assemble.Rows) -> list[int]:
     """How many rows each client holds."""
     return [len(held) for held in rows.clients.values()]
 
 
-def texts(rows: build.Rows) -> dict[str, list[int]]:
+def texts(rows: assemble.Rows) -> dict[str, list[int]]:
     """The lines that each client holds."""
     return {name: [row.line for row in held] for name, held in rows.clients.items()}
 
 
 def test_every_row_is_with_one_client_or_held_out(place: Path) -> None:
-    rows = build.rows_of(data_of(place, clients=3, heldout=8), KEY)
+    rows = assemble.rows_of(data_of(place, clients=3, heldout=8), KEY)
     assert sizes(rows) == [11, 11, 10]
     assert len(rows.splits["heldout"]) == 8
     lines = [row.line for held in (*rows.clients.values(), rows.splits["heldout"]) for row in held]
     assert sorted(lines) == list(range(1, 41))
-    assert build.rows_of(data_of(place, clients=3, heldout=8), KEY) == rows
-    assert build.rows_of(data_of(place, clients=3, heldout=8), Key.root(1)) != rows
+    assert assemble.rows_of(data_of(place, clients=3, heldout=8), KEY) == rows
+    assert assemble.rows_of(data_of(place, clients=3, heldout=8), Key.root(1)) != rows
 
 
 def test_the_held_out_rows_do_not_depend_on_the_partition(place: Path) -> None:
     held = [
-        build.rows_of(data_of(place, clients=clients, partition=partition), KEY).splits["heldout"]
+        assemble.rows_of(data_of(place, clients=clients, partition=partition), KEY).splits["heldout"]
         for clients, partition in ((2, "iid"), (4, "iid"), (2, "dirichlet"))
     ]
     assert held[0] == held[1] == held[2]
@@ -74,46 +75,46 @@ def test_the_held_out_rows_do_not_depend_on_the_partition(place: Path) -> None:
 
 
 def test_files_are_clients(place: Path) -> None:
-    rows = build.rows_of(data_of(place, "silos", partition="files", heldout=0.5), KEY)
+    rows = assemble.rows_of(data_of(place, "silos", partition="files", heldout=0.5), KEY)
     assert list(rows.clients) == ["a", "b", "c"]
     assert sizes(rows) == [4, 3, 1]  # a client of one row keeps it
     assert len(rows.splits["heldout"]) == 7
 
 
 def test_columns_are_clients(place: Path) -> None:
-    rows = build.rows_of(data_of(place, partition="column", column="task", heldout=0), KEY)
+    rows = assemble.rows_of(data_of(place, partition="column", column="task", heldout=0), KEY)
     assert sorted(rows.clients) == ["north", "south"]
     assert rows.splits == {}
 
 
 def test_of_a_column_the_named_values_alone_are_clients(place: Path) -> None:
-    whole = build.rows_of(data_of(place, partition="column", column="task", heldout=0.1), KEY)
-    rows = build.rows_of(data_of(place, partition="column", column="task", values=("south",), heldout=0.1), KEY)
+    whole = assemble.rows_of(data_of(place, partition="column", column="task", heldout=0.1), KEY)
+    rows = assemble.rows_of(data_of(place, partition="column", column="task", values=("south",), heldout=0.1), KEY)
     assert rows.clients == {"south": whole.clients["south"]}
     assert {row.fields["task"] for row in rows.splits["heldout"]} == {"south"}
 
 
 def test_files_of_their_own_are_held_out_whole(place: Path) -> None:
     held = str(place / "held.jsonl")
-    rows = build.rows_of(data_of(place, clients=4, heldout=held, heldout_tasks=held), KEY)
+    rows = assemble.rows_of(data_of(place, clients=4, heldout=held, heldout_tasks=held), KEY)
     assert sizes(rows) == [10] * 4
     assert {name: len(split) for name, split in rows.splits.items()} == {"heldout": 5, "heldout_tasks": 5}
 
 
 def test_fewer_rows_are_drawn_at_random(place: Path) -> None:
-    rows = build.rows_of(data_of(place, clients=2, rows=10, heldout=2), KEY)
+    rows = assemble.rows_of(data_of(place, clients=2, rows=10, heldout=2), KEY)
     assert sizes(rows) == [4, 4]
     assert max(line for lines in texts(rows).values() for line in lines) > 10
-    assert sizes(build.rows_of(data_of(place, clients=2, rows=1000, heldout=0), KEY)) == [20, 20]
+    assert sizes(assemble.rows_of(data_of(place, clients=2, rows=1000, heldout=0), KEY)) == [20, 20]
 
 
 def test_shuffled_answers_leave_prompts_counts_and_held_out_rows(place: Path) -> None:
-    plain = build.rows_of(data_of(place, clients=2), KEY)
-    mixed = build.rows_of(data_of(place, clients=2, shuffle_answers=True), KEY)
+    plain = assemble.rows_of(data_of(place, clients=2), KEY)
+    mixed = assemble.rows_of(data_of(place, clients=2, shuffle_answers=True), KEY)
     assert mixed.splits == plain.splits
     assert texts(mixed) == texts(plain)
 
-    def column(rows: build.Rows, name: str) -> list[Any]:
+    def column(rows: assemble.Rows, name: str) -> list[Any]:
         return [row.fields[name] for held in rows.clients.values() for row in held]
 
     assert column(mixed, "input") == column(plain, "input")
@@ -152,16 +153,16 @@ def test_what_is_wrong_with_the_data_is_one_line(place: Path, path: str, fields:
         (place / folder / "a.jsonl").write_text(text)
     (place / "torn.jsonl").write_text('{"output": "x"}\n{"output": \n')
     with pytest.raises((DataError, ConfigError)) as caught:
-        build.rows_of(data_of(place, path, **fields), KEY)
+        assemble.rows_of(data_of(place, path, **fields), KEY)
     assert str(caught.value).startswith(line.format(place=place))
     assert "\n" not in str(caught.value)
 
 
 def test_a_template_that_cannot_be_read_names_its_fields(place: Path) -> None:
-    rows = build.rows_of(data_of(place), KEY).splits["heldout"]
+    rows = assemble.rows_of(data_of(place), KEY).splits["heldout"]
     for prompt, answer in (("{input", "{output}"), ("{input.x}", "{output}"), ("{input}", "none")):
         with pytest.raises(ConfigError, match=r"^data\.prompt, data\.answer: the "):
-            build.dataset(data_of(place, prompt=prompt, answer=answer), rows, tiny_tokenizer())
+            assemble.dataset(data_of(place, prompt=prompt, answer=answer), rows, tiny_tokenizer())
 
 
 def test_a_closed_set_can_be_trained_on_as_text(place: Path, net: Net, tmp_path: Path) -> None:
@@ -170,15 +171,15 @@ def test_a_closed_set_can_be_trained_on_as_text(place: Path, net: Net, tmp_path:
     for loss, trained in (("choice", 2), ("answer", None)):
         tree = {"method": table, "data": {"path": str(place / "rows.jsonl"), "loss": loss, **closed}}
         run = config.parse(tree | {"model": {"path": str(place / "model")}, "eval": {"rows": 3, "show_rows": True}})
-        rows = build.rows_of(run.data, KEY)
-        job = build.job(run, rows, net, tmp_path, 0, build.Watch())
+        rows = assemble.rows_of(run.data, KEY)
+        job = assemble.job(run, rows, net, tmp_path, 0, Watch())
         assert [data.candidates and len(data.candidates) for data in job.clients] == [trained, trained]
         (record,) = job.evaluate()  # the scores are of the closed set in both
         assert (record["split"], record["rows"], len(record["samples"])) == ("heldout", 3, 3)
         assert record["accuracy"] is not None
         assert {sample["answer"] for sample in record["samples"]} <= set(CHOICES)
         silent = run.model_copy(update={"eval": run.eval.model_copy(update={"show_rows": False})})
-        (record,) = build.job(silent, rows, net, tmp_path, 0, build.Watch()).evaluate()
+        (record,) = assemble.job(silent, rows, net, tmp_path, 0, Watch()).evaluate()
         assert record["samples"] == []  # a row stands in records only where the run file asks for it
         assert list(job.names) == ["client-0", "client-1"]
 
@@ -188,7 +189,7 @@ def test_the_server_holds_its_own_rows_alone(place: Path, net: Net, tmp_path: Pa
     for public, count in ((None, None), (str(place / "held.jsonl"), 5)):
         tree["data"] |= {"public": public} if public else {}
         run = config.parse(tree)
-        job = build.job(run, build.rows_of(run.data, KEY), net, tmp_path, 0, build.Watch())
+        job = assemble.job(run, assemble.rows_of(run.data, KEY), net, tmp_path, 0, Watch())
         assert (job.public and len(job.public)) == count
         assert sum(map(len, job.clients)) == 36
 
@@ -196,11 +197,11 @@ def test_the_server_holds_its_own_rows_alone(place: Path, net: Net, tmp_path: Pa
 def test_splits_are_the_same_few_rows_every_time(place: Path, net: Net) -> None:
     tree = {"method": {"name": "fedavg"}, "data": {"path": str(place / "rows.jsonl"), "heldout": 20}}
     run = config.parse(tree | {"eval": {"rows": 6}})
-    rows = build.rows_of(run.data, KEY)
-    first, again = (build.splits_of(run, rows, net.tokenizer)[0].data.examples for _ in range(2))
+    rows = assemble.rows_of(run.data, KEY)
+    first, again = (assemble.splits_of(run, rows, net)[0].data.examples for _ in range(2))
     assert first == again
     assert len(first) == 6
-    other = build.splits_of(run.model_copy(update={"seed": 1}), rows, net.tokenizer)[0].data.examples
+    other = assemble.splits_of(run.model_copy(update={"seed": 1}), rows, net)[0].data.examples
     assert other != first
 
 
@@ -210,20 +211,20 @@ def test_label_words_replace_the_answers_and_an_unknown_label_is_named(tmp_path:
          "words": {"great": "up", "terrible": "down"}}
     )  # fmt: skip
     rows = tiny_rows(6, closed=True)
-    found = build.dataset(data, rows, tiny_tokenizer())
+    found = assemble.dataset(data, rows, tiny_tokenizer())
     assert [found.choices[e.choice] for e in found.examples] == [
         {"great": "up", "terrible": "down"}[row.fields["output"]] for row in rows
     ]
     bad = Row({**rows[0].fields, "output": "fine"}, "x.jsonl", 9)
     with pytest.raises(DataError, match=r"x.jsonl:9: the answer 'fine' is not among data.words: great, terrible"):
-        build.dataset(data, [bad], tiny_tokenizer())
+        assemble.dataset(data, [bad], tiny_tokenizer())
 
 
 def test_clients_by_size_and_by_task(place: Path) -> None:
-    rows = build.rows_of(data_of(place, clients=4, partition="size", alpha=0.5, minimum=2, heldout=0), KEY)
+    rows = assemble.rows_of(data_of(place, clients=4, partition="size", alpha=0.5, minimum=2, heldout=0), KEY)
     assert sum(sizes(rows)) == 40
     assert min(sizes(rows)) >= 2
-    rows = build.rows_of(data_of(place, clients=2, partition="task", column="task", heldout=0), KEY)
+    rows = assemble.rows_of(data_of(place, clients=2, partition="task", column="task", heldout=0), KEY)
     assert [{row.fields["task"] for row in held} for held in rows.clients.values()] in (
         [{"north"}, {"south"}],
         [{"south"}, {"north"}],
@@ -234,11 +235,11 @@ def test_words_and_shuffled_answers_are_of_the_answers_column(tmp_path: Path) ->
     (tmp_path / "rows.csv").write_text("text,verdict\n" + "".join(f"t{i},{'yn'[i % 2]}\n" for i in range(12)))
     fields = {"prompt": "{text}:", "answer": " {verdict}", "words": {"y": "yes", "n": "no"}, "clients": 1, "heldout": 0}
     data = Data(path=str(tmp_path / "rows.csv"), shuffle_answers=True, **fields)
-    (mixed,) = build.rows_of(data, KEY).clients.values()
+    (mixed,) = assemble.rows_of(data, KEY).clients.values()
     verdicts = [row.fields["verdict"] for row in mixed]
     assert verdicts != list("yn" * 6)
     assert sorted(verdicts) == ["n"] * 6 + ["y"] * 6
-    found = build.dataset(data, mixed, tiny_tokenizer())
+    found = assemble.dataset(data, mixed, tiny_tokenizer())
     assert [e.references for e in found.examples] == [({"y": "yes", "n": "no"}[v],) for v in verdicts]
 
 
@@ -254,29 +255,29 @@ def test_words_and_shuffled_answers_of_messages(tmp_path: Path) -> None:
         "heldout": 0,
     }
     data = Data(path=str(tmp_path / "rows.jsonl"), shuffle_answers=True, **fields)
-    (mixed,) = build.rows_of(data, KEY).clients.values()
+    (mixed,) = assemble.rows_of(data, KEY).clients.values()
     said = [row.fields["messages"][1]["content"] for row in mixed]
     assert said != list("yn" * 6)
     assert sorted(said) == ["n"] * 6 + ["y"] * 6
-    found = build.dataset(data, mixed, tiny_tokenizer())
+    found = assemble.dataset(data, mixed, tiny_tokenizer())
     assert [e.references for e in found.examples] == [({"y": "yes", "n": "no"}[v],) for v in said]
     assert found.candidates == (tuple(b"yes"), tuple(b"no"))
 
 
 def test_a_jinja_template_of_the_run_file(place: Path) -> None:
-    rows = build.rows_of(data_of(place), KEY).splits["heldout"]
+    rows = assemble.rows_of(data_of(place), KEY).splits["heldout"]
     jinja = {"template": "jinja", "prompt": "{{ input | upper }}:", "answer": " {{ output }}"}
-    found = build.dataset(data_of(place, **jinja), rows, tiny_tokenizer())
+    found = assemble.dataset(data_of(place, **jinja), rows, tiny_tokenizer())
     assert [e.text for e in found.examples] == [f"{row.fields['input'].upper()}:" for row in rows]
     with pytest.raises(ConfigError, match=r"^data\.prompt, data\.answer: the Jinja template .* cannot be read"):
-        build.dataset(data_of(place, **{**jinja, "prompt": "{{ input"}), rows, tiny_tokenizer())
+        assemble.dataset(data_of(place, **{**jinja, "prompt": "{{ input"}), rows, tiny_tokenizer())
 
 
-def job_of(place: Path, net: Net, folder: Path, **data: Any) -> build.Job:
+def job_of(place: Path, net: Net, folder: Path, **data: Any) -> Job:
     """The job of a run on rows.jsonl, or what else `data` says."""
     tree = {"path": str(place / "rows.jsonl"), "prompt": "{input}: it was", "answer": " {output}", "clients": 2} | data
     run = config.parse({"method": {"name": "fedavg"}, "data": tree, "model": {"path": str(net.folder)}})
-    return build.job(run, build.rows_of(run.data, KEY), net, folder, 0, build.Watch())
+    return assemble.job(run, assemble.rows_of(run.data, KEY), net, folder, 0, Watch())
 
 
 def test_packed_batches_are_made_of_the_same_rows(place: Path, net: Net, tmp_path: Path) -> None:
@@ -332,17 +333,17 @@ def test_public_prompts_are_answered_beside_the_first_split(place: Path, net: Ne
         "eval": {"prompts": ["Good {day}", "And you?"], "rows": 2, "max_new_tokens": 2},
     }
     run = config.parse(tree)
-    rows = build.rows_of(run.data, KEY)
-    (record,) = build.scorer(run, net, build.splits_of(run, rows, net.tokenizer))()
+    rows = assemble.rows_of(run.data, KEY)
+    (record,) = assemble.scorer(run, net, assemble.splits_of(run, rows, net))()
     assert [given["prompt"] for given in record["public"]] == ["Good {day}", "And you?"]
     assert all(isinstance(given["answer"], str) for given in record["public"])
     tree["data"]["template"] = "chat"
     del tree["data"]["prompt"], tree["data"]["answer"]
-    asked = build.prompts_of(config.parse(tree), net.tokenizer)
+    asked = assemble.prompts_of(config.parse(tree), net.tokenizer)
     assert asked is not None
     assert asked.examples[1].text == "<user>And you?\n<assistant>"
     tree["eval"] = {}
-    assert build.prompts_of(config.parse(tree), net.tokenizer) is None
+    assert assemble.prompts_of(config.parse(tree), net.tokenizer) is None
 
 
 def test_a_token_without_a_row_in_the_embedding_is_named(place: Path, tmp_path: Path) -> None:
@@ -353,22 +354,22 @@ def test_a_token_without_a_row_in_the_embedding_is_named(place: Path, tmp_path: 
     tokenizer.save_pretrained(folder)
     net = Net.open(str(folder))
     data = data_of(place, prompt="{input}", answer="{output}", max_length=64)
-    plain = build.dataset(data, tiny_rows(3, closed=True), net.tokenizer)
-    build.check_tokens(net, "m", plain)
+    plain = assemble.dataset(data, tiny_rows(3, closed=True), net.tokenizer)
+    assemble.check_tokens(net, "m", plain)
     for fields in ({"input": "a <most>", "output": "b"}, {"input": "a", "output": "<most>"}):
-        used = build.dataset(data, [Row(fields, "rows.jsonl", 7)], net.tokenizer)
+        used = assemble.dataset(data, [Row(fields, "rows.jsonl", 7)], net.tokenizer)
         with pytest.raises(DataError, match=r"rows.jsonl:7: the token '<most>' has the number 260, .* has 259 rows"):
-            build.check_tokens(net, "m", used)
+            assemble.check_tokens(net, "m", used)
     chosen = data.model_copy(update={"choices": ("b", "<more>")})
-    used = build.dataset(chosen, [Row({"input": "a", "output": "b"}, "rows.jsonl", 1)], net.tokenizer)
+    used = assemble.dataset(chosen, [Row({"input": "a", "output": "b"}, "rows.jsonl", 1)], net.tokenizer)
     with pytest.raises(DataError, match=r"data.choices: the token '<more>' has the number 259"):
-        build.check_tokens(net, "m", used)
-    build.check_tokens(Net.open(str(folder), hollow=True), "m", plain)
+        assemble.check_tokens(net, "m", used)
+    assemble.check_tokens(Net.open(str(folder), hollow=True), "m", plain)
     # with what the model is asked where it is served, although training reads what stands before an answer
     net.tokenizer.chat_template = CHAT.replace("%}<assistant>{%", "%}<most>{%")
-    talk = build.dataset(data_of(place, template="chat", max_length=64), tiny_rows(1, closed=True), net.tokenizer)
+    talk = assemble.dataset(data_of(place, template="chat", max_length=64), tiny_rows(1, closed=True), net.tokenizer)
     with pytest.raises(DataError, match=r"generation prompt: the token '<most>' has the number 260"):
-        build.check_tokens(net, "m", talk)
+        assemble.check_tokens(net, "m", talk)
 
 
 def test_a_method_that_a_model_cannot_have_is_refused_as_the_model_is_opened(place: Path, tmp_path: Path) -> None:
@@ -378,5 +379,5 @@ def test_a_method_that_a_model_cannot_have_is_refused_as_the_model_is_opened(pla
     tree = {"model": {"path": str(tmp_path)}, "data": {"path": str(place / "rows.jsonl")}}
     for name in ("fedkseed", "fedzo"):
         with pytest.raises(ModelError, match=rf"method: {name} perturbs"):
-            build.net_of(config.parse(tree | {"method": {"name": name}}, "here"))
-    assert build.net_of(config.parse(tree | {"method": {"name": "fedavg"}}, "here")).names
+            assemble.net_of(config.parse(tree | {"method": {"name": name}}, "here"))
+    assert assemble.net_of(config.parse(tree | {"method": {"name": "fedavg"}}, "here")).names

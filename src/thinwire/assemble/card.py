@@ -8,17 +8,9 @@ from typing import Any
 import tomli_w
 
 from thinwire import __version__
-from thinwire.build import Rows
+from thinwire.assemble.rows import Rows
 from thinwire.config import Run, method_name
-
-SCORES = {
-    "loss": "loss",
-    "perplexity": "perplexity",
-    "accuracy": "accuracy",
-    "rouge_l": "Rouge-L",
-    "bleu": "BLEU",
-    "exact_match": "exact match",
-}
+from thinwire.records import SCORES
 
 
 def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...] | None = None) -> str:
@@ -91,10 +83,10 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
     first, final = ({row["split"]: row for row in summary[when]} for when in ("first", "final"))
     for split in {**first, **final}:  # sites that were absent at an end have no row there
         before, after = first.get(split, {}), final.get(split, {})
-        rows = f"{split} ({(after or before)['rows']:,} rows)"
-        for field, title in SCORES.items():
+        scored = f"{split} ({(after or before)['rows']:,} rows)"
+        for field, score in SCORES.items():
             if before.get(field) is not None or after.get(field) is not None:
-                lines.append(f"| {rows} | {title} | {_cell(before.get(field))} | {_cell(after.get(field))} |")
+                lines.append(f"| {scored} | {score.title} | {_cell(before.get(field))} | {_cell(after.get(field))} |")
     return "\n".join([*lines, ""])
 
 

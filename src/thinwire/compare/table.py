@@ -11,11 +11,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from thinwire.compare import ALONE, Plan
+from thinwire.compare.plan import ALONE, Plan
 from thinwire.config import Run
-from thinwire.runtime.course import read_records
+from thinwire.records import MEASURED, dumps, read_records
 
-SCORES = ("loss", "accuracy", "rouge_l", "bleu")
 TRAVEL = {"bytes_down", "bytes_up", "bytes_visit", "server_memory", "server_seconds", "round_seconds"}
 
 
@@ -134,7 +133,7 @@ def _record(folder: Path, run: Run) -> Record:
 
 
 def _flat(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {f"{row['split']} {score}": row[score] for row in evals for score in SCORES if row.get(score) is not None}
+    return {f"{row['split']} {score}": row[score] for row in evals for score in MEASURED if row.get(score) is not None}
 
 
 def _loss(scores: Mapping[str, float]) -> float:
@@ -163,8 +162,8 @@ def _reached(curve: Sequence[tuple[int, float, float]], target: float | None) ->
 def write(lines: Sequence[Line], made: Sequence[Plan], out: Path) -> None:
     """table.json and table.csv in the output; the grids are in the former. What is no number is null there."""
     grids = {plan.name: {f"{lr:g}": loss for lr, loss in plan.tuned.items()} for plan in made if plan.tuned}
-    whole = _finite({"lines": [asdict(line) for line in lines], "grids": grids})
-    (out / "table.json").write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n")
+    whole = {"lines": [asdict(line) for line in lines], "grids": grids}
+    (out / "table.json").write_text(dumps(whole, indent=2) + "\n")
     keys = list(dict.fromkeys(key for x in lines for key in x.scores))
     with (out / "table.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -173,11 +172,3 @@ def write(lines: Sequence[Line], made: Sequence[Plan], out: Path) -> None:
         for x in lines:
             scores = [part for key in keys for part in x.scores.get(key, (None, None))]
             rows.writerow([*(getattr(x, name) for name in plain), *scores])
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

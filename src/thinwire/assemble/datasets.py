@@ -1,0 +1,145 @@
+"""From rows to what a model is trained and scored on, and what of it that model cannot take."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from thinwire import config
+from thinwire.assemble.model import classes_of
+from thinwire.assemble.rows import Rows, in_words, read_source, template_of
+from thinwire.config import Run
+from thinwire.data import templates
+from thinwire.data.batch import Dataset, Example
+from thinwire.data.classes import classify
+from thinwire.data.errors import DataError, NoRowsLeft
+from thinwire.data.rows import Row
+from thinwire.data.tokenise import tokenise_groups
+from thinwire.model.net import Net
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def dataset(
+    data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase, classes: tuple[str, ...] | None = None
+) -> Dataset:
+    """The rows under the run's template, for a classifier if there are `classes`; raises DataError."""
+    return datasets(data, [rows], tokenizer, classes)[0]
+
+
+def datasets(
+    data: config.Data,
+    groups: Sequence[list[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    classes: tuple[str, ...] | None = None,
+) -> list[Dataset]:
+    """A data set of each group of rows; raises DataError."""
+    template, longest = template_of(data, classes is not None), data.max_length
+    groups = [in_words(data, rows) for rows in groups]
+    if classes is None:
+        return tokenise_groups(
+            groups, template, tokenizer, max_length=longest, choices=data.choices, too_long=data.too_long
+        )
+    found, drop = [], data.too_long == "drop"
+    for i, rows in enumerate(groups):
+        try:
+            found.append(classify(rows, template, tokenizer, max_length=longest, classes=classes, drop=drop))
+        except NoRowsLeft as error:
+            error.group = i
+            raise
+    return found
+
+
+def client_data(run: Run, rows: list[Row], net: Net) -> Dataset:
+    """A client's rows as it trains on them; raises DataError."""
+    return _training_data(run, [rows], net)[0]
+
+
+def clients_data(run: Run, rows: Rows, net: Net) -> list[Dataset]:
+    """The data set of each client, in order; raises DataError, also for a client that is left with nothing."""
+    try:
+        return _training_data(run, list(rows.clients.values()), net) if rows.clients else []
+    except NoRowsLeft as error:
+        raise DataError(f"client {list(rows.clients)[error.group]!r} is empty: {error}") from None
+
+
+def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Dataset]:
+    training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
+    pack = run.data.max_length if run.data.pack else 0
+    found = datasets(training, groups, net.tokenizer, classes_of(run, net.folder))
+    if not run.data.balanced and not pack:
+        return found
+    return [replace(data, balanced=run.data.balanced, pack=pack) for data in found]
+
+
+def public_data(run: Run, net: Net) -> Dataset | None:
+    """The rows that the server holds, if the run names any; raises DataError."""
+    return None if run.data.public is None else client_data(run, read_source(run.data.public), net)
+
+
+def check_answers(data: config.Data, rows: Rows) -> None:
+    """Raise DataError for a closed set of answers of which one is never seen in training."""
+    template = template_of(data)
+
+    def answer(row: Row) -> str:
+        return templates.answer_value(row, template)
+
+    unseen = set(data.choices or ())
+    for held in rows.clients.values():
+        unseen.difference_update(map(answer, in_words(data, held)))
+        if not unseen:
+            return
+    choice = next(choice for choice in data.choices or () if choice in unseen)
+    others = [row for held in rows.splits.values() for row in in_words(data, held) if answer(row) == choice]
+    where = f"; {others[0].source}:{others[0].line} holds it out" if others else ""
+    raise DataError(f"data.choices: no client's row has the answer {choice!r}{where}")
+
+
+def check_context(context: int | None, model: str, examples: Iterable[Example]) -> None:
+    """Raise DataError for an example that is longer than the model's context."""
+    if context is None:
+        return
+    for example in examples:
+        if len(example) > context:
+            raise DataError(
+                f"{example.place}: the row has {len(example)} tokens, and the context of {model} is {context}; "
+                f"set data.max_length to {context} or less"
+            )
+
+
+def check_tokens(net: Net, model: str, *sets: Dataset) -> None:
+    """Raise DataError for an example or an answer with a token for which the model's embedding, or head, has no row."""
+    read, written = net.rows
+    fits = min(read, written)
+    if all(_largest(data) < fits for data in sets):
+        return
+
+    def parts() -> Iterator[tuple[str, tuple[int, ...], int]]:
+        for data in sets:
+            for example in data.examples:
+                yield example.place, example.prompt, read
+                yield example.place, example.answer, written
+            yield "the chat template's generation prompt", data.asked, read
+        for closed in {data.candidates for data in sets if data.candidates}:
+            for answer in closed:
+                yield "data.choices", answer, written
+
+    for place, tokens, rows in parts():
+        if max(tokens, default=0) >= min(rows, read):
+            beyond = next(token for token in tokens if token >= min(rows, read))
+            raise DataError(
+                f"{place}: the token {net.tokenizer.convert_ids_to_tokens(beyond)!r} has the number {beyond}, and the "
+                f"{'embedding' if read <= rows else 'head'} of {model} has {min(rows, read)} rows: leave it out, or "
+                "enlarge the model (resize_token_embeddings of transformers)"
+            )
+
+
+def _largest(data: Dataset) -> int:
+    """The largest token of the data set."""
+    found = max(data.asked, default=0)
+    for example in data.examples:
+        found = max(found, *example.prompt, *example.answer)
+    return max(found, *itertools.chain.from_iterable(data.candidates or ()), 0)

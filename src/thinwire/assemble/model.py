@@ -1,0 +1,90 @@
+"""The run's start model, and the classes that it tells apart where it is a classifier."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from thinwire import config
+from thinwire.assemble.rows import Rows, in_words, template_of
+from thinwire.config import ConfigError, Run
+from thinwire.data.classes import classes_of as find_classes
+from thinwire.keys import Key
+from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.fedzo import FedZO
+from thinwire.model.net import Net
+from thinwire.model.resolve import resolve
+from thinwire.model.task import labels_of, task_of
+from thinwire.model.views.lora import add_lora
+from thinwire.perturb import probe
+from thinwire.perturb.directions import Directions
+from thinwire.runtime.cohort import check_clients
+from thinwire.train.parallel import device_of
+
+
+def classes_of(run: Run, folder: Path) -> tuple[str, ...] | None:
+    """The classes of the run's classifier in a folder, in the model's order; None if the model is causal.
+
+    They are those of the model, or data.choices for a fresh head; ConfigError where the two differ, or none is there.
+    """
+    if task_of(folder, run.model.task) == "causal":
+        return None
+    own, wanted = labels_of(folder), run.data.choices
+    if own is None and wanted is None:
+        raise ConfigError(f"data.choices: missing; {run.model.path} gets a new head, so list its classes")
+    if own is None or wanted is None:
+        return own or wanted
+    if set(own) == set(wanted):
+        return own
+    if len(own) != len(wanted) or own != tuple(map(str, range(len(own)))):
+        raise ConfigError(f"data.choices: the classes of the model in {run.model.path} are {', '.join(own)}")
+    return wanted  # its classes have numbers and no names
+
+
+def settled(run: Run, rows: Rows) -> Run:
+    """The run with the classes of a fresh classifier found in the clients' rows, unless it lists them itself.
+
+    ConfigError for a cohort of clients that have no rows.
+    """
+    if not rows.clients:  # a server of a federation has nobody's rows
+        return run
+    check_clients(run.cohort, len(rows.clients))
+    folder = resolve(run.model.path)
+    fresh = task_of(folder, run.model.task) == "classification" and labels_of(folder) is None
+    if not fresh or run.data.choices is not None:
+        return run
+    held = [row for rows in rows.clients.values() for row in in_words(run.data, rows)]
+    found = find_classes(held, template_of(run.data, True))
+    return run.model_copy(update={"data": run.data.model_copy(update={"choices": found})})
+
+
+def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
+    """The run's start model in memory (unless hollow), a LoRA view of it if the run says so; raises ModelError."""
+    model, adapt = run.model, None
+    if model.lora is not None:
+        key = Key.root(run.seed).fold("lora")
+        adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
+    folder = resolve(model.path)
+    net = Net.open(
+        str(folder),
+        model.dtype,
+        remember=remember,
+        device=device_of(model.device),
+        adapt=adapt,
+        hollow=hollow,
+        classes=classes_of(run, folder),
+        head_key=Key.root(run.seed).fold("head"),
+        bits=model.bits,
+    )
+    method = run.method
+    if isinstance(method, FedKSeed | FedZO) and not hollow:
+        probe.check(net, Directions(0, method.law, method.rank), method.together, config.method_name(method))
+    return net
+
+
+def use_threads(run: Run) -> None:
+    """Let torch, and the kernels with it, use as many threads as the run says."""
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)

@@ -1,0 +1,88 @@
+"""thinwire eval: scores of a run's model, or of any other, on held-out rows or public benchmarks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thinwire.commands.terminal import Overrides, echo, echo_json, one_line, settle
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a Hugging Face folder.")],
+    overrides: Overrides = None,
+    tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness instead: names or .yaml files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of rows, for each of --tasks.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Evaluate a run on its held-out rows, or any Hugging Face folder on data.path=FILE."""
+    with one_line():
+        settle()
+        if tasks is not None:
+            _tasks(path, tasks, overrides or [], limit, as_json)
+            return
+        from thinwire import assemble, config
+        from thinwire.commands.show import print_scores
+        from thinwire.keys import Key
+
+        if (path / "run.toml").exists():
+            if not (path / "model").is_dir():
+                raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
+            settings = config.load(path / "run.toml", [*(overrides or []), _named(path / "model")])
+            plain = settings.model.model_copy(update={"lora": None})  # the saved model has its factors merged in
+            settings = settings.model_copy(update={"model": plain})
+            rows = assemble.rows_of(settings.data, Key.root(settings.seed))
+        elif path.is_dir():
+            tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": {}}
+            config.override(tree, [*(overrides or []), _named(path)])
+            settings = config.parse(tree, "the command line")
+            whole = settings.data.model_copy(update={"partition": "iid", "clients": 1, "heldout": 0})
+            rows = assemble.rows_of(whole, Key.root(settings.seed))
+            rows = assemble.Rows(rows.clients, {"data": next(iter(rows.clients.values()))} | rows.splits)
+        else:
+            raise config.ConfigError(f"{path}: not a folder")
+        assemble.use_threads(settings)
+        net = assemble.net_of(settings)
+        scores = assemble.scorer(settings, net, assemble.splits_of(settings, rows, net))()
+        if as_json:
+            echo_json(scores)
+        else:
+            print_scores(scores)
+
+
+def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, as_json: bool) -> None:
+    """Print the scores of a run's model, or of one in a Hugging Face folder, on tasks with commas between them."""
+    from thinwire import assemble, config
+    from thinwire.evaluate.harness import harness
+    from thinwire.model.net import Net
+    from thinwire.model.resolve import resolve
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise config.ConfigError("--tasks: names no task")
+    whole = (path / "run.toml").exists()
+    if whole and not (path / "model").is_dir():
+        raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
+    tree: dict[str, Any] = {"method": {"name": "fedavg"}, "data": {"path": "none"}}
+    config.override(tree, [*overrides, _named(path / "model" if whole else path)])
+    settings = config.parse(tree, "the command line")
+    assemble.use_threads(settings)
+    if assemble.classes_of(settings, resolve(settings.model.path)) is not None:
+        raise config.ConfigError(f"--tasks: {path} is a classifier, and the harness's tasks are for causal models")
+    net = Net.open(settings.model.path, settings.model.dtype, device=settings.model.device)
+    records = harness(net, names, settings.eval.batch_size, limit)
+    if as_json:
+        echo_json(records)
+        return
+    for record in records:
+        scores = ", ".join(f"{key} {value:.4f}" for key, value in record["metrics"].items())
+        rows = "" if record["rows"] is None else f" ({record['rows']:,} rows)"
+        echo(f"{record['task']}: {scores}{rows}")
+
+
+def _named(path: Path) -> str:
+    return f"model.path={json.dumps(str(path), ensure_ascii=False)}"  # quoted: a folder may be called 2024

@@ -1,0 +1,67 @@
+"""thinwire run: the rounds of a run file in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thinwire.commands.claim import check_place, claim, record
+from thinwire.commands.terminal import Overrides, Stopped, cause, echo, one_line, settle
+
+
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+) -> None:
+    """Run the rounds of a run file, with progress, and leave a model that transformers loads."""
+    with one_line():
+        settle()
+        from safetensors import SafetensorError
+
+        from thinwire import assemble, config, memory
+        from thinwire.commands import estimate
+        from thinwire.commands.show import Live, print_summary
+        from thinwire.data.statistics import remarks, shortened
+        from thinwire.runtime.course import train
+        from thinwire.runtime.folder import ended, locked
+        from thinwire.trackers import Trackers, check, trackers_of
+        from thinwire.train import parallel
+
+        settings = config.load(file, overrides or [])
+        check(settings)
+        folder = out if out is not None else Path("runs") / settings.name
+        rank = parallel.join()
+        check_place(folder, resume)
+        with locked(folder) if not rank else contextlib.nullcontext():
+            claim(folder, settings, resume)
+            if ended(folder):
+                echo(f"{folder}: this run is complete")
+                print_summary(folder)
+                return
+            again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
+            if rank:
+                folder = parallel.shadow(folder)
+            parallel.wait()
+            with memory.for_good():
+                whole, rows = assemble.prepared(settings)
+            start = assemble.begin(whole, rows)
+            with Live(settings, rows, start.net, folder, resume) as watch:
+                with memory.for_good():
+                    job = start.job(folder, watch)
+                for line in (shortened(job.names, job.clients, settings.data.max_length), *remarks(job.clients)):
+                    watch.remark(line)
+                record(folder, settings, assemble.fingerprints(job))
+                try:
+                    with Trackers(watch, trackers_of(settings, folder)) as job.watch:
+                        train(job)
+                except KeyboardInterrupt:
+                    raise Stopped(f"stopped; go on from the last whole round with: {again}") from None
+                except (OSError, SafetensorError) as error:
+                    raise Stopped(f"{cause(error)}; go on from the last whole round with: {again}") from None
+            print_summary(folder, estimate.verdict(settings, job, folder))
