@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from thinwire.data.errors import DataError
 from thinwire.data.rendering import Message, write
@@ -121,10 +121,11 @@ def generation_prompt(row: Row, messages: Sequence[Message], tokenizer: PreTrain
 
 def stops(tokenizer: PreTrainedTokenizerBase, ends: Collection[str]) -> tuple[set[int], tuple[str, ...]]:
     """Where an answer is over: the tokens of the ends, and the ends that have no token of their own."""
-    tokens, texts = set(), []
+    tokens, texts = set[int](), list[str]()
     for end in sorted(ends):
         named = _names(tokenizer).findall(end)
-        tokens.update(int(tokenizer.convert_tokens_to_ids(name)) for run in named for name in _apart(run, tokenizer))
+        for name in (name for run in named for name in _apart(run, tokenizer)):
+            tokens.add(cast(int, tokenizer.convert_tokens_to_ids(name)))  # a list for a list, a number for a name
         if end and not named:
             texts.append(end)
     return tokens, tuple(texts)

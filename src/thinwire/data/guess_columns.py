@@ -61,7 +61,7 @@ def propose(rows: Sequence[Row]) -> Proposal:
     rest = [name for name in usable if name not in (answer, client)]
     if answer is None:
         labels = [name for name in rest if _choices(rows, name) is not None]
-        answer = (labels or rest or [None])[-1]
+        answer = next(reversed(labels or rest), None)
         rest = [name for name in rest if name != answer]
     asked = [name for name in rest if _words(name) & {*PROMPTS}]
     asked = asked or [name for name in rest if not _is_aside(rows, name)] or rest

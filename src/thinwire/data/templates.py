@@ -154,9 +154,9 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
     prompt = template.prompt
     if template.bare is not None and (row.fields.get("input") is None or not row.text("input").strip()):
         prompt = template.bare
-    answer, columns = _fill(template.answer, row.text), _columns(template.answer)
-    if not any(row.text(column).strip() for column in columns):
-        raise row.error(f"field '{columns[0]}' is empty: there is no answer to learn")
+    answer, asked = _fill(template.answer, row.text), _columns(template.answer)
+    if not any(row.text(column).strip() for column in asked):
+        raise row.error(f"field '{asked[0]}' is empty: there is no answer to learn")
     return Rendered(_fill(prompt, row.text), answer)
 
 

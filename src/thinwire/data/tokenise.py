@@ -97,7 +97,7 @@ def tokenise_groups(
         except NoRowsLeft as error:
             error.group = i
             raise
-        asked, ends, notes = (), set[str](), list[str]()
+        asked, ends, notes = tuple[int, ...](), set[str](), list[str]()
         if isinstance(template, Chat):
             ends = {text.end for text in data.rendered if text.end}
             notes = [note for text in data.rendered for note in text.notes]

@@ -90,7 +90,7 @@ def decode(data: bytes | memoryview, count: int) -> NDArray[np.uint8]:
 
 def _shares(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many slots each symbol has: about its share of the counts, none only where it does not occur, not all."""
-    shares = np.maximum(counts * _SLOTS // counts.sum(), counts > 0)
+    shares: NDArray[np.int64] = np.maximum(counts * _SLOTS // counts.sum(), counts > 0)
     best = int(counts.argmax())
     shares[best] += _SLOTS - shares.sum()
     if shares[best] == _SLOTS:
