@@ -348,24 +348,15 @@ class Standing:
 @cache
 def standings() -> tuple[Standing, ...]:
     """One for each row of the conformance tests. Takes a minute."""
-    from functools import partial
-
-    from federation import Federation, tiny_net
-    from test_methods import HALVES, ROWS, VIEWS
-
-    from thinwire.keys import Key
-    from thinwire.model.net import Net
-    from thinwire.model.views.lora import add_lora
+    from federation import Federation
+    from rows import ROWS, net_for, opened
 
     folder = Path(tempfile.mkdtemp(prefix="thinwire-fuzz-"))
-    adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
-    half, whole = tiny_net(folder / "model", "bfloat16"), tiny_net(folder / "model")
-    view = Net.open(str(folder / "model"), remember=True, adapt=adapt)
+    nets = opened(folder / "model")
     found = []
-    for name, (method, _) in ROWS.items():
+    for name, (method, *_) in ROWS.items():
         quick = method.model_copy(update={"steps": 1, "batch_size": 2})
-        net = view if name in VIEWS else half if name in HALVES else whole
-        federation = Federation(quick, net, folder / name, rounds=2, sizes=(4, 4, 4)).run(1)
+        federation = Federation(quick, net_for(name, nets), folder / name, rounds=2, sizes=(4, 4, 4)).run(1)
         federation.round = 2
         down = quick.broadcast(federation.state, federation.server(2, (0, 1, 2)), 0, None)
         up = quick.client_update(down, federation.client(0, 2))
