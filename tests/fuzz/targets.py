@@ -28,8 +28,8 @@ from thinwire.compress import catalogue
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.codecs.factors import Factors
+from thinwire.compress.codecs.powersgd import PowerSgd
 from thinwire.compress.codecs.qsgd import Qsgd, Signs
-from thinwire.compress.codecs.svd import LowRank
 from thinwire.compress.codecs.topk import TopK
 from thinwire.compress.entropy import adaptive, integers, static, trellis
 from thinwire.compress.exact import coarse, ulp
@@ -495,7 +495,7 @@ TARGETS: dict[str, Target] = {
     "topk": code([TopK(0.1, 64, bits) for bits in (2, 4, 8, 16)]),
     "qsgd": code([Qsgd(1, 64), Qsgd(7, 128)]),
     "signs": code([Signs(1.0, 64), Signs(0.5, 64)]),
-    "lowrank": code([LowRank(2), LowRank(1)], ((24, 16), (7, 3), (3, 65))),
+    "lowrank": code([PowerSgd(2), PowerSgd(1)], ((24, 16), (7, 3), (3, 65))),
     "plain": code([catalogue.Plain()]),
     "integers": Target(packed, packed_seeds, VALUE),
     "counted": Target(

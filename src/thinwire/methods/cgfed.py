@@ -28,7 +28,7 @@ from torch import Tensor
 
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.compress.catalogue import LEARNT, Code, Name, code_of, side_of
-from thinwire.compress.codecs.svd import LowRank
+from thinwire.compress.codecs.powersgd import PowerSgd
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.learned import codec_file, components
 from thinwire.compress.learned.lora_image import Image
@@ -277,7 +277,7 @@ class CGFed(OnFactors):
 
     def _coded(self, code: Code, wanted: Tensor, key: int, client: Client) -> tuple[bytes, Tensor]:
         """The bytes and what they decode to; PowerSGD starts from where the last update ended."""
-        if self.codec == "powersgd" and isinstance(code, LowRank):
+        if self.codec == "powersgd" and isinstance(code, PowerSgd):
             data = code.encode(wanted, key, client.memory.get("basis"))
             client.memory["basis"] = code.halves(data, (wanted.shape[0], wanted.shape[1]))[1].contiguous()
         else:

@@ -43,7 +43,8 @@ class Pool:
         if shares.dtype == np.int64:
             return np.searchsorted(cumulative, reduced(words, int(cumulative[-1])), side="right")
         points = uniform(words) * cumulative[-1]
-        return np.minimum(np.searchsorted(cumulative, points, side="right"), self.size - 1)
+        found: NDArray[np.int64] = np.minimum(np.searchsorted(cumulative, points, side="right"), self.size - 1)
+        return found
 
     def rebuild(self, net: Net, gains: Tensor, shrink: float = 1.0) -> None:
         """weights := shrink w0 - sum_j gains_j z_j in the order of j, whatever the history; a gain of 0 costs nothing.
