@@ -9,7 +9,7 @@ from updates import update
 from thinwire.compress.catalogue import BUCKETS, ERRORS, Code, Name, TensorName, code_of, tensor_code
 from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.entropy.packing import to_tensor
-from thinwire.compress.learned import autoencoder, components
+from thinwire.compress.learned import autoencoder, codebooks
 from thinwire.compress.learned.lora_image import Image
 from thinwire.methods.cgfed import Coded
 from thinwire.wire.frame import length
@@ -23,9 +23,9 @@ NEEDS = ("components", "resnet", "learned")
 
 def learnt(name: Name) -> dict[str, torch.Tensor]:
     if name == "components":
-        return components.untaught()
+        return codebooks.untrained()
     if name == "learned":
-        return components.fit(IMAGE, [update(IMAGE, 0)], most=1 << 12, rounds=1)
+        return codebooks.fit(IMAGE, [update(IMAGE, 0)], most=1 << 12, rounds=1)
     x = update(IMAGE, 0)
     return autoencoder.tables_of(autoencoder.AutoEncoder.drawn(0), [x], torch.ones(1))
 

@@ -33,7 +33,7 @@ from thinwire.compress.codecs.qsgd import Qsgd, Signs
 from thinwire.compress.codecs.topk import TopK
 from thinwire.compress.entropy import adaptive, integers, static, trellis
 from thinwire.compress.exact import coarse, ulp
-from thinwire.compress.learned import components
+from thinwire.compress.learned import codebooks, components
 from thinwire.compress.learned.autoencoder import AutoEncoder, Latents, tables_of
 from thinwire.compress.learned.lora_image import Image
 from thinwire.federation import channel
@@ -317,7 +317,7 @@ def learnt() -> Target:
     def both() -> tuple[Any, ...]:
         at = image()
         tables = tables_of(AutoEncoder.drawn(0), [update((at.height, at.width))], torch.ones(1))
-        return (components.Components(at, 4 * at.count // 32, components.untaught()), Latents(at, tables))
+        return (components.Components(at, 4 * at.count // 32, codebooks.untrained()), Latents(at, tables))
 
     def run(data: bytes) -> None:
         made = both()[(data[0] if data else 0) % 2]

@@ -103,7 +103,7 @@ def code_of(
 ) -> Code:
     """The codec of that name for images like `image`, in about 4 / `ratio` bytes a number; ratio is 16, 32 or 64.
 
-    `tables`: of a learnt codec, or of `components.untaught`. `contract`: for error feedback. ValueError where there is
+    `tables`: of a learnt codec, or of `codebooks.untrained`. `contract`: for error feedback. ValueError where there is
     no such codec at that ratio.
     """
     bits = 32 / ratio

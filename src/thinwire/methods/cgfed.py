@@ -30,7 +30,7 @@ from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.compress.catalogue import LEARNT, Code, Name, code_of, side_of
 from thinwire.compress.codecs.powersgd import PowerSgd
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
-from thinwire.compress.learned import codec_file, components
+from thinwire.compress.learned import codebooks, codec_file
 from thinwire.compress.learned.lora_image import Image
 from thinwire.core import Client, Server, StaleVersion
 from thinwire.model.errors import ModelError
@@ -120,7 +120,7 @@ class CGFed(OnFactors):
 
     def init(self, server: Server) -> Global:
         image = self._image(server.net)
-        codec: Tensors = components.untaught() if self.codec == "components" else {}
+        codec: Tensors = codebooks.untrained() if self.codec == "components" else {}
         if self.codec in LEARNT and self.artefact is not None:
             try:
                 found = codec_file.read(Path(self.artefact))
