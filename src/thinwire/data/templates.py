@@ -143,8 +143,8 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
     Only Chat looks at the tokenizer.
     """
     if isinstance(template, Chat):
-        said = turn(row, talk_of(row), tokenizer)
-        return Rendered(said.prompt, said.answer, said.end, (*said.notes, *_passed_over(row)))
+        talk = turn(row, talk_of(row), tokenizer)
+        return Rendered(talk.prompt, talk.answer, talk.end, (*talk.notes, *_passed_over(row)))
     if isinstance(template, Jinja):
         columns = columns_of(row)
         rendered = Rendered(fill(template.prompt, columns, row), fill(template.answer, columns, row))
@@ -175,7 +175,7 @@ def is_talk(row: Row, column: str) -> bool:
 
 
 def with_answer(row: Row, column: str, value: Any) -> Row:
-    """The row with another bare answer in its `column`; of messages that is what the last one says."""
+    """The row with another bare answer in its `column`; of messages that is the content of the last."""
     if is_talk(row, column):
         *talk, last = messages_of(row)
         value = [*talk, {**last, "content": value}]

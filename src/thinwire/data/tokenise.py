@@ -41,7 +41,7 @@ def tokenise(
     and their tokens, without that end, are the candidates.
 
     DataError for no rows, for rows that the template refuses, an answer that is not among the choices, rows of which
-    none fits (NoRowsLeft), choices that cannot be told apart, and a tokenizer without the tokens that this needs.
+    none fits (NoRowsLeft), choices that cannot be kept apart, and a tokenizer without the tokens that this needs.
     """
     (found,) = tokenise_groups(
         [rows], template, tokenizer, max_length=max_length, choices=choices, eos=eos, too_long=too_long
@@ -167,9 +167,9 @@ def _check_room(row: Row, prompt: int, answer: int, max_length: int) -> None:
 
 
 def shuffle_answers(rows: Sequence[Row], key: Key, column: str | None = None) -> list[Row]:
-    """The rows with their answers permuted among them: the control in which prompts say nothing of answers.
+    """The rows with their answers permuted among them: the control in which prompts have nothing to do with answers.
 
-    The answer is `column`, by default what the row's shape says; `references` belong to the answer and go
+    The answer is `column`, by default the one of the row's shape; `references` belong to the answer and go
     with it.
     """
     columns = [column or row.answer_column() for row in rows]

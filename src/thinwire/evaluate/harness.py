@@ -56,7 +56,7 @@ def harness(
             device=str(net.device),
             backend="causal",
         )
-        # it would ask git and the system about itself, and show what git says where there is no repository
+        # it would ask git and the system about itself, and show what git prints where there is no repository
         silent = partial(patch.multiple, "lm_eval.evaluator", create=True)
         with silent(get_git_commit_hash=lambda: None, add_env_info=lambda found: None):
             found = lm_eval.simple_evaluate(

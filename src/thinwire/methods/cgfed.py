@@ -4,7 +4,7 @@
                X_i = Phi(A_i - A, B_i - B)          z_i = Enc(X_i + e_i)         e_i <- X_i + e_i - Dec(z_i)
     server     (A, B) <- (A, B) + sum_i (n_i / n) Phi^-1(Dec(z_i))
 
-Phi stacks all factors into one image (compress.image). The paper leaves open whether X is the state, the increment or
+Phi stacks all factors into one image (lora_image). The paper leaves open whether X is the state, the increment or
 the gradient: `encode` says; it writes a plain sum where its base takes the weighted mean: `average` says. Its
 autoencoder is the codec "resnet"; "learned" is ours (compress.components), and "components" the same with Gaussian
 tables that know nothing of updates; the others are classical. The learnt ones come from an artefact of `thinwire

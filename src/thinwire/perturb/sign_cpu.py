@@ -8,7 +8,7 @@ Element e of the direction of seed s for the parameter with id p, in a run with 
     w       = word e mod 4 of philox4x32(counter, key)
     z       = +1 if bit s mod 32 of w is set, else -1
 
-One word serves 32 seeds, a group. Replay adds a group eight seeds at a time, by tables: `reference` says in what order.
+One word serves 32 seeds, a group. Replay adds a group eight seeds at a time, by tables: `reference` has the order.
 The kernels give the same bits for any thread count and on any CPU, as those of `thinwire.perturb.gaussian_cpu` do.
 """
 

@@ -26,7 +26,7 @@ _START, _SYMBOL = np.uint32(0xFFF0), np.uint32(15)
 
 @njit(nogil=True, cache=True)
 def _intervals(symbols, starts, shares, out):
-    """In place of each symbol its interval, as `rans.model` says it."""
+    """In place of each symbol its interval, as `rans.model` has it."""
     for i in range(symbols.size):
         s = symbols[i]
         out[i] = (starts[s] << np.uint32(rans.BITS)) | shares[s]

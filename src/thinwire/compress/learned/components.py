@@ -7,7 +7,7 @@ half of its energy, and its numbers lie between a Gaussian and bare signs. So
                 travels with the update, a few bits a number, and c_j is taken along U as it is decoded
     allocation  each component gets the rate out of RATES at which the next half bit would pay less than elsewhere,
                 until the budget is spent: reverse water-filling, with the distortions that TGAP measured
-    codewords   each rate has a trellis (compress.trellis), whose codewords TGAP learns on components, for the first of
+    codewords   each rate has a trellis (entropy.trellis), whose codewords TGAP learns on components, for the first of
                 a factor and for the others apart
 
 No output saturates and no sign is lost; the code of a zero update is zero. What is decoded is made longer, so that its
