@@ -85,8 +85,8 @@ def quantiles_on(device: torch.device) -> Tensor:
 # a replay asks for the same tables once for every parameter of a model, and they take a few milliseconds to make
 @lru_cache(maxsize=2)
 def _tables_on(device: torch.device, seeds: bytes, coefs: bytes) -> tuple[list[int], Tensor]:
-    """`sign_cpu._tables` on a device: the groups [g], and their sums, float32 [g, 4, 256]."""
-    groups, tables = sign_cpu._tables(np.frombuffer(seeds, np.uint64), np.frombuffer(coefs, np.float32))
+    """`sign_cpu.tables_of` on a device: the groups [g], and their sums, float32 [g, 4, 256]."""
+    groups, tables = sign_cpu.tables_of(np.frombuffer(seeds, np.uint64), np.frombuffer(coefs, np.float32))
     return groups.tolist(), torch.from_numpy(tables).to(device)
 
 

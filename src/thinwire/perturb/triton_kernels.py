@@ -159,7 +159,7 @@ def _terms(law: str, device: torch.device, seeds: bytes, coefs: bytes) -> tuple[
     """What the kernel of the law adds, on the device: seeds and coefs, or the numbers of groups and their tables."""
     numbers, values = np.frombuffer(seeds, np.uint64), np.frombuffer(coefs, np.float32)
     if law == "sign":
-        numbers, values = sign_cpu._tables(numbers, values)
+        numbers, values = sign_cpu.tables_of(numbers, values)
     return _upload(numbers, device), torch.tensor(values, device=device)
 
 
