@@ -43,7 +43,7 @@ def measured(code: Blocks, new: list[Tensor], old: list[Tensor] | None) -> dict[
         spent["decode"] += time.perf_counter() - middle
         bits["ours"] += 8 * len(told)
         bits["zstd 3"] += 8 * len(zstandard.ZstdCompressor(level=3).compress(code.join(scales, codes)))
-        moved = codes.astype(np.int64) - coarse.foretold(base, scales, code, count)
+        moved = codes.astype(np.int64) - coarse.predicted(base, scales, code, count)
         counts += np.bincount(moved + 255, minlength=511)
         weights += count
     return (

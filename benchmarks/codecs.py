@@ -29,7 +29,7 @@ from torch import Tensor
 
 from thinwire.compress.catalogue import Code, Name, code_of
 from thinwire.compress.codecs.blocks import Blocks
-from thinwire.compress.learned import autoencoder, components
+from thinwire.compress.learned import autoencoder, codebooks
 from thinwire.compress.learned.fidelity import Fidelity, cosine, fidelity
 from thinwire.compress.learned.lora_image import Image
 
@@ -130,7 +130,7 @@ def main() -> None:
     early, late = rounds[: -options.late], rounds[-options.late :]
     seen = [x for updates in early for x in updates[: -options.clients]]
     judged = [updates[-options.clients :][:5] for updates in late]
-    tables = {"components": components.untaught(), "learned": components.fit(image, seen[:: max(1, len(seen) // 28)])}
+    tables = {"components": codebooks.untrained(), "learned": codebooks.fit(image, seen[:: max(1, len(seen) // 28)])}
     if options.iterations:
         largest = max(float(x.abs().max()) for x in seen)
         for kind, scale in (("resnet (letter)", 1.0), ("resnet (scaled)", 0.95 / largest)):

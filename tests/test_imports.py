@@ -42,9 +42,7 @@ CIRCLES = [
 ESTIMATE_OF_METHOD = {"costs", "memory", "traffic"}
 LONG = {
     "compress/codecs/blocks.py",
-    "compress/learned/components.py",
     "core.py",
-    "data/tokenise.py",
     "estimate/traffic.py",
     "methods/cgfed.py",
     "methods/fedcybgd.py",

@@ -46,7 +46,7 @@ def draw(block, blocks, high, pid, last, k0, k1, left, right):
 
 @njit(nogil=True, cache=True)
 def _fill(streams, key, out):
-    """Each row of out, uint64 [streams, words]: the words of a stream's blocks, as `words` says."""
+    """Each row of out, uint64 [streams, words]: the words of a stream's blocks, as in `words`."""
     k0, k1 = key & LOW, key >> _32
     count = out.shape[1]
     blocks = (count + 1) // 2

@@ -6,10 +6,10 @@ import pytest
 import torch
 from updates import update
 
-from thinwire.compress.catalogue import BUCKETS, ERRORS, Code, Name, code_of
+from thinwire.compress.catalogue import BUCKETS, ERRORS, Code, Name, TensorName, code_of, tensor_code
 from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.entropy.packing import to_tensor
-from thinwire.compress.learned import autoencoder, components
+from thinwire.compress.learned import autoencoder, codebooks
 from thinwire.compress.learned.lora_image import Image
 from thinwire.methods.cgfed import Coded
 from thinwire.wire.frame import length
@@ -23,9 +23,9 @@ NEEDS = ("components", "resnet", "learned")
 
 def learnt(name: Name) -> dict[str, torch.Tensor]:
     if name == "components":
-        return components.untaught()
+        return codebooks.untrained()
     if name == "learned":
-        return components.fit(IMAGE, [update(IMAGE, 0)], most=1 << 12, rounds=1)
+        return codebooks.fit(IMAGE, [update(IMAGE, 0)], most=1 << 12, rounds=1)
     x = update(IMAGE, 0)
     return autoencoder.tables_of(autoencoder.AutoEncoder.drawn(0), [x], torch.ones(1))
 
@@ -49,6 +49,18 @@ def test_a_whole_frame_is_as_much_shorter(name: Name) -> None:
     code = code_of(name, 16, IMAGE, learnt(name)).encode(update(IMAGE, 1), 5)
     up = Coded(to_tensor(code), 2**31, False, 0.9, 1000, 2.5, 0)
     assert length(up, run=2**32 - 1, round=100, client=1000) <= 4 * IMAGE.count // 16
+
+
+@pytest.mark.parametrize(("name", "size"), [("blocks", 4224), ("eden", 4100), ("factors", 1632), ("topk", 331)])
+def test_a_codec_of_tensors_has_its_own_settings(name: TensorName, size: int) -> None:
+    code, x = (
+        tensor_code(name, bits=4, rank=16, share=0.03),
+        torch.randn(64, 128, generator=torch.Generator().manual_seed(0)),
+    )
+    assert len(code.encode(x, 5)) == pytest.approx(size, rel=0.1)
+    for bits in (2.5, 0):
+        with pytest.raises(ValueError, match="bits"):
+            tensor_code(name, bits)
 
 
 def test_no_codec_is_bitwise() -> None:

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
 from grid import entries, federate
+from rows import HALVES, ROWS, VIEWS
 from silos import Frames, Silos, audited, in_process, local_of, state_of, visits
-from test_methods import HALVES, ROWS, VIEWS
 
 from thinwire.config import Run
 from thinwire.runtime import course
@@ -30,7 +30,7 @@ def run_of(silos: Silos, row: str, rounds: int = 2) -> Run:
     model: dict[str, Any] = {"dtype": "bfloat16"} if row in HALVES else {}
     if row in VIEWS:
         model["lora"] = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}
-    method = {k: v for k, v in ROWS[row][0].model_dump(mode="json").items() if v is not None}
+    method = {k: v for k, v in ROWS[row].method.model_dump(mode="json").items() if v is not None}
     return silos.run(method, rounds, model=model)
 
 

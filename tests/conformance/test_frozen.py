@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 
-import test_methods  # noqa: E402
 from federation import Federation  # noqa: E402
-from test_methods import ROWS, method, net, nets, row  # noqa: E402, F401 - fixtures
+from rows import ROWS, net_for, opened  # noqa: E402
 
 from thinwire import wire  # noqa: E402
 from thinwire.core import Method  # noqa: E402
@@ -42,14 +41,14 @@ def digest(frame: wire.Frame) -> str:
     return hashlib.sha256(frame).hexdigest()[:32]
 
 
-def digests(method: Method, net: Net, folder: Path) -> dict[str, list[str]]:  # noqa: F811
+def digests(method: Method, net: Net, folder: Path) -> dict[str, list[str]]:
     """Of three rounds: of each frame, in the order in which they travel, and of the state after them."""
     frames: list[str] = []
     federation = Federation(method, net, folder, rounds=ROUNDS, watch=lambda frame: frames.append(digest(frame))).run()
     return {"frames": frames, "state": [digest(wire.encode(federation.state))]}
 
 
-def test_frames_and_states_are_what_they_were(row: str, method: Method, net: Net, tmp_path: Path) -> None:  # noqa: F811
+def test_frames_and_states_are_what_they_were(row: str, method: Method, net: Net, tmp_path: Path) -> None:
     table = json.loads(TABLE.read_text())
     if processor() not in table:
         pytest.skip(f"no digests of this processor ({processor()}); there are those of {', '.join(table)}")
@@ -66,10 +65,8 @@ def main() -> None:
 
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        made = test_methods.opened(Path(folder) / "model")
-        rows = {
-            name: digests(ROWS[name][0], test_methods.net_for(name, made), Path(folder) / name) for name in sorted(ROWS)
-        }
+        made = opened(Path(folder) / "model")
+        rows = {name: digests(ROWS[name].method, net_for(name, made), Path(folder) / name) for name in sorted(ROWS)}
     TABLE.write_text(json.dumps(table | {processor(): rows}, indent=0) + "\n")
 
 

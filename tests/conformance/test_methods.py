@@ -7,148 +7,21 @@ import math
 import random
 import weakref
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from federation import Federation, tiny_net
+from federation import Federation
+from rows import ROWS
 
 from thinwire import wire
 from thinwire.core import Method
 from thinwire.evaluate.loss import mean_loss
-from thinwire.keys import Key
 from thinwire.methods import METHODS
-from thinwire.methods.cgfed import CGFed
-from thinwire.methods.fedavg import FedAvg
-from thinwire.methods.fedcybgd import FedCyBGD
-from thinwire.methods.fedkseed import FedKSeed
-from thinwire.methods.fedzo import FedZO
-from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
 from thinwire.wire.payload import fields_of
-
-SEEDS: dict[str, Any] = {"seeds": 64, "lr": 2e-4, "eps": 1e-3, "steps": 8, "batch_size": 4}
-# name -> (the method, set so that its loss falls on the tiny model; bytes down and up of a client and round, a range
-# where they depend on the weights)
-ROWS: dict[str, tuple[Method, tuple[int | range, int | range]]] = {
-    "fedavg": (FedAvg(lr=3e-3, steps=4, batch_size=4), (108_395, 108_397)),
-    "fedavg-sgd": (FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), (108_395, 108_397)),
-    "fedit": (FedAvg(lr=1e-2, steps=4, batch_size=4), (4_096, 4_098)),
-    "fedkseed": (FedKSeed(**SEEDS), (97, 100)),
-    "fedkseed-lora": (FedKSeed(**(SEEDS | {"lr": 3e-3})), (97, 100)),
-    "fedkseed-pro": (FedKSeed(**SEEDS, pro=True), (116, 100)),
-    "fedkseed-paper": (FedKSeed(**SEEDS, wire="paper"), (336, 117)),
-    "fedkseed-paper-pro": (FedKSeed(**SEEDS, wire="paper", pro=True), (594, 117)),
-    "fedkseed-gaussian": (FedKSeed(**SEEDS, law="gaussian", together=True), (97, 100)),
-    "fedkseed-lowrank": (FedKSeed(**SEEDS, law="lowrank", rank=2, queries=2, scalars="float32"), (97, 148)),
-    "gradualdiff": (GradualDiff(lr=3e-3, steps=4, batch_size=4), (range(100_000), range(100_000))),
-    "gradualdiff-shared": (
-        GradualDiff(lr=3e-3, steps=4, batch_size=4, start="shared", rounding="nearest", server="momentum"),
-        (range(100_000), range(100_000)),
-    ),
-    "gradualdiff-lora": (GradualDiff(lr=1e-2, steps=4, batch_size=4), (range(5_000), range(5_000))),
-    "gradualdiff-bf16": (GradualDiff(lr=3e-3, steps=4, batch_size=4), (range(60_000), range(60_000))),
-    "gradualdiff-residue": (
-        GradualDiff(lr=3e-3, steps=4, batch_size=4, rounding="residue", server="adam", server_lr=3e-3),
-        (range(60_000), range(60_000)),
-    ),
-    "gradualdiff-int4": (
-        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="blocks", bits=4),
-        (range(100_000), range(20_000)),
-    ),
-    "gradualdiff-lowrank": (
-        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="lowrank", rank=4),
-        (range(60_000), range(12_000)),
-    ),
-    "gradualdiff-eden": (
-        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="eden", bits=1),
-        (range(100_000), range(6_000)),
-    ),
-    "gradualdiff-topk": (
-        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="topk", share=0.05, gate=True, server="yogi", server_lr=3e-3),
-        (range(60_000), range(4_000)),
-    ),
-    "fedcybgd": (
-        FedCyBGD(lr=1e-2, steps=4, batch_size=4, blocks=2, common=0, drop=0.5, prune=0.5, spared=(0, 0)),
-        (range(50_000), range(40_000)),
-    ),
-    "fedcybgd-parallel": (
-        FedCyBGD(
-            lr=1e-2,
-            steps=4,
-            batch_size=4,
-            blocks=2,
-            extra=("embeddings",),
-            variant="parallel",
-            damping=0.5,
-            around="4bit",
-            coded=False,
-            rounding="nearest",
-            order="random",
-        ),
-        (range(110_000), range(100_000)),
-    ),
-    "fedcybgd-full": (FedCyBGD(lr=3e-3, steps=4, batch_size=4, variant="full"), (range(110_000), range(110_000))),
-    "cgfed": (CGFed(lr=1e-2, steps=4, batch_size=4, ratio=16), (range(60_000), range(400))),
-    "cgfed-eden": (CGFed(lr=1e-2, steps=4, batch_size=4, codec="eden", ratio=32), (range(4_300), range(300))),
-    "cgfed-coded": (
-        CGFed(lr=1e-2, steps=4, batch_size=4, codec="powersgd", ratio=16, feedback=True, gate=0.2, downlink="coded"),
-        (range(4_300), range(400)),
-    ),
-    "cgfed-state": (
-        CGFed(lr=1e-2, steps=4, batch_size=4, codec="none", encode="state", spared=0.3),
-        (range(4_300), range(3_800)),
-    ),
-    "fedzo": (FedZO(**(SEEDS | {"seeds": 1 << 32})), (108_411, 108_397)),
-}
-
-
-VIEWS = {
-    "cgfed",
-    "cgfed-coded",
-    "cgfed-eden",
-    "cgfed-state",
-    "fedit",
-    "fedkseed-lora",
-    "gradualdiff-lora",
-}  # rows that run on a LoRA view of the model
-HALVES = {"gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"}  # rows in bfloat16
-
-
-def opened(folder: Path) -> tuple[Net, Net, Net]:
-    """The tiny model whole, as a LoRA view, and in bfloat16."""
-    adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
-    half = tiny_net(folder, "bfloat16")
-    return tiny_net(folder), Net.open(str(folder), remember=True, adapt=adapt), half
-
-
-def net_for(row: str, nets: tuple[Net, Net, Net]) -> Net:
-    """The one that a row runs on."""
-    return nets[1 if row in VIEWS else 2 if row in HALVES else 0]
-
-
-@pytest.fixture(scope="module")
-def nets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Net, Net]:
-    return opened(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(params=list(ROWS))
-def row(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def net(row: str, nets: tuple[Net, Net, Net]) -> Net:
-    return net_for(row, nets)
-
-
-@pytest.fixture
-def method(row: str) -> Method:
-    return ROWS[row][0]
 
 
 def state_bytes(federation: Federation) -> bytes:
@@ -158,7 +31,7 @@ def state_bytes(federation: Federation) -> bytes:
 
 
 def test_every_method_has_a_row() -> None:
-    assert {method.model_dump()["name"] for method, _ in ROWS.values()} == set(METHODS)
+    assert {method.model_dump()["name"] for method, *_ in ROWS.values()} == set(METHODS)
 
 
 def test_payloads_round_trip(method: Method, net: Net, tmp_path: Path) -> None:
@@ -306,18 +179,17 @@ def test_materialise_is_what_the_clients_receive(method: Method, net: Net, tmp_p
 
 def test_bytes_of_a_client_and_round(row: str, method: Method, net: Net, tmp_path: Path) -> None:
     at = Federation(method, net, tmp_path, rounds=1).step()
-    for sent, known in zip((at.visits[0].bytes_down, at.visits[0].bytes_up), ROWS[row][1], strict=True):
-        assert sent in known if isinstance(known, range) else sent == known
+    assert (at.visits[0].bytes_down, at.visits[0].bytes_up) == (ROWS[row].down, ROWS[row].up)
 
 
-def test_the_loss_falls(method: Method, net: Net, tmp_path: Path) -> None:
+def test_the_loss_falls(row: str, method: Method, net: Net, tmp_path: Path) -> None:
     federation = Federation(method, net, tmp_path, rounds=10)
     method.materialise(federation.state, net)
     before, _ = mean_loss(net.model, federation.data[0], 16)
     federation.run()
     method.materialise(federation.state, net)
     after, _ = mean_loss(net.model, federation.data[0], 16)
-    assert after < before - 0.01
+    assert before - after > ROWS[row].fall / 2
 
 
 def test_hyper_parameters_are_frozen_and_checked(method: Method) -> None:

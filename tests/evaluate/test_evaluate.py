@@ -212,7 +212,12 @@ def test_evaluation_repeats_and_touches_neither_generators_nor_the_net(
 
 def test_generation_ends_where_the_positions_end(tmp_path: Path) -> None:
     net = Net.open(str(tiny_folder(tmp_path / "m", max_position_embeddings=24)))
+    seen: list[int] = []
+    net.model.register_forward_pre_hook(
+        lambda _, args, named: seen.append(named["attention_mask"].shape[1]), with_kwargs=True
+    )
     answers(net, OPEN, 4, max_new_tokens=100)
+    assert max(seen) == 23  # the last of the 24 tokens is made from those before it
 
 
 def test_nothing_to_evaluate_is_refused(net: Net) -> None:

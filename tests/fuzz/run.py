@@ -140,7 +140,7 @@ def plain(name: str, report: Path) -> None:
 
 def main() -> int:
     """All targets, one after another; the exit status."""
-    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "conformance")]
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--runs", type=lambda text: int(text.replace("_", "")), default=ALL, help="of all targets")
     options.add_argument("--only", default="", help="targets, with commas between them")

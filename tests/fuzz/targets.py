@@ -28,12 +28,12 @@ from thinwire.compress import catalogue
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.codecs.factors import Factors
+from thinwire.compress.codecs.powersgd import PowerSgd
 from thinwire.compress.codecs.qsgd import Qsgd, Signs
-from thinwire.compress.codecs.svd import LowRank
 from thinwire.compress.codecs.topk import TopK
 from thinwire.compress.entropy import adaptive, integers, static, trellis
 from thinwire.compress.exact import coarse, ulp
-from thinwire.compress.learned import components
+from thinwire.compress.learned import codebooks, components
 from thinwire.compress.learned.autoencoder import AutoEncoder, Latents, tables_of
 from thinwire.compress.learned.lora_image import Image
 from thinwire.federation import channel
@@ -317,7 +317,7 @@ def learnt() -> Target:
     def both() -> tuple[Any, ...]:
         at = image()
         tables = tables_of(AutoEncoder.drawn(0), [update((at.height, at.width))], torch.ones(1))
-        return (components.Components(at, 4 * at.count // 32, components.untaught()), Latents(at, tables))
+        return (components.Components(at, 4 * at.count // 32, codebooks.untrained()), Latents(at, tables))
 
     def run(data: bytes) -> None:
         made = both()[(data[0] if data else 0) % 2]
@@ -348,24 +348,15 @@ class Standing:
 @cache
 def standings() -> tuple[Standing, ...]:
     """One for each row of the conformance tests. Takes a minute."""
-    from functools import partial
-
-    from federation import Federation, tiny_net
-    from test_methods import HALVES, ROWS, VIEWS
-
-    from thinwire.keys import Key
-    from thinwire.model.net import Net
-    from thinwire.model.views.lora import add_lora
+    from federation import Federation
+    from rows import ROWS, net_for, opened
 
     folder = Path(tempfile.mkdtemp(prefix="thinwire-fuzz-"))
-    adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
-    half, whole = tiny_net(folder / "model", "bfloat16"), tiny_net(folder / "model")
-    view = Net.open(str(folder / "model"), remember=True, adapt=adapt)
+    nets = opened(folder / "model")
     found = []
-    for name, (method, _) in ROWS.items():
+    for name, (method, *_) in ROWS.items():
         quick = method.model_copy(update={"steps": 1, "batch_size": 2})
-        net = view if name in VIEWS else half if name in HALVES else whole
-        federation = Federation(quick, net, folder / name, rounds=2, sizes=(4, 4, 4)).run(1)
+        federation = Federation(quick, net_for(name, nets), folder / name, rounds=2, sizes=(4, 4, 4)).run(1)
         federation.round = 2
         down = quick.broadcast(federation.state, federation.server(2, (0, 1, 2)), 0, None)
         up = quick.client_update(down, federation.client(0, 2))
@@ -504,7 +495,7 @@ TARGETS: dict[str, Target] = {
     "topk": code([TopK(0.1, 64, bits) for bits in (2, 4, 8, 16)]),
     "qsgd": code([Qsgd(1, 64), Qsgd(7, 128)]),
     "signs": code([Signs(1.0, 64), Signs(0.5, 64)]),
-    "lowrank": code([LowRank(2), LowRank(1)], ((24, 16), (7, 3), (3, 65))),
+    "lowrank": code([PowerSgd(2), PowerSgd(1)], ((24, 16), (7, 3), (3, 65))),
     "plain": code([catalogue.Plain()]),
     "integers": Target(packed, packed_seeds, VALUE),
     "counted": Target(

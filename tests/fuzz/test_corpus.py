@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "conformance"))  # whose methods are the targets' too
-
 from targets import TARGETS
 
+HERE = Path(__file__).parent
 SLOW = ("learnt", "replies", "broadcasts")  # which first train, or load what numba has compiled
 
 

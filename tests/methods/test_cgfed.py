@@ -12,7 +12,7 @@ import torch
 from federation import Federation, tiny_net
 
 from thinwire import wire
-from thinwire.compress.learned import codec_file, components
+from thinwire.compress.learned import codebooks, codec_file
 from thinwire.compress.learned.codec_file import Artefact
 from thinwire.keys import Key
 from thinwire.methods.cgfed import CGFed, Coded, alike
@@ -55,7 +55,7 @@ def file(net: Net, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             up = federation.method.client_update(down, federation.client(id, round))
             seen.append(image.stack(up.update))
         federation.step()
-    tables = components.fit(image, seen, most=1 << 12, rounds=1)
+    tables = codebooks.fit(image, seen, most=1 << 12, rounds=1)
     path = tmp_path_factory.mktemp("codec") / "codec.safetensors"
     codec_file.write(path, Artefact("learned", codec_file.fingerprint(net.model, image), tables))
     return path

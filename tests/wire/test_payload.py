@@ -1,4 +1,4 @@
-"""Payload classes: which fields can travel, what the header says of a tensor, lazy tables."""
+"""Payload classes: which fields can travel, what the header has of a tensor, lazy tables."""
 
 from __future__ import annotations
 

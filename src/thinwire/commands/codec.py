@@ -72,7 +72,7 @@ def _fit(
 
     from thinwire import assemble
     from thinwire.compress.catalogue import code_of, side_of
-    from thinwire.compress.learned import autoencoder, codec_file, components
+    from thinwire.compress.learned import autoencoder, codebooks, codec_file
     from thinwire.compress.learned.fidelity import cosine, fidelity
     from thinwire.config import ConfigError
     from thinwire.keys import Key
@@ -98,7 +98,7 @@ def _fit(
         raise ConfigError("rounds: too few clients answered to fit a codec and to judge it")
     curve: list[float] = []
     if method.codec == "learned":
-        tables = components.fit(image, seen)
+        tables = codebooks.fit(image, seen)
     else:
         largest = max(float(x.abs().max()) for x in seen)
         scale = torch.tensor([0.95 / largest if scaling == "largest" and largest else 1.0])

@@ -1,4 +1,4 @@
-"""The codecs of a whole update by name, at 1/16, 1/32 or 1/64 of float32, behind one interface."""
+"""The codecs by name, behind one interface: with their own settings, or of a whole update at a share of float32."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.codecs.eden import Eden
+from thinwire.compress.codecs.factors import Factors
+from thinwire.compress.codecs.powersgd import PowerSgd
 from thinwire.compress.codecs.qsgd import Qsgd, Signs
-from thinwire.compress.codecs.svd import LowRank
 from thinwire.compress.codecs.topk import TopK
 from thinwire.compress.entropy.packing import elements, flatten
 from thinwire.compress.learned.autoencoder import Latents
@@ -20,6 +22,8 @@ from thinwire.compress.learned.components import Components
 from thinwire.compress.learned.lora_image import SIDE, Image
 
 Name = Literal["none", "eden", "powersgd", "topk", "qsgd", "sign", "svd", "components", "resnet", "learned"]
+TensorName = Literal["blocks", "eden", "factors", "topk"]
+TensorCode = Blocks | Eden | Factors | TopK
 LEARNT = ("resnet", "learned")  # which need an artefact of `thinwire fit-codec`
 BUCKETS = {16: (7, 128), 32: (1, 72), 64: (1, 224)}
 """QSGD's levels and bucket by ratio, where updates take at most those bytes."""
@@ -75,6 +79,20 @@ class Shrunk:
         return self.eden.decode(data, shape, key) / (1 + ERRORS[self.eden.bits])
 
 
+def tensor_code(name: TensorName, bits: float = 4, rank: int = 16, share: float = 0.03) -> TensorCode:
+    """The codec of tensors of any shape: bits a value, the rank of factors, the share of elements that top-k keeps.
+
+    ValueError for a setting that this codec does not have.
+    """
+    if name == "eden":
+        return Eden(bits)
+    if (whole := int(bits)) != bits:
+        raise ValueError(f"bits {bits} is not a whole number")
+    if name == "factors":
+        return Factors(rank, whole)
+    return Blocks(whole) if name == "blocks" else TopK(share, bits=whole)
+
+
 def side_of(name: Name) -> int:
     """What both sides of an image must be a multiple of for this codec."""
     return SIDE if name == "resnet" else 1
@@ -83,9 +101,9 @@ def side_of(name: Name) -> int:
 def code_of(
     name: Name, ratio: int, image: Image, tables: Mapping[str, Tensor] | None = None, contract: bool = False
 ) -> Code:
-    """The codec of that name for images like `image`, in about 4 / `ratio` bytes a number.
+    """The codec of that name for images like `image`, in about 4 / `ratio` bytes a number; ratio is 16, 32 or 64.
 
-    `tables`: of a learnt codec, or of `components.untaught`. `contract`: for error feedback. ValueError where there is
+    `tables`: of a learnt codec, or of `codebooks.untrained`. `contract`: for error feedback. ValueError where there is
     no such codec at that ratio.
     """
     bits = 32 / ratio
@@ -98,7 +116,7 @@ def code_of(
     if name == "eden":
         return Shrunk(Eden(bits)) if contract else Eden(bits)
     if name in ("powersgd", "svd"):
-        return LowRank.within(size, shape, steps=1 if name == "powersgd" else 0)
+        return PowerSgd.within(size, shape, steps=1 if name == "powersgd" else 0)
     if name == "topk":
         return _topk(bits)
     if name == "qsgd":

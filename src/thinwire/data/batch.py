@@ -145,7 +145,7 @@ class Dataset:
     pack: int = 0  # of open answers: the tokens of a row into which batches pack short examples; 0: they don't
     cut: int = 0  # rows that lost tokens, to be short enough
     dropped: int = 0  # rows that were left out as too long
-    ends: tuple[str, ...] = ()  # how answers end, where a chat template says it: generation stops there
+    ends: tuple[str, ...] = ()  # how answers end, where a chat template ends them: generation stops there
     asked: tuple[int, ...] = ()  # a chat template's generation prompt, with which the model is asked where it is served
     notes: tuple[str, ...] = field(default=(), compare=False)  # what people may not expect of the rows' text
 

@@ -46,7 +46,7 @@ def film_desk() -> list[Row]:
     """Rows of 8 to 20 words: input, output ("film" or "other"), as many of each; films first.
 
     The messages are put into the critics' spelling, lower case with spaces around punctuation, and without names of
-    accounts, links and marks, so that the words must tell. DataError as for movie_reviews.
+    accounts, links and marks, so that only the words are left. DataError as for movie_reviews.
     """
     films = [Row({**row.fields, "output": "film"}, row.source, row.line) for row in movie_reviews()]
     others = _distinct(

@@ -2,8 +2,8 @@
 
 All three are cut out of the template's own rendering of the whole talk, the answer in it. Its generation prompt is not
 taken: many templates write something else before an answer (a closed thought, a channel, a space), or have none. Where
-the answer stands is found by rendering the talk once more with a mark in its place; only where what the assistant says
-is more than a text (a thought, a call of a tool) the generation prompt says where it begins.
+the answer stands is found by rendering the talk once more with a mark in its place; only where the answer is more
+than a text (a thought, a call of a tool) the generation prompt shows where it begins.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from thinwire.data.errors import DataError
 from thinwire.data.rendering import Message, write
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MARK = "\ue000\ue001\ue002"  # stands for the answer: no letters that a template may change, no space that it may cut
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-SAID = (*THOUGHTS, "content", "tool_calls", "function_call")  # what a message says; its other keys are about it
+CONTENTS = (*THOUGHTS, "content", "tool_calls", "function_call")  # what a message holds; its other keys are about it
 TEXTS = (None, "text", "input_text", "output_text")  # types of a part of a content that are text
 
 
@@ -50,7 +50,7 @@ def turn(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
     seen: dict[str, None] = {}
     written = functools.partial(write, row, tokenizer, seen=seen, tools=tools)
     *talk, last = messages
-    about = {key: value for key, value in last.items() if key not in SAID}
+    about = {key: value for key, value in last.items() if key not in CONTENTS}
     marked, whole = written([*talk, {**about, "content": MARK}]), written(messages)
     if (times := marked.count(MARK)) != 1:
         raise row.error(f"the tokenizer's chat template writes the assistant's answer {times} times, not once")
@@ -121,10 +121,11 @@ def generation_prompt(row: Row, messages: Sequence[Message], tokenizer: PreTrain
 
 def stops(tokenizer: PreTrainedTokenizerBase, ends: Collection[str]) -> tuple[set[int], tuple[str, ...]]:
     """Where an answer is over: the tokens of the ends, and the ends that have no token of their own."""
-    tokens, texts = set(), []
+    tokens, texts = set[int](), list[str]()
     for end in sorted(ends):
         named = _names(tokenizer).findall(end)
-        tokens.update(int(tokenizer.convert_tokens_to_ids(name)) for run in named for name in _apart(run, tokenizer))
+        for name in (name for run in named for name in _apart(run, tokenizer)):
+            tokens.add(cast(int, tokenizer.convert_tokens_to_ids(name)))  # a list for a list, a number for a name
         if end and not named:
             texts.append(end)
     return tokens, tuple(texts)
@@ -141,10 +142,10 @@ def messages_of(row: Row) -> list[Message]:
     messages = []
     for i, raw in enumerate(value, 1):
         message = {key: part for key, part in raw.items() if part is not None} if isinstance(raw, Mapping) else {}
-        says = any(message.get(key) for key in SAID if key != "content")
-        if not isinstance(message.get("role"), str) or ("content" not in raw and not says):
+        full = any(message.get(key) for key in CONTENTS if key != "content")
+        if not isinstance(message.get("role"), str) or ("content" not in raw and not full):
             raise row.error(f"message {i} is not an object with 'role' and 'content'")
-        if "content" in message or not says:
+        if "content" in message or not full:
             message["content"] = _text(row, raw["content"], f"the content of message {i}")
         messages.append(message)
     if messages[-1]["role"] != "assistant":

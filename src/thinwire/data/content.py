@@ -99,7 +99,7 @@ def _unpacked(raw: io.BufferedReader) -> io.BufferedReader:
     head = raw.peek(16)
     packed: IO[bytes]
     if head.startswith(b"\x1f\x8b"):
-        packed = gzip.GzipFile(fileobj=raw)
+        packed = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     elif head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"):
         packed = bz2.BZ2File(raw)
     elif head.startswith(b"\xfd7zXZ\x00"):

@@ -61,13 +61,13 @@ def propose(rows: Sequence[Row]) -> Proposal:
     rest = [name for name in usable if name not in (answer, client)]
     if answer is None:
         labels = [name for name in rest if _choices(rows, name) is not None]
-        answer = (labels or rest or [None])[-1]
+        answer = next(reversed(labels or rest), None)
         rest = [name for name in rest if name != answer]
     asked = [name for name in rest if _words(name) & {*PROMPTS}]
     asked = asked or [name for name in rest if not _is_aside(rows, name)] or rest
     if answer is None or not asked:
         raise DataError(
-            f"{rows[0].source}: no prompt and answer can be told among the columns ({', '.join(columns)}); "
+            f"{rows[0].source}: no prompt and answer can be found among the columns ({', '.join(columns)}); "
             "write data.prompt and data.answer yourself"
         )
     prompt = "".join(f"{name}: {{{name}}}\n" for name in asked) + f"{answer}:"
@@ -114,7 +114,7 @@ def _choices(rows: Sequence[Row], column: str) -> tuple[str, ...] | None:
 
 
 def _is_aside(rows: Sequence[Row], column: str) -> bool:
-    """Whether the column is a number, a date or a mark of the row, and says nothing."""
+    """Whether the column is a number, a date or a mark of the row, and carries no meaning."""
     texts = _texts(rows, column)
     marks = len({*texts}) == len(texts) and not any(" " in text for text in texts)
     return bool(_words(column) & {*ASIDE}) or marks

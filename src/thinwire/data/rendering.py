@@ -50,7 +50,7 @@ def write(
 
 @contextlib.contextmanager
 def _still(seen: dict[str, None]) -> Iterator[None]:
-    """Inside, the templates' clock says CLOCK, and what they draw is the first; `seen` gets a line of each asked."""
+    """Inside, the templates' clock shows CLOCK, and what they draw is the first; `seen` gets a line of each asked."""
     from transformers.utils import chat_template_utils as theirs
 
     class Clock:

@@ -62,7 +62,7 @@ def skew(clients: Sequence[Mapping[str, int]]) -> float:
 
 
 def shortened(names: Sequence[str], clients: Sequence[Dataset], max_length: int) -> str | None:
-    """The line that says how many rows were cut or left out, and whose; None where none was."""
+    """The line with how many rows were cut or left out, and whose; None where none was."""
     rows = sum(len(data) + data.dropped for data in clients)
     parts = []
     for what, counts in (

@@ -74,7 +74,8 @@ def read_arrow(path: str | Path) -> list[Row]:
             reader = ipc.open_file(file)
             return (reader.get_batch(i) for i in range(reader.num_record_batches))
         file.seek(0)
-        return ipc.open_stream(file)
+        stream: Iterable[Any] = ipc.open_stream(file)
+        return stream
 
     return _columnar(path, ARROW, batches)
 

@@ -143,8 +143,8 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
     Only Chat looks at the tokenizer.
     """
     if isinstance(template, Chat):
-        said = turn(row, talk_of(row), tokenizer)
-        return Rendered(said.prompt, said.answer, said.end, (*said.notes, *_passed_over(row)))
+        talk = turn(row, talk_of(row), tokenizer)
+        return Rendered(talk.prompt, talk.answer, talk.end, (*talk.notes, *_passed_over(row)))
     if isinstance(template, Jinja):
         columns = columns_of(row)
         rendered = Rendered(fill(template.prompt, columns, row), fill(template.answer, columns, row))
@@ -154,9 +154,9 @@ def render(row: Row, template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) 
     prompt = template.prompt
     if template.bare is not None and (row.fields.get("input") is None or not row.text("input").strip()):
         prompt = template.bare
-    answer, columns = _fill(template.answer, row.text), _columns(template.answer)
-    if not any(row.text(column).strip() for column in columns):
-        raise row.error(f"field '{columns[0]}' is empty: there is no answer to learn")
+    answer, asked = _fill(template.answer, row.text), _columns(template.answer)
+    if not any(row.text(column).strip() for column in asked):
+        raise row.error(f"field '{asked[0]}' is empty: there is no answer to learn")
     return Rendered(_fill(prompt, row.text), answer)
 
 
@@ -175,7 +175,7 @@ def is_talk(row: Row, column: str) -> bool:
 
 
 def with_answer(row: Row, column: str, value: Any) -> Row:
-    """The row with another bare answer in its `column`; of messages that is what the last one says."""
+    """The row with another bare answer in its `column`; of messages that is the content of the last."""
     if is_talk(row, column):
         *talk, last = messages_of(row)
         value = [*talk, {**last, "content": value}]

@@ -21,7 +21,7 @@ from thinwire.compress.catalogue import LEARNT
 from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.codecs.factors import Factors
 from thinwire.compress.codecs.topk import TopK
-from thinwire.compress.learned import codec_file, components
+from thinwire.compress.learned import codebooks, codec_file
 from thinwire.config import Run
 from thinwire.core import Server
 from thinwire.keys import Key
@@ -292,7 +292,7 @@ def _lossy(method: GradualDiff, trained: Mapping[str, Tensor], down: bool) -> Sp
 def _codes(at: Federation, method: CGFed, trained: Mapping[str, Tensor]) -> Frames:
     """Down the factors, to a newcomer with the codec, or a coded step; up a code at the ratio, or somewhat less."""
     values = sum(t.numel() for t in trained.values())
-    codec: Mapping[str, Tensor] = components.untaught() if method.codec == "components" else {}
+    codec: Mapping[str, Tensor] = codebooks.untrained() if method.codec == "components" else {}
     if method.codec in LEARNT and method.artefact is not None and Path(method.artefact).exists():
         try:
             codec = codec_file.read(Path(method.artefact)).tensors

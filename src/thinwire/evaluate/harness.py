@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +56,9 @@ def harness(
             device=str(net.device),
             backend="causal",
         )
-        # it would ask git and the system about itself, and show what git says where there is no repository
-        silent = {"get_git_commit_hash": lambda: None, "add_env_info": lambda found: None}
-        with patch.multiple("lm_eval.evaluator", create=True, **silent):
+        # it would ask git and the system about itself, and show what git prints where there is no repository
+        silent = partial(patch.multiple, "lm_eval.evaluator", create=True)
+        with silent(get_git_commit_hash=lambda: None, add_env_info=lambda found: None):
             found = lm_eval.simple_evaluate(
                 model=model,
                 tasks=wanted,

@@ -70,7 +70,7 @@ def answers(net: Net, dataset: Dataset, rows: int, max_new_tokens: int = 64, bat
         if few.candidates is None:
             return generate(net.model, net.tokenizer, few, max_new_tokens, batch_size)
         found, _ = predict(net.model, few, batch_size)
-    names = few.choices or tuple(net.tokenizer.decode(tokens).strip() for tokens in few.candidates)
+    names = few.choices or tuple(str(net.tokenizer.decode(list(tokens))).strip() for tokens in few.candidates)
     return [names[i] for i in found]
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 def references(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[tuple[str, ...]]:
     """What each example accepts as an answer: its references, or without any the text of its answer."""
-    return [example.references or (tokenizer.decode(example.answer, skip_special_tokens=True),) for example in examples]
+    return [example.references or (text_of(tokenizer, example.answer),) for example in examples]
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Tokens as text, without those that stand for none."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 def rouge_l(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
@@ -57,13 +62,14 @@ def exact_match(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> fl
 
 def bleu(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
     """BLEU of all answers together, 0 to 100, with sacrebleu's tokens and smoothing. ValueError: no answer."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     if not answers:
         raise ValueError("BLEU needs at least one answer")
     most = max(map(len, accepted))
     streams = [[several[i] if i < len(several) else None for several in accepted] for i in range(most)]
-    return float(BLEU().corpus_score(answers, streams).score)
+    # its annotation forgets the None of an answer with fewer references
+    return float(BLEU().corpus_score(answers, cast(list[list[str]], streams)).score)
 
 
 @torch.inference_mode()
@@ -90,7 +96,7 @@ def generate(
             batch = collate([Example(examples[i].prompt, ()) for i in picked], dataset.pad)
             length = batch.input_ids.shape[1]
             positions = getattr(model.config, "max_position_embeddings", None) or length + max_new_tokens
-            made = model.generate(
+            made = cast(Callable[..., torch.Tensor], model.generate)(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
                 max_new_tokens=max(1, min(max_new_tokens, positions - length)),
@@ -105,7 +111,7 @@ def answer_of(
 ) -> str:
     """What was generated as text, stripped, up to the first of the end tokens and of the texts that end an answer."""
     stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-    text = str(tokenizer.decode(tokens[:stop], skip_special_tokens=True))
+    text = text_of(tokenizer, tokens[:stop])
     for end in texts:
         text = text.partition(end)[0]
         if stop == len(tokens):  # there was no room for all of the end
@@ -130,13 +136,13 @@ def decoding(
     ends = {token for token in (*named, tokenizer.eos_token_id, *closing) if token is not None}
     # In place of the model's, not beside it: fields that are not given are filled in from there (penalties,
     # temperatures).
-    settings = GenerationConfig(do_sample=False, bos_token_id=own.bos_token_id)
+    settings = GenerationConfig.from_dict({"do_sample": False, "bos_token_id": own.bos_token_id})
     if temperature > 0:
         settings = copy.deepcopy(own)
-        settings.update(do_sample=True, temperature=temperature)
-    settings.update(use_cache=True, pad_token_id=dataset.pad, eos_token_id=sorted(ends) or None)
+        settings.do_sample, settings.temperature = True, temperature
+    settings.use_cache, settings.pad_token_id, settings.eos_token_id = True, dataset.pad, sorted(ends) or None
     model.generation_config = settings
-    model.eval()
+    model.train(False)
     try:
         yield ends, texts
     finally:

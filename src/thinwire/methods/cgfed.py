@@ -4,7 +4,7 @@
                X_i = Phi(A_i - A, B_i - B)          z_i = Enc(X_i + e_i)         e_i <- X_i + e_i - Dec(z_i)
     server     (A, B) <- (A, B) + sum_i (n_i / n) Phi^-1(Dec(z_i))
 
-Phi stacks all factors into one image (compress.image). The paper leaves open whether X is the state, the increment or
+Phi stacks all factors into one image (lora_image). The paper leaves open whether X is the state, the increment or
 the gradient: `encode` says; it writes a plain sum where its base takes the weighted mean: `average` says. Its
 autoencoder is the codec "resnet"; "learned" is ours (compress.components), and "components" the same with Gaussian
 tables that know nothing of updates; the others are classical. The learnt ones come from an artefact of `thinwire
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.compress.catalogue import LEARNT, Code, Name, code_of, side_of
-from thinwire.compress.codecs.svd import LowRank
+from thinwire.compress.codecs.powersgd import PowerSgd
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
-from thinwire.compress.learned import codec_file, components
+from thinwire.compress.learned import codebooks, codec_file
 from thinwire.compress.learned.lora_image import Image
 from thinwire.core import Client, Server, StaleVersion
 from thinwire.model.errors import ModelError
@@ -120,7 +120,7 @@ class CGFed(OnFactors):
 
     def init(self, server: Server) -> Global:
         image = self._image(server.net)
-        codec: Tensors = components.untaught() if self.codec == "components" else {}
+        codec: Tensors = codebooks.untrained() if self.codec == "components" else {}
         if self.codec in LEARNT and self.artefact is not None:
             try:
                 found = codec_file.read(Path(self.artefact))
@@ -277,7 +277,7 @@ class CGFed(OnFactors):
 
     def _coded(self, code: Code, wanted: Tensor, key: int, client: Client) -> tuple[bytes, Tensor]:
         """The bytes and what they decode to; PowerSGD starts from where the last update ended."""
-        if self.codec == "powersgd" and isinstance(code, LowRank):
+        if self.codec == "powersgd" and isinstance(code, PowerSgd):
             data = code.encode(wanted, key, client.memory.get("basis"))
             client.memory["basis"] = code.halves(data, (wanted.shape[0], wanted.shape[1]))[1].contiguous()
         else:

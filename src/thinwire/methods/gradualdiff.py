@@ -5,8 +5,8 @@
 Lossless (the default): both ends hold the same low-precision tensors, and what travels is how many values of the dtype
 each weight has moved by, entropy-coded (compress.ulp). A client says which version it holds, and receives the
 difference to the current one, or the whole model once, coded too; a hash of the result rides in each frame, so that all
-peers hold the same bits for ever. What rounding would lose is kept in the mean by a keyed draw (`rounding = "stochastic"`), or
-kept by the one who rounds (`residue`), or lost as in FedAvg (`nearest`).
+peers hold the same bits for ever. What rounding would lose is kept in the mean by a keyed draw
+(`rounding = "stochastic"`), or kept by the one who rounds (`residue`), or lost as in FedAvg (`nearest`).
 
 Lossy (`codec`): c = Q(d + e) travels, e <- d + e - c stays (error feedback), at the clients and at the server. The
 server applies exactly what it sends.
@@ -26,10 +26,7 @@ from torch import Tensor
 
 from thinwire import streams
 from thinwire.aggregate.mean import Counted, Metrics, Update
-from thinwire.compress.codecs.blocks import Blocks
-from thinwire.compress.codecs.eden import Eden
-from thinwire.compress.codecs.factors import Factors
-from thinwire.compress.codecs.topk import TopK
+from thinwire.compress.catalogue import TensorCode, tensor_code
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.exact.rounding import moves
 from thinwire.core import Client, Server, StaleVersion
@@ -42,7 +39,6 @@ from thinwire.wire.legal import LARGEST, check_keys, check_rate
 from thinwire.wire.payload import Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
-Code = Blocks | Eden | Factors | TopK
 # run files of before: field -> the field of the server's step; and which of them each kind of step has
 FLAT = {"server": "kind", "server_lr": "lr", "momentum": "momentum", "second_moment": "second_moment", "tau": "tau"}
 KEPT = {"momentum": ("lr", "momentum")} | dict.fromkeys(("adam", "yogi"), ("lr", "momentum", "second_moment", "tau"))
@@ -270,18 +266,13 @@ class GradualDiff(Exact):
     def _keeps(self) -> bool:
         return self.rounding == "residue" if self.codec == "lossless" else self.feedback
 
-    def code(self, down: bool = False) -> Code:
+    def code(self, down: bool = False) -> TensorCode:
         """What codes a tensor of the lossy tier, up or down; ValueError for bits that it has not."""
-        if self.codec == "eden":
-            return Eden(self.bits)
-        bits = int(self.bits)
-        if bits != self.bits:
-            raise ValueError(f"bits {self.bits} is not a whole number")
-        if self.codec == "lowrank":
-            return Factors(self.down_rank or self.rank if down else self.rank, bits)
-        return Blocks(bits) if self.codec == "blocks" else TopK(self.share, bits=bits)
+        assert self.codec != "lossless"
+        rank = self.down_rank or self.rank if down else self.rank
+        return tensor_code("factors" if self.codec == "lowrank" else self.codec, self.bits, rank, self.share)
 
-    def _lossy(self, code: Code, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _lossy(self, code: TensorCode, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
         """The code of what is wanted of this tensor, and what it decodes to, float32."""
         sent = torch.where(moves(old, wanted), wanted, 0.0) if self.gate else wanted
         own = _below(key, stream)
@@ -302,7 +293,7 @@ class GradualDiff(Exact):
         return LazyTensors({name: Spec(torch.float32, spec.shape) for name, spec in specs.items()}, read)
 
 
-def _undone(code: Code, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
+def _undone(code: TensorCode, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
     """What a code decodes to, float32; Illegal, with the tensor's name, for bytes that are none."""
     try:
         return code.decode(to_bytes(change), like.shape, _below(key, stream))

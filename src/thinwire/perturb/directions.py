@@ -110,8 +110,8 @@ class Directions:
             for start, piece, place in _tiles(source, target):
                 # a copy always: the kernel works in place on it, and weight may not be out
                 tile = torch.empty(piece.shape, dtype=working, device="cpu").copy_(piece)
-                flat = tile.view(-1).numpy()
-                self._accumulate(flat, flat, pid, seeds, coefs, scale, start)
+                numbers = tile.view(-1).numpy()
+                self._accumulate(numbers, numbers, pid, seeds, coefs, scale, start)
                 place.copy_(tile)
         return out
 
@@ -206,7 +206,8 @@ class Directions:
             i, columns = parts[part]
             address = self.key, pid, seeds[columns], i * (m + n) + first, count
             if kernels is not None:
-                return kernels.matrix(*address, device=weight.device)
+                made: Tensor = kernels.matrix(*address, device=weight.device)
+                return made
             return torch.from_numpy(sign_cpu.matrix(*address)).to(weight.device)
 
         right: list[Tensor] = [torch.empty(0)] * len(parts)

@@ -93,7 +93,8 @@ def gaussian(run_key: int, seed: int, pid: int, start: int, count: int) -> NDArr
     words = philox4x32(counter, [run_key & 0xFFFFFFFF, run_key >> 32])
     # little-endian words, so that the low half of each comes first whatever the machine
     numbers = words.astype("<u4").view("<u2").reshape(-1)
-    return quantiles()[numbers[start - BLOCK * first :][:count]]
+    found: NDArray[np.float32] = quantiles()[numbers[start - BLOCK * first :][:count]]
+    return found
 
 
 def accumulate(

@@ -146,8 +146,8 @@ class Probe:
         size = sum(p.numel() for p in own)
         there = self._scratch
         if there is None or there.numel() < size or there.device != own[0].device:  # a model may span several GPUs
-            self._scratch = torch.empty(size, dtype=own[0].dtype, device=own[0].device)
-        return self._scratch
+            there = self._scratch = torch.empty(size, dtype=own[0].dtype, device=own[0].device)
+        return there
 
     def _add(self, module: nn.Module, own: list[nn.Parameter], added: Added, out: Tensor, x: Tensor) -> Tensor:
         """out + step z(x) for each group of rows: float [rows, ..., width] as out is, which is written in place."""
@@ -181,7 +181,7 @@ class Probe:
             if p.dim() > 1
         }
         sizes = [self.directions.rank * (shape.numel() // shape[-1] + shape[-1]) for shape in matrices.values()]
-        places = torch.empty(sum(sizes) * len(seeds)).split([size * len(seeds) for size in sizes])
+        places = torch.split(torch.empty(sum(sizes) * len(seeds)), [size * len(seeds) for size in sizes])
         self._factors_of = seeds
         self._factors = {
             name: self.directions.factors(name, shape, seeds, place.view(-1, len(seeds)))

@@ -8,7 +8,7 @@ Element e of the direction of seed s for the parameter with id p, in a run with 
     w       = word e mod 4 of philox4x32(counter, key)
     z       = +1 if bit s mod 32 of w is set, else -1
 
-One word serves 32 seeds, a group. Replay adds a group eight seeds at a time, by tables: `reference` says in what order.
+One word serves 32 seeds, a group. Replay adds a group eight seeds at a time, by tables: `reference` has the order.
 The kernels give the same bits for any thread count and on any CPU, as those of `thinwire.perturb.gaussian_cpu` do.
 """
 
@@ -61,7 +61,7 @@ def signs(run_key: int, seed: int, pid: int, start: int, count: int) -> NDArray[
     return np.where(bits == 1, np.float32(1), np.float32(-1))
 
 
-def _tables(seeds: NDArray[np.uint64], coefs: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+def tables_of(seeds: NDArray[np.uint64], coefs: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
     """The groups of the seeds, ascending [g], and their sums T [g, 4, 256]; without groups that add nothing."""
     groups, which = np.unique(seeds // GROUP, return_inverse=True)
     by_bit = np.zeros((groups.size, GROUP), np.float32)
@@ -101,7 +101,7 @@ def reference(
     if seeds.size == 0:
         return scaled
     total = np.zeros(weight.size, dtype=np.float32)
-    for group, table in zip(*_tables(seeds, coefs), strict=True):
+    for group, table in zip(*tables_of(seeds, coefs), strict=True):
         words = _words(run_key, int(group), pid, start, weight.size)
         for b in range(4):
             total = total + table[b][words >> np.uint32(8 * b) & np.uint32(255)]
@@ -202,7 +202,7 @@ def accumulate(
         # not -coefs: what a coefficient of zero adds is +0.0 either way
         groups, tables = seeds // GROUP, np.stack([0 - coefs, 0 + coefs], axis=1)
     else:
-        groups, tables = _tables(seeds, coefs)
+        groups, tables = tables_of(seeds, coefs)
         tables = tables.reshape(groups.size, 1024)
 
     def sweep(low: int, high: int) -> None:

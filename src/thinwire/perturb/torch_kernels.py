@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thinwire.perturb import philox, sign_cpu
 from thinwire.perturb.normal_table import quantiles
+from thinwire.streams import MULTIPLIERS, ROUNDS, WEYL
 
 TILE = 1 << 20
 """Elements at a time, so that temporaries stay below a hundred megabytes."""
@@ -33,16 +34,14 @@ def _product(word: Tensor | int, multiplier: int) -> tuple[Tensor | int, Tensor 
     return (large + (small >> 16)) >> 16, (((large & _HALF) << 16) + small) & _LOW
 
 
-def words(
-    c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int, key: int
-) -> tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int]:
+def words(c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int, key: int) -> tuple[Tensor, ...]:
     """`philox.philox4x32` of int64 tensors and integers below 2^32, which broadcast; key: all 64 bits of it."""
-    for turn in range(philox.ROUNDS):
-        r0 = (key + turn * philox.WEYL[0]) & _LOW
-        r1 = ((key >> 32) + turn * philox.WEYL[1]) & _LOW
-        (high0, low0), (high1, low1) = _product(c0, philox.MULTIPLIERS[0]), _product(c2, philox.MULTIPLIERS[1])
+    for turn in range(ROUNDS):
+        r0 = (key + turn * WEYL[0]) & _LOW
+        r1 = ((key >> 32) + turn * WEYL[1]) & _LOW
+        (high0, low0), (high1, low1) = _product(c0, MULTIPLIERS[0]), _product(c2, MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ r0, low1, high0 ^ c3 ^ r1, low0
-    return c0, c1, c2, c3
+    return tuple(map(torch.as_tensor, (c0, c1, c2, c3)))
 
 
 def _counter(start: int, count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, slice]:
@@ -53,7 +52,9 @@ def _counter(start: int, count: int, size: int, device: torch.device) -> tuple[T
     return blocks & _LOW, blocks >> 32, slice(start - size * first, start - size * first + count)
 
 
-def check(law: str, weight: Tensor, out: Tensor, seeds: ArrayLike, coefs: ArrayLike) -> tuple[NDArray, NDArray]:
+def check(
+    law: str, weight: Tensor, out: Tensor, seeds: ArrayLike, coefs: ArrayLike
+) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
     """Seeds as uint64 [k] and coefs as float32 [k]; ValueError on tensors or lengths that `accumulate` cannot take."""
     if law not in ("gaussian", "sign"):
         raise ValueError(f"unknown law {law!r}; known: gaussian, sign")
@@ -84,8 +85,8 @@ def quantiles_on(device: torch.device) -> Tensor:
 # a replay asks for the same tables once for every parameter of a model, and they take a few milliseconds to make
 @lru_cache(maxsize=2)
 def _tables_on(device: torch.device, seeds: bytes, coefs: bytes) -> tuple[list[int], Tensor]:
-    """`sign_cpu._tables` on a device: the groups [g], and their sums, float32 [g, 4, 256]."""
-    groups, tables = sign_cpu._tables(np.frombuffer(seeds, np.uint64), np.frombuffer(coefs, np.float32))
+    """`sign_cpu.tables_of` on a device: the groups [g], and their sums, float32 [g, 4, 256]."""
+    groups, tables = sign_cpu.tables_of(np.frombuffer(seeds, np.uint64), np.frombuffer(coefs, np.float32))
     return groups.tolist(), torch.from_numpy(tables).to(device)
 
 

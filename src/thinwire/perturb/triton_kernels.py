@@ -21,15 +21,16 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from thinwire.perturb import philox, sign_cpu, torch_kernels
+from thinwire.streams import MULTIPLIERS, ROUNDS, WEYL
 
 LAUNCH = {"enable_fp_fusion": False, "num_warps": 4}
 """How every kernel is compiled."""
 GAUSSIAN_BLOCKS, SIGN_BLOCKS, MATRIX_BLOCKS = 256, 256, 32
 """Philox blocks in a program's tile, powers of two."""
 
-_M0, _M1 = tl.constexpr(philox.MULTIPLIERS[0]), tl.constexpr(philox.MULTIPLIERS[1])
-_W0, _W1 = tl.constexpr(philox.WEYL[0]), tl.constexpr(philox.WEYL[1])
-_ROUNDS = tl.constexpr(philox.ROUNDS)
+_M0, _M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
+_W0, _W1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
+_ROUNDS = tl.constexpr(ROUNDS)
 
 _ANY = ("tile", "pid", "key0", "key1", "many", "groups")
 """Arguments for whose values no kernel is compiled apart: most change from one parameter to the next. `lead` and `size`
@@ -158,7 +159,7 @@ def _terms(law: str, device: torch.device, seeds: bytes, coefs: bytes) -> tuple[
     """What the kernel of the law adds, on the device: seeds and coefs, or the numbers of groups and their tables."""
     numbers, values = np.frombuffer(seeds, np.uint64), np.frombuffer(coefs, np.float32)
     if law == "sign":
-        numbers, values = sign_cpu._tables(numbers, values)
+        numbers, values = sign_cpu.tables_of(numbers, values)
     return _upload(numbers, device), torch.tensor(values, device=device)
 
 
@@ -197,7 +198,7 @@ def accumulate(
     grid = (triton.cdiv(lead + weight.numel(), blocks * elements),)
     address = tile, _signed(pid), _signed(run_key & 0xFFFFFFFF), _signed(run_key >> 32)
     rest = numbers, values, len(numbers), float(np.float32(scale))
-    with torch.cuda.device_of(weight):
+    with torch.cuda.device(weight.get_device()):
         if law == "gaussian":
             table = torch_kernels.quantiles_on(weight.device)
             _gaussian[grid](weight, out, lead, weight.numel(), *address, *rest, table, blocks=blocks, **LAUNCH)
@@ -219,6 +220,6 @@ def matrix(
     grid = (triton.cdiv(lead + count, MATRIX_BLOCKS * sign_cpu.BLOCK) * len(numbers),)
     address = tile, _signed(pid), _signed(run_key & 0xFFFFFFFF), _signed(run_key >> 32)
     terms = numbers, bounds, columns, bits, len(numbers), seeds.size
-    with torch.cuda.device_of(out):
+    with torch.cuda.device(out.get_device()):
         _matrix[grid](out, lead, count, *address, *terms, blocks=MATRIX_BLOCKS, **LAUNCH)
     return out

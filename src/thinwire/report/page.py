@@ -150,7 +150,7 @@ def _library() -> str:
         import vl_convert
     except ImportError:
         raise DataError("a report needs the plotting library: pip install 'thinwire[report]'") from None
-    code: str = vl_convert.javascript_bundle()
+    code: str = vl_convert.javascript_bundle()  # type: ignore[call-arg] # its stub lacks the default
     return code.replace("</script", "<\\/script")
 
 

@@ -127,7 +127,7 @@ def _memory(runs: Sequence[Recorded]) -> Plot | None:
         "bar",
         (("run", "run"), ("part", "side"), ("value", "bytes")),
         rows,
-        _bars("bytes", list(dict.fromkeys(row["part"] for row in rows))),
+        _bars("bytes", list(dict.fromkeys(str(row["part"]) for row in rows))),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,13 @@ def _read(folder: Path, settings: Record, label: str) -> Recorded:
 
 def _labels(trees: dict[Path, Record]) -> list[str]:
     """Names; with the seed where a name comes twice, and with the folder where that does not tell them apart."""
-    for form in (
+    forms: tuple[Callable[[Path, Record], str], ...] = (
         lambda path, tree: str(tree.get("name", path.name)),
         lambda path, tree: f"{tree.get('name', path.name)}, seed {tree.get('seed', 0)}",
         lambda path, tree: f"{tree.get('name', path.name)}, {path.parent.name}/{path.name}",
         lambda path, tree: str(path),
-    ):
+    )
+    for form in forms:
         labels = [form(path, tree) for path, tree in trees.items()]
         if len(set(labels)) == len(labels):
             break

@@ -27,4 +27,4 @@ class TooLarge(WireError):
 
 
 class Illegal(WireError):
-    """The payload decodes, but the method does not allow what it says."""
+    """The payload decodes, but the method does not allow what it holds."""

@@ -70,7 +70,7 @@ Frame = bytes | Spooled
 
 
 class Header(NamedTuple):
-    """All that a frame says besides its payload. `held` is the version of the weights that the sender holds."""
+    """All that a frame carries besides its payload. `held` is the version of the weights that the sender holds."""
 
     kind: str
     run: int

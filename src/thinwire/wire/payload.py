@@ -50,7 +50,7 @@ class Stale:
 
 
 class Spec(NamedTuple):
-    """What the header says of one tensor."""
+    """What the header has of one tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -41,7 +41,8 @@ EVEN = 5
 TILE = 1 << 16
 """About as many elements have their random words drawn at a time."""
 
-Scales, Codes = NDArray[np.uint16], NDArray[np.uint8]
+Scales = NDArray[np.uint16]
+Codes = NDArray[np.uint8]
 
 _LARGEST = float(np.finfo(np.float32).max)
 _MAGIC = np.float32(1.5 * 2**23)

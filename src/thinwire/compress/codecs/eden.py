@@ -182,7 +182,7 @@ class Eden:
     Bytes: piece after piece, the scale S as float32, little-endian, then the codes of its d elements (0.5 bits: d / 2),
     max(1, bits) each, ascending with the level, the low bits of a byte first. Pieces have PIECE elements; the rest goes
     into the smaller powers of two, the last one padded with zeros, that take the fewest bytes. The random words of
-    piece p are those of stream p of `perturb.cpu.words` under the key: d / 64 for D1, d / 64 for D2, then the picks.
+    piece p are those of stream p of `streams.words` under the key: d / 64 for D1, d / 64 for D2, then the picks.
 
     Encoding and decoding give the same bits on every machine. A number beyond float32's range decodes to its end.
     """

@@ -126,4 +126,5 @@ class Factors:
         for _ in range(SWEEPS):
             basis, _ = torch.linalg.qr(x.T @ torch.linalg.qr(x @ basis)[0])
         left, values, _ = torch.linalg.svd(x @ basis, full_matrices=False)
-        return (left[:, : self.rank] * values[: self.rank].sqrt()).T.contiguous()
+        found: Tensor = left[:, : self.rank] * values[: self.rank].sqrt()
+        return found.T.contiguous()

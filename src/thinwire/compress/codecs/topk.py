@@ -154,7 +154,7 @@ def _scatter(data, values, chunk, kept, last, out):
 class TopK:
     """The largest elements of every chunk: round(share m) of its m, but at least one, and their places.
 
-    share is in (0, 1]. bits: of a value; 16 is bfloat16, and 8, 4 and 2 are `quantise.Blocks` with the values of one
+    share is in (0, 1]. bits: of a value; 16 is bfloat16, and 8, 4 and 2 are `blocks.Blocks` with the values of one
     chunk as its block. Biased: use it with error feedback. Of equal magnitudes the first are kept. Where k of m
     are kept, at most half, their places take log2 C(m, k) bits and 1 to 6 % more if all are equally likely (at 1 % of
     4096, 1 %; 12-bit places 50 %, a bitmap under zstandard 34 %), and 14 % more at worst.

@@ -6,7 +6,7 @@ runs forward through the model, keeps the interval of every symbol (`model`), an
 (`flush`). Symbol i goes through state i mod lanes: the states do not wait for each other.
 
 What is uniform goes as plain bits into a second stream. Both are little-endian words of 32 bits. A reader that runs
-out of words goes on with zeros and says so in its cursor; no index leaves an array, whatever the bytes are.
+out of words goes on with zeros, and its cursor shows it; no index leaves an array, whatever the bytes are.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _START, _SYMBOL = np.uint32(0xFFF0), np.uint32(15)
 
 @njit(nogil=True, cache=True)
 def _intervals(symbols, starts, shares, out):
-    """In place of each symbol its interval, as `rans.model` says it."""
+    """In place of each symbol its interval, as `rans.model` has it."""
     for i in range(symbols.size):
         s = symbols[i]
         out[i] = (starts[s] << np.uint32(rans.BITS)) | shares[s]
@@ -90,7 +90,7 @@ def decode(data: bytes | memoryview, count: int) -> NDArray[np.uint8]:
 
 def _shares(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many slots each symbol has: about its share of the counts, none only where it does not occur, not all."""
-    shares = np.maximum(counts * _SLOTS // counts.sum(), counts > 0)
+    shares: NDArray[np.int64] = np.maximum(counts * _SLOTS // counts.sum(), counts > 0)
     best = int(counts.argmax())
     shares[best] += _SLOTS - shares.sum()
     if shares[best] == _SLOTS:

@@ -1,7 +1,7 @@
-"""Weights that `quantise.Blocks` has rounded, in fewer bytes, and in very few where both ends have held older ones.
+"""Weights that `blocks.Blocks` has rounded, in fewer bytes, and in very few where both ends have held older ones.
 
-The old weights, exact ones or what another such code says, have codes under the scales of the new ones, too. They
-foretell the new codes; what is left is the number of levels between the two, which is mostly 0, and is coded by rANS.
+The old weights, exact or decoded from another such code, have codes under the scales of the new ones, too. They
+predict the new codes; what is left is the number of levels between the two, which is mostly 0, and is coded by rANS.
 Without old weights it is the distance to the middle level.
 
     head     shift, bytes of the scales, bytes of the tokens
@@ -50,16 +50,16 @@ def _nearest(x, scales, block, levels, codes):
 
 
 @njit(nogil=True, cache=True)
-def _distances(codes, foretold, levels, out):
-    """How far each code is from the foretold one, the shorter way round: 0, -1, 1, -2 become 0, 1, 2, 3."""
+def _distances(codes, expected, levels, out):
+    """How far each code is from the predicted one, the shorter way round: 0, -1, 1, -2 become 0, 1, 2, 3."""
     for i in range(codes.size):
-        up = (np.int32(codes[i]) - np.int32(foretold[i])) % levels
+        up = (np.int32(codes[i]) - np.int32(expected[i])) % levels
         out[i] = 2 * up if 2 * up < levels else 2 * (levels - up) - 1
 
 
 @njit(nogil=True, cache=True)
 def _move(codes, distances, levels):
-    """From the foretold codes to the new ones, in place: the inverse of `_distances`."""
+    """From the predicted codes to the new ones, in place: the inverse of `_distances`."""
     for i in range(codes.size):
         z = np.int32(distances[i])
         code = np.int32(codes[i]) + ((z >> 1) ^ -(z & 1))
@@ -73,14 +73,14 @@ def encode(scales: Scales, codes: Codes, code: Blocks, old: Tensor | None) -> by
     old: as many weights, of any float dtype, on the CPU, finite (ValueError).
     """
     distances = np.empty(codes.size, np.uint8)
-    _distances(codes, foretold(old, scales, code, codes.size), code.levels.size, distances)
+    _distances(codes, predicted(old, scales, code, codes.size), code.levels.size, distances)
     shift = _best(distances)
     tokens = np.minimum(distances >> np.uint8(shift), _BEYOND)
-    told = integers.pack(scales.astype(np.int64) - _scales(old, code, scales.size))
+    moves = integers.pack(scales.astype(np.int64) - _scales(old, code, scales.size))
     drawn = static.encode(tokens)
     plain = pack(distances & np.uint8((1 << shift) - 1), shift).tobytes() if shift else b""
     beyond = distances[tokens == _BEYOND].tobytes() if shift < _SHIFTS[-1] else b""
-    return _HEAD.pack(shift, len(told), len(drawn)) + told + drawn + plain + beyond
+    return _HEAD.pack(shift, len(moves), len(drawn)) + moves + drawn + plain + beyond
 
 
 def decode(data: bytes | memoryview, code: Blocks, old: Tensor | None, count: int) -> tuple[Scales, Codes]:
@@ -106,9 +106,9 @@ def decode(data: bytes | memoryview, code: Blocks, old: Tensor | None, count: in
         raise ValueError("a coarse weight has moved beyond the levels")
     blocks = -(-count // code.block)
     wanted = integers.unpack(moves.tobytes(), blocks) + _scales(old, code, blocks)
-    # beyond these no scale is one, and the code will say so
+    # beyond these no scale is one, and decoding refuses it
     scales = wanted.clip(0, 65535).astype(np.uint16)
-    codes = foretold(old, scales, code, count)
+    codes = predicted(old, scales, code, count)
     _move(codes, distances, code.levels.size)
     return scales, codes
 
@@ -133,7 +133,7 @@ def _scales(old: Tensor | None, code: Blocks, blocks: int) -> NDArray[np.int64]:
     return code.scales(old.float()).astype(np.int64)
 
 
-def foretold(old: Tensor | None, scales: Scales, code: Blocks, count: int) -> Codes:
+def predicted(old: Tensor | None, scales: Scales, code: Blocks, count: int) -> Codes:
     """The codes that the old weights have under these scales."""
     codes = np.full(count, code.levels.size // 2, np.uint8)
     if old is not None:

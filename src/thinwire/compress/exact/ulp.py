@@ -4,7 +4,7 @@ Both ends hold `old`. A bit pattern x has a place o(x) in the order of all patte
 under what both ends know: the exponent of the old weight, because |k| is about |change| / ulp(old), and a forecast of
 the change. The changes that a few steps of training make to a matrix are close to a matrix of low rank in their signs.
 The encoder finds rank <= RANK factors of those signs, rounds them to a few levels and sends them where that pays; the
-sign and size of their product at a weight then tell the sign of k, and how sure it is.
+sign and size of their product at a weight then give the sign of k, and how sure it is.
 
     tensor   head (version, form, dtype), dimensions, checksum of the new patterns, and chunks of whole rows
     chunk    its length and form: unchanged, raw, or coded

@@ -1,7 +1,7 @@
 """What is known of a change of weights before it is coded: how large it will be, and which way, more or less.
 
-Both ends make the forecast (`foresee`): the exponent of the old weight tells the size of k, and the product of a few
-factors, which travel as levels, tells its sign and how sure that is. The rest is the encoder's, and no part of the
+Both ends make the forecast (`foresee`): the exponent of the old weight gives the size of k, and the product of a few
+factors, which travel as levels, gives its sign and how sure that is. The rest is the encoder's, and no part of the
 format: how large k is at each exponent (`spread`, `window`), and the search for factors (`factors`), by orthogonal
 iteration on the signs of k. Integers only, in float32 where their products are exact: the same factors everywhere.
 """
@@ -46,7 +46,7 @@ def spread(
     votes: dict[int, int] = {}
     for exponent, (count, total) in enumerate(zip(counts.tolist(), sums.tolist(), strict=True)):
         shift = (total // max(count, 1)).bit_length() - 2
-        # where it is as large as it can be, it does not tell how large it ought to be
+        # where it is as large as it can be, it does not show how large it ought to be
         if count and 0 < shift < mantissa - 1:
             votes[exponent + shift] = votes.get(exponent + shift, 0) + count
     half, pivot = sum(votes.values()) // 2, 0
@@ -147,7 +147,7 @@ def sized(level):
 def _survey(old, new, drop, mask, mantissa):
     """Weights, and the sum of |k| where the sign stays, for each exponent of the old weight."""
     counts, sums = np.zeros(257, np.int64), np.zeros(257, np.int64)
-    # a part is enough to tell, and an odd stride falls on many columns
+    # a part is enough to know, and an odd stride falls on many columns
     for i in range(0, old.size, 1 + old.size // JUDGED * 2):
         a, b = np.int64(old[i]) >> drop, np.int64(new[i]) >> drop
         if (a ^ b) >= 0:
@@ -272,7 +272,7 @@ def _worth(signs, changed, left, right, along, across):
         saved = seen << 8
         for level in range(16):
             saved -= _bits(hits[level])
-        # it tells of the size of k, too
+        # it depends on the size of k, too
         saved = saved * step * 5 // 4 - own
         if saved > best:
             best, rank, mean = saved, c + 1, size

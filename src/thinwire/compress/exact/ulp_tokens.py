@@ -198,7 +198,7 @@ def weights(old, new, columns, drop, mask, mantissa, lowest, pivot, scales, thre
                 size = (upper << mantissa) | value
             else:
                 k = (cell << bits) + value - ((1 << bits) >> 1)
-                # `w` says of the two patterns as they are, the magnitude is the other way round in a negative one
+                # `w` holds of the two patterns as they are, the magnitude is the other way round in a negative one
                 step = -k if w & 1 else k
                 size = (a & mask) + step
             if size < 0 or size > mask:

@@ -44,7 +44,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, channels, h, w] -> the same; h and w are 2 at least, as a border is reflected."""
-        return x + self.path(x)
+        out: Tensor = x + self.path(x)
+        return out
 
 
 def encoder() -> nn.Sequential:

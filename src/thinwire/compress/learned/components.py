@@ -7,7 +7,7 @@ half of its energy, and its numbers lie between a Gaussian and bare signs. So
                 travels with the update, a few bits a number, and c_j is taken along U as it is decoded
     allocation  each component gets the rate out of RATES at which the next half bit would pay less than elsewhere,
                 until the budget is spent: reverse water-filling, with the distortions that TGAP measured
-    codewords   each rate has a trellis (compress.trellis), whose codewords TGAP learns on components, for the first of
+    codewords   each rate has a trellis (entropy.trellis), whose codewords TGAP learns on components, for the first of
                 a factor and for the others apart
 
 No output saturates and no sign is lost; the code of a zero update is zero. What is decoded is made longer, so that its
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from thinwire.compress.entropy import adaptive, trellis
 from thinwire.compress.entropy.packing import check_key, flatten, octets, pack, unpack
-from thinwire.compress.learned.lora_image import Image
+from thinwire.compress.learned.lora_image import Array, Energies, Image, largest, principal
 
 RATES = ((0, 1), (1, 2), (1, 1), (3, 2), (2, 1), (5, 2), (3, 1), (4, 1))
 """Bits a step and numbers a step of each rate: 0, 0.5, 1 .. 3 and 4 bits a number. Their order is the wire's."""
@@ -41,14 +41,12 @@ AXIS = (5, 4, 3)
 STEP = 8
 """A component's scale is the update's times a power of 2^(1/8), from 0 down to 2^-16 in 7 bits."""
 
-Array = NDArray[np.float32]
-Energies = NDArray[np.float64]
 Codes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Components:
-    """The codec of images like `image` in at most `size` bytes, under tables as `fit` makes them.
+    """The codec of images like `image` in at most `size` bytes, under tables as `codebooks` makes them.
 
     `tables`: for each kind and each rate but 0 the codewords book.KIND.RATE, float16 [STATES, numbers a step];
     `distortion`, float32 [KINDS, rates]: the error that each leaves of a component, 1 for rate 0; `range`, float32 [2]:
@@ -73,9 +71,9 @@ class Components:
         """Float32 [height, width] as at most `size` bytes; the key does not matter. ValueError unless x is finite."""
         check_key(key)
         flatten(x)
-        blocks = self._blocks(x)
-        energy, axes = _principal(blocks)
-        scale = _largest(energy, blocks)
+        blocks = self.image.blocks(x)
+        energy, axes = principal(blocks)
+        scale = largest(energy, blocks)
         if scale == 0:
             return np.zeros(2, "<f4").tobytes()
         budget, taken = self.size, self.size + 1
@@ -120,10 +118,6 @@ class Components:
             [self.tables[f"book.{kind}.{rate}"].float().numpy() for rate in range(1, len(RATES))]
             for kind in range(KINDS)
         ]
-
-    def _blocks(self, x: Tensor) -> list[Array]:
-        factors = self.image.unstack(x)
-        return [np.ascontiguousarray((f if f.shape[0] <= f.shape[1] else f.T).numpy()) for f in factors.values()]
 
     def _allocate(self, energy: list[Energies], scale: float, budget: int) -> Codes:
         """The rate of each component of each block, [blocks, ranks], in about `budget` bytes."""
@@ -251,21 +245,6 @@ class Components:
         return self.image.stack(factors)
 
 
-def _principal(blocks: list[Array]) -> tuple[list[Energies], list[Array]]:
-    """The energies of each block's components, descending, and its axes as columns."""
-    energies, axes = [], []
-    for block in blocks:
-        values, vectors = np.linalg.eigh(block.astype(np.float64) @ block.T.astype(np.float64))
-        energies.append(np.maximum(values[::-1], 0))
-        axes.append(np.ascontiguousarray(vectors[:, ::-1]).astype(np.float32))
-    return energies, axes
-
-
-def _largest(energy: list[Energies], blocks: list[Array]) -> float:
-    """The largest root mean square of a component, as float32 holds it."""
-    return float(np.float32(math.sqrt(max(e[0] / b.shape[1] for e, b in zip(energy, blocks, strict=True)))))
-
-
 def _axis_codes(axis: Array, j: int) -> Codes:
     """The numbers of a unit vector in even steps from -1 to 1."""
     top = (1 << AXIS[min(j, len(AXIS) - 1)]) - 1
@@ -306,60 +285,3 @@ def _contexts(shape: tuple[int, ...]) -> Codes:
 
 def _padded(x: Array, width: int) -> Array:
     return np.pad(x, (0, -x.size % width))
-
-
-def untaught(seed: int = 0) -> dict[str, Tensor]:
-    """Tables that know nothing of updates: Gaussian codewords, for components of any scale."""
-    draw = np.random.Generator(np.random.PCG64(seed))
-    white = draw.standard_normal(1 << 12).astype(np.float32)
-    tables, distortion = {}, np.ones((KINDS, len(RATES)), np.float32)
-    for rate, (k, width) in enumerate(RATES[1:], 1):
-        near = math.sqrt(1 - 4.0 ** (-k / width))  # of the codewords that reach the rate-distortion bound
-        book = (draw.standard_normal((STATES, width)) * near).astype(np.float16)
-        distortion[:, rate] = _left(white, book, k)
-        tables.update({f"book.{kind}.{rate}": torch.from_numpy(book) for kind in range(KINDS)})
-    return _finished(tables, distortion, 1e-12, 1e3)
-
-
-def fit(
-    image: Image, updates: Sequence[Tensor], seed: int = 0, most: int = 1 << 17, rounds: int = 3
-) -> dict[str, Tensor]:
-    """The tables learnt from updates, images like `image`: codewords, distortions, the range of scales."""
-    draw = np.random.Generator(np.random.PCG64(seed))
-    probe = Components(image, 1 << 30, {})
-    seen: list[list[Array]] = [[] for _ in range(KINDS)]
-    scales = []
-    for update in updates:
-        blocks = probe._blocks(update)
-        energy, axes = _principal(blocks)
-        scales.append(_largest(energy, blocks))
-        for block, axis in zip(blocks, axes, strict=True):
-            for j in range(min(4, len(axis))):
-                component = axis[:, j] @ block
-                rms = float(np.sqrt(np.square(component).mean()))
-                if rms > 0:
-                    seen[min(j, KINDS - 1)].append(component / np.float32(rms))
-    tables: dict[str, Tensor] = {}
-    distortion = np.ones((KINDS, len(RATES)), np.float32)
-    for kind, held in enumerate(seen):
-        order = draw.permutation(len(held))
-        x = np.concatenate([held[i] for i in order])[: 2 * most // 4 * 4]
-        learn, check = x[: x.size // 8 * 4], x[x.size // 8 * 4 :]
-        for rate, (k, width) in enumerate(RATES[1:], 1):
-            near = math.sqrt(1 - 4.0 ** (-k / width))
-            book = (draw.standard_normal((STATES, width)) * near).astype(np.float32)
-            half = trellis.fit(learn, book, k, rounds).astype(np.float16)
-            distortion[kind, rate] = min(_left(check, half, k), distortion[kind, rate - 1])
-            tables[f"book.{kind}.{rate}"] = torch.from_numpy(half)
-    return _finished(tables, distortion, min(scales), max(scales))
-
-
-def _left(x: Array, book: NDArray[np.float16], k: int) -> float:
-    """The share of |x|^2 that a trellis leaves."""
-    wide = book.astype(np.float32)
-    y = trellis.decode(trellis.encode(x, wide, k), wide, k)
-    return float(np.square(x - y).mean() / np.square(x).mean())
-
-
-def _finished(tables: dict[str, Tensor], distortion: Array, low: float, high: float) -> dict[str, Tensor]:
-    return tables | {"distortion": torch.from_numpy(distortion), "range": torch.tensor([low, high])}

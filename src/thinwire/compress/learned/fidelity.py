@@ -1,7 +1,7 @@
 """How much of updates a codec carries, beside what nothing carries: the controls that a codec must beat.
 
 cosine      of an update with its own decoding
-error       |decoded - x|^2 / |x|^2; 1 for a decoder that always says zero
+error       |decoded - x|^2 / |x|^2; 1 for a decoder whose answer is always zero
 shifted     cosine of an update with the decoding of another client's code: near the cosine of the updates themselves
             where a codec is honest, and near `cosine` where a decoder ignores what it is given
 mean        cosine of the clients' mean with the mean of the decodings

@@ -15,8 +15,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[np.float32]
+Energies = NDArray[np.float64]
 
 SIDE = 64
 """Both sides of an image are multiples of this: the autoencoder halves them six times."""
@@ -85,6 +90,26 @@ class Image:
             factors[name] = _factor(block, shape).contiguous()
             at += math.prod(shape)
         return factors
+
+    def blocks(self, image: Tensor) -> list[Array]:
+        """Each factor's block of an image on the CPU, float32 [rank, width]."""
+        factors = self.unstack(image).values()
+        return [np.ascontiguousarray((f if f.shape[0] <= f.shape[1] else f.T).numpy()) for f in factors]
+
+
+def principal(blocks: list[Array]) -> tuple[list[Energies], list[Array]]:
+    """The energies of each block's components, descending, and its axes as columns."""
+    energies, axes = [], []
+    for block in blocks:
+        values, vectors = np.linalg.eigh(block.astype(np.float64) @ block.T.astype(np.float64))
+        energies.append(np.maximum(values[::-1], 0))
+        axes.append(np.ascontiguousarray(vectors[:, ::-1]).astype(np.float32))
+    return energies, axes
+
+
+def largest(energy: list[Energies], blocks: list[Array]) -> float:
+    """The largest root mean square of a component, as float32 holds it."""
+    return float(np.float32(math.sqrt(max(e[0] / b.shape[1] for e, b in zip(energy, blocks, strict=True)))))
 
 
 def _checked(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from updates import update
 
 from thinwire.compress.codecs.eden import Eden
-from thinwire.compress.learned import components
+from thinwire.compress.learned import codebooks
 from thinwire.compress.learned.components import Components
 from thinwire.compress.learned.lora_image import Image
 
 SHAPES = {f"{i}.{f}": (8, 256) if f == "A" else (width, 8) for i, width in enumerate((256, 64, 256)) for f in "AB"}
 IMAGE = Image.packed(SHAPES, 1)
-TABLES = components.fit(IMAGE, [update(IMAGE, seed) for seed in range(4)], most=1 << 13, rounds=1)
+TABLES = codebooks.fit(IMAGE, [update(IMAGE, seed) for seed in range(4)], most=1 << 13, rounds=1)
 
 
 def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -40,7 +40,7 @@ def test_within_the_budget_and_better_than_eden(ratio: int) -> None:
 
 
 def test_tables_that_know_nothing_serve_too() -> None:
-    plain, x = Components(IMAGE, 4 * IMAGE.count // 64, components.untaught()), update(IMAGE, 100)
+    plain, x = Components(IMAGE, 4 * IMAGE.count // 64, codebooks.untrained()), update(IMAGE, 100)
     untaught = cosine(x, plain.decode(plain.encode(x, 0), x.shape, 0))
     assert 0.6 < untaught < cosine(x, code(64).decode(code(64).encode(x, 0), x.shape, 0)) + 0.02
 

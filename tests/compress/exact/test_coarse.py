@@ -1,4 +1,4 @@
-"""Weights in few bits, foretold by older ones: what goes in comes out, small moves cost little, and damage shows."""
+"""Weights in few bits, predicted from older ones: what goes in comes out, small moves cost little, and damage shows."""
 
 from __future__ import annotations
 

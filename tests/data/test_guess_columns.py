@@ -86,7 +86,7 @@ def test_columns_that_no_template_can_name_are_left_out() -> None:
 def test_columns_without_a_pair_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(DataError) as caught:
         propose(rows(**fields))
-    assert str(caught.value).startswith("rows.csv: no prompt and answer can be told among the columns (")
+    assert str(caught.value).startswith("rows.csv: no prompt and answer can be found among the columns (")
 
 
 NAMES = st.sampled_from(["question", "answer", "label", "site", "text", "id", "x y", "Größe", "a.b", "7", "x!r", "y:z"])

@@ -21,7 +21,7 @@ from thinwire.compress.entropy.packing import check_key, flatten
 
 
 @dataclass(frozen=True)
-class LowRank:
+class PowerSgd:
     """Rank `rank` of a matrix. `steps`: of the power iteration; 0 is the SVD itself."""
 
     rank: int
@@ -32,7 +32,7 @@ class LowRank:
             raise ValueError(f"rank {self.rank} must be 1 at least, and steps {self.steps} not negative")
 
     @classmethod
-    def within(cls, size: int, shape: tuple[int, int], steps: int = 1) -> LowRank:
+    def within(cls, size: int, shape: tuple[int, int], steps: int = 1) -> PowerSgd:
         """The largest rank of which a matrix of this shape takes at most `size` bytes; ValueError where even 1 does."""
         rank = min(size // (sum(shape) + 4), *shape)
         if rank < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thinwire.compress.codecs.svd import LowRank
+from thinwire.compress.codecs.powersgd import PowerSgd
 
 
 def matrix(rows: int = 48, columns: int = 32, rank: int | None = None, seed: int = 0) -> torch.Tensor:
@@ -22,7 +22,7 @@ def error(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_powersgd_is_exact_on_its_rank_after_two_steps() -> None:
     """Exact but for the 8 bits in which the halves travel, a percent."""
     x = matrix(rank=3)
-    code = LowRank(3, steps=2)
+    code = PowerSgd(3, steps=2)
     assert error(x, code.decode(code.encode(x, 7), x.shape, 7)) < 0.015
     p, _ = torch.linalg.qr(x @ code.start((48, 32), 7))
     p, _ = torch.linalg.qr(x @ (x.T @ p))
@@ -33,15 +33,15 @@ def test_svd_is_the_best_of_its_rank() -> None:
     x = matrix()
     values = torch.linalg.svdvals(x)
     best = float((values[4:].square().sum() / values.square().sum()).sqrt())
-    svd = LowRank(4, steps=0)
+    svd = PowerSgd(4, steps=0)
     assert error(x, svd.decode(svd.encode(x, 0), x.shape, 0)) == pytest.approx(best, rel=0.01)
-    one = LowRank(4, steps=1)
+    one = PowerSgd(4, steps=1)
     assert error(x, one.decode(one.encode(x, 0), x.shape, 0)) > best
 
 
 def test_a_warm_start_nears_the_svd() -> None:
     x = matrix() + 3 * matrix(rank=4, seed=5)
-    svd, code, start = LowRank(4, steps=0), LowRank(4), None
+    svd, code, start = PowerSgd(4, steps=0), PowerSgd(4), None
     errors = []
     for _ in range(6):
         data = code.encode(x, 1, start)
@@ -54,7 +54,7 @@ def test_a_warm_start_nears_the_svd() -> None:
 
 def test_error_feedback_sends_everything_in_the_end() -> None:
     """What was sent and what is kept add up to what came in, and what is kept stays bounded."""
-    code, x, kept = LowRank(2), matrix(), torch.zeros(48, 32)
+    code, x, kept = PowerSgd(2), matrix(), torch.zeros(48, 32)
     sent = torch.zeros(48, 32)
     for round in range(30):
         wanted = x + kept
@@ -65,10 +65,10 @@ def test_error_feedback_sends_everything_in_the_end() -> None:
 
 
 def test_bytes_are_as_promised() -> None:
-    code = LowRank.within(600, (48, 32))
+    code = PowerSgd.within(600, (48, 32))
     data = code.encode(matrix(), 0)
-    assert len(data) == code.size((48, 32)) <= 600 < LowRank(code.rank + 1).size((48, 32))
+    assert len(data) == code.size((48, 32)) <= 600 < PowerSgd(code.rank + 1).size((48, 32))
     with pytest.raises(ValueError, match="hold no direction"):
-        LowRank.within(50, (48, 32))
+        PowerSgd.within(50, (48, 32))
     with pytest.raises(ValueError, match="expected"):
         code.decode(data[:-1], (48, 32), 0)

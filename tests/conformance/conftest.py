@@ -1,0 +1,29 @@
+"""A test's row of the matrix: its name, its method and the net that it runs on."""
+
+from __future__ import annotations
+
+import pytest
+from rows import ROWS, net_for, opened
+
+from thinwire.core import Method
+from thinwire.model.net import Net
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Net, Net]:
+    return opened(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(params=list(ROWS))
+def row(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def net(row: str, nets: tuple[Net, Net, Net]) -> Net:
+    return net_for(row, nets)
+
+
+@pytest.fixture
+def method(row: str) -> Method:
+    return ROWS[row].method

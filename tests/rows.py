@@ -1,0 +1,145 @@
+"""The rows of the conformance matrix: methods, set so that the loss falls on the tiny model, and what was measured."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from federation import tiny_net
+
+from thinwire.core import Method
+from thinwire.keys import Key
+from thinwire.methods.cgfed import CGFed
+from thinwire.methods.fedavg import FedAvg
+from thinwire.methods.fedcybgd import FedCyBGD
+from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.fedzo import FedZO
+from thinwire.methods.gradualdiff import GradualDiff
+from thinwire.model.net import Net
+from thinwire.model.views.lora import add_lora
+
+
+class Row(NamedTuple):
+    """A method, the bytes of its frames to and from client 0 in round 1, and how far ten rounds lower client 0's loss.
+
+    Bytes that depend on the weights are held to 10 %, the loss to half of its fall.
+    """
+
+    method: Method
+    down: Any
+    up: Any
+    fall: float
+
+
+about = partial(pytest.approx, rel=0.1)
+SEEDS: dict[str, Any] = {"seeds": 64, "lr": 2e-4, "eps": 1e-3, "steps": 8, "batch_size": 4}
+ROWS = {
+    "fedavg": Row(FedAvg(lr=3e-3, steps=4, batch_size=4), 108_395, 108_397, 12.45),
+    "fedavg-sgd": Row(
+        FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), 108_395, 108_397, 13.06
+    ),
+    "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
+    "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
+    "fedkseed-lora": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.55),
+    "fedkseed-pro": Row(FedKSeed(**SEEDS, pro=True), 116, 100, 3.69),
+    "fedkseed-paper": Row(FedKSeed(**SEEDS, wire="paper"), 336, 117, 4.09),
+    "fedkseed-paper-pro": Row(FedKSeed(**SEEDS, wire="paper", pro=True), 594, 117, 3.16),
+    "fedkseed-gaussian": Row(FedKSeed(**SEEDS, law="gaussian", together=True), 97, 100, 4.35),
+    "fedkseed-lowrank": Row(FedKSeed(**SEEDS, law="lowrank", rank=2, queries=2, scalars="float32"), 97, 148, 5.11),
+    "gradualdiff": Row(GradualDiff(lr=3e-3, steps=4, batch_size=4), about(90_196), about(88_173), 12.50),
+    "gradualdiff-shared": Row(
+        GradualDiff(lr=3e-3, steps=4, batch_size=4, start="shared", rounding="nearest", server="momentum"),
+        about(1_104),
+        about(88_173),
+        13.04,
+    ),
+    "gradualdiff-lora": Row(GradualDiff(lr=1e-2, steps=4, batch_size=4), about(2_505), about(3_639), 2.84),
+    "gradualdiff-bf16": Row(GradualDiff(lr=3e-3, steps=4, batch_size=4), about(36_760), about(34_394), 12.73),
+    "gradualdiff-residue": Row(
+        GradualDiff(lr=3e-3, steps=4, batch_size=4, rounding="residue", server="adam", server_lr=3e-3),
+        about(36_760),
+        about(34_377),
+        11.89,
+    ),
+    "gradualdiff-int4": Row(
+        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="blocks", bits=4), about(90_196), about(14_837), 13.06
+    ),
+    "gradualdiff-lowrank": Row(
+        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="lowrank", rank=4), about(36_760), about(3_917), 12.70
+    ),
+    "gradualdiff-eden": Row(
+        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="eden", bits=1), about(90_196), about(4_465), 12.71
+    ),
+    "gradualdiff-topk": Row(
+        GradualDiff(lr=3e-3, steps=4, batch_size=4, codec="topk", share=0.05, gate=True, server="yogi", server_lr=3e-3),
+        about(36_760),
+        about(2_642),
+        3.70,
+    ),
+    "fedcybgd": Row(
+        FedCyBGD(lr=1e-2, steps=4, batch_size=4, blocks=2, common=0, drop=0.5, prune=0.5, spared=(0, 0)),
+        about(38_418),
+        about(32_252),
+        4.49,
+    ),
+    "fedcybgd-parallel": Row(
+        FedCyBGD(
+            lr=1e-2,
+            steps=4,
+            batch_size=4,
+            blocks=2,
+            extra=("embeddings",),
+            variant="parallel",
+            damping=0.5,
+            around="4bit",
+            coded=False,
+            rounding="nearest",
+            order="random",
+        ),
+        about(76_392),
+        about(70_768),
+        13.00,
+    ),
+    "fedcybgd-full": Row(FedCyBGD(lr=3e-3, steps=4, batch_size=4, variant="full"), about(90_213), about(88_126), 12.45),
+    "cgfed": Row(CGFed(lr=1e-2, steps=4, batch_size=4, ratio=16), about(45_402), about(318), 2.44),
+    "cgfed-eden": Row(CGFed(lr=1e-2, steps=4, batch_size=4, codec="eden", ratio=32), about(4_102), about(188), 2.80),
+    "cgfed-coded": Row(
+        CGFed(lr=1e-2, steps=4, batch_size=4, codec="powersgd", ratio=16, feedback=True, gate=0.2, downlink="coded"),
+        about(4_134),
+        about(289),
+        1.00,
+    ),
+    "cgfed-state": Row(
+        CGFed(lr=1e-2, steps=4, batch_size=4, codec="none", encode="state", spared=0.3),
+        about(4_102),
+        about(3_650),
+        2.83,
+    ),
+    "fedzo": Row(FedZO(**(SEEDS | {"seeds": 1 << 32})), 108_411, 108_397, 4.86),
+}
+
+
+VIEWS = {
+    "cgfed",
+    "cgfed-coded",
+    "cgfed-eden",
+    "cgfed-state",
+    "fedit",
+    "fedkseed-lora",
+    "gradualdiff-lora",
+}  # rows that run on a LoRA view of the model
+HALVES = {"gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"}  # rows in bfloat16
+
+
+def opened(folder: Path) -> tuple[Net, Net, Net]:
+    """The tiny model whole, as a LoRA view, and in bfloat16."""
+    adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
+    half = tiny_net(folder, "bfloat16")
+    return tiny_net(folder), Net.open(str(folder), remember=True, adapt=adapt), half
+
+
+def net_for(row: str, nets: tuple[Net, Net, Net]) -> Net:
+    """The one that a row runs on."""
+    return nets[1 if row in VIEWS else 2 if row in HALVES else 0]
