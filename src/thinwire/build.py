@@ -27,13 +27,11 @@ from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
 from thinwire.data.tokenise import shuffle_answers, tokenise, tokenise_groups
 from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.keys import Key
-from thinwire.methods import FedKSeed, FedZO
+from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
 from thinwire.model.task import labels_of, task_of
 from thinwire.model.views.lora import add_lora
-from thinwire.perturb import probe
-from thinwire.perturb.directions import Directions
 from thinwire.runtime.cohort import check_clients
 from thinwire.runtime.course import Job, Watch
 from thinwire.train.objective import keeps_apart
@@ -299,11 +297,17 @@ def _in_words(row: Row, column: str, words: Mapping[str, str]) -> Row:
 
 
 def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
-    """The run's start model in memory (unless hollow), a LoRA view of it if the run says so; raises ModelError."""
+    """The run's start model in memory (unless hollow), a LoRA view of it if the run says so.
+
+    ModelError: there is no such model, or the method cannot train it.
+    """
     model, adapt = run.model, None
     if model.lora is not None:
         key = Key.root(run.seed).fold("lora")
         adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
+        if hollow:
+            name = config.method_name(run.method)
+            raise ModelError(f"model.lora: a client of {name} has no weights in memory for factors to stand beside")
     net = Net.open(
         model.path,
         model.dtype,
@@ -315,9 +319,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         head_key=Key.root(run.seed).fold("head"),
         bits=model.bits,
     )
-    method = run.method
-    if isinstance(method, FedKSeed | FedZO) and not hollow:
-        probe.check(net, Directions(0, method.law, method.rank), method.together, config.method_name(method))
+    run.method.fits(net)
     return net
 
 

@@ -36,6 +36,7 @@ def data(
     with one_line():
         settle()
         from thinwire import build, config
+        from thinwire.core import Method
         from thinwire.data import partition_plot
         from thinwire.data.statistics import describe, filled, remarks, shortened, skew
         from thinwire.keys import Key
@@ -45,8 +46,10 @@ def data(
         settings = config.load(file, overrides or [])
         rows = build.rows_of(settings.data, Key.root(settings.seed))
         settings = build.settled(settings, rows)
-        plain = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None})})
-        net = build.net_of(plain, hollow=True)  # the tokenizer and the config are all that is needed
+        # the tokenizer and the config are all that is needed, whatever is trained
+        model = settings.model.model_copy(update={"lora": None})
+        plain = settings.model_copy(update={"model": model, "method": Method()})
+        net = build.net_of(plain, hollow=True)
         clients = build.clients_data(settings, rows, net.tokenizer)
         classes = build.classes_of(settings)
         splits = {
