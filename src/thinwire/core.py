@@ -12,7 +12,6 @@ state once its replies are exhausted. Replies come lazily, in cohort order, and 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from thinwire import wire
 from thinwire.aggregate.mean import Counted, Mean, Metrics, Update
 from thinwire.aggregate.server_step import AnyServerStep, Plain
+from thinwire.costs.sketch import Work
 from thinwire.keys import Key
 from thinwire.wire import Frame, Illegal, Ledger, Spooled, Stale, WireError
 from thinwire.wire.legal import MOST, check_report
@@ -30,6 +30,9 @@ from thinwire.wire.legal import MOST, check_report
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from thinwire.costs.frames import Expected, Frames
+    from thinwire.costs.memory import Memory, Side
+    from thinwire.costs.sketch import Pass, Sketch
     from thinwire.data.batch import Dataset
     from thinwire.model.net import Net
 
@@ -123,13 +126,24 @@ class Method(BaseModel):
         """The most bytes that a reply's tensors take, longer are not read; by default twice the float32 weights."""
         return 8 * net.size + 256 * len(net.names) + (1 << 16)
 
-    def passes(self) -> float:
-        """Rows that a visit passes forward through the model, a backward pass counted as two; NaN if not known."""
-        return math.nan
-
     def receive(self, down: Any, client: Client) -> None:
         """Fill the client's net as `down` means it, without training: for evaluation at the clients."""
         raise NotImplementedError(f"{type(self).__name__} does not evaluate at the clients")
+
+    def fits(self, net: Net) -> None:
+        """Raise ModelError for a net that this method cannot train; asked at either side before anything runs."""
+
+    def work(self, round: int) -> Work:
+        """What a visit of this round computes; by default the fields `steps` and `batch_size`, where there are any."""
+        return Work(steps=getattr(self, "steps", Work().steps), batch=getattr(self, "batch_size", 1))
+
+    def frames(self, at: Expected) -> Frames | None:
+        """The bytes of each visit's two frames, from least to most; None if they are not known before a run."""
+        return None
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        """The peak of a side's memory, where `forward` is a pass over one batch; None if it is not known."""
+        return None
 
 
 class Averaged(Method):

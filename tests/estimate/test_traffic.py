@@ -12,8 +12,9 @@ from tiny import CHOICES, tiny_encoder, tiny_folder, tiny_rows, write_jsonl
 
 from thinwire import assemble, config, wire
 from thinwire.config import Run
+from thinwire.costs.frames import Span
 from thinwire.estimate.costs import estimate
-from thinwire.estimate.traffic import Span, Traffic, verdict
+from thinwire.estimate.traffic import Traffic, verdict
 from thinwire.methods.fedavg import Weights
 from thinwire.runtime.course import Watch, train
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from federation import Federation, tiny_net
+from tiny import tiny_encoder
 
 from thinwire import wire
 from thinwire.compress.learned import codebooks, codec_file
@@ -267,9 +268,15 @@ def test_fields_that_do_not_go_together(fields: dict[str, Any], message: str) ->
         CGFed(**fields)
 
 
-def test_a_model_without_factors_is_refused(folder: Path, net: Net, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.lora: missing"):
-        Federation(CGFed(), tiny_net(folder), tmp_path)
+def test_a_view_of_other_than_factors_alone_is_refused(folder: Path, net: Net, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"^model\.lora: missing; cgfed codes"):
+        CGFed().fits(tiny_net(folder))
+    adapt = partial(add_lora, rank=2, alpha=4.0, targets=["query"], key=Key.root(0))
+    encoder = str(tiny_encoder(tmp_path / "encoder"))
+    head = Net.open(encoder, adapt=adapt, classes=("one", "other"), head_key=Key.root(0))
+    with pytest.raises(ModelError, match=r"^model\.lora: cgfed codes factors alone, .*head too: classifier\.weight$"):
+        CGFed().fits(head)
+    CGFed().fits(net)
 
 
 @pytest.mark.parametrize("damage", ["shorter", "cosine", "scale", "float"])

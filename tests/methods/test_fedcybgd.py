@@ -345,21 +345,23 @@ def test_behind_a_veil_a_client_never_sees_some_layers_but_as_its_block(net: Net
         ({"blocks": 7}, "method.blocks: 6 layers cannot make 7 blocks"),
         ({"common": 4}, "method.common: there are 3 blocks, not 4"),
         ({"drop": 0.9}, "method.drop: 5 of 6 layers are more than the 3 that can be dropped: the first 1"),
-        ({"choose_step": True}, "method.choose_step: needs rows at the server, data.public"),
         ({"layers": "model.nothing"}, "LlamaForCausalLM has no list of layers of one class at 'model.nothing'"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_runs(
-    fields: dict[str, Any], line: str, net: Net, tmp_path: Path
-) -> None:
+def test_what_cannot_be_is_refused_before_anything_runs(fields: dict[str, Any], line: str, net: Net) -> None:
     with pytest.raises(ModelError, match=line):
-        Federation(method(**fields), net, tmp_path)
+        method(**fields).fits(net)
 
 
-def test_adapters_are_refused_before_anything_runs(folder: Path, net: Net, tmp_path: Path) -> None:
+def test_to_choose_a_step_takes_rows_at_the_server(net: Net, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"method\.choose_step: needs rows at the server, data\.public"):
+        Federation(method(choose_step=True), net, tmp_path)
+
+
+def test_adapters_are_refused_before_anything_runs(folder: Path, net: Net) -> None:
     adapt = partial(add_lora, rank=2, alpha=4.0, targets=["q_proj"], key=Key.root(0))
     with pytest.raises(ModelError, match=r"model\.lora: fedcybgd"):
-        Federation(method(), Net.open(str(folder), adapt=adapt), tmp_path)
+        method().fits(Net.open(str(folder), adapt=adapt))
 
 
 def test_a_proxy_that_is_none_is_refused(net: Net, tmp_path: Path) -> None:

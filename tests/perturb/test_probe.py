@@ -193,5 +193,7 @@ def test_experts_that_several_sides_share_are_refused_together(tmp_path: Path) -
     tiny_tokenizer().save_pretrained(tmp_path)
     net = Net.open(str(tmp_path))
     check(net, DIRECTIONS, False, "fedkseed")
-    with pytest.raises(ModelError, match=r"fedkseed with together = true cannot probe this model"):
+    with pytest.raises(
+        ModelError, match=r"^method\.together: fedkseed with together = true cannot probe .*: a module of .*holds both"
+    ):
         check(net, DIRECTIONS, True, "fedkseed")

@@ -12,14 +12,11 @@ from thinwire.assemble.rows import Rows, in_words, template_of
 from thinwire.config import ConfigError, Run
 from thinwire.data.classes import classes_of as find_classes
 from thinwire.keys import Key
-from thinwire.methods.fedkseed import FedKSeed
-from thinwire.methods.fedzo import FedZO
+from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
 from thinwire.model.task import labels_of, task_of
 from thinwire.model.views.lora import add_lora
-from thinwire.perturb import probe
-from thinwire.perturb.directions import Directions
 from thinwire.runtime.cohort import check_clients
 from thinwire.train.parallel import device_of
 
@@ -61,11 +58,17 @@ def settled(run: Run, rows: Rows) -> Run:
 
 
 def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
-    """The run's start model in memory (unless hollow), a LoRA view of it if the run says so; raises ModelError."""
+    """The run's start model in memory (unless hollow), a LoRA view of it if the run says so.
+
+    ModelError: there is no such model, or the method cannot train it.
+    """
     model, adapt = run.model, None
     if model.lora is not None:
         key = Key.root(run.seed).fold("lora")
         adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
+        if hollow:
+            name = config.method_name(run.method)
+            raise ModelError(f"model.lora: a client of {name} has no weights in memory for factors to stand beside")
     folder = resolve(model.path)
     net = Net.open(
         str(folder),
@@ -78,9 +81,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         head_key=Key.root(run.seed).fold("head"),
         bits=model.bits,
     )
-    method = run.method
-    if isinstance(method, FedKSeed | FedZO) and not hollow:
-        probe.check(net, Directions(0, method.law, method.rank), method.together, config.method_name(method))
+    run.method.fits(net)
     return net
 
 

@@ -36,6 +36,7 @@ def data(
     with one_line():
         settle()
         from thinwire import assemble, config
+        from thinwire.core import Method
         from thinwire.data import partition_plot
         from thinwire.data.statistics import describe, filled, remarks, shortened, skew
 
@@ -43,8 +44,10 @@ def data(
             partition_plot.check(plot)
         settings = config.load(file, overrides or [])
         settings, rows = assemble.prepared(settings)
-        plain = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None})})
-        net = assemble.net_of(plain, hollow=True)  # the tokenizer and the config are all that is needed
+        # the tokenizer and the config are all that is needed, whatever is trained
+        model = settings.model.model_copy(update={"lora": None})
+        plain = settings.model_copy(update={"model": model, "method": Method()})
+        net = assemble.net_of(plain, hollow=True)
         clients = assemble.clients_data(settings, rows, net)
         classes = assemble.classes_of(settings, net.folder)
         splits = {

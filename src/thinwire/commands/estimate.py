@@ -12,8 +12,8 @@ from thinwire.commands.terminal import Overrides, echo_json, one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.config import Run
+    from thinwire.costs.frames import Span
     from thinwire.estimate.costs import Estimate
-    from thinwire.estimate.traffic import Span
     from thinwire.runtime.course import Job
 
 
@@ -75,11 +75,10 @@ def show(found: Estimate) -> None:
 
 def verdict(run: Run, job: Job, folder: Path) -> str | None:
     """The line that says whether a run's bytes were within the estimate; None for a method without one."""
-    from thinwire import assemble
     from thinwire.estimate import traffic
 
-    told = traffic.Federation(run, assemble.identity(run), [len(rows) for rows in job.clients])
-    said = traffic.traffic(told, dict(job.net.parameters()))
+    at = traffic.expected(run, [len(rows) for rows in job.clients], dict(job.net.parameters()))
+    said = traffic.traffic(run.method, at)
     summary = json.loads((folder / "summary.json").read_text())
     return None if said is None else traffic.verdict(said, summary["bytes_down"], summary["bytes_up"])
 

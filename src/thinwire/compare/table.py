@@ -110,14 +110,15 @@ def records(plan: Plan, out: Path) -> dict[int, list[Record]]:
 
 def _record(folder: Path, run: Run) -> Record:
     summary, rounds = json.loads((folder / "summary.json").read_text()), read_records(folder / "rounds.jsonl")
-    visits = [visit for record in rounds for visit in record["clients"] if "error" not in visit]
+    made = [(record["round"], visit) for record in rounds for visit in record["clients"] if "error" not in visit]
+    visits, work = [visit for _, visit in made], [run.method.work(round) for round, _ in made]
     sent, after = 0, {0: 0}
     for record in rounds:
         after[record["round"]] = sent = sent + record["bytes_down"] + record["bytes_up"]
     seconds = sum(visit["seconds"] for visit in visits)
     totals = {
-        "steps": len(visits) * run.method.model_dump().get("steps", math.nan),
-        "passes": len(visits) * run.method.passes(),
+        "steps": sum(each.steps for each in work),
+        "passes": sum(each.rows for each in work),
         "bytes_down": summary["bytes_down"],
         "bytes_up": summary["bytes_up"],
         "bytes_visit": (summary["bytes_down"] + summary["bytes_up"]) / max(1, len(visits)),

@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from thinwire import assemble
 from thinwire.assemble import Rows
 from thinwire.config import ConfigError, Run, method_name
+from thinwire.costs.memory import Memory
 from thinwire.data.bundled import PACKAGED
 from thinwire.data.classes import classes_of
 from thinwire.data.errors import DataError
-from thinwire.estimate.memory import Memory, client_memory, server_memory
 from thinwire.estimate.sketch import one_pass, sketch
-from thinwire.estimate.traffic import Federation, Traffic, traffic
+from thinwire.estimate.traffic import Traffic, expected, traffic
 from thinwire.keys import Key
-from thinwire.methods.fedkseed import FedKSeed
-from thinwire.methods.fedzo import FedZO
 from thinwire.runtime.cohort import check_clients
 
 LINKS = (1, 10, 100)  # Mbit/s
@@ -30,7 +29,7 @@ ANSWER = 32  # tokens of an answer, where nothing says how long answers are
 class Estimate:
     """What a run will cost. Bytes a visit and in all; peak memory of either side; operations a visit.
 
-    `assumed` says what was taken for granted. None where nothing is known of a user's own method.
+    `assumed` says what was taken for granted. None where a method says nothing of it.
     """
 
     method: str
@@ -43,7 +42,7 @@ class Estimate:
     traffic: Traffic | None
     client: Memory | None
     server: Memory | None
-    flops: float  # of a client's visit; NaN where the method does not say how many passes it makes
+    flops: float  # of a client's visit, the rounds' mean; NaN where the method does not say how many passes it makes
     assumed: list[str]
 
     def link_seconds(self, megabits: float) -> tuple[float, float] | None:
@@ -73,13 +72,10 @@ def estimate(run: Run) -> Estimate:
     if held is not None:
         check_clients(run.cohort, len(examples))
     model = sketch(run, partial(classes_in, run, held, assumed))
-    method = run.method
-    rows = int(getattr(method, "batch_size", 1))
-    length = run.data.max_length
-    assumed.append(f"batches of {rows} rows of {length} tokens, the most that data.max_length allows")
-    sides = rows
-    if isinstance(method, FedKSeed | FedZO) and method.together:
-        sides *= 2 * method.queries
+    method, length = run.method, run.data.max_length
+    work = method.work(1)
+    assumed.append(f"batches of {work.batch} rows of {length} tokens, the most that data.max_length allows")
+    at_once = work.batch * work.sides
     closed = run.data.choices is not None and run.data.loss == "choice"
     if model.task == "classification":
         assumed.append("every text as long as that")
@@ -87,9 +83,10 @@ def estimate(run: Run) -> Estimate:
         assumed.append("choices of one token each")
     else:
         assumed.append(f"answers of {min(ANSWER, length - 1)} tokens")
-    probed = method_name(method) if isinstance(method, FedKSeed | FedZO) else None
-    forward = one_pass(model, sides, length, 1 if closed else ANSWER, run.model.lora, probed)
-    passes = method.passes() * (1 if run.model.lora is None else 2 / 3)
+    probed = method_name(method) if work.probes else None
+    forward = one_pass(model, at_once, length, 1 if closed else ANSWER, run.model.lora, probed)
+    passes = fmean(method.work(round).rows for round in range(1, run.rounds + 1))
+    passes *= 1 if run.model.lora is None else 2 / 3
     return Estimate(
         method=method_name(method),
         model=run.model.path,
@@ -97,11 +94,11 @@ def estimate(run: Run) -> Estimate:
         trained=model.size,
         clients=len(examples),
         rounds=run.rounds,
-        batch=(rows, length),
-        traffic=traffic(Federation(run, assemble.identity(run), examples), model.trained),
-        client=client_memory(run, model, forward),
-        server=server_memory(run, model),
-        flops=forward.flops / sides * passes,
+        batch=(work.batch, length),
+        traffic=traffic(method, expected(run, examples, model.trained)),
+        client=method.memory(model, forward, "client"),
+        server=method.memory(model, forward, "server"),
+        flops=forward.flops / at_once * passes,
         assumed=assumed,
     )
 

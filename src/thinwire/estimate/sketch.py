@@ -1,11 +1,10 @@
-"""A model of which only the config is known: its parameters' names and shapes, and what a pass over a batch takes."""
+"""The sketch of a run's model from its config alone, and what a pass over a batch takes."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.config import Lora, Run
+from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.folder import check_adapter
 from thinwire.model.load import DTYPES
@@ -33,38 +33,6 @@ from thinwire.train.objective import cross_entropies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """What is trained, as tensors without memory; bytes of all weights and of the largest tensor; config and task."""
-
-    trained: Mapping[str, Tensor]
-    weight_bytes: int
-    largest_bytes: int
-    config: PreTrainedConfig
-    dtype: torch.dtype
-    task: Task
-
-    @property
-    def size(self) -> int:
-        """How many numbers are trained."""
-        return sum(tensor.numel() for tensor in self.trained.values())
-
-    @property
-    def trained_bytes(self) -> int:
-        """Bytes of what is trained."""
-        return self.size * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A forward pass over one batch: bytes alive at its end where a backward pass is to follow, the most bytes alive
-    where none is, beyond the weights both; and its floating-point operations."""
-
-    kept: int
-    inference: int
-    flops: float
 
 
 def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
@@ -88,7 +56,7 @@ def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
         trained = _factors(model, run.model.lora)
         whole += sum(t.numel() for name, t in trained.items() if ".lora_" in name) * dtype.itemsize
     largest = max(tensor.numel() for tensor in trained.values()) * dtype.itemsize
-    return Sketch(trained, whole, largest, config, dtype, task)
+    return Sketch(trained, whole, largest, config, dtype, task, adapted=run.model.lora is not None)
 
 
 def _form(task: Task) -> Any:

@@ -28,11 +28,15 @@ from torch import Tensor
 
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.compress.catalogue import LEARNT, Code, Name, code_of, side_of
+from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.codecs.powersgd import PowerSgd
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.learned import codebooks, codec_file
 from thinwire.compress.learned.lora_image import Image
 from thinwire.core import Client, Server, StaleVersion
+from thinwire.costs.frames import VERSION, Expected, Frames, Span
+from thinwire.costs.memory import Memory, Side, averaging, image_coding, training
+from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.train.factors import OnFactors, moved
@@ -291,6 +295,51 @@ class CGFed(OnFactors):
             return code.decode(to_bytes(up.code), (image.height, image.width), up.key)
         except ValueError as error:
             raise Illegal(str(error)) from None
+
+    def fits(self, net: Net) -> None:
+        super().fits(net)
+        self._image(net)
+
+    def frames(self, at: Expected) -> Frames | None:
+        """Down the factors, to a newcomer with the codec, or a coded step; up a code at the ratio, or somewhat less."""
+        values, step = sum(t.numel() for t in at.trained.values()), Eden(32 / self.ratio)
+        codec: Tensors = codebooks.untrained() if self.codec == "components" else {}
+        if self.codec in LEARNT and self.artefact is not None and Path(self.artefact).exists():
+            try:
+                codec = codec_file.read(Path(self.artefact)).tensors
+            except ValueError as error:
+                raise ModelError(f"method.artefact: {error}") from None
+        version = VERSION if self.downlink == "coded" else NONE
+        codec_version = VERSION if codec or self.codec in LEARNT else NONE
+        exact = {"none": 4 * values, "eden": step.size(values)}.get(self.codec)
+        sizes = (2 * values // self.ratio, 4 * values // self.ratio) if exact is None else (exact, exact)
+        digits = 24  # of round, client and key, in all
+
+        def down(new: bool, coded: bool) -> Span:
+            data = torch.empty(step.size(values), dtype=torch.uint8) if coded else None
+            base, key = VERSION if coded else NONE, 1 << 63 if version != NONE else 0
+            known = {} if coded else at.trained
+            size = at.length(Told(known, base, version, data, key, codec if new else {}, codec_version, 0.0))
+            return Span(size - digits, size + digits)
+
+        def up(size: int) -> int:
+            reply = Coded(torch.empty(size, dtype=torch.uint8), 1 << 63, False, 0.0, 65535, 0.0, 0)
+            return at.length(reply, held=f"{version} {codec_version}")
+
+        reply = Span(up(sizes[0]) - digits, up(sizes[1]) + digits)
+
+        def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
+            return down(new, version != NONE and not new and client in at.cohorts[round - 2]), reply
+
+        return frames
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        coding = image_coding(at)
+        if side == "client":
+            kept = 4 * at.size * self.feedback
+            return training(at, forward, self.optimiser, self.recompute, kept, coding)
+        step = 8 * at.size if self.downlink == "coded" else 0  # what it is made of, and what it has left
+        return averaging(at, self.server_step.kind, step, coding)
 
 
 def alike(x: Tensor, y: Tensor) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.aggregate.server_step import stepped
 from thinwire.core import Client, Server
+from thinwire.costs.frames import Expected, Frames, fixed
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder
 from thinwire.train.local import scheduled
@@ -71,3 +72,6 @@ class FedAvg(FirstOrder):
     def receive(self, down: Weights, client: Client) -> None:
         check_rate(down.lr)
         fill_checked(client.net, down.weights)
+
+    def frames(self, at: Expected) -> Frames | None:
+        return fixed(at, Weights(at.trained, 0.0), lambda examples: Trained(at.trained, examples, 0.0, 0))

@@ -31,6 +31,10 @@ from torch import Tensor
 from thinwire import memory
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.core import Client, Server, StaleVersion
+from thinwire.costs.differences import coded_bits
+from thinwire.costs.frames import Expected, Frames, Span
+from thinwire.costs.memory import FROZEN, RUNTIME, Memory, Side, exact_coding, holding, moments_of
+from thinwire.costs.sketch import Pass, Sketch, Work, within_layers
 from thinwire.keys import Key
 from thinwire.model import importance, shrink
 from thinwire.model.errors import ModelError
@@ -138,17 +142,8 @@ class FedCyBGD(Exact):
     def init(self, server: Server) -> Relay:
         if self.choose_step and server.data is None:
             raise ModelError("method.choose_step: needs rows at the server, data.public")
-        if len(server.net.names) < sum(1 for _ in server.net.model.parameters()):
-            raise ModelError("model.lora: fedcybgd builds smaller models of plain layers, without adapters")
         weights = {name: self.start_of(server.net, name) for name in server.net.names}
         at = self._blocks(server.net)
-        (first, last), wanted = self.spared, round(self.drop * at.depth)
-        most = max(len({*range(first, at.depth - last)} - at.trained(block)) for block in range(len(at.names)))
-        if self.variant != "full" and wanted > most:
-            raise ModelError(
-                f"method.drop: {wanted} of {at.depth} layers are more than the {most} that can be dropped: the first "
-                f"{first} and the last {last} (method.spared) and those that train stay"
-            )
         member = [
             EACH if name in at.each else next((b for b, own in enumerate(at.names) if name in own), -1)
             for name in weights
@@ -270,9 +265,6 @@ class FedCyBGD(Exact):
 
     def materialise(self, state: Relay, net: Net) -> None:
         fill(net, state.weights)
-
-    def passes(self) -> float:
-        return math.nan  # a pass through a proxy is not one through the model
 
     @property
     def _coder(self) -> Coder:
@@ -403,3 +395,64 @@ class FedCyBGD(Exact):
             tokens = server.net.tokenizer(text)["input_ids"][: ROWS * LENGTH]
             rows = [tokens[low : low + LENGTH] for low in range(0, len(tokens), LENGTH)]
         return [torch.tensor([row], device=server.net.device) for row in rows if len(row) > 1]
+
+    def fits(self, net: Net) -> None:
+        if len(net.names) < sum(1 for _ in net.model.parameters()):
+            raise ModelError("model.lora: fedcybgd builds smaller models of plain layers, without adapters")
+        at = self._blocks(net)
+        (first, last), wanted = self.spared, round(self.drop * at.depth)
+        most = max(len({*range(first, at.depth - last)} - at.trained(block)) for block in range(len(at.names)))
+        if self.variant != "full" and wanted > most:
+            raise ModelError(
+                f"method.drop: {wanted} of {at.depth} layers are more than the {most} that can be dropped: the first "
+                f"{first} and the last {last} (method.spared) and those that train stay"
+            )
+
+    def work(self, round: int) -> Work:
+        return super().work(round)._replace(rows=math.nan)  # a pass through a proxy is not one through the model
+
+    def frames(self, at: Expected) -> Frames | None:
+        """A turn's block, and the proxy around it: what has changed of it, a block for each turn that has been."""
+        dtype = self.held_dtype(next(iter(at.trained.values())).dtype)
+        values, inside = sum(t.numel() for t in at.trained.values()), within_layers(at.trained)
+        block = inside / self.blocks
+        # in the turn of one of the last blocks, and in any other
+        few, own = max(1, self.common) * block, min(self.blocks, self.common + 1) * block
+        if self.variant == "full":
+            few = own = values
+        whole = 8.0 * dtype.itemsize
+        low, high = whole, whole
+        if self.coded:
+            low, high = coded_bits(self.lr, self.steps, self.optimiser, dtype, self.rounding == "stochastic")
+        around = whole if self.around == "exact" else int(self.around[0]) + 1 / 8
+        names = sum(len(name) + 8 for name in at.trained)
+        slack = 4 * names  # what a coder puts in front of each tensor
+
+        def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
+            up = Span(low * few / 8, high * own / 8 + slack)
+            if not self.coded or (new and self.start == "sent"):
+                left = max(values - self.drop * inside - few, 0)
+                least = few * whole + (1 - self.prune) * left * around
+                most = own * whole + (values - own) * around
+                return Span((0.6 if self.coded else 1.0) * least / 8, most / 8 + slack), up
+            turns = min(round - 1, self.blocks)
+            rough = self.around != "exact" and self.start == "sent"  # what a client has of a block not its own
+            most = min(high, around) * block * turns + (whole if rough else high) * own
+            return Span(names / 8, most / 8 + slack), up
+
+        return frames
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        inside, trained = within_layers(at.trained), min(self.blocks, 1 + self.common)  # blocks of most turns
+        full = self.variant == "full"
+        if side == "server":
+            mean = 4 * at.size * trained // self.blocks if self.variant == "relay" else 4 * at.size
+            return holding(at, at.size * self.held_dtype(at.dtype).itemsize + mean, exact_coding(at))
+        dropped, block = (0.0, at.size) if full else (self.drop, inside * trained // self.blocks)
+        return Memory(
+            at.weight_bytes - int(dropped * inside) * at.dtype.itemsize,
+            block * at.dtype.itemsize,
+            moments_of(self.optimiser, block, at.dtype),
+            int((1 - dropped) * (1.0 if full else FROZEN) * forward.kept),
+            RUNTIME + at.largest_bytes,
+        )

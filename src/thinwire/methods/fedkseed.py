@@ -28,10 +28,14 @@ from torch import Tensor
 
 from thinwire.aggregate.mean import Metrics
 from thinwire.core import Averaged, Client, Server, StaleVersion
+from thinwire.costs.frames import Expected, Frames, simulated
+from thinwire.costs.memory import Memory, Side, holding, probing
+from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.model.net import Net
+from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.pool import TILTS, Levels, Pool, Shares, grid_of, packed, seed_probabilities, seed_tilts, unpacked
-from thinwire.perturb.scalars import as_floats, as_sent, check_scalars
+from thinwire.perturb.scalars import FORMS, as_floats, as_sent, check_scalars
 from thinwire.perturb.spsa import shrink_of, walk
 from thinwire.train.local import Schedule, scheduled
 from thinwire.wire import Illegal
@@ -251,9 +255,6 @@ class FedKSeed(Averaged):
     def reply_bytes(self, net: Net) -> int:
         return 8 * self.steps * self.queries  # a scalar and a seed of four bytes each
 
-    def passes(self) -> float:
-        return 2 * self.queries * self.steps * self.batch_size
-
     def receive(self, down: Gains, client: Client) -> None:
         check_rate(down.lr)
         check_keys(down.pool, down.draws)
@@ -298,6 +299,31 @@ class FedKSeed(Averaged):
         if not 0 < float(p.sum()) < 2:
             raise Illegal(f"probabilities are not {self.seeds} shares of 1")
         return p.numpy().astype(np.float64)
+
+    def fits(self, net: Net) -> None:
+        probe.check(net, Directions(0, self.law, self.rank), self.together, self.name)
+
+    def work(self, round: int) -> Work:
+        rows, sides = 2 * self.queries * self.steps * self.batch_size, 2 * self.queries if self.together else 1
+        return Work(self.steps, rows, self.batch_size, sides, probes=True)
+
+    def frames(self, at: Expected) -> Frames | None:
+        count, form, thin = self.steps * self.queries, FORMS[self._form], self.wire == "thin"
+        seeds = None if thin else torch.zeros(count, dtype=torch.int32)
+
+        def reply(generator: np.random.Generator, examples: int) -> Steps:
+            numbers = torch.from_numpy(generator.standard_normal(count))
+            scalars = numbers.to(form) if form.is_floating_point else (numbers * 30).clamp(-127, 127).to(form)
+            return Steps(seeds, scalars, 1.0, examples, 0.0)
+
+        def held(state: Accumulators) -> dict[str, Tensor]:
+            return Levels.of(state.gains, state.grid).table()
+
+        return simulated(self, at, reply, held if thin else None)
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        kept = at.trained_bytes  # Net.rebuild keeps a copy for the next visit
+        return probing(at, forward, self.law, kept) if side == "client" else holding(at, kept)
 
 
 def draws_key(server: Server) -> int:

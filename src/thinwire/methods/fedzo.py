@@ -18,7 +18,11 @@ from torch import Tensor
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.aggregate.server_step import stepped
 from thinwire.core import Averaged, Client, Server
+from thinwire.costs.frames import Expected, Frames, fixed
+from thinwire.costs.memory import Memory, Side, averaging, probing
+from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.model.net import Net
+from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.pool import Pool
 from thinwire.perturb.spsa import shrink_of, walk
@@ -99,10 +103,23 @@ class FedZO(Averaged):
     def materialise(self, state: Start, net: Net) -> None:
         fill(net, state.weights)
 
-    def passes(self) -> float:
-        return 2 * self.queries * self.steps * self.batch_size
-
     def receive(self, down: Start, client: Client) -> None:
         check_rate(down.lr)
         check_keys(down.pool, down.draws)
         fill_checked(client.net, down.weights)
+
+    def fits(self, net: Net) -> None:
+        probe.check(net, Directions(0, self.law, self.rank), self.together, self.name)
+
+    def work(self, round: int) -> Work:
+        rows, sides = 2 * self.queries * self.steps * self.batch_size, 2 * self.queries if self.together else 1
+        return Work(self.steps, rows, self.batch_size, sides, probes=True)
+
+    def frames(self, at: Expected) -> Frames | None:
+        down = Start(at.trained, 1 << 63, 1 << 63, 0.0)
+        return fixed(at, down, lambda examples: Trained(at.trained, examples, 0.0, 0))
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        if side == "client":
+            return probing(at, forward, self.law)
+        return averaging(at, self.server_step.kind)

@@ -30,6 +30,10 @@ from thinwire.compress.catalogue import TensorCode, tensor_code
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.exact.rounding import moves
 from thinwire.core import Client, Server, StaleVersion
+from thinwire.costs.differences import coded_bits, codes, differences
+from thinwire.costs.frames import VERSION, Expected, Frames
+from thinwire.costs.memory import MOMENTS, Memory, Side, exact_coding, holding, training
+from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.net import Net
 from thinwire.train.local import scheduled
 from thinwire.train.versions import Exact, coded, decoded, layout
@@ -291,6 +295,25 @@ class GradualDiff(Exact):
             return decoded(up.changes[name], name, old, specs[name]).float() - old.float()
 
         return LazyTensors({name: Spec(torch.float32, spec.shape) for name, spec in specs.items()}, read)
+
+    def frames(self, at: Expected) -> Frames | None:
+        dtype = self.held_dtype(next(iter(at.trained.values())).dtype)
+        empty = {name: torch.empty(0, dtype=torch.uint8) for name in at.trained}
+        down = Change(VERSION, VERSION, VERSION, True, 1 << 63, empty, 0.0)
+        heads = at.length(down), at.length(Difference(VERSION, 1 << 63, empty, 65535, 0.0, 0), held=VERSION)
+        bits = coded_bits(self.lr, self.steps, self.optimiser, dtype, self.rounding == "stochastic")
+        lossy = None
+        if self.codec != "lossless":
+            lossy = codes(self.code(down=True), at.trained, self.gate), codes(self.code(), at.trained, self.gate)
+        return differences(at, heads, dtype, bits, lossy, self.start == "sent")
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        held = at.size * self.held_dtype(at.dtype).itemsize
+        coding = exact_coding(at) if self.codec == "lossless" else 0
+        if side == "client":  # Net.rebuild's copy, and the weights that the difference is taken to
+            return training(at, forward, self.optimiser, self.recompute, at.trained_bytes + held, coding)
+        floats = 1 + self._keeps + MOMENTS[self.server_step.kind]
+        return holding(at, 2 * held + 4 * at.size * floats, coding)  # old and new versions, while one becomes the other
 
 
 def _undone(code: TensorCode, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:

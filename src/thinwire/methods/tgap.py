@@ -16,6 +16,7 @@ from torch import Tensor
 
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.core import Client, Server
+from thinwire.costs.frames import Expected, Frames, fixed
 from thinwire.model.net import Net
 from thinwire.train.factors import OnFactors
 from thinwire.train.local import scheduled
@@ -100,3 +101,7 @@ class Tgap(OnFactors):
 
     def materialise(self, state: Factors, net: Net) -> None:
         fill(net, state.weights)
+
+    def frames(self, at: Expected) -> Frames | None:
+        plain = {name: torch.empty(tensor.shape, device="meta") for name, tensor in at.trained.items()}
+        return fixed(at, Factors(at.trained, 0.0), lambda examples: Gathered(plain, examples, 0.0, 0))

@@ -236,8 +236,9 @@ def check(net: Net, directions: Directions, together: bool, method: str) -> None
         with Probe(net, directions, together) as probe:
             found = probe.losses(batch, [0], 0.02)[0]
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        what = "together = true" if together else 'law = "lowrank"'
-        raise ModelError(f"method: {method} with {what} cannot probe this model: {first_line(error)}") from error
+        field, value = ("method.together", "true") if together else ("method.law", '"lowrank"')
+        why = first_line(error).removeprefix(f"{field}: ")
+        raise ModelError(f"{field}: {method} with {field[7:]} = {value} cannot probe this model: {why}") from error
     by_weights = Probe(net, directions)
     by_weights._added = {}
     with by_weights:

@@ -34,10 +34,8 @@ class OnFactors(FirstOrder):
     spared: float = Field(0.0, ge=0, lt=1)  # share of each client's rows that is for fit-codec, and not trained on here
 
     def image(self, net: Net, side: int = 1) -> Image:
-        """The layout of the net's factors; ModelError where the net is no LoRA view, or has no such layout."""
+        """The layout of the net's factors; ModelError where there is no such layout of them."""
         shapes = {name: tuple(p.shape) for name, p in net.parameters()}
-        if not all(".lora_" in name for name in shapes):
-            raise ModelError("model.lora: missing; cgfed codes the factors of a LoRA view")
         try:
             return Image.paper(shapes, side) if self.layout == "paper" else Image.packed(shapes, side)
         except ValueError as error:
@@ -96,6 +94,15 @@ class OnFactors(FirstOrder):
             total, taken = total + loss.item(), taken + 1
         found = {name: tensor / max(taken, 1) for name, tensor in mean.items()}
         return found, total / taken if taken else math.nan, self.steps - taken
+
+    def fits(self, net: Net) -> None:
+        others = [name for name in net.names if ".lora_" not in name]
+        if len(others) == len(net.names):
+            raise ModelError(f"model.lora: missing; {self.name} codes the factors of a LoRA view")
+        if others:
+            raise ModelError(
+                f"model.lora: {self.name} codes factors alone, and a classifier's view trains its head too: {others[0]}"
+            )
 
 
 def moved(weights: Tensors, found: Tensors, encode: str) -> dict[str, Tensor]:

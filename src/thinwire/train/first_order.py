@@ -9,6 +9,8 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from thinwire.core import Averaged, Client
+from thinwire.costs.memory import Memory, Side, averaging, training
+from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.train.local import Adjust, Local, Optimiser, Rule, Schedule, train_locally
 
 
@@ -45,8 +47,13 @@ class FirstOrder(Averaged):
             keep=keep,
         )
 
-    def passes(self) -> float:
-        return 3 * self.steps * self.batch_size
+    def work(self, round: int) -> Work:
+        return Work(self.steps, 3 * self.steps * self.batch_size, self.batch_size)
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        if side == "client":
+            return training(at, forward, self.optimiser, self.recompute)
+        return averaging(at, self.server_step.kind)
 
 
 def proximal(mu: float) -> Adjust:
