@@ -28,10 +28,11 @@ from statistics import fmean
 from rows import Row, finish
 
 from thinwire import apart, build, config, wire
-from thinwire.core import Round, Server, run_round
+from thinwire.core import Round, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
 from thinwire.runtime.course import read_records
+from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import VersionStore
 
 CLIENTS, ROWS, LENGTH, STEPS = 10, 4, 128, 20
@@ -73,14 +74,12 @@ def visits(folder: Path, turns: int, settings: Sequence[str]) -> list[Visit]:
     net, held = build.net_of(run), dict[int, str]()
     versions, transport = VersionStore(folder / "server", 8 + CLIENTS), apart.Processes(folder, held)
 
-    def server(turn: int, *cohort: int) -> Server:
-        return Server(net, Key.root(0).fold("server", turn), turn, turns, cohort, versions)
-
-    state, found = run.method.init(server(0)), []
+    seats = Seats(Key.root(0), turns, net, versions)
+    state, found = run.method.init(seats.server(0)), []
     for turn in range(1, turns + 1):
         client = (turn - 1) % CLIENTS
         transport.peak, transport.waited, began = 0, 0.0, time.perf_counter()
-        at = Round(0, server(turn, client), transport, held, folder)
+        at = Round(0, seats.server(turn, (client,)), transport, held, folder)
         state, _ = run_round(run.method, state, at)
         seen, own = at.visits[client], time.perf_counter() - began - transport.waited
         assert seen.error is None, seen.error

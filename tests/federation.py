@@ -16,6 +16,7 @@ from thinwire.data.tokenise import tokenise
 from thinwire.keys import Key
 from thinwire.model.net import Net
 from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame
 from thinwire.wire.frame import header_room
@@ -67,16 +68,20 @@ class Federation:
         if self.state is None:
             self.state = self.method.init(self.server(0, ()))
 
+    @property
+    def seats(self) -> Seats:
+        """Of the present parts: a test may put others in their place."""
+        parts = (self.net, self.versions, self.data, self.memories)
+        return Seats(self.key, self.rounds, *parts, lambda client, _: self.held.get(client), self.public)
+
     def server(self, round: int, cohort: Iterable[int]) -> Server:
         """The server half's context in that round."""
-        key = self.key.fold("server", round)
-        return Server(self.net, key, round, self.rounds, tuple(cohort), self.versions, self.public)
+        return self.seats.server(round, tuple(cohort))
 
     def client(self, id: int, round: int) -> Client:
         """The client half's context in that round."""
         self.before_client(self.net)
-        key = self.key.fold("client", id, "round", round)
-        return Client(id, self.net, self.data[id], key, self.memories.of(id, round), self.versions, self.held.get(id))
+        return self.seats.client(id, round)
 
     def step(self, cohort: Iterable[int] | None = None) -> Round:
         """One round; its record."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from thinwire import wire
 from thinwire.config import Run
-from thinwire.core import Client, Reply, Round, Server, run_round, serve
+from thinwire.core import Reply, Round, run_round, serve
 from thinwire.keys import Key
 from thinwire.wire import Frame, Spooled, WireError
 
@@ -88,6 +88,7 @@ class Processes:
 def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     """The server's side: a process that holds no client's rows."""
     from thinwire import build, config, memory
+    from thinwire.runtime.seats import Seats
     from thinwire.runtime.store import VersionStore
 
     run = config.load(folder / "run.toml")
@@ -99,14 +100,12 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     held: dict[int, str] = {}
     versions, transport = VersionStore(folder / "server"), Processes(folder, held)
 
-    def at(round: int) -> Server:
-        key = Key.root(run.seed).fold("server", round)
-        return Server(net, key, round, run.rounds, cohort if round else (), versions, public)
-
-    state = run.method.init(at(0))
+    seats = Seats(Key.root(run.seed), run.rounds, net, versions, public=public)
+    state = run.method.init(seats.server(0))
     sent, clients, alone = [], 0.0, 0.0
     for number in range(1, ROUNDS + 1):
-        round, waited, began = Round(0, at(number), transport, held, folder), transport.waited, time.perf_counter()
+        waited, began = transport.waited, time.perf_counter()
+        round = Round(0, seats.server(number, cohort), transport, held, folder)
         state, _ = run_round(run.method, state, round)
         alone = time.perf_counter() - began - (transport.waited - waited)
         visits = list(round.visits.values())
@@ -123,7 +122,8 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
 def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
     """One visit: a process that holds the client's rows, its model and its frame."""
     from thinwire import build, config, memory
-    from thinwire.runtime.store import ClientMemory, VersionStore
+    from thinwire.runtime.seats import Seats
+    from thinwire.runtime.store import ClientMemories, VersionStore
 
     run = config.load(folder / "run.toml")
     build.use_threads(run)
@@ -133,14 +133,14 @@ def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
     data = build.client_data(run, list(rows.clients.values())[id], net.tokenizer)
     frame = _frame(folder / "down")
     number = wire.peek(frame).round
-    own = ClientMemory(folder / "clients" / str(id), number)
-    key = Key.root(run.seed).fold("client", id, "round", number)
-    client = Client(id, net, data, key, own, VersionStore(folder / "versions" / str(id)), held or None)
+    versions, memories = VersionStore(folder / "versions" / str(id)), ClientMemories(folder / "clients")
+    seats = Seats(Key.root(run.seed), run.rounds, net, versions, {id: data}, memories, lambda *_: held or None)
+    client = seats.client(id, number)
     memory.reset()
     began, error = time.perf_counter(), None
     try:
         up = serve(run.method, frame, client, folder)
-        own.commit()
+        memories.commit(client.memory, id)
         if isinstance(up, Spooled):
             up.path.replace(folder / "up")
         else:

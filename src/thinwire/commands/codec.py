@@ -138,9 +138,10 @@ def _gather(
     from safetensors.torch import save_file
 
     from thinwire import build, wire
-    from thinwire.core import Client, Reply, Round, Server, run_round
+    from thinwire.core import Reply, Round, run_round
     from thinwire.keys import Key
     from thinwire.runtime.inprocess import InProcess
+    from thinwire.runtime.seats import Seats
     from thinwire.runtime.store import ClientMemories, VersionStore
 
     key = Key.root(settings.seed).fold("tgap")
@@ -149,12 +150,7 @@ def _gather(
     cohort, rounds, held = tuple(range(len(data))), [], dict[int, str]()
     up = down = 0
 
-    def server(round: int) -> Server:
-        return Server(net, key.fold("server", round), round, settings.rounds, cohort, versions)
-
-    def client(id: int, round: int) -> Client:
-        own = key.fold("client", id, "round", round)
-        return Client(id, net, data[id], own, memories.of(id, round), versions, held.get(id))
+    seats = Seats(key, settings.rounds, net, versions, data, memories, lambda client, _: held.get(client))
 
     class Tee:
         """The transport, with what the server is told written down."""
@@ -169,11 +165,11 @@ def _gather(
                     seen[reply.client] = dict(wire.decode(tgap.Up, reply.frame).update)
                 yield reply
 
-    state = tgap.init(server(0))
+    state = tgap.init(seats.server(0, cohort))
     for round in range(1, settings.rounds + 1):
         seen: dict[int, dict[str, Tensor]] = {}
-        transport = Tee(InProcess(tgap, client, lambda c: c.memory.commit()))  # type: ignore[attr-defined]
-        at = Round(0, server(round), transport, held)
+        transport = Tee(InProcess(tgap, seats.client, lambda c: c.memory.commit()))  # type: ignore[attr-defined]
+        at = Round(0, seats.server(round, cohort), transport, held)
         state, _ = run_round(tgap, state, at)
         up, down = up + at.ledger.bytes_up, down + at.ledger.bytes_down
         rounds.append([image.stack(x) for id, x in sorted(seen.items()) if at.visits[id].error is None])

@@ -23,7 +23,6 @@ from thinwire.compress.codecs.factors import Factors
 from thinwire.compress.codecs.topk import TopK
 from thinwire.compress.learned import codec_file, components
 from thinwire.config import Run
-from thinwire.core import Server
 from thinwire.keys import Key
 from thinwire.methods.cgfed import NONE, CGFed, Coded, Told
 from thinwire.methods.fedavg import FedAvg, Weights
@@ -32,7 +31,7 @@ from thinwire.methods.fedkseed import FORMS, FedKSeed, Steps
 from thinwire.methods.fedzo import FedZO, Start
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.errors import ModelError
-from thinwire.runtime.cohort import cohort_of
+from thinwire.runtime.seats import Seats
 from thinwire.train.versions import Exact
 from thinwire.train.weights import Trained
 
@@ -80,11 +79,8 @@ class Federation:
     cohorts: list[Sequence[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        key, clients = Key.root(self.run.seed), range(len(self.examples))
-        self.cohorts = [
-            cohort_of(self.run.cohort, clients, round, key.fold("cohort", round))
-            for round in range(1, self.run.rounds + 1)
-        ]
+        seats, clients = Seats(Key.root(self.run.seed), self.run.rounds), len(self.examples)
+        self.cohorts = [seats.cohort(self.run.cohort, clients, round) for round in range(1, self.run.rounds + 1)]
 
 
 Frames = Callable[[int, int, bool], tuple[Span, Span]]  # round, client, newcomer -> down, up
@@ -178,11 +174,8 @@ def _simulated(at: Federation, method: FedKSeed) -> Frames:
     sizes: dict[tuple[int, int], tuple[int, int]] = {}
     visits, last = 0, 1
 
-    def server(round: int, cohort: Sequence[int]) -> Server:
-        key = Key.root(at.run.seed).fold("server", round)
-        return Server(None, key, round, at.run.rounds, tuple(cohort), versions)  # type: ignore[arg-type]
-
-    state = method.init(server(0, ()))
+    server = Seats(Key.root(at.run.seed), at.run.rounds, versions=versions).server
+    state = method.init(server(0))
     for round, cohort in enumerate(at.cohorts, 1):
         if visits > SIMULATED:
             break

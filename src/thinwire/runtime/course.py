@@ -21,8 +21,9 @@ from thinwire.keys import Key
 from thinwire.records import Record, read_records
 from thinwire.runtime import checkpoint
 from thinwire.runtime.checkpoint import Progress
-from thinwire.runtime.cohort import Segment, check_clients, cohort_of
+from thinwire.runtime.cohort import Segment, check_clients
 from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire.frame import MAX_FRAME, header_room
 
@@ -103,13 +104,9 @@ def _train(job: Job) -> Record:
     versions = VersionStore(states / "versions", job.keep_versions, late=True)
     memories = ClientMemories(states / "clients")
 
-    def server(round: int, cohort: Sequence[int] = ()) -> Server:
-        key = job.key.fold("server", round)
-        return Server(job.net, key, round, job.rounds, tuple(cohort), versions, job.public)
-
-    def client(id: int, round: int) -> Client:
-        key = job.key.fold("client", id, "round", round)
-        return Client(id, job.net, job.clients[id], key, memories.of(id, round), versions, held.get(id))
+    held: dict[int, str] = {}
+    parts = (job.net, versions, job.clients, memories, lambda client, _: held.get(client), job.public)
+    seats = Seats(job.key, job.rounds, *parts)
 
     def done(client: Client) -> None:
         memories.commit(client.memory, client.id)
@@ -120,7 +117,7 @@ def _train(job: Job) -> Record:
         nonlocal evals
         job.method.materialise(state, job.net)
         own = job.evaluate()
-        for row in own + (job.survey(state, server(round, clients), held) if job.survey is not None else []):
+        for row in own + (job.survey(state, seats.server(round, clients), held) if job.survey is not None else []):
             record = {"round": round, **row}
             records.append(job.folder / "evals.jsonl", record)
             evals += 1
@@ -153,13 +150,13 @@ def _train(job: Job) -> Record:
                 "put the folder back from a copy, or begin anew with another --out"
             )
         progress = Progress(0, {}, 0, 0, 0.0, 0)
-        state = job.method.init(server(0))
+        state = job.method.init(seats.server(0))
     else:
         state, progress = found.state, found.progress
         notes += [f"the checkpoint of {reason}; going on from round {progress.round}" for reason in found.passed]
     spool = _cleared(job.folder)
     round, bytes_down, bytes_up = progress.round, progress.bytes_down, progress.bytes_up
-    held = {int(id): version for id, version in progress.held.items()}
+    held.update({int(id): version for id, version in progress.held.items()})
     memories.rewind(round)
     if progress.versions is not None:
         versions.rewind(progress.versions)
@@ -175,13 +172,13 @@ def _train(job: Job) -> Record:
         progress, clock = save(), time.perf_counter()
 
     began, first = time.perf_counter(), round
-    transport = job.transport or InProcess(job.method, client, done, spool)
+    transport = job.transport or InProcess(job.method, seats.client, done, spool)
     while round < job.rounds:
         round += 1
-        cohort = cohort_of(job.segments, clients, round, job.key.fold("cohort", round))
+        cohort = seats.cohort(job.segments, len(clients), round)
         job.watch.round_begins(round, job.rounds, cohort)
         started = time.perf_counter()
-        at = Round(job.run, server(round, cohort), transport, held, spool, job.max_bytes, header, caps, examples)
+        at = Round(job.run, seats.server(round, cohort), transport, held, spool, job.max_bytes, header, caps, examples)
         state, metrics = run_round(job.method, state, at)
         bytes_down, bytes_up = bytes_down + at.ledger.bytes_down, bytes_up + at.ledger.bytes_up
         record = _record(job, at, metrics, time.perf_counter() - started)
