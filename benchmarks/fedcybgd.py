@@ -28,10 +28,10 @@ from statistics import fmean
 from rows import Row, finish
 
 from thinwire import apart, build, config, wire
-from thinwire.core import Round, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
 from thinwire.runtime.course import read_records
+from thinwire.runtime.round import Round, run_round
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import VersionStore
 

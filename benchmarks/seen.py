@@ -22,14 +22,15 @@ from rows import Row, finish
 from torch import Tensor
 
 from thinwire import build, config, wire
-from thinwire.core import Reply, Round, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedcybgd import Block, FedCyBGD, Proxy
 from thinwire.model import shrink
 from thinwire.model.blocks import layer_of, layers_of
 from thinwire.model.net import Net
 from thinwire.model.shrink import Cut, Layout
+from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.round import Reply, Round, run_round
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame
@@ -66,7 +67,7 @@ class Watched:
     layout: Layout
     known: dict[int, Known] = field(default_factory=dict)
 
-    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
+    def exchange(self, frames: Iterable[tuple[int, Frame]], action: str = "train") -> Iterator[Reply]:
         for client, frame in frames:
             down = wire.decode(Proxy, frame)
             cut, known = Cut.unpacked(down.cut, self.layout), self.known[client]
@@ -98,7 +99,9 @@ def shares(net: Net, run: config.Run, folder: Path) -> Iterator[list[tuple[float
     places = {name: torch.arange(net.base[name].numel()).view(net.base[name].shape) for name in trained}
     blank = {name: torch.full(places[name].shape, torch.nan, dtype=torch.bfloat16) for name in trained}
     known = {id: Known({name: tensor.clone() for name, tensor in blank.items()}) for id in range(len(data))}
-    transport = Watched(InProcess(method, seats.client), method, net, places, Layout.of(net.model, path), known)
+    transport = Watched(
+        InProcess(Endpoint(method, seats, ACTIONS)), method, net, places, Layout.of(net.model, path), known
+    )
     state = method.init(seats.server(0))
     for turn in range(1, turns + 1):
         id = (turn - 1) % len(data)

@@ -9,13 +9,15 @@ from typing import Any
 
 from tiny import CHOICES, tiny_folder, tiny_rows
 
-from thinwire.core import Client, Method, Metrics, Reply, Round, Server, run_round
+from thinwire.core import Client, Method, Metrics, Server
 from thinwire.data.batch import Dataset
 from thinwire.data.templates import Template
 from thinwire.data.tokenise import tokenise
 from thinwire.keys import Key
 from thinwire.model.net import Net
+from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.round import Reply, Round, run_round
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame
@@ -72,7 +74,12 @@ class Federation:
     def seats(self) -> Seats:
         """Of the present parts: a test may put others in their place."""
         parts = (self.net, self.versions, self.data, self.memories)
-        return Seats(self.key, self.rounds, *parts, lambda client, _: self.held.get(client), self.public)
+        return Seats(self.key, self.rounds, *parts, self._held, self.public)
+
+    def _held(self, client: int, round: int) -> str | None:
+        """Asked for whenever a client is seated."""
+        self.before_client(self.net)
+        return self.held.get(client)
 
     def server(self, round: int, cohort: Iterable[int]) -> Server:
         """The server half's context in that round."""
@@ -80,14 +87,13 @@ class Federation:
 
     def client(self, id: int, round: int) -> Client:
         """The client half's context in that round."""
-        self.before_client(self.net)
         return self.seats.client(id, round)
 
     def step(self, cohort: Iterable[int] | None = None) -> Round:
         """One round; its record."""
         self.round += 1
         cohort = tuple(range(len(self.sizes))) if cohort is None else tuple(cohort)
-        inner = InProcess(self.method, self.client, lambda c: c.memory.commit(), self.spool)
+        inner = InProcess(Endpoint(self.method, self.seats, ACTIONS, spool=self.spool))
         transport = Tampered(inner, self.tamper, self.watch)
         at = Round(1, self.server(self.round, cohort), transport, self.held, self.spool)
         at.max_header = header_room(self.method.Up, self.net.names)
@@ -109,15 +115,20 @@ class Tampered:
     def __init__(self, inner: InProcess, tamper: Tamper | None, watch: Callable[[Frame], None]) -> None:
         self.inner, self.tamper, self.watch = inner, tamper, watch
 
-    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
-        """See core.Transport."""
+    def again(self, client: int, frame: Frame) -> Reply:
+        """See round.Transport."""
+        (reply,) = self.exchange([(client, frame)])
+        return reply
+
+    def exchange(self, frames: Iterable[tuple[int, Frame]], action: str = "train") -> Iterator[Reply]:
+        """See round.Transport."""
 
         def sent() -> Iterator[tuple[int, Frame]]:
             for client, frame in frames:
                 self.watch(frame)
                 yield client, frame
 
-        for reply in self.inner.exchange(sent()):
+        for reply in self.inner.exchange(sent(), action):
             if reply.frame is not None:
                 self.watch(reply.frame)
             if self.tamper is None or reply.frame is None:

@@ -46,7 +46,6 @@ UPWARDS = {
 CIRCLES = [
     {"thinwire.build", "thinwire.card"},
     {"thinwire.cli", "thinwire.commands.local_federation", "thinwire.commands.server"},
-    {"thinwire.federation.site_run", "thinwire.federation.worker"},
 ]
 ESTIMATE_OF_METHOD = {"costs", "memory", "traffic"}
 LONG = {
@@ -57,7 +56,6 @@ LONG = {
     "compress/codecs/blocks.py",
     "compress/learned/components.py",
     "config.py",
-    "core.py",
     "data/tokenise.py",
     "estimate/traffic.py",
     "methods/cgfed.py",

@@ -20,8 +20,8 @@ from typing import Any
 
 from thinwire import wire
 from thinwire.config import Run
-from thinwire.core import Reply, Round, run_round, serve
 from thinwire.keys import Key
+from thinwire.runtime.round import Reply, Round, run_round
 from thinwire.wire import Frame, Spooled, WireError
 
 CLIENTS = 2  # of the cohort that take part; a mean needs two
@@ -69,8 +69,13 @@ class Processes:
         self.folder, self.held = folder, held
         self.peak, self.waited = 0, 0.0  # bytes, of the largest client; seconds that the server had nothing to do
 
-    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
-        """See core.Transport."""
+    def again(self, client: int, frame: Frame) -> Reply:
+        """See round.Transport."""
+        (reply,) = self.exchange([(client, frame)])
+        return reply
+
+    def exchange(self, frames: Iterable[tuple[int, Frame]], action: str = "train") -> Iterator[Reply]:
+        """See round.Transport."""
         down, up = self.folder / "down", self.folder / "up"
         for client, frame in frames:
             if isinstance(frame, Spooled):
@@ -78,7 +83,7 @@ class Processes:
             else:
                 down.write_bytes(frame)
             began = time.perf_counter()
-            done = _ask("client", self.folder, str(client), self.held.get(client, ""))
+            done = _ask("client", self.folder, action, str(client), self.held.get(client, ""))
             self.waited += time.perf_counter() - began
             self.peak = max(self.peak, done["peak"])
             down.unlink(missing_ok=True)
@@ -119,9 +124,10 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     return asdict(Cost(newcomer, returning, clients, alone, transport.peak, memory.peak() - before))
 
 
-def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
+def _client(folder: Path, action: str, id: int, held: str) -> dict[str, Any]:
     """One visit: a process that holds the client's rows, its model and its frame."""
     from thinwire import build, config, memory
+    from thinwire.runtime.endpoint import ACTIONS, Endpoint
     from thinwire.runtime.seats import Seats
     from thinwire.runtime.store import ClientMemories, VersionStore
 
@@ -132,15 +138,13 @@ def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
     net = build.net_of(run, remember=True, hollow=run.method.hollow)
     data = build.client_data(run, list(rows.clients.values())[id], net.tokenizer)
     frame = _frame(folder / "down")
-    number = wire.peek(frame).round
     versions, memories = VersionStore(folder / "versions" / str(id)), ClientMemories(folder / "clients")
     seats = Seats(Key.root(run.seed), run.rounds, net, versions, {id: data}, memories, lambda *_: held or None)
-    client = seats.client(id, number)
+    endpoint = Endpoint(run.method, seats, ACTIONS, spool=folder)
     memory.reset()
     began, error = time.perf_counter(), None
     try:
-        up = serve(run.method, frame, client, folder)
-        memories.commit(client.memory, id)
+        up = endpoint.answer(action, frame)
         if isinstance(up, Spooled):
             up.path.replace(folder / "up")
         else:
@@ -169,5 +173,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "server":
         answer = _server(place, tuple(map(int, sys.argv[3].split(","))))
     else:
-        answer = _client(place, int(sys.argv[3]), sys.argv[4])
+        answer = _client(place, sys.argv[3], int(sys.argv[4]), sys.argv[5])
     sys.stdout.write(json.dumps(answer) + "\n")

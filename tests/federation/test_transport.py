@@ -20,13 +20,14 @@ from grid import FIRST, OneProcess, entries, federate
 from thinwire import wire
 from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.local import OPEN
-from thinwire.federation.payloads import Scores
-from thinwire.federation.questions import Refusal, Survey, join, record
+from thinwire.federation.questions import Refusal, join
 from thinwire.federation.transport import AHEAD, NoQuorum
 from thinwire.federation.worker import Worker
 from thinwire.methods.fedavg import Weights
 from thinwire.methods.fedkseed import Gains, Steps
 from thinwire.runtime import checkpoint, course
+from thinwire.runtime.payloads import Scores
+from thinwire.runtime.survey import Survey, record
 
 THIN: dict[str, Any] = {"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}
 WIDE: dict[str, Any] = {"name": "fedavg", "lr": 1e-3, "steps": 2, "batch_size": 4}

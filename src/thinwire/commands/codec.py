@@ -138,9 +138,10 @@ def _gather(
     from safetensors.torch import save_file
 
     from thinwire import build, wire
-    from thinwire.core import Reply, Round, run_round
     from thinwire.keys import Key
+    from thinwire.runtime.endpoint import ACTIONS, Endpoint
     from thinwire.runtime.inprocess import InProcess
+    from thinwire.runtime.round import Reply, Round, run_round
     from thinwire.runtime.seats import Seats
     from thinwire.runtime.store import ClientMemories, VersionStore
 
@@ -168,7 +169,7 @@ def _gather(
     state = tgap.init(seats.server(0, cohort))
     for round in range(1, settings.rounds + 1):
         seen: dict[int, dict[str, Tensor]] = {}
-        transport = Tee(InProcess(tgap, seats.client, lambda c: c.memory.commit()))  # type: ignore[attr-defined]
+        transport = Tee(InProcess(Endpoint(tgap, seats, ACTIONS)))
         at = Round(0, seats.server(round, cohort), transport, held)
         state, _ = run_round(tgap, state, at)
         up, down = up + at.ledger.bytes_up, down + at.ledger.bytes_down

@@ -12,9 +12,9 @@ from pathlib import Path
 from thinwire.config import ConfigError, Run
 from thinwire.data.rows import Row
 from thinwire.federation import keys
+from thinwire.federation.site import Site
 from thinwire.federation.site_processes import SiteSide
 from thinwire.federation.superlink import ServerSide
-from thinwire.federation.worker import Site
 
 # Whoever starts this federation owns the rows and the run file.
 OPEN = f"""templates = "any"

@@ -88,10 +88,11 @@ def _train(grid: Grid, folder: Path) -> None:
     from thinwire.federation.fingerprint import fingerprints
     from thinwire.federation.keys import caps_of
     from thinwire.federation.progress import Notices, notices_of
-    from thinwire.federation.questions import Survey, join
+    from thinwire.federation.questions import join
     from thinwire.federation.transport import Flower
     from thinwire.runtime import checkpoint
     from thinwire.runtime.course import Watch, train
+    from thinwire.runtime.survey import Survey
 
     hub, run = Hub.load(folder), config.load(folder / "run.toml")
     federation = run.federation or config.Federation()

@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinwire import build, config, memory, wire
 from thinwire.config import method_name
-from thinwire.core import serve
 from thinwire.data import partition
 from thinwire.data.rows import Row
 from thinwire.data.source import read_file
-from thinwire.evaluate.splits import Split, evaluate
 from thinwire.federation.asked import Refused, Told
 from thinwire.federation.fingerprint import fingerprints
-from thinwire.federation.payloads import Ready, Scores
 from thinwire.federation.spent import Replies, Spent, drop_old
 from thinwire.keys import Key
+from thinwire.runtime.endpoint import ACTIONS, Endpoint, Evaluation
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
 from thinwire.wire import Frame, Header, Illegal
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 
     from thinwire.data.batch import Dataset
     from thinwire.federation.policy import Policy
-    from thinwire.federation.worker import Site
+    from thinwire.federation.site import Site
 
 KEPT = 2  # rounds whose memory stays, as the server's checkpoints do
 
@@ -128,16 +126,11 @@ class Visits:
         if site.model is None and not (site.allow_model or policy.model):
             raise Refused("this site names no start model, and does not take the server's word for one")
         self.run, self.sites, self.name, self.ran = told.run, told.sites, told.folder, method_name(run.method)
-        self.folder = folder / "runs" / told.folder
+        self.folder, self.spool = folder / "runs" / told.folder, folder / "spool"
         self.key = Key.root(run.seed)
         self.replies, self.kept = Replies(self.folder / "replies"), Kept(self.folder)
         self.fingerprints: dict[str, str] = {}
         self.data: Dataset | None = None
-        self.actions: dict[str, Callable[[Frame, Path, int], Frame]] = {
-            "join": self.join,
-            "train": self.train,
-            "evaluate": self.evaluate,
-        }
 
     @property
     def id(self) -> int:
@@ -187,41 +180,28 @@ class Visits:
         if scored is None and site.hold_out and run.data.heldout and not isinstance(run.data.heldout, str):
             rows, scored = partition.holdout(rows, run.data.heldout, self.key.fold("heldout", site.name))
         data = build.client_data(run, rows, self.net.tokenizer)
-        self.heldout = bool(scored)
         some = build.dataset(run.data, scored or rows, self.net.tokenizer, build.classes_of(run))
-        self.scored = Split("sites", replace(some, examples=some.examples[: run.eval.rows]), run.eval.generate)
-        for each in (data, self.scored.data):
+        some = replace(some, examples=some.examples[: run.eval.rows])
+        for each in (data, some):
             build.check_context(self.net.positions, run.model.path, each.examples)
             build.check_tokens(self.net, run.model.path, each)
         versions = VersionStore(self.folder / "versions")
-        self.seats = Seats(self.key, run.rounds, self.net, versions, {self.id: data}, self.kept, self.kept.held)
+        seats = Seats(self.key, run.rounds, self.net, versions, {self.id: data}, self.kept, self.kept.held)
+        found = Evaluation({self.id: some}, bool(scored), run.eval)
+        self.endpoint = Endpoint(run.method, seats, {**ACTIONS, "evaluate": found}, spool=self.spool)
         self.data = data
         memory.trim()  # loading has left as much again as the model
 
-    def join(self, frame: Frame, spool: Path, counted: int) -> Frame:
-        """The site can take part: its fingerprints have been compared."""
-        header = wire.peek(frame)
-        return wire.encode(Ready(), run=header.run, round=header.round, client=self.id)
-
-    def train(self, frame: Frame, spool: Path, counted: int) -> Frame:
-        """The client half's reply; the client's memory and the version that it holds then are on the disk.
+    def answer(self, action: str, frame: Frame, counted: int) -> Frame:
+        """The client's reply. What training changes is on the disk then: its memory, and the version that it holds.
 
         Both are taken as they were after round `counted`, the last whose reply the server has counted.
         """
+        if action != "train":
+            return self.endpoint.answer(action, frame)
         round = wire.peek(frame).round
         self.kept.rewind(min(counted, round - 1))
-        client = self.seats.client(self.id, round)
-        answer = serve(self.settings.method, frame, client, spool)
-        self.kept.commit(client.memory, self.id)
-        self.kept.hold(round, client.held)
+        answer = self.endpoint.answer(action, frame)
+        self.kept.hold(round, wire.peek(answer).held)
         self.kept.prune(min(counted, round - KEPT))
         return answer
-
-    def evaluate(self, frame: Frame, spool: Path, counted: int) -> Frame:
-        """How the weights that the frame means score on this site's rows; leaves no trace."""
-        header = wire.peek(frame)
-        method = self.settings.method
-        method.receive(wire.decode(method.Down, frame), self.seats.client(self.id, header.round + 1))
-        found = evaluate(self.net, self.scored, self.settings.eval.batch_size, self.settings.eval.max_new_tokens)
-        scores = Scores(found.rows, found.loss, found.accuracy, found.rouge_l, self.heldout)
-        return wire.encode(scores, run=header.run, round=header.round, client=self.id)

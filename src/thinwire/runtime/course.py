@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thinwire import memory, records
-from thinwire.core import LOG, Client, Method, Metrics, Round, Server, Transport, Visit, run_round
+from thinwire.core import Method, Metrics, Server
 from thinwire.errors import RunError
 from thinwire.keys import Key
 from thinwire.records import Record, read_records
 from thinwire.runtime import checkpoint
 from thinwire.runtime.checkpoint import Progress
 from thinwire.runtime.cohort import Segment, check_clients
+from thinwire.runtime.endpoint import ACTIONS, Action, Endpoint
 from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.round import LOG, Round, RoundFunction, Transport, Visit, run_round
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire.frame import MAX_FRAME, header_room
@@ -81,6 +83,8 @@ class Job:
     watch: Watch = field(default_factory=Watch)
     card: Callable[[Record], str] | None = None  # what the model's README.md says of a run with that summary
     transport: Transport | None = None
+    round: RoundFunction = run_round
+    actions: Mapping[str, Action] = field(default_factory=dict)
     survey: Callable[[Any, Server, dict[int, str]], list[Record]] | None = None
 
 
@@ -107,10 +111,6 @@ def _train(job: Job) -> Record:
     held: dict[int, str] = {}
     parts = (job.net, versions, job.clients, memories, lambda client, _: held.get(client), job.public)
     seats = Seats(job.key, job.rounds, *parts)
-
-    def done(client: Client) -> None:
-        memories.commit(client.memory, client.id)
-        job.watch.client_done(client.id)
 
     def score(round: int) -> list[Record]:
         """Evaluate; what this process itself has measured."""
@@ -172,14 +172,16 @@ def _train(job: Job) -> Record:
         progress, clock = save(), time.perf_counter()
 
     began, first = time.perf_counter(), round
-    transport = job.transport or InProcess(job.method, seats.client, done, spool)
+    done = lambda client: job.watch.client_done(client.id)  # noqa: E731
+    endpoint = Endpoint(job.method, seats, {**ACTIONS, **job.actions}, done, spool)
+    transport = job.transport or InProcess(endpoint)
     while round < job.rounds:
         round += 1
         cohort = seats.cohort(job.segments, len(clients), round)
         job.watch.round_begins(round, job.rounds, cohort)
         started = time.perf_counter()
         at = Round(job.run, seats.server(round, cohort), transport, held, spool, job.max_bytes, header, caps, examples)
-        state, metrics = run_round(job.method, state, at)
+        state, metrics = job.round(job.method, state, at)
         bytes_down, bytes_up = bytes_down + at.ledger.bytes_down, bytes_up + at.ledger.bytes_up
         record = _record(job, at, metrics, time.perf_counter() - started)
         _check_finite(state, round)
