@@ -64,7 +64,6 @@ LONG = {
     "methods/gradualdiff.py",
     "model/net.py",
     "model/shrink.py",
-    "runtime/course.py",
     "runtime/store.py",
     "wire/frame.py",
 }

@@ -35,7 +35,8 @@ from thinwire.model.views.lora import add_lora
 from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions
 from thinwire.runtime.cohort import check_clients
-from thinwire.runtime.course import Job, Watch
+from thinwire.runtime.endpoint import Action, Evaluation
+from thinwire.runtime.job import Job, Watch
 from thinwire.train.objective import keeps_apart
 from thinwire.train.parallel import device_of
 from thinwire.wire import raw
@@ -385,7 +386,9 @@ def identity(run: Run) -> int:
     """The number that a run's frames carry: 32 bits of a hash of its file, without what makes no other run of it."""
     aside = {"environment": {}, "threads": None, "track": config.Track(), "federation": None}
     same = run.model_copy(update=aside)
-    return int.from_bytes(hashlib.sha256(same.to_toml().encode()).digest()[:4], "little")
+    newer = {"patience": 0, "keep": "last"}  # a run that goes without them is the one that it was before they came
+    unset = {name for name, default in newer.items() if getattr(run.eval, name) == default}
+    return int.from_bytes(hashlib.sha256(same.to_toml({"eval": unset}).encode()).digest()[:4], "little")
 
 
 def fingerprints(job: Job) -> dict[str, str]:
@@ -417,6 +420,12 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         check_answers(run.data, rows)
     if run.data.pack and rows.clients:
         _check_packing(net, run.model.path, clients)
+    actions: dict[str, Action] = {}
+    if run.federation is not None and run.federation.evaluate:
+        scored = datasets(run.data, list(rows.clients.values()), net.tokenizer, classes_of(run)) if clients else []
+        few = {id: replace(data, examples=data.examples[: run.eval.rows]) for id, data in enumerate(scored)}
+        actions["evaluate"] = Evaluation(few, heldout=False, settings=run.eval)
+    patience = run.eval.patience
     return Job(
         method=run.method,
         net=net,
@@ -435,6 +444,9 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         memory_before_model=memory_before_model,
         watch=watch,
         card=lambda summary: card(run, rows, summary, classes_of(run)),
+        actions=actions,
+        stop=(lambda now: bool(now["waited"] >= patience)) if patience else None,
+        keep=run.eval.keep,
     )
 
 

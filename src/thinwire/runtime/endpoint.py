@@ -71,7 +71,10 @@ class Evaluation:
     def __call__(self, method: Method, frame: Frame, client: Client, spool: Path | None = None) -> Frame:
         """The frame of the client's Scores."""
         header = wire.peek(frame)
-        method.receive(wire.decode(method.Down, frame), client)
+        try:
+            method.receive(wire.decode(method.Down, frame), client)
+        except StaleVersion:
+            raise Illegal("a broadcast that builds on a version which this client does not hold") from None
         split = Split("sites", self.data[client.id], self.settings.generate)
         found = evaluate(client.net, split, self.settings.batch_size, self.settings.max_new_tokens)
         scores = Scores(found.rows, found.loss, found.accuracy, found.rouge_l, self.heldout)

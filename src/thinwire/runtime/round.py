@@ -57,7 +57,8 @@ class Round:
     """Where a round takes place: what it runs on, and what it leaves behind.
 
     `caps`: client -> the most examples that a reply of it may claim, where that is known. `examples`: client -> the
-    number that its first reply gave, which no later one can raise: it says how much a client counts.
+    number that its first reply gave, which no later one can raise: it says how much a client counts. `seen` is given
+    each reply that counts, with its client.
     """
 
     run: int
@@ -69,6 +70,7 @@ class Round:
     max_header: int = wire.frame.MAX_HEADER
     caps: Mapping[int, int] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)
+    seen: Callable[[int, Any], None] = lambda client, up: None
     ledger: Ledger = field(default_factory=Ledger)
     visits: dict[int, Visit] = field(default_factory=dict)
 
@@ -124,6 +126,7 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
                     if held is not None:
                         at.held[client] = held
                     visit.examples, visit.loss = getattr(up, "examples", None), getattr(up, "loss", None)
+                    at.seen(client, up)
                     yield client, up
                 finally:
                     _remove(frame)
