@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from thinwire import wire
 from thinwire.core import Client, Method, StaleVersion
@@ -46,27 +46,17 @@ def join(method: Method, frame: Frame, client: Client, spool: Path | None = None
 ACTIONS: Mapping[str, Action] = {"join": join, "train": serve}
 
 
-class Settings(Protocol):
-    """Of a run's [eval]: rows a batch, rows that are answered in text, tokens of an answer."""
-
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def generate(self) -> int: ...
-    @property
-    def max_new_tokens(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """The action `evaluate`: how the weights that a broadcast means score on a client's rows.
 
-    `data`: client -> the rows that it scores; `heldout`: whether it trains on none of them.
+    `data`: client -> the rows that it scores; `heldout`: whether it trains on none of them;
+    `settings`: [eval] of the run file.
     """
 
     data: Mapping[int, Dataset]
     heldout: bool
-    settings: Settings
+    settings: Any
 
     def __call__(self, method: Method, frame: Frame, client: Client, spool: Path | None = None) -> Frame:
         """The frame of the client's Scores."""
