@@ -95,7 +95,7 @@ class SiteSide:
         return next((text for mark, text in KNOWN.items() if mark in said), said)
 
     def _worker(self) -> None:
-        command = [sys.executable, "-m", "thinwire.federation.worker", self.folder / "site.json"]
+        command: list[str | Path] = [sys.executable, "-m", "thinwire.federation.worker", self.folder / "site.json"]
         self.children.start("worker", command)
 
     def _node(self) -> None:

@@ -36,7 +36,13 @@ KEPT = 2  # rounds whose memory stays, as the server's checkpoints do
 
 def told(run: config.Run, sites: tuple[str, ...], session: str) -> str:
     """What the sites are told of a run: its file without the server's paths, its id, its sites, and its session."""
-    data = {"path": "the site's own", "partition": "iid", "heldout_tasks": None, "public": None, "values": None}
+    data: dict[str, Any] = {
+        "path": "the site's own",
+        "partition": "iid",
+        "heldout_tasks": None,
+        "public": None,
+        "values": None,
+    }
     if isinstance(run.data.heldout, str):
         data["heldout"] = 0
     stripped = run.model_copy(

@@ -201,7 +201,13 @@ class Flower:
     def _push(self, call: _Call, piece: bytes, **place: int) -> None:
         from flwr.app import Message
 
-        about = {**self.about, **place, "action": call.action, "transfer": call.transfer, "room": self.chunk_bytes}
+        about: dict[str, str | int | float] = {
+            **self.about,
+            **place,
+            "action": call.action,
+            "transfer": call.transfer,
+            "room": self.chunk_bytes,
+        }
         about["counted"] = call.counted
         message = Message(
             pack(piece, **about),

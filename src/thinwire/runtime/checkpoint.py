@@ -110,7 +110,7 @@ def on_disk(folder: Path, round: int, state: type) -> Any:
     """
     path = _place(folder, round) / "state.frame"
     frame = Spooled(path, path.stat().st_size)
-    found = wire.decode(state, frame)
+    found: Any = wire.decode(state, frame)
     if wire.peek(frame).round != round:
         raise wire.Illegal(f"it is the state of round {wire.peek(frame).round}")
     return found

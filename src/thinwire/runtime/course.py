@@ -92,7 +92,7 @@ class Course:
         job = self.job
         memory.reset()
         self.clock = time.perf_counter()
-        found = checkpoint.read(self.states, job.method.State, lambda kept: self.memories.check(kept.memory or {}))
+        found = checkpoint.read(self.states, job.method.State, self._check)
         notes: list[str] = []
         if found is None:
             if read_records(self.rounds):
@@ -224,6 +224,9 @@ class Course:
         shutil.rmtree(self.spool)
         records.replace(job.folder / "summary.json", (records.dumps(summary, indent=2) + "\n").encode())
         return summary
+
+    def _check(self, kept: Progress) -> None:
+        self.memories.check({int(id): written for id, written in (kept.memory or {}).items()})
 
     def _compare(self, rows: Sequence[Record]) -> None:
         """Whether this is the best round so far; a loss that is not finite is worse than any."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from thinwire.core import Metrics
+from thinwire.aggregate.mean import Metrics
 from thinwire.errors import RunError
 from thinwire.records import Record
 from thinwire.runtime.round import Round, Visit

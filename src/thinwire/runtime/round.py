@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from thinwire import wire
-from thinwire.core import Method, Metrics, Server
+from thinwire.aggregate.mean import Metrics
+from thinwire.core import Method, Server
 from thinwire.wire import Frame, Illegal, Ledger, Spooled, Stale, WireError
 from thinwire.wire.legal import MOST, check_report
 
