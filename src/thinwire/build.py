@@ -25,6 +25,7 @@ from thinwire.data.errors import DataError, NoRowsLeft
 from thinwire.data.rows import Row
 from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
 from thinwire.data.tokenise import shuffle_answers, tokenise, tokenise_groups
+from thinwire.evaluate.clients import Evaluation
 from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.methods import FedKSeed, FedZO
@@ -35,7 +36,7 @@ from thinwire.model.views.lora import add_lora
 from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions
 from thinwire.runtime.cohort import check_clients
-from thinwire.runtime.endpoint import Action, Evaluation
+from thinwire.runtime.endpoint import Action
 from thinwire.runtime.job import Job, Watch
 from thinwire.train.objective import keeps_apart
 from thinwire.train.parallel import device_of

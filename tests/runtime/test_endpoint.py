@@ -14,9 +14,10 @@ from federation import Federation, tiny_net
 
 from thinwire import wire
 from thinwire.core import Client
+from thinwire.evaluate.clients import Evaluation
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
-from thinwire.runtime.endpoint import ACTIONS, Endpoint, Evaluation
+from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.payloads import Hello, Ready, Scores
 from thinwire.runtime.survey import Survey

@@ -15,11 +15,12 @@ from thinwire.config import method_name
 from thinwire.data import partition
 from thinwire.data.rows import Row
 from thinwire.data.source import read_file
+from thinwire.evaluate.clients import Evaluation
 from thinwire.federation.asked import Refused, Told
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.spent import Replies, Spent, drop_old
 from thinwire.keys import Key
-from thinwire.runtime.endpoint import ACTIONS, Endpoint, Evaluation
+from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
 from thinwire.wire import Frame, Header, Illegal

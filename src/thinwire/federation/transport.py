@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thinwire.federation.envelope import of, pack, unpack
+from thinwire.federation.envelope import Config, of, pack, unpack
 from thinwire.runtime.round import Reply, shown
 from thinwire.runtime.survey import SMALL
 from thinwire.wire import Frame, Spooled, WireError, peek
@@ -201,14 +201,8 @@ class Flower:
     def _push(self, call: _Call, piece: bytes, **place: int) -> None:
         from flwr.app import Message
 
-        about: dict[str, str | int | float] = {
-            **self.about,
-            **place,
-            "action": call.action,
-            "transfer": call.transfer,
-            "room": self.chunk_bytes,
-        }
-        about["counted"] = call.counted
+        about: Config = {**self.about, **place, "action": call.action, "transfer": call.transfer}
+        about |= {"room": self.chunk_bytes, "counted": call.counted}
         message = Message(
             pack(piece, **about),
             dst_node_id=call.node,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from thinwire import wire
 from thinwire.core import Client, Method, StaleVersion
-from thinwire.data.batch import Dataset
-from thinwire.evaluate.splits import Split, evaluate
-from thinwire.runtime.payloads import Ready, Scores
+from thinwire.runtime.payloads import Ready
 from thinwire.runtime.seats import Seats
 from thinwire.wire import Frame, Illegal, Stale
 
@@ -44,31 +41,6 @@ def join(method: Method, frame: Frame, client: Client, spool: Path | None = None
 
 
 ACTIONS: Mapping[str, Action] = {"join": join, "train": serve}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The action `evaluate`: how the weights that a broadcast means score on a client's rows.
-
-    `data`: client -> the rows that it scores; `heldout`: whether it trains on none of them;
-    `settings`: [eval] of the run file.
-    """
-
-    data: Mapping[int, Dataset]
-    heldout: bool
-    settings: Any
-
-    def __call__(self, method: Method, frame: Frame, client: Client, spool: Path | None = None) -> Frame:
-        """The frame of the client's Scores."""
-        header = wire.peek(frame)
-        try:
-            method.receive(wire.decode(method.Down, frame), client)
-        except StaleVersion:
-            raise Illegal("a broadcast that builds on a version which this client does not hold") from None
-        split = Split("sites", self.data[client.id], self.settings.generate)
-        found = evaluate(client.net, split, self.settings.batch_size, self.settings.max_new_tokens)
-        scores = Scores(found.rows, found.loss, found.accuracy, found.rouge_l, self.heldout)
-        return wire.encode(scores, run=header.run, round=header.round, client=client.id)
 
 
 class Endpoint:
