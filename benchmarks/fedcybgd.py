@@ -29,10 +29,11 @@ from rows import Row, finish
 
 from thinwire import assemble, config, wire
 from thinwire.compare.measure import Processes
-from thinwire.core import Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
 from thinwire.records import read_records
+from thinwire.runtime.round import Round, run_round
+from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import VersionStore
 
 CLIENTS, ROWS, LENGTH, STEPS = 10, 4, 128, 20
@@ -74,14 +75,12 @@ def visits(folder: Path, turns: int, settings: Sequence[str]) -> list[Visit]:
     net, held = assemble.net_of(run), dict[int, str]()
     versions, transport = VersionStore(folder / "server", 8 + CLIENTS), Processes(folder, held)
 
-    def server(turn: int, *cohort: int) -> Server:
-        return Server(net, Key.root(0).fold("server", turn), turn, turns, cohort, versions)
-
-    state, found = run.method.init(server(0)), []
+    seats = Seats(Key.root(0), turns, net, versions)
+    state, found = run.method.init(seats.server(0)), []
     for turn in range(1, turns + 1):
         client = (turn - 1) % CLIENTS
         transport.peak, transport.waited, began = 0, 0.0, time.perf_counter()
-        at = Round(0, server(turn, client), transport, held, folder)
+        at = Round(0, seats.server(turn, (client,)), transport, held, folder)
         state, _ = run_round(run.method, state, at)
         seen, own = at.visits[client], time.perf_counter() - began - transport.waited
         assert seen.error is None, seen.error

@@ -18,10 +18,10 @@ import torch
 from rows import Row, finish
 
 from thinwire import wire
-from thinwire.core import Server
 from thinwire.keys import Key
 from thinwire.methods.fedkseed import FedKSeed, Steps
 from thinwire.perturb.scalars import as_sent
+from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import VersionStore
 
 ROUNDS, CLIENTS = 40, 8
@@ -29,13 +29,12 @@ ROUNDS, CLIENTS = 40, 8
 
 def frames(method: FedKSeed, folder: Path) -> dict[str, int]:
     """Bytes down and up in the last round: to a newcomer, and to who was there before."""
-    rng, net = np.random.default_rng(0), None
-    versions = VersionStore(folder)
-    server = Server(net, Key.root(0), 0, ROUNDS, tuple(range(CLIENTS)), versions)  # type: ignore[arg-type]
+    rng, seats = np.random.default_rng(0), Seats(Key.root(0), ROUNDS, versions=VersionStore(folder))
+    server = seats.server(0, range(CLIENTS))
     state, held = method.init(server), None
     found = {}
     for round in range(1, ROUNDS + 1):
-        server = Server(net, Key.root(0).fold("server", round), round, ROUNDS, server.cohort, versions)  # type: ignore[arg-type]
+        server = seats.server(round, server.cohort)
         replies = []
         for client in server.cohort:
             seeds = torch.from_numpy(rng.integers(method.seeds, size=method.steps).astype(np.int32))

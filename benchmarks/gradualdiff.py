@@ -22,10 +22,11 @@ from rows import Row, finish
 from thinwire import assemble, config, memory, wire
 from thinwire.compare.measure import Cost, measure
 from thinwire.compress.exact import ulp
-from thinwire.core import Reply, Round, Server, run_round
+from thinwire.core import Server
 from thinwire.keys import Key
 from thinwire.methods.fedavg import Weights
 from thinwire.methods.gradualdiff import Difference
+from thinwire.runtime.round import Reply, Round, run_round
 from thinwire.runtime.store import VersionStore
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo-gradualdiff.toml"
@@ -44,7 +45,7 @@ class Again:
     def __init__(self, up: object, folder: Path) -> None:
         self.up, self.folder = up, folder
 
-    def exchange(self, frames: Iterable[tuple[int, wire.Frame]]) -> Iterator[Reply]:
+    def exchange(self, frames: Iterable[tuple[int, wire.Frame]], action: str = "train") -> Iterator[Reply]:
         """One reply at a time."""
         for client, frame in frames:
             header = wire.peek(frame)

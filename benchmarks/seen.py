@@ -22,14 +22,16 @@ from rows import Row, finish
 from torch import Tensor
 
 from thinwire import assemble, config, wire
-from thinwire.core import Client, Reply, Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedcybgd import Block, FedCyBGD, Proxy
 from thinwire.model import shrink
 from thinwire.model.blocks import layer_of, layers_of
 from thinwire.model.net import Net
 from thinwire.model.shrink import Cut, Layout
+from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.round import Reply, Round, run_round
+from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame
 
@@ -65,7 +67,7 @@ class Watched:
     layout: Layout
     known: dict[int, Known] = field(default_factory=dict)
 
-    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
+    def exchange(self, frames: Iterable[tuple[int, Frame]], action: str = "train") -> Iterator[Reply]:
         for client, frame in frames:
             down = wire.decode(Proxy, frame)
             cut, known = Cut.unpacked(down.cut, self.layout), self.known[client]
@@ -91,23 +93,19 @@ def shares(net: Net, run: config.Run, folder: Path) -> Iterator[list[tuple[float
     data = assemble.clients_data(run, rows, net)
     versions, memories = VersionStore(folder / "versions", 2), ClientMemories(folder / "clients")
 
-    def client(id: int, round: int) -> Client:
-        key = Key.root(run.seed).fold("client", id, "round", round)
-        return Client(id, net, data[id], key, memories.of(id, round), versions, None)
-
-    def server(round: int, *cohort: int) -> Server:
-        return Server(net, Key.root(run.seed).fold("server", round), round, turns, cohort, versions)
-
     turns = CYCLES * method.blocks
+    seats = Seats(Key.root(run.seed), turns, net, versions, data, memories)
     trained = [name for name in net.names if layer_of(name, path) is not None]
     places = {name: torch.arange(net.base[name].numel()).view(net.base[name].shape) for name in trained}
     blank = {name: torch.full(places[name].shape, torch.nan, dtype=torch.bfloat16) for name in trained}
     known = {id: Known({name: tensor.clone() for name, tensor in blank.items()}) for id in range(len(data))}
-    transport = Watched(InProcess(method, client), method, net, places, Layout.of(net.model, path), known)
-    state = method.init(server(0))
+    transport = Watched(
+        InProcess(Endpoint(method, seats, ACTIONS)), method, net, places, Layout.of(net.model, path), known
+    )
+    state = method.init(seats.server(0))
     for turn in range(1, turns + 1):
         id = (turn - 1) % len(data)
-        state, _ = run_round(method, state, Round(0, server(turn, id), transport, {}, folder))
+        state, _ = run_round(method, state, Round(0, seats.server(turn, (id,)), transport, {}, folder))
         if turn % method.blocks == 0:
             yield [one.shares({name: state.weights[name] for name in trained}) for one in known.values()]
 

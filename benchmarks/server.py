@@ -21,10 +21,11 @@ import torch
 from rows import Row, finish
 
 from thinwire import memory, wire
-from thinwire.core import Reply, Round, Server, run_round
+from thinwire.core import Server
 from thinwire.keys import Key
 from thinwire.methods.fedkseed import FedKSeed, Steps
 from thinwire.perturb.scalars import as_sent
+from thinwire.runtime.round import Reply, Round, run_round
 from thinwire.runtime.store import VersionStore
 
 TARGET = 20_000
@@ -37,7 +38,7 @@ class Recorded:
     def __init__(self, replies: list[bytes]) -> None:
         self.replies = replies
 
-    def exchange(self, frames: Iterable[tuple[int, wire.Frame]]) -> Iterator[Reply]:
+    def exchange(self, frames: Iterable[tuple[int, wire.Frame]], action: str = "train") -> Iterator[Reply]:
         """The replies, in the order of the clients."""
         return (Reply(client, frame) for client, frame in enumerate(self.replies))
 

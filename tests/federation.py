@@ -9,13 +9,16 @@ from typing import Any
 
 from tiny import CHOICES, tiny_folder, tiny_rows
 
-from thinwire.core import Client, Method, Metrics, Reply, Round, Server, run_round
+from thinwire.core import Client, Method, Metrics, Server
 from thinwire.data.batch import Dataset
 from thinwire.data.templates import Template
 from thinwire.data.tokenise import tokenise
 from thinwire.keys import Key
 from thinwire.model.net import Net
+from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.round import Reply, Round, run_round
+from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame
 from thinwire.wire.frame import header_room
@@ -67,22 +70,30 @@ class Federation:
         if self.state is None:
             self.state = self.method.init(self.server(0, ()))
 
+    @property
+    def seats(self) -> Seats:
+        """Of the present parts: a test may put others in their place."""
+        parts = (self.net, self.versions, self.data, self.memories)
+        return Seats(self.key, self.rounds, *parts, self._held, self.public)
+
+    def _held(self, client: int, round: int) -> str | None:
+        """Asked for whenever a client is seated."""
+        self.before_client(self.net)
+        return self.held.get(client)
+
     def server(self, round: int, cohort: Iterable[int]) -> Server:
         """The server half's context in that round."""
-        key = self.key.fold("server", round)
-        return Server(self.net, key, round, self.rounds, tuple(cohort), self.versions, self.public)
+        return self.seats.server(round, tuple(cohort))
 
     def client(self, id: int, round: int) -> Client:
         """The client half's context in that round."""
-        self.before_client(self.net)
-        key = self.key.fold("client", id, "round", round)
-        return Client(id, self.net, self.data[id], key, self.memories.of(id, round), self.versions, self.held.get(id))
+        return self.seats.client(id, round)
 
     def step(self, cohort: Iterable[int] | None = None) -> Round:
         """One round; its record."""
         self.round += 1
         cohort = tuple(range(len(self.sizes))) if cohort is None else tuple(cohort)
-        inner = InProcess(self.method, self.client, lambda c: c.memory.commit(), self.spool)
+        inner = InProcess(Endpoint(self.method, self.seats, ACTIONS, spool=self.spool))
         transport = Tampered(inner, self.tamper, self.watch)
         at = Round(1, self.server(self.round, cohort), transport, self.held, self.spool)
         at.max_header = header_room(self.method.Up, self.net.names)
@@ -104,15 +115,20 @@ class Tampered:
     def __init__(self, inner: InProcess, tamper: Tamper | None, watch: Callable[[Frame], None]) -> None:
         self.inner, self.tamper, self.watch = inner, tamper, watch
 
-    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
-        """See core.Transport."""
+    def again(self, client: int, frame: Frame) -> Reply:
+        """See round.Transport."""
+        (reply,) = self.exchange([(client, frame)])
+        return reply
+
+    def exchange(self, frames: Iterable[tuple[int, Frame]], action: str = "train") -> Iterator[Reply]:
+        """See round.Transport."""
 
         def sent() -> Iterator[tuple[int, Frame]]:
             for client, frame in frames:
                 self.watch(frame)
                 yield client, frame
 
-        for reply in self.inner.exchange(sent()):
+        for reply in self.inner.exchange(sent(), action):
             if reply.frame is not None:
                 self.watch(reply.frame)
             if self.tamper is None or reply.frame is None:

@@ -18,9 +18,10 @@ from thinwire import assemble, config
 from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.local import OPEN
+from thinwire.federation.site import Site
 from thinwire.federation.site_run import told
 from thinwire.federation.transport import Flower
-from thinwire.federation.worker import Site, Worker
+from thinwire.federation.worker import Worker
 from thinwire.model.net import Net
 from thinwire.runtime.course import Job, Watch
 

@@ -13,11 +13,11 @@ import pytest
 from tiny import CHOICES, tiny_folder, tiny_rows, write_jsonl
 
 from thinwire import assemble, config
-from thinwire.core import Reply
 from thinwire.federation.local import Local, named
 from thinwire.keys import Key
 from thinwire.runtime import course
 from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.round import Reply
 from thinwire.wire import Frame, Spooled, peek
 
 SITES = ("north", "south", "west")
@@ -79,13 +79,13 @@ def in_process(silos: Silos, run: config.Run, folder: Path, monkeypatch: pytest.
     frames: Frames = {}
 
     class Recording(InProcess):
-        def exchange(self, sent: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
+        def exchange(self, sent: Iterable[tuple[int, Frame]], action: str = "train") -> Iterator[Reply]:
             def noted() -> Iterator[tuple[int, Frame]]:
                 for client, frame in sent:
                     note(frames, frame, "in")
                     yield client, frame
 
-            for reply in super().exchange(noted()):
+            for reply in super().exchange(noted(), action):
                 if reply.frame is not None:
                     note(frames, reply.frame, "out")
                 yield reply

@@ -16,11 +16,12 @@ import pytest
 from test_cli import refused, thinwire
 from tiny import tiny_folder, tiny_rows, write_jsonl
 
-from thinwire import compare
+from thinwire import compare, config
 from thinwire.compare import Plan, Settings
 from thinwire.compare.measure import Cost
 from thinwire.config import ConfigError
 from thinwire.core import Method
+from thinwire.records import read_records
 from thinwire.wire import Stale
 
 ALL = ["base", "local", "centralised", "fedavg", "fedit", "fedzo", "fedkseed", "fedkseed-pro"]
@@ -69,6 +70,15 @@ validation = 0.3
 """
     )
     return folder
+
+
+def test_the_first_cohort_is_that_of_the_run(place: Path, tmp_path: Path) -> None:
+    """A budget in bytes is reckoned over the clients that the run then asks."""
+    changes = ["data.clients=6", 'cohort={kind="uniform",n=2}', "rounds=1", "method.steps=1"]
+    run = config.load(place / "compare.toml", changes)
+    assert thinwire("run", place / "compare.toml", *changes, "--out", tmp_path / "run").code == 0
+    (record,) = read_records(tmp_path / "run" / "rounds.jsonl")
+    assert compare._cohort(run, 6) == [visit["id"] for visit in record["clients"]]
 
 
 def test_every_name_is_a_run_of_the_same_data_and_cohorts() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from thinwire import config
+from thinwire import assemble, config
 from thinwire.config import ConfigError, Run
 from thinwire.core import Method
 from thinwire.methods.fedavg import FedAvg
@@ -67,6 +68,7 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["roundz=3"], "roundz: unknown field (did you mean rounds?); known: cohort, data, environment, eval"),
         (["data.clientz=3"], "data.clientz: unknown field (did you mean clients?); known: alpha, answer"),
         (["model.width=3"], "model.width: unknown field; known: bits, device, dtype, lora, path"),
+        (["eval.patience=2"], "eval.patience: counts evaluations, so it goes together with eval.every"),
         (["eval.evry=3"], "eval.evry: unknown field (did you mean every?); known: batch_size, every"),
         (["method.lrr=1e-3"], "method.lrr: unknown field (did you mean lr?); known: amplitude_clip, batch_size"),
         (["method.name=fedavg", "method.seeds=8"], "method.seeds: unknown field (did you mean steps?); known: "),
@@ -205,6 +207,21 @@ def test_segments_of_cohorts() -> None:
     assert run.cohort == (All(rounds=2), Cyclic())
 
 
+def test_what_came_later_and_is_not_used_changes_no_runs_number(tmp_path: Path) -> None:
+    """A run file that was written without the fields is resumed, and its frames carry the number that they did."""
+    run = run_of("eval.every=1")
+    written = run.to_toml().replace("patience = 0\n", "").replace('keep = "last"\n', "")
+    (tmp_path / "run.toml").write_text(written)
+    old = config.load(tmp_path / "run.toml")
+    assert run.first_difference(old) is None
+    aside = {"environment": {}, "threads": None, "track": config.Track(), "federation": None}
+    as_it_was = run.model_copy(update=aside).to_toml({"eval": {"patience", "keep"}})
+    assert "patience" not in as_it_was
+    assert assemble.identity(run) == int.from_bytes(hashlib.sha256(as_it_was.encode()).digest()[:4], "little")
+    numbers = {assemble.identity(run_of("eval.every=1", change)) for change in ("eval.patience=3", "eval.keep=best")}
+    assert len({assemble.identity(run), *numbers}) == 3
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -237,6 +254,7 @@ def test_the_resolved_file_is_a_run_file_of_the_same_run(tmp_path: Path, changes
         (["cohort.kind=cyclic"], "cohort.0.kind is 'all' there, 'cyclic' here"),
         (["data.rows=9"], "data.rows is None there, 9 here"),
         (["threads=2"], None),
+        (["eval.keep=best"], "eval.keep is 'last' there, 'best' here"),
     ],
 )
 def test_the_first_difference_is_named(changes: list[str], line: str | None) -> None:

@@ -13,9 +13,11 @@ from federation import Federation, tiny_net
 from torch import Tensor
 
 from thinwire import wire
-from thinwire.core import Client, Method, Metrics, Reply, Server, StaleVersion, _groups, serve
+from thinwire.core import Client, Method, Metrics, Server, StaleVersion
 from thinwire.model.net import Net
 from thinwire.runtime.cohort import All, Cyclic, Uniform, cohort_of
+from thinwire.runtime.endpoint import serve
+from thinwire.runtime.round import Reply, groups
 from thinwire.runtime.store import version_of
 from thinwire.wire import Illegal, LazyTensors
 
@@ -237,7 +239,7 @@ def test_small_replies_come_by_the_dozen_and_large_ones_alone() -> None:
             yield Reply(asked, frame)
 
     sizes, seen = [], []
-    for group in _groups(replies()):
+    for group in groups(replies()):
         sizes.append(len(group))
         seen += [reply.client for reply in group]
         assert asked <= seen[-1] + 1  # no more than one ahead

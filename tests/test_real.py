@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,12 @@ def test_kill_9_on_the_real_model_and_resume(method: str, tmp_path: Path) -> Non
 def test_peers_hold_the_same_bits_after_ten_real_rounds(code: list[str], tmp_path: Path) -> None:
     """Twenty AdamW steps a visit; the third client joins in round 5, the second misses rounds 4 to 6."""
     from thinwire import assemble, config
-    from thinwire.core import Client, Round, Server, run_round
+    from thinwire.core import Client
     from thinwire.keys import Key
+    from thinwire.runtime.endpoint import ACTIONS, Endpoint
     from thinwire.runtime.inprocess import InProcess
+    from thinwire.runtime.round import Round, run_round
+    from thinwire.runtime.seats import Seats
     from thinwire.runtime.store import VersionStore, version_of
 
     run = config.load(RECIPES / "demo-gradualdiff.toml", ["method.steps=20", "method.batch_size=4", *code])
@@ -107,16 +111,14 @@ def test_peers_hold_the_same_bits_after_ten_real_rounds(code: list[str], tmp_pat
     memories: list[dict[str, Any]] = [{}, {}, {}]
     held: dict[int, str] = {}
 
-    def client(id: int, round: int) -> Client:
-        keys = key.fold("client", id, "round", round)
-        return Client(id, net, data[id], keys, memories[id], stores[id], held.get(id))
+    class Apart(Seats):
+        def client(self, id: int, round: int) -> Client:
+            return replace(super().client(id, round), memory=memories[id], versions=stores[id])
 
-    def server(round: int, cohort: tuple[int, ...]) -> Server:
-        return Server(net, key.fold("server", round), round, 10, cohort, versions)
-
-    versions = VersionStore(tmp_path / "server", 8)
+    seats = Apart(key, 10, net, VersionStore(tmp_path / "server", 8), data, held=lambda client, _: held.get(client))
+    server = seats.server
     state = run.method.init(server(0, ()))
-    start, transport = state.version, InProcess(run.method, client, spool=tmp_path)
+    start, transport = state.version, InProcess(Endpoint(run.method, seats, ACTIONS, spool=tmp_path))
     for round in range(1, 11):
         cohort = tuple(id for id in range(3) if not (id == 1 and 4 <= round <= 6) and not (id == 2 and round < 5))
         at = Round(1, server(round, cohort), transport, held, tmp_path)
@@ -124,7 +126,7 @@ def test_peers_hold_the_same_bits_after_ten_real_rounds(code: list[str], tmp_pat
         assert not [visit.error for visit in at.visits.values() if visit.error]
     assert state.version == version_of(state.weights) != start
     for id in range(3):
-        last = client(id, 11)
+        last = seats.client(id, 11)
         run.method.receive(run.method.broadcast(state, server(11, (0, 1, 2)), id, last.held), last)
         mine = stores[id].get(state.version)
         assert mine is not None

@@ -11,21 +11,16 @@ state once its replies are exhausted. Replies come lazily, in cohort order, and 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from thinwire import wire
 from thinwire.aggregate.mean import Counted, Mean, Metrics, Update
 from thinwire.aggregate.server_step import AnyServerStep, Plain
 from thinwire.costs.sketch import Work
 from thinwire.keys import Key
-from thinwire.wire import Frame, Illegal, Ledger, Spooled, Stale, WireError
-from thinwire.wire.legal import MOST, check_report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +30,6 @@ if TYPE_CHECKING:
     from thinwire.costs.sketch import Pass, Sketch
     from thinwire.data.batch import Dataset
     from thinwire.model.net import Net
-
-LOG = logging.getLogger("thinwire")
-REASON = 500  # characters of why a client has no reply that are kept
 
 
 class Versions(Protocol):
@@ -126,6 +118,10 @@ class Method(BaseModel):
         """The most bytes that a reply's tensors take, longer are not read; by default twice the float32 weights."""
         return 8 * net.size + 256 * len(net.names) + (1 << 16)
 
+    def evaluates(self) -> bool:
+        """Whether its clients can evaluate: whether it has a `receive` of its own."""
+        return type(self).receive is not Method.receive
+
     def receive(self, down: Any, client: Client) -> None:
         """Fill the client's net as `down` means it, without training: for evaluation at the clients."""
         raise NotImplementedError(f"{type(self).__name__} does not evaluate at the clients")
@@ -182,193 +178,3 @@ class Averaged(Method):
     def weight(self, up: Any) -> float:
         """How much a reply counts in the mean."""
         return up.examples if self.weighting == "examples" else 1
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a transport brings back: the frame, or None with the reason why there is none."""
-
-    client: int
-    frame: Frame | None
-    seconds: float = 0.0
-    error: str | None = None
-
-
-class Transport(Protocol):
-    """Carries frames. Knows no tensor, no method, no model."""
-
-    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
-        """Deliver each frame to its client; yield the replies in the order of the frames, as they are asked for."""
-        ...
-
-
-@dataclass
-class Visit:
-    """The record of one client in one round."""
-
-    client: int
-    bytes_down: int = 0
-    bytes_up: int = 0
-    seconds: float = 0.0
-    examples: int | None = None
-    loss: float | None = None
-    error: str | None = None
-
-
-@dataclass
-class Round:
-    """Where a round takes place: what it runs on, and what it leaves behind.
-
-    `caps`: client -> the most examples that a reply of it may claim, where that is known. `examples`: client -> the
-    number that its first reply gave, which no later one can raise: it says how much a client counts.
-    """
-
-    run: int
-    server: Server
-    transport: Transport
-    held: dict[int, str]
-    spool: Path | None = None
-    max_bytes: int = wire.frame.MAX_FRAME
-    max_header: int = wire.frame.MAX_HEADER
-    caps: Mapping[int, int] = field(default_factory=dict)
-    examples: dict[int, int] = field(default_factory=dict)
-    ledger: Ledger = field(default_factory=Ledger)
-    visits: dict[int, Visit] = field(default_factory=dict)
-
-
-def serve(
-    method: Method,
-    frame: Frame,
-    client: Client,
-    spool: Path | None = None,
-    max_bytes: int = wire.frame.MAX_FRAME,
-) -> Frame:
-    """A client, seen from outside: bytes in, bytes out. Raises WireError for a frame that it cannot use."""
-    header = wire.peek(frame)
-    if header.client != client.id:
-        raise Illegal(f"a frame for client {header.client} was given to client {client.id}")
-    down: Any = wire.decode(method.Down, frame, max_bytes)
-    try:
-        up = method.client_update(down, client)
-    except StaleVersion:
-        up = Stale(client.held)
-    return wire.encode(up, run=header.run, round=header.round, client=client.id, held=client.held, spool=spool)
-
-
-def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
-    """One round of the server, and the only place where bytes are counted.
-
-    `at.visits` then has one record a client of the cohort, `at.held` the versions that the clients said they hold.
-    """
-
-    def frame_for(client: int, held: str | None) -> Frame:
-        down = method.broadcast(state, at.server, client, held)
-        frame = wire.encode(down, run=at.run, round=at.server.round, client=client, spool=at.spool)
-        return at.ledger.down(client, frame)
-
-    def ask(clients: Sequence[int], held: Mapping[int, str]) -> Iterator[Reply]:
-        for reply in at.transport.exchange((c, frame_for(c, held.get(c))) for c in clients):
-            at.visits[reply.client].seconds += reply.seconds
-            yield reply
-
-    def answers() -> Iterator[tuple[int, Any]]:
-        for group in _groups(ask(at.server.cohort, dict(at.held))):
-            frames: list[tuple[int, Frame]] = []
-            for reply in group:
-                if reply.frame is not None and _is_stale(at.ledger.up(reply.client, reply.frame), at.max_header):
-                    at.held.pop(reply.client, None)
-                    _remove(reply.frame)
-                    reply = next(ask([reply.client], {}))  # once more, with nothing taken for granted
-                    if reply.frame is not None:
-                        at.ledger.up(reply.client, reply.frame)
-                if reply.frame is None:
-                    at.visits[reply.client].error = shown(reply.error or "no reply")
-                else:
-                    frames.append((reply.client, reply.frame))
-            # step by step for the whole group, which takes a CPU half the time that it takes reply by reply
-            ups = [_tried(decode, client, frame) for client, frame in frames]
-            ups = [_tried(check, client, up) for (client, _), up in zip(frames, ups, strict=True)]
-            for (client, frame), up in zip(frames, ups, strict=True):
-                visit = at.visits[client]
-                try:
-                    if isinstance(up, Exception):
-                        if not isinstance(up, WireError):
-                            where = f"round {at.server.round}, client {client}: its reply cannot be used"
-                            LOG.error(where, exc_info=up)
-                        visit.error = shown(f"{type(up).__name__}: {up}")
-                        continue
-                    held = wire.peek(frame, at.max_header).held
-                    if held is not None:
-                        at.held[client] = held
-                    visit.examples, visit.loss = getattr(up, "examples", None), getattr(up, "loss", None)
-                    yield client, up
-                finally:
-                    _remove(frame)
-
-    def decode(client: int, frame: Frame) -> Any:
-        header = wire.peek(frame, at.max_header)
-        if (header.run, header.round, header.client) != (at.run, at.server.round, client):
-            raise Illegal(f"a reply of run {header.run}, round {header.round}, client {header.client}")
-        return wire.decode(method.Up, frame, at.max_bytes, at.max_header)
-
-    def check(client: int, up: Any) -> Any:
-        if isinstance(up, Exception):
-            return up
-        check_report(up, at.caps.get(client, MOST))
-        method.check(state, client, up)
-        if (claimed := getattr(up, "examples", None)) is None:
-            return up
-        first = at.examples.setdefault(client, claimed)
-        return up if claimed <= first else replace(up, examples=first)
-
-    at.visits.update({client: Visit(client) for client in at.server.cohort})
-    state, metrics = method.aggregate(state, at.server, answers())
-    for client, visit in at.visits.items():
-        visit.bytes_down = at.ledger.sent.get(client, 0)
-        visit.bytes_up = at.ledger.received.get(client, 0)
-    return state, metrics
-
-
-def _groups(replies: Iterator[Reply]) -> Iterator[list[Reply]]:
-    """The replies, small ones by the dozen, and each large one alone: a mean holds one update at a time."""
-    group: list[Reply] = []
-    for reply in replies:
-        large = reply.frame is not None and len(reply.frame) > wire.frame.SMALL
-        if group and (large or len(group) == wire.frame.KEPT):
-            yield group
-            group = []
-        group.append(reply)
-        if large:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _tried(hook: Callable[..., Any], *args: Any) -> Any:
-    """What the hook returns, or what it raises on a reply: that is its client's, and ends no run."""
-    try:
-        return hook(*args)
-    except OSError:  # this machine's disk or its handles: no client has a part in it
-        raise
-    except Exception as error:
-        return error
-
-
-def shown(reason: str) -> str:
-    """A reason that came from elsewhere as one line: no control characters, REASON characters at most."""
-    line = "".join(mark if mark.isprintable() else " " for mark in reason[: 2 * REASON])
-    line = " ".join(line.split())
-    return line if len(line) <= REASON else line[: REASON - 3] + "..."
-
-
-def _is_stale(frame: Frame, max_header: int) -> bool:
-    try:
-        return wire.peek(frame, max_header).kind == Stale.__name__
-    except WireError:
-        return False  # decoding it will say what is wrong
-
-
-def _remove(frame: Frame) -> None:
-    if isinstance(frame, Spooled):
-        frame.remove()

@@ -66,7 +66,8 @@ class Hub:
         from tiny import CHOICES, tiny_folder, tiny_rows, write_jsonl
 
         from thinwire.federation.policy import task_of
-        from thinwire.federation.worker import Site, Worker
+        from thinwire.federation.site import Site
+        from thinwire.federation.worker import Worker
 
         place.mkdir(parents=True)
         tiny_folder(place / "model")
@@ -112,7 +113,7 @@ class Hub:
 
     def join(self, settings: str, run: int = 7, **table: Any) -> str:
         """The error with which the site answers to being asked to join; empty where it is ready."""
-        from thinwire.federation.payloads import Hello
+        from thinwire.runtime.payloads import Hello
 
         frame = wire.encode(Hello(), run=run, round=0, client=0)
         assert isinstance(frame, bytes)
@@ -287,7 +288,7 @@ def models(hub: Hub) -> Verdict:
 
 def tables(hub: Hub) -> Verdict:
     """Questions whose parts are missing, of other types, negative or huge."""
-    from thinwire.federation.payloads import Hello
+    from thinwire.runtime.payloads import Hello
 
     good = {"transfer": SESSION, "offset": 0, "total": 9, "room": ROOM, "action": "join", "counted": 0}
     frame = wire.encode(Hello(), run=7, round=0, client=0)

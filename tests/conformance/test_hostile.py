@@ -14,8 +14,8 @@ import torch
 from one_of_ten import ATTACKS, METHODS, ONE, begun, nets
 
 from thinwire import wire
-from thinwire.core import serve
 from thinwire.model.net import Net
+from thinwire.runtime.endpoint import serve
 from thinwire.wire import WireError
 
 Nets = Callable[[str], Net]

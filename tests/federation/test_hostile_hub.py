@@ -19,11 +19,11 @@ from thinwire import assemble, config, wire
 from thinwire.core import Server
 from thinwire.federation import audit, worker
 from thinwire.federation.fingerprint import fingerprints
-from thinwire.federation.payloads import Hello
 from thinwire.federation.policy import task_of
 from thinwire.federation.site_run import told
 from thinwire.federation.worker import FAILED, Site, Worker
 from thinwire.keys import Key
+from thinwire.runtime.payloads import Hello
 from thinwire.runtime.store import VersionStore
 
 THIN: dict[str, Any] = {"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}

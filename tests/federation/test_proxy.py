@@ -18,9 +18,9 @@ from silos import Silos
 
 from thinwire.federation import keys, proxy
 from thinwire.federation.processes import Children, free_port
+from thinwire.federation.site import Site
 from thinwire.federation.site_processes import SiteSide
 from thinwire.federation.superlink import ServerSide
-from thinwire.federation.worker import Site
 
 BARRED = [
     "/v1/control/start-run",

@@ -23,9 +23,9 @@ from thinwire.errors import ConfigError
 from thinwire.federation import keys, proxy, site_processes
 from thinwire.federation.processes import Children, last_error
 from thinwire.federation.reach import Away, greet, listening
+from thinwire.federation.site import Site
 from thinwire.federation.site_processes import SiteSide
 from thinwire.federation.superlink import Ended, ServerSide
-from thinwire.federation.worker import Site
 
 
 @pytest.fixture

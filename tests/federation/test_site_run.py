@@ -9,7 +9,7 @@ import pytest
 from tiny import VOCABULARY, tiny_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from thinwire import build, config
+from thinwire import assemble, config
 from thinwire.federation.policy import Policy
 from thinwire.federation.site_run import Visits, told
 from thinwire.federation.spent import Spent
@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_refused_as_the_net_is_opened_at_either_side(
     table = {"path": str(place / kind), **({} if kind == model else {"lora": {"rank": 2}})}
     run = config.parse({"model": table, "data": {"path": "absent.jsonl"}, "method": method})
     with pytest.raises(ModelError, match=f"^{line}"):
-        build.net_of(run, remember=True)
+        assemble.net_of(run, remember=True)
     site = Site("north", "absent.jsonl", str(tmp_path), "", model=str(place / kind))
     visits = Visits(site, Policy(), told(run, ("north",), "0" * 16), tmp_path, Spent(tmp_path))
     with pytest.raises(ModelError, match=f"^{line}") as caught:

@@ -20,13 +20,14 @@ from grid import FIRST, OneProcess, entries, federate
 from thinwire import wire
 from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.local import OPEN
-from thinwire.federation.payloads import Scores
-from thinwire.federation.questions import Refusal, Survey, join, record
+from thinwire.federation.questions import Refusal, join
 from thinwire.federation.transport import AHEAD, NoQuorum
 from thinwire.federation.worker import Worker
 from thinwire.methods.fedavg import Weights
 from thinwire.methods.fedkseed import Gains, Steps
 from thinwire.runtime import checkpoint, course
+from thinwire.runtime.payloads import Scores
+from thinwire.runtime.survey import Survey, record
 
 THIN: dict[str, Any] = {"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}
 WIDE: dict[str, Any] = {"name": "fedavg", "lr": 1e-3, "steps": 2, "batch_size": 4}
@@ -403,17 +404,18 @@ def test_a_group_of_scores_may_come_and_go(gone: str, silos: Silos, tmp_path: Pa
     assert [entry for entry in found if entry[1] in both] == want
 
 
-@pytest.mark.parametrize("method", [THIN, WIDE], ids=["fedkseed", "fedavg"])
+@pytest.mark.parametrize("method", [THIN, WIDE, {**WIDE, "name": "gradualdiff"}], ids=lambda method: method["name"])
 def test_scores_of_the_sites_are_weighted_by_their_rows(
     method: dict[str, Any], silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = silos.run(method, eval={"every": 1})
-    job, _, transport = federate(silos, run, tmp_path / "there")
-    job.survey = Survey(transport, run.method, job.run, tmp_path / "there" / "spool")
+    run = silos.run(method, eval={"every": 1}, federation={"evaluate": True})
+    job, _, _ = federate(silos, run, tmp_path / "there")
     course.train(job)
     in_process(silos, run, tmp_path / "here", monkeypatch)
     assert state_of(tmp_path / "there") == state_of(tmp_path / "here")  # a survey leaves no trace
     assert visits(tmp_path / "there") == visits(tmp_path / "here")
+    scored = [course.read_records(tmp_path / place / "evals.jsonl") for place in ("there", "here")]
+    assert scored[0] == scored[1]  # in one process the clients are asked the same, in the same bytes
     # the last state scored by hand: all rows in one data set
     from thinwire import assemble
     from thinwire.evaluate.splits import Split, evaluate

@@ -26,13 +26,14 @@ from thinwire import assemble, wire
 from thinwire.errors import ConfigError
 from thinwire.federation import channel
 from thinwire.federation.fingerprint import fingerprints
-from thinwire.federation.payloads import Hello
 from thinwire.federation.policy import task_of
 from thinwire.federation.processes import Children, alive
 from thinwire.federation.progress import Notices, Progress, notices_of
+from thinwire.federation.site import Site
 from thinwire.federation.site_processes import SiteSide
 from thinwire.federation.site_run import told
-from thinwire.federation.worker import Site, Worker
+from thinwire.federation.worker import Worker
+from thinwire.runtime.payloads import Hello
 
 THIN: dict[str, Any] = {"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ input }}"

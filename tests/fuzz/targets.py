@@ -37,9 +37,9 @@ from thinwire.compress.learned import codebooks, components
 from thinwire.compress.learned.autoencoder import AutoEncoder, Latents, tables_of
 from thinwire.compress.learned.lora_image import Image
 from thinwire.federation import channel
-from thinwire.federation.payloads import Hello, Ready, Scores
 from thinwire.methods import METHODS
 from thinwire.methods.tgap import Tgap
+from thinwire.runtime.payloads import Hello, Ready, Scores
 from thinwire.wire.legal import check_report
 from thinwire.wire.payload import fields_of
 
@@ -462,7 +462,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 def broadcasts(data: bytes) -> None:
     """A client, seen from outside, is given a frame of a hub that means ill."""
-    from thinwire.core import serve
+    from thinwire.runtime.endpoint import serve
 
     at = standings()[(data[0] if data else 0) % len(standings())]
     frame = sealed_or_changed(at.method.Down, at.down, data[1:])

@@ -357,3 +357,91 @@ def test_the_traceback_of_a_reply_is_in_the_runs_log(net: Net, tmp_path: Path) -
     assert [c.get("error") for c in read_records(tmp_path / "rounds.jsonl")[1]["clients"]] == [
         None, "KeyError: 'lm_head'", None
     ]  # fmt: skip
+
+
+LOSSES = [3.0, 2.0, 1.0, 1.5, 2.5, 0.5, 4.0]  # of the start, and after each round
+
+
+def by_loss(net: Net, folder: Path, losses: list[float] = LOSSES, **changes: Any) -> Job:
+    """A run whose held-out loss is known: the best round is the second, and after it come two that are worse."""
+    found = job(net, folder, changes.pop("method", "fedavg"), rounds=len(losses) - 1, eval_every=1, **changes)
+
+    def loss() -> list[dict[str, Any]]:
+        scored = read_records(folder / "evals.jsonl")
+        return [{"split": "heldout", "loss": losses[len(scored) // 2]}, {"split": "other", "loss": -1.0}]
+
+    found.evaluate = loss
+    return found
+
+
+def patient(evaluations: int) -> Any:
+    return lambda now: now["waited"] >= evaluations
+
+
+def weights_after(net: Net, folder: Path, rounds: int, method: str = "fedavg") -> str:
+    """The hash of the weights after so many rounds of the same run."""
+    return str(train(by_loss(net, folder, [9.0] * (rounds + 1), method=method))["sha256"])
+
+
+def test_the_model_is_that_of_the_best_round_where_it_is_kept(net: Net, tmp_path: Path) -> None:
+    last = train(by_loss(net, tmp_path / "last", LOSSES[:5]))
+    best = train(by_loss(net, tmp_path / "best", LOSSES[:5], keep="best"))
+    assert best["sha256"] == weights_after(net, tmp_path / "two", 2) != last["sha256"]
+    assert (best["rounds"], [row["round"] for row in best["final"]]) == (4, [2, 2])
+    assert [row["loss"] for row in last["final"]] == [2.5, -1.0]
+    assert checkpoint.rounds(tmp_path / "best" / "state") == [2, 3, 4]  # the best one's stays, and the two newest
+    assert checkpoint.rounds(tmp_path / "last" / "state") == [3, 4]
+
+
+def test_a_start_model_that_no_round_betters_is_kept(net: Net, tmp_path: Path) -> None:
+    kept = train(by_loss(net, tmp_path / "kept", [1.0, 2.0, math.nan], keep="best"))
+    net.reset()
+    assert kept["sha256"] == net.state_sha256()
+    assert [row["round"] for row in kept["final"]] == [0, 0]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("round", [2, 3, 5, 6])
+def test_the_best_round_survives_a_stop(method: str, round: int, net: Net, tmp_path: Path) -> None:
+    whole = train(by_loss(net, tmp_path / "whole", method=method, keep="best"))
+    with pytest.raises(KeyboardInterrupt):
+        train(by_loss(net, tmp_path / "cut", method=method, keep="best", watch=StopIn(round, 1)))
+    assert strip(train(by_loss(net, tmp_path / "cut", method=method, keep="best"))) == strip(whole)
+    assert [row["round"] for row in whole["final"]] == [5, 5]
+
+
+def test_the_best_round_survives_the_loss_of_the_newest_checkpoint(net: Net, tmp_path: Path) -> None:
+    """Its own, so that the run goes on from the round before, whose best was another one."""
+    whole = train(by_loss(net, tmp_path / "whole", keep="best"))
+    with pytest.raises(KeyboardInterrupt):
+        train(by_loss(net, tmp_path / "cut", keep="best", watch=StopIn(6, 1)))
+    newest = tmp_path / "cut" / "state" / "round-000005" / "state.frame"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    assert 2 in checkpoint.rounds(tmp_path / "cut" / "state")
+    assert strip(train(by_loss(net, tmp_path / "cut", keep="best"))) == strip(whole)
+
+
+def test_a_best_round_that_cannot_be_read_is_named(net: Net, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(by_loss(net, tmp_path, LOSSES[:5], keep="best", watch=StopIn(4, 1)))
+    shutil.rmtree(tmp_path / "state" / "round-000002")
+    with pytest.raises(Damaged, match="the state of round 2, the best one"):
+        train(by_loss(net, tmp_path, LOSSES[:5], keep="best"))
+
+
+def test_a_run_stops_when_no_evaluation_betters_the_best(net: Net, tmp_path: Path) -> None:
+    summary = train(by_loss(net, tmp_path / "stopped", stop=patient(2)))
+    assert summary["rounds"] == 4
+    assert [row["loss"] for row in summary["final"]] == [2.5, -1.0]
+    assert [r["round"] for r in read_records(tmp_path / "stopped" / "rounds.jsonl")] == [1, 2, 3, 4]
+    assert strip(train(by_loss(net, tmp_path / "stopped", stop=patient(2)))) == strip(summary)  # it has ended
+    assert train(by_loss(net, tmp_path / "goes-on", stop=patient(3)))["rounds"] == 6
+    with pytest.raises(KeyboardInterrupt):
+        train(by_loss(net, tmp_path / "cut", stop=patient(2), watch=StopIn(4, 1)))
+    assert strip(train(by_loss(net, tmp_path / "cut", stop=patient(2)))) == strip(summary)
+
+
+def test_without_held_out_rows_there_is_no_best(net: Net, tmp_path: Path) -> None:
+    for changes in ({"keep": "best"}, {"stop": patient(1)}):
+        with pytest.raises(ConfigError, match="no rows are held out"):
+            train(job(net, tmp_path / next(iter(changes)), evaluate=list, **changes))

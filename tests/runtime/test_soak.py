@@ -31,18 +31,18 @@ def run(folder: Path, rounds: int) -> None:
     from federation import closed_data, tiny_net
 
     from thinwire import memory
-    from thinwire.core import Reply
     from thinwire.keys import Key
     from thinwire.methods.gradualdiff import GradualDiff
     from thinwire.runtime import course
     from thinwire.runtime.cohort import Uniform
     from thinwire.runtime.inprocess import InProcess
+    from thinwire.runtime.round import Reply
     from thinwire.wire import Frame, Spooled, peek
 
     class Failing(InProcess):
         """Some replies do not come, others come damaged: which ones, the client and the round alone decide."""
 
-        def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
+        def exchange(self, frames: Iterable[tuple[int, Frame]], action: str = "train") -> Iterator[Reply]:
             rounds: dict[int, int] = {}
 
             def noted() -> Iterator[tuple[int, Frame]]:
@@ -50,7 +50,7 @@ def run(folder: Path, rounds: int) -> None:
                     rounds[client] = peek(frame).round
                     yield client, frame
 
-            for reply in super().exchange(noted()):
+            for reply in super().exchange(noted(), action):
                 fate = zlib.crc32(b"%d %d" % (reply.client, rounds[reply.client])) % 16
                 if fate == 0:
                     yield Reply(reply.client, None, reply.seconds, "no reply in time")

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
 from thinwire import config, memory
+from thinwire.aggregate.mean import Mean
+from thinwire.aggregate.server_step import Plain
 from thinwire.assemble.card import card
-from thinwire.assemble.datasets import check_answers, check_context, check_tokens, clients_data, public_data
+from thinwire.assemble.datasets import check_answers, check_context, check_tokens, clients_data, datasets, public_data
 from thinwire.assemble.model import classes_of, net_of, settled, use_threads
 from thinwire.assemble.rows import Rows, rows_of
 from thinwire.assemble.scores import scorer, splits_of
 from thinwire.config import ConfigError, Run
 from thinwire.data.batch import Dataset
+from thinwire.evaluate.clients import Evaluation
 from thinwire.keys import Key
 from thinwire.model.net import Net
-from thinwire.runtime.course import Job, Watch
+from thinwire.runtime.endpoint import Action
+from thinwire.runtime.job import Job, Watch
 from thinwire.train.objective import keeps_apart
 from thinwire.wire import raw
 from thinwire.wire.frame import header_room
+
+# fields of methods that came later: a run that goes without them is the one that it was
+LATER = {"aggregation": Mean(), "server_step": Plain(), "proximal": 0.0}
 
 
 class Start(NamedTuple):
@@ -59,7 +67,11 @@ def identity(run: Run) -> int:
     """The number that a run's frames carry: 32 bits of a hash of its file, without what makes no other run of it."""
     aside: dict[str, Any] = {"environment": {}, "threads": None, "track": config.Track(), "federation": None}
     same = run.model_copy(update=aside)
-    return int.from_bytes(hashlib.sha256(same.to_toml().encode()).digest()[:4], "little")
+    newer = {"patience": 0, "keep": "last"}  # a run that goes without them is the one that it was before they came
+    unset = {name for name, default in newer.items() if getattr(run.eval, name) == default}
+    later = {name for name, default in LATER.items() if getattr(run.method, name, None) == default}
+    toml = same.to_toml({"eval": unset, "method": later})
+    return int.from_bytes(hashlib.sha256(toml.encode()).digest()[:4], "little")
 
 
 def fingerprints(job: Job) -> dict[str, str]:
@@ -90,6 +102,12 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         check_answers(run.data, rows)
     if run.data.pack and rows.clients:
         _check_packing(net, run.model.path, clients)
+    actions: dict[str, Action] = {}
+    if run.federation is not None and run.federation.evaluate:
+        scored = datasets(run.data, list(rows.clients.values()), net.tokenizer, classes) if clients else []
+        few = {id: replace(data, examples=data.examples[: run.eval.rows]) for id, data in enumerate(scored)}
+        actions["evaluate"] = Evaluation(few, heldout=False, settings=run.eval)
+    patience = run.eval.patience
     return Job(
         method=run.method,
         net=net,
@@ -108,6 +126,9 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         memory_before_model=memory_before_model,
         watch=watch,
         card=lambda summary: card(run, rows, summary, classes),
+        actions=actions,
+        stop=(lambda now: bool(now["waited"] >= patience)) if patience else None,
+        keep=run.eval.keep,
     )
 
 

@@ -63,8 +63,8 @@ def client(
         from thinwire.data.source import reader_of
         from thinwire.federation.audit import broken
         from thinwire.federation.policy import Policy
+        from thinwire.federation.site import Site
         from thinwire.federation.site_processes import SiteSide
-        from thinwire.federation.worker import Site
         from thinwire.runtime.folder import locked
 
         for option, rows in (("--data", data), ("--heldout", heldout)):

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from thinwire.compress.learned.lora_image import Image
     from thinwire.config import Run
 
-    Snapshots = list[list[Tensor]]  # of each round, of each client
-
 
 def fit_codec(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A run file of the method cgfed.")],
@@ -63,22 +61,20 @@ def _fit(
     local: bool,
     snapshots: Path | None,
     iterations: int,
-    scaling: str,
+    scaling: Any,
 ) -> dict[str, Any]:
     import tempfile
-    from dataclasses import asdict
-
-    import torch
 
     from thinwire import assemble
-    from thinwire.compress.catalogue import code_of, side_of
-    from thinwire.compress.learned import autoencoder, codebooks, codec_file
-    from thinwire.compress.learned.fidelity import cosine, fidelity
+    from thinwire.compress.catalogue import side_of
+    from thinwire.compress.learned import codec_file
+    from thinwire.compress.learned.fit import TooFew, fit
     from thinwire.config import ConfigError
     from thinwire.keys import Key
     from thinwire.methods.tgap import Tgap
     from thinwire.train.factors import OnFactors
 
+    key = Key.root(settings.seed)
     settings, rows = assemble.prepared(settings)
     if settings.rounds < 2 or len(rows.clients) < 3:
         raise ConfigError(
@@ -86,99 +82,49 @@ def _fit(
         )
     net = assemble.begin(settings, rows).net
     image = method.image(net, side_of(method.codec))
+    shared = {name: getattr(method, name) for name in OnFactors.model_fields if name != "name"}
+    stage = settings.model_copy(update={"method": Tgap(**shared, federated=not local)})
     with tempfile.TemporaryDirectory() as scratch:
-        shared = {name: getattr(method, name) for name in OnFactors.model_fields if name != "name"}
-        tgap = Tgap(**shared, federated=not local)
-        rounds, counted = _gather(settings, tgap, net, image, rows, Path(scratch), snapshots)
-    # The last fifth of the clients and the last quarter of the rounds are held out together, and judged on.
-    clients, late = max(1, round(0.8 * len(rows.clients))), max(1, int(0.75 * len(rounds)))
-    seen = [x for updates in rounds[:late] for x in updates[:clients]]
-    judged = [updates[clients:] if len(updates[clients:]) > 1 else updates[-2:] for updates in rounds[late:]]
-    if not seen or not judged or any(len(updates) < 2 for updates in judged):
-        raise ConfigError("rounds: too few clients answered to fit a codec and to judge it")
-    curve: list[float] = []
-    if method.codec == "learned":
-        tables = codebooks.fit(image, seen)
-    else:
-        largest = max(float(x.abs().max()) for x in seen)
-        scale = torch.tensor([0.95 / largest if scaling == "largest" and largest else 1.0])
-        model = autoencoder.AutoEncoder.drawn(Key.root(settings.seed).fold("codec").word())
-        curve = autoencoder.fit(model, [x * scale for x in seen], iterations)
-        tables = autoencoder.tables_of(model, seen, scale)
-    codec_file.write(target, codec_file.Artefact(method.codec, codec_file.fingerprint(net.model, image), tables))
-    found = fidelity(code_of(method.codec, method.ratio, image, tables), judged)
-    eden = fidelity(code_of("eden", method.ratio, image), judged)
-    mean = torch.stack(seen).mean(0)
-    others = [cosine(mean, x) for updates in judged for x in updates]
-    report = {
-        "codec": str(target),
-        "fingerprint": codec_file.fingerprint(net.model, image),
-        "codec_bytes": sum(t.numel() * t.element_size() for t in tables.values()),
-        "snapshots": len(seen),
-        "gathered_bytes_up": counted[0],
-        "gathered_bytes_down": counted[1],
-        **{f"heldout_{name}": value for name, value in asdict(found).items()},
-        "eden_cosine": eden.cosine,
-        "eden_mean": eden.mean,
-        "zero_cosine": 0.0,
-        "zero_error": 1.0,
-        "train_mean_cosine": sum(others) / len(others),
-    }
-    if curve:
-        marks = sorted({0, *(len(curve) * i // 8 for i in range(8)), len(curve) - 1})
-        report["loss_curve"] = ", ".join(f"{i + 1}: {curve[i]:.3g}" for i in marks)
-    return report
+        rounds, counted = _gather(stage, rows, net, image, Path(scratch), snapshots)
+    given = {"ratio": method.ratio, "draw": key.fold("codec").word(), "iterations": iterations, "scaling": scaling}
+    try:
+        tables, found = fit(method.codec, image, rounds, len(rows.clients), **given)
+    except TooFew as error:
+        raise ConfigError(f"rounds: {error}") from None
+    fingerprint = codec_file.fingerprint(net.model, image)
+    codec_file.write(target, codec_file.Artefact(method.codec, fingerprint, tables))
+    return {"codec": str(target), "fingerprint": fingerprint, **counted, **found}
 
 
 def _gather(
-    settings: Run, tgap: Any, net: Any, image: Image, rows: Any, scratch: Path, kept: Path | None
-) -> tuple[Snapshots, tuple[int, int]]:
-    """The updates of all clients in all rounds, and the bytes that they took up and down."""
+    run: Run, rows: Any, net: Any, image: Image, folder: Path, kept: Path | None
+) -> tuple[list[list[Tensor]], dict[str, int]]:
+    """Of each round the clients' updates, stacked, and bytes both ways. `kept`: a folder for them as they are."""
     from safetensors.torch import save_file
 
-    from thinwire import assemble, wire
-    from thinwire.core import Client, Reply, Round, Server, run_round
+    from thinwire import assemble
     from thinwire.keys import Key
-    from thinwire.runtime.inprocess import InProcess
-    from thinwire.runtime.store import ClientMemories, VersionStore
+    from thinwire.runtime.cohort import All
+    from thinwire.runtime.course import Course
+    from thinwire.runtime.job import Job
 
-    key = Key.root(settings.seed).fold("tgap")
-    data = [assemble.client_data(settings, held, net) for held in rows.clients.values()]
-    versions, memories = VersionStore(scratch / "versions"), ClientMemories(scratch / "clients")
-    cohort, rounds, held = tuple(range(len(data))), [], dict[int, str]()
-    up = down = 0
-
-    def server(round: int) -> Server:
-        return Server(net, key.fold("server", round), round, settings.rounds, cohort, versions)
-
-    def client(id: int, round: int) -> Client:
-        own = key.fold("client", id, "round", round)
-        return Client(id, net, data[id], own, memories.of(id, round), versions, held.get(id))
-
-    class Tee:
-        """The transport, with what the server is told written down."""
-
-        def __init__(self, inner: InProcess) -> None:
-            self.inner = inner
-
-        def exchange(self, frames: Any) -> Any:
-            reply: Reply
-            for reply in self.inner.exchange(frames):
-                if reply.frame is not None:
-                    seen[reply.client] = dict(wire.decode(tgap.Up, reply.frame).update)
-                yield reply
-
-    state = tgap.init(server(0))
-    for round in range(1, settings.rounds + 1):
-        seen: dict[int, dict[str, Tensor]] = {}
-        transport = Tee(InProcess(tgap, client, lambda c: c.memory.commit()))  # type: ignore[attr-defined]
-        at = Round(0, server(round), transport, held)
-        state, _ = run_round(tgap, state, at)
-        up, down = up + at.ledger.bytes_up, down + at.ledger.bytes_down
-        rounds.append([image.stack(x) for id, x in sorted(seen.items()) if at.visits[id].error is None])
+    rounds: list[list[Tensor]] = []
+    updates: dict[int, dict[str, Tensor]] = {}
+    names, key = list(rows.clients), Key.root(run.seed).fold("tgap")
+    data = assemble.clients_data(run, rows, net)
+    job = Job(run.method, net, data, names, folder, 0, key, run.rounds, [All()], evaluate=list)
+    job.seen = lambda _, client, up: updates.update({client: dict(up.update)})
+    course = Course(job)
+    course.begin()
+    for number in range(1, run.rounds + 1):
+        course.round()
+        rounds.append([image.stack(update) for _, update in sorted(updates.items())])
         if kept is not None:
             kept.mkdir(parents=True, exist_ok=True)
-            named = {f"{id}/{name}": tensor for id, told in seen.items() for name, tensor in told.items()}
-            save_file(named, kept / f"round-{round:04d}.safetensors")
-        echo(f"round {round} of {settings.rounds}: {len(seen)} updates", err=True)
-    return rounds, (up, down)
+            named = {f"{id}/{name}": tensor for id, update in updates.items() for name, tensor in update.items()}
+            save_file(named, kept / f"round-{number:04d}.safetensors")
+        echo(f"round {number} of {run.rounds}: {len(updates)} updates", err=True)
+        updates.clear()
+    now = course.progress
+    counted = {"gathered_bytes_up": now.bytes_up, "gathered_bytes_down": now.bytes_down}
+    return rounds, counted

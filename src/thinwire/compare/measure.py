@@ -20,8 +20,8 @@ from typing import Any
 
 from thinwire import files, wire
 from thinwire.config import Run
-from thinwire.core import Client, Reply, Round, Server, run_round, serve
 from thinwire.keys import Key
+from thinwire.runtime.round import Reply, Round, run_round
 from thinwire.wire import Frame, Spooled, WireError
 
 CLIENTS = 2  # of the cohort that take part; a mean needs two
@@ -67,8 +67,13 @@ class Processes:
         self.folder, self.held = folder, held
         self.peak, self.waited = 0, 0.0  # bytes, of the largest client; seconds that the server had nothing to do
 
-    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
-        """See core.Transport."""
+    def again(self, client: int, frame: Frame) -> Reply:
+        """See round.Transport."""
+        (reply,) = self.exchange([(client, frame)])
+        return reply
+
+    def exchange(self, frames: Iterable[tuple[int, Frame]], action: str = "train") -> Iterator[Reply]:
+        """See round.Transport."""
         down, up = self.folder / "down", self.folder / "up"
         for client, frame in frames:
             if isinstance(frame, Spooled):
@@ -76,7 +81,7 @@ class Processes:
             else:
                 down.write_bytes(frame)
             began = time.perf_counter()
-            done = _ask("client", self.folder, str(client), self.held.get(client, ""))
+            done = _ask("client", self.folder, action, str(client), self.held.get(client, ""))
             self.waited += time.perf_counter() - began
             self.peak = max(self.peak, done["peak"])
             down.unlink(missing_ok=True)
@@ -86,6 +91,7 @@ class Processes:
 def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     """The server's side: a process that holds no client's rows."""
     from thinwire import assemble, config, memory
+    from thinwire.runtime.seats import Seats
     from thinwire.runtime.store import VersionStore
 
     run = config.load(folder / "run.toml")
@@ -95,14 +101,12 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     held: dict[int, str] = {}
     versions, transport = VersionStore(folder / "server"), Processes(folder, held)
 
-    def at(round: int) -> Server:
-        key = Key.root(run.seed).fold("server", round)
-        return Server(net, key, round, run.rounds, cohort if round else (), versions, public)
-
-    state = run.method.init(at(0))
+    seats = Seats(Key.root(run.seed), run.rounds, net, versions, public=public)
+    state = run.method.init(seats.server(0))
     sent, clients, alone = [], 0.0, 0.0
     for number in range(1, ROUNDS + 1):
-        round, waited, began = Round(0, at(number), transport, held, folder), transport.waited, time.perf_counter()
+        waited, began = transport.waited, time.perf_counter()
+        round = Round(0, seats.server(number, cohort), transport, held, folder)
         state, _ = run_round(run.method, state, round)
         alone = time.perf_counter() - began - (transport.waited - waited)
         visits = list(round.visits.values())
@@ -116,24 +120,24 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     return asdict(Cost(newcomer, returning, clients, alone, transport.peak, memory.peak() - start.before))
 
 
-def _client(folder: Path, id: int, held: str) -> dict[str, Any]:
+def _client(folder: Path, action: str, id: int, held: str) -> dict[str, Any]:
     """One visit: a process that holds the client's rows, its model and its frame."""
     from thinwire import assemble, config, memory
-    from thinwire.runtime.store import ClientMemory, VersionStore
+    from thinwire.runtime.endpoint import ACTIONS, Endpoint
+    from thinwire.runtime.seats import Seats
+    from thinwire.runtime.store import ClientMemories, VersionStore
 
     run = config.load(folder / "run.toml")
     start = assemble.begin(*assemble.prepared(run), hollow=run.method.hollow)
     net, data = start.net, assemble.client_data(run, list(start.rows.clients.values())[id], start.net)
     frame = _frame(folder / "down")
-    number = wire.peek(frame).round
-    own = ClientMemory(folder / "clients" / str(id), number)
-    key = Key.root(run.seed).fold("client", id, "round", number)
-    client = Client(id, net, data, key, own, VersionStore(folder / "versions" / str(id)), held or None)
+    versions, memories = VersionStore(folder / "versions" / str(id)), ClientMemories(folder / "clients")
+    seats = Seats(Key.root(run.seed), run.rounds, net, versions, {id: data}, memories, lambda *_: held or None)
+    endpoint = Endpoint(run.method, seats, ACTIONS, spool=folder)
     memory.reset()
     began, error = time.perf_counter(), None
     try:
-        up = serve(run.method, frame, client, folder)
-        own.commit()
+        up = endpoint.answer(action, frame)
         if isinstance(up, Spooled):
             up.path.replace(folder / "up")
         else:
@@ -162,5 +166,5 @@ def main(side: str, folder: str, *args: str) -> None:
     if side == "server":
         answer = _server(Path(folder), tuple(map(int, args[0].split(","))))
     else:
-        answer = _client(Path(folder), int(args[0]), args[1])
+        answer = _client(Path(folder), args[0], int(args[1]), args[2])
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -192,6 +192,6 @@ def clients_of(run: Run) -> int:
 def first_cohort(run: Run, clients: int) -> list[int]:
     """The clients of a first round."""
     from thinwire.keys import Key
-    from thinwire.runtime.cohort import cohort_of
+    from thinwire.runtime.seats import Seats
 
-    return list(cohort_of(run.cohort, range(clients), 1, Key.root(run.seed)))
+    return list(Seats(Key.root(run.seed), run.rounds).cohort(run.cohort, clients, 1))

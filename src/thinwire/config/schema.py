@@ -146,6 +146,8 @@ class Data(_Section):
 class Eval(_Section):
     """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split.
 
+    After `patience` evaluations without a lower loss the run ends early (0: never); `keep`: whether model/ then has the
+    weights of the last round, or of the best: that of the lowest loss on the first split, the start among them.
     `prompts`: public texts, nobody's rows, whose answers a report shows. `show_rows`: records and reports may hold a
     few held-out rows, with what the model answers, too.
     """
@@ -157,6 +159,14 @@ class Eval(_Section):
     max_new_tokens: PositiveInt = 64
     prompts: tuple[str, ...] = ()
     show_rows: bool = False
+    patience: NonNegativeInt = 0
+    keep: Literal["last", "best"] = "last"
+
+    @model_validator(mode="after")
+    def _patience(self) -> Eval:
+        if self.patience and not self.every:
+            raise ConfigError("eval.patience: counts evaluations, so it goes together with eval.every")
+        return self
 
 
 class Track(_Section):
@@ -171,7 +181,8 @@ class Federation(_Section):
 
     A reply that takes longer than `deadline` seconds counts as absent for the round; a round with fewer replies than
     `quorum` ends the run, which can go on later. A site that is not connected is waited for at most `patience` seconds.
-    Frames beyond `chunk_bytes` travel in pieces. With `evaluate` each site scores the weights on its held-out rows too.
+    Frames beyond `chunk_bytes` travel in pieces. With `evaluate` each site scores the weights on its held-out rows
+    too; in one process each client does, on its own rows.
     `max_examples`: that a site may claim, and so count in a mean, where it was not registered with a number of its own.
     """
 
@@ -251,9 +262,9 @@ class Run(_Section):
                 return f"{key} is {theirs.get(key)!r} there, {mine.get(key)!r} here"
         return None
 
-    def to_toml(self) -> str:
-        """The file of this run with every default filled in."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+    def to_toml(self, exclude: Any = None) -> str:
+        """The file of this run with every default filled in, but for fields that pydantic is to `exclude`."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json", exclude=exclude)))
 
 
 def _without_none(value: Any) -> Any:

@@ -13,7 +13,6 @@ from thinwire.config import Run
 from thinwire.core import Method, Server, Versions
 from thinwire.costs.frames import Expected, Span
 from thinwire.keys import Key
-from thinwire.runtime.cohort import cohort_of
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,14 @@ class _NoNet:
 
 def expected(run: Run, examples: Sequence[int | None], trained: Mapping[str, Tensor]) -> Expected:
     """What is known of a run's frames before it; `examples`: of each client, None where the rows are not at hand."""
-    key, clients, net = Key.root(run.seed), range(len(examples)), _NoNet()
+    key, clients, net = Key.root(run.seed), len(examples), _NoNet()
 
     def server(round: int, cohort: Sequence[int], versions: Versions) -> Server:
         unopened: Any = net
         return Server(unopened, key.fold("server", round), round, run.rounds, tuple(cohort), versions)
 
-    rounds = range(1, run.rounds + 1)
-    cohorts = [cohort_of(run.cohort, clients, round, key.fold("cohort", round)) for round in rounds]
+    seats = Seats(key, run.rounds)
+    cohorts = [seats.cohort(run.cohort, clients, round) for round in range(1, run.rounds + 1)]
     return Expected(trained, assemble.identity(run), examples, cohorts, server)
 
 

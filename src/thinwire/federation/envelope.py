@@ -5,7 +5,7 @@ Imports nothing of ours: a site's Flower process, which lives for one message, n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -18,7 +18,7 @@ def pack(piece: bytes, **config: str | int | float) -> RecordDict:
     """The content of a message: a piece of a frame, and what is said of it."""
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-    records: dict[str, ArrayRecord | ConfigRecord] = {"about": ConfigRecord(dict(config))}
+    records: Any = {"about": ConfigRecord(dict(config))}
     if piece:
         records["frame"] = ArrayRecord({"piece": Array("uint8", (len(piece),), STYPE, piece)})
     return RecordDict(records)
@@ -27,8 +27,8 @@ def pack(piece: bytes, **config: str | int | float) -> RecordDict:
 def unpack(content: RecordDict) -> tuple[bytes, Config]:
     """The inverse of `pack`; ValueError for a content that it has not made."""
     try:
-        about = dict(content["about"])
-        piece = content["frame"]["piece"] if "frame" in content else None
+        about: Any = dict(content["about"])
+        piece: Any = content["frame"]["piece"] if "frame" in content else None
     except (KeyError, TypeError):
         raise ValueError("a message without the records of thinwire") from None
     if piece is not None and (piece.stype != STYPE or piece.dtype != "uint8"):
@@ -38,7 +38,6 @@ def unpack(content: RecordDict) -> tuple[bytes, Config]:
 
 def of(about: Config, name: str, kind: type = int) -> int | str | float:
     """A value of a message's record; ValueError where it is missing or of another type."""
-    value = about.get(name)
-    if type(value) is not kind:
-        raise ValueError(f"a message whose {name!r} is {value!r:.40}")
-    return value
+    if type(about.get(name)) is not kind:
+        raise ValueError(f"a message whose {name!r} is {about.get(name)!r:.40}")
+    return about[name]

@@ -8,13 +8,14 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from thinwire.config import ConfigError, Run
 from thinwire.data.rows import Row
 from thinwire.federation import keys
+from thinwire.federation.site import Site
 from thinwire.federation.site_processes import SiteSide
 from thinwire.federation.superlink import ServerSide
-from thinwire.federation.worker import Site
 
 # Whoever starts this federation owns the rows and the run file.
 OPEN = f"""templates = "any"
@@ -48,7 +49,7 @@ class Local:
         self.sites: dict[str, SiteSide] = {}
         for name in self.names:
             place = self.place(name)
-            given = {"data": str(files[name]), "policy": str(place / "policy.toml")}
+            given: dict[str, Any] = {"data": str(files[name]), "policy": str(place / "policy.toml")}
             site = Site(name, folder=str(place), socket="", hold_out=False, allow_model=True, **given)
             address = f"127.0.0.1:{self.server.port}"
             self.sites[name] = SiteSide(site, address, place / f"{name}.key", self.server.ca)

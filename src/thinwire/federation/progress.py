@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from thinwire.federation.transport import printable
 from thinwire.records import Record, read_records
+from thinwire.runtime.round import shown
 
 MOST = 1 << 20  # bytes of a file of notices, which then begins anew
 
@@ -60,7 +60,7 @@ class Notices:
 
     def add(self, line: str) -> None:
         """Say something: one line, cut where it is long, of what can be printed."""
-        line = printable(line, 500)
+        line = shown(line, 500)
         if line == self.last:
             return
         self.last = line

@@ -87,7 +87,7 @@ def _train(grid: Grid, folder: Path) -> None:
     from thinwire.federation.fingerprint import fingerprints
     from thinwire.federation.keys import caps_of
     from thinwire.federation.progress import Notices, notices_of
-    from thinwire.federation.questions import Survey, join
+    from thinwire.federation.questions import join
     from thinwire.federation.transport import Flower
     from thinwire.runtime import checkpoint
     from thinwire.runtime.course import Watch, train
@@ -117,10 +117,9 @@ def _train(grid: Grid, folder: Path) -> None:
     for name, why in join(transport, job.run, len(hub.sites), hub.sites, 0 if began else federation.quorum).items():
         notices.add(f"{name} has not joined: {why}")
     keep = 8 + run.method.versions_each * len(hub.sites)
-    survey = Survey(transport, run.method, job.run, spool) if federation.evaluate else None
     most = federation.max_examples
     caps = {id: most for id in range(len(hub.sites)) if most is not None} | caps_of(Path(hub.keys), hub.sites)
-    train(replace(job, names=list(hub.sites), transport=transport, survey=survey, keep_versions=keep, caps=caps))
+    train(replace(job, names=list(hub.sites), transport=transport, keep_versions=keep, caps=caps))
 
 
 def counted(folder: Path) -> dict[int, int]:

@@ -16,7 +16,7 @@ from thinwire.federation import channel
 from thinwire.federation.processes import BIN, LEAN, Children, free_port
 from thinwire.federation.progress import Notices
 from thinwire.federation.reach import Away, greet
-from thinwire.federation.worker import Site
+from thinwire.federation.site import Site
 
 FIRST, MOST = 5.0, 60.0  # seconds before a dead node is started again: at first, and at most
 KNOWN = {  # what Flower says, and what it means here
@@ -95,7 +95,7 @@ class SiteSide:
         return next((text for mark, text in KNOWN.items() if mark in said), said)
 
     def _worker(self) -> None:
-        command = [sys.executable, "-m", "thinwire.federation.worker", self.folder / "site.json"]
+        command: list[str | Path] = [sys.executable, "-m", "thinwire.federation.worker", self.folder / "site.json"]
         self.children.start("worker", command)
 
     def _node(self) -> None:

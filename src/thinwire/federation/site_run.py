@@ -5,37 +5,45 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire import assemble, config, files, memory, wire
+from thinwire import assemble, config, memory, wire
 from thinwire.config import method_name
-from thinwire.core import Client, serve
 from thinwire.data import partition
 from thinwire.data.rows import Row
 from thinwire.data.source import read_file
-from thinwire.evaluate.splits import Split, evaluate
+from thinwire.evaluate.clients import Evaluation
 from thinwire.federation.asked import Refused, Told
 from thinwire.federation.fingerprint import fingerprints
-from thinwire.federation.payloads import Ready, Scores
 from thinwire.federation.spent import Replies, Spent, drop_old
 from thinwire.keys import Key
+from thinwire.runtime.endpoint import ACTIONS, Endpoint
+from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
 from thinwire.wire import Frame, Header, Illegal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from thinwire.data.batch import Dataset
     from thinwire.federation.policy import Policy
-    from thinwire.federation.worker import Site
+    from thinwire.federation.site import Site
 
 KEPT = 2  # rounds whose memory stays, as the server's checkpoints do
 
 
 def told(run: config.Run, sites: tuple[str, ...], session: str) -> str:
     """What the sites are told of a run: its file without the server's paths, its id, its sites, and its session."""
-    data = {"path": "the site's own", "partition": "iid", "heldout_tasks": None, "public": None, "values": None}
+    data: dict[str, Any] = {
+        "path": "the site's own",
+        "partition": "iid",
+        "heldout_tasks": None,
+        "public": None,
+        "values": None,
+    }
     if isinstance(run.data.heldout, str):
         data["heldout"] = 0
     stripped = run.model_copy(
@@ -44,6 +52,59 @@ def told(run: config.Run, sites: tuple[str, ...], session: str) -> str:
     return json.dumps(
         {"run": assemble.identity(run), "sites": list(sites), "session": session, "toml": stripped.to_toml()}
     )
+
+
+class Kept:
+    """What a site's client keeps between rounds: its memory, and which version it held after which round."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def newest(self) -> int:
+        """The last round that the site has answered; 0 before any."""
+        return int(self._read()["newest"])
+
+    def of(self, client: int, round: int) -> ClientMemory:
+        """The memory before a round."""
+        return ClientMemory(self.folder / "memory", round)
+
+    def commit(self, memory: MutableMapping[str, Tensor], client: int) -> None:
+        """Have the memory on the disk."""
+        assert isinstance(memory, ClientMemory)
+        memory.commit()
+
+    def held(self, client: int, round: int) -> str | None:
+        """The version that the client held before a round."""
+        before = [version for number, version in self._read()["held"] if number < round]
+        return before[-1] if before else None
+
+    def hold(self, round: int, version: str | None) -> None:
+        """The site has answered in that round, and the client then holds the version."""
+        before = [entry for entry in self._read()["held"] if entry[0] < round]
+        self._write(round, [*before, [round, version]])
+
+    def rewind(self, round: int) -> None:
+        """Forget what came after that round."""
+        for number, file in files_by_round(self.folder / "memory"):
+            if number > round:
+                file.unlink()
+        self._write(self.newest, [entry for entry in self._read()["held"] if entry[0] <= round])
+
+    def prune(self, oldest: int) -> None:
+        """See ClientMemory.prune."""
+        ClientMemory.prune(self.folder / "memory", oldest)
+
+    def _read(self) -> dict[str, Any]:
+        """`newest`, and `held`: [round, the version then held], ascending."""
+        file = self.folder / "held.json"
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"newest": 0, "held": []}
+        return found
+
+    def _write(self, newest: int, held: list[Any]) -> None:
+        partial = self.folder / "held.json.part"
+        partial.write_text(json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
+        partial.replace(self.folder / "held.json")
 
 
 class Visits:
@@ -72,16 +133,11 @@ class Visits:
         if site.model is None and not (site.allow_model or policy.model):
             raise Refused("this site names no start model, and does not take the server's word for one")
         self.run, self.sites, self.name, self.ran = told.run, told.sites, told.folder, method_name(run.method)
-        self.folder = folder / "runs" / told.folder
+        self.folder, self.spool = folder / "runs" / told.folder, folder / "spool"
         self.key = Key.root(run.seed)
-        self.replies = Replies(self.folder / "replies")
+        self.replies, self.kept = Replies(self.folder / "replies"), Kept(self.folder)
         self.fingerprints: dict[str, str] = {}
         self.data: Dataset | None = None
-        self.actions: dict[str, Callable[[Frame, Path, int], Frame]] = {
-            "join": self.join,
-            "train": self.train,
-            "evaluate": self.evaluate,
-        }
 
     @property
     def id(self) -> int:
@@ -103,7 +159,7 @@ class Visits:
             raise Illegal(f"a frame of round {header.round}")
         if action == "join" or again:
             return
-        floor = self._kept()["newest"] if action == "train" else 0
+        floor = self.kept.newest if action == "train" else 0
         self.spent.admit(self.name, action, header.round, self.policy.max_rounds, floor)
 
     def load(self) -> None:
@@ -131,69 +187,28 @@ class Visits:
         if scored is None and site.hold_out and run.data.heldout and not isinstance(run.data.heldout, str):
             rows, scored = partition.holdout(rows, run.data.heldout, self.key.fold("heldout", site.name))
         data = assemble.client_data(run, rows, self.net)
-        self.heldout = bool(scored)
         some = assemble.dataset(run.data, scored or rows, self.net.tokenizer, assemble.classes_of(run, self.net.folder))
-        self.scored = Split("sites", replace(some, examples=some.examples[: run.eval.rows]), run.eval.generate)
-        for each in (data, self.scored.data):
+        some = replace(some, examples=some.examples[: run.eval.rows])
+        for each in (data, some):
             assemble.check_context(self.net.positions, run.model.path, each.examples)
             assemble.check_tokens(self.net, run.model.path, each)
-        self.versions = VersionStore(self.folder / "versions")
+        versions = VersionStore(self.folder / "versions")
+        seats = Seats(self.key, run.rounds, self.net, versions, {self.id: data}, self.kept, self.kept.held)
+        found = Evaluation({self.id: some}, bool(scored), run.eval)
+        self.endpoint = Endpoint(run.method, seats, {**ACTIONS, "evaluate": found}, spool=self.spool)
         self.data = data
         memory.trim()  # loading has left as much again as the model
 
-    def join(self, frame: Frame, spool: Path, counted: int) -> Frame:
-        """The site can take part: its fingerprints have been compared."""
-        header = wire.peek(frame)
-        return wire.encode(Ready(), run=header.run, round=header.round, client=self.id)
-
-    def train(self, frame: Frame, spool: Path, counted: int) -> Frame:
-        """The client half's reply; the client's memory and the version that it holds then are on the disk.
+    def answer(self, action: str, frame: Frame, counted: int) -> Frame:
+        """The client's reply. What training changes is on the disk then: its memory, and the version that it holds.
 
         Both are taken as they were after round `counted`, the last whose reply the server has counted.
         """
+        if action != "train":
+            return self.endpoint.answer(action, frame)
         round = wire.peek(frame).round
-        self._rewind(min(counted, round - 1))
-        client = self._client(round)
-        answer = serve(self.settings.method, frame, client, spool)
-        assert isinstance(client.memory, ClientMemory)
-        client.memory.commit()
-        self._hold(round, client.held)
-        ClientMemory.prune(self.folder / "memory", min(counted, round - KEPT))
+        self.kept.rewind(min(counted, round - 1))
+        answer = self.endpoint.answer(action, frame)
+        self.kept.hold(round, wire.peek(answer).held)
+        self.kept.prune(min(counted, round - KEPT))
         return answer
-
-    def evaluate(self, frame: Frame, spool: Path, counted: int) -> Frame:
-        """How the weights that the frame means score on this site's rows; leaves no trace."""
-        header = wire.peek(frame)
-        method = self.settings.method
-        method.receive(wire.decode(method.Down, frame), self._client(header.round + 1))
-        found = evaluate(self.net, self.scored, self.settings.eval.batch_size, self.settings.eval.max_new_tokens)
-        scores = Scores(found.rows, found.loss, found.accuracy, found.rouge_l, self.heldout)
-        return wire.encode(scores, run=header.run, round=header.round, client=self.id)
-
-    def _client(self, round: int) -> Client:
-        key = self.key.fold("client", self.id, "round", round)
-        before = [version for number, version in self._kept()["held"] if number < round]
-        memory = ClientMemory(self.folder / "memory", round)
-        assert self.data is not None
-        return Client(self.id, self.net, self.data, key, memory, self.versions, before[-1] if before else None)
-
-    def _kept(self) -> dict[str, Any]:
-        """`newest`: the last round that the site has answered; `held`: [round, the version then held], ascending."""
-        file = self.folder / "held.json"
-        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"newest": 0, "held": []}
-        return found
-
-    def _keep(self, newest: int, held: list[Any]) -> None:
-        files.write(self.folder / "held.json", json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
-
-    def _hold(self, round: int, held: str | None) -> None:
-        before = [entry for entry in self._kept()["held"] if entry[0] < round]
-        self._keep(round, [*before, [round, held]])
-
-    def _rewind(self, round: int) -> None:
-        """Forget what came after that round."""
-        for number, file in files_by_round(self.folder / "memory"):
-            if number > round:
-                file.unlink()
-        known = self._kept()
-        self._keep(known["newest"], [entry for entry in known["held"] if entry[0] <= round])

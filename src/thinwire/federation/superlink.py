@@ -134,7 +134,7 @@ class ServerSide:
         self.children.stop()
 
     def _superlink(self) -> None:
-        command = [
+        command: list[str | Path] = [
             BIN / "flower-superlink",
             *("--ssl-ca-certfile", self.ca),
             *("--ssl-certfile", self.keys / "server.crt"),
@@ -153,7 +153,13 @@ class ServerSide:
 
     def _superexec(self) -> None:
         address = f"127.0.0.1:{self.port}"
-        command = [BIN / "flower-superexec", "--runtime-api-address", address, "--root-certificates", self.ca]
+        command: list[str | Path] = [
+            BIN / "flower-superexec",
+            "--runtime-api-address",
+            address,
+            "--root-certificates",
+            self.ca,
+        ]
         self.show([str(part) for part in command])
         self.children.start("superexec", command, **LEAN)
 

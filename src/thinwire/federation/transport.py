@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thinwire.core import Reply
-from thinwire.federation.envelope import of, pack, unpack
+from thinwire.federation.envelope import Config, of, pack, unpack
+from thinwire.runtime.round import Reply, shown
+from thinwire.runtime.survey import SMALL
 from thinwire.wire import Frame, Spooled, WireError, peek
 from thinwire.wire.frame import MAX_FRAME, SPOOL_ABOVE
 
@@ -102,22 +103,32 @@ class Flower:
         self._until = 0.0
         self._answered: set[int] = set()
 
-    def exchange(self, frames: Iterable[tuple[int, Frame]]) -> Iterator[Reply]:
-        """See core.Transport; raises NoQuorum once all replies are in or late."""
+    def exchange(self, frames: Iterable[tuple[int, Frame]], action: str = "train") -> Iterator[Reply]:
+        """See round.Transport; raises NoQuorum once all replies of a round's `train` are in or late."""
+        if action != "train":
+            yield from self.ask(action, frames, max_bytes=SMALL)
+            return
         asked, lost = 0, ""
         for reply in self.ask("train", frames):
             asked += 1
-            if reply.frame is not None:
-                self._answered.add(reply.client)
-                self.counted[reply.client] = self._round
-            elif not lost:
+            if reply.frame is None and not lost:
                 lost = f"; client {reply.client}: {reply.error}"
-            yield reply
-        # a client that is asked once more does not get here: its round takes one reply and no more
+            yield self._count(reply)
         if len(self._answered) < min(self.quorum, asked):
             came = f"{len(self._answered)} of {asked} replies came, {self.quorum} must"
             round, self._round = self._round, -1  # a second attempt at it has time anew
             raise NoQuorum(f"round {round}: {came}{lost}")
+
+    def again(self, client: int, frame: Frame) -> Reply:
+        """See round.Transport; within the deadline of the round."""
+        (reply,) = self.ask("train", [(client, frame)])
+        return self._count(reply)
+
+    def _count(self, reply: Reply) -> Reply:
+        if reply.frame is not None:
+            self._answered.add(reply.client)
+            self.counted[reply.client] = self._round
+        return reply
 
     def ask(
         self,
@@ -190,8 +201,8 @@ class Flower:
     def _push(self, call: _Call, piece: bytes, **place: int) -> None:
         from flwr.app import Message
 
-        about = {**self.about, **place, "action": call.action, "transfer": call.transfer, "room": self.chunk_bytes}
-        about["counted"] = call.counted
+        about: Config = {**self.about, **place, "action": call.action, "transfer": call.transfer}
+        about |= {"room": self.chunk_bytes, "counted": call.counted}
         message = Message(
             pack(piece, **about),
             dst_node_id=call.node,
@@ -216,7 +227,7 @@ class Flower:
                     try:
                         self._take(call, message)
                     except (ValueError, OSError) as error:
-                        call.error = printable(f"{type(error).__name__}: {error}", SHOWN)
+                        call.error = shown(f"{type(error).__name__}: {error}", SHOWN)
                 self._feed(call)
                 if call.done:
                     call.seconds = time.monotonic() - call.began
@@ -225,14 +236,14 @@ class Flower:
 
     def _take(self, call: _Call, message: Message) -> None:
         if message.has_error():
-            reason = printable(message.error.reason or "no reason", SHOWN)
+            reason = shown(message.error.reason or "no reason", SHOWN)
             call.error = f"the engine says: {reason} (code {message.error.code})"
             return
         if message.metadata.src_node_id != call.node:
             raise ValueError(f"node {message.metadata.src_node_id} answers for client {call.client}")
         piece, about = unpack(message.content)
         if about.get("error"):
-            call.error = printable(str(about["error"]), SHOWN)
+            call.error = shown(str(about["error"]), SHOWN)
             return
         if of(about, "transfer", str) != call.transfer:
             raise ValueError("an answer to another frame")
@@ -277,12 +288,6 @@ class Flower:
         if header.round != call.round:
             return Reply(call.client, None, seconds, f"Illegal: a replayed reply of round {header.round}")
         return Reply(call.client, frame, seconds)
-
-
-def printable(text: str, most: int) -> str:
-    """A text from elsewhere as one line of at most `most` characters, none of which steers a terminal."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
-    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _piece(frame: Frame, offset: int, size: int) -> bytes:

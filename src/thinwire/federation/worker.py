@@ -7,12 +7,10 @@ ends with the process that started it.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
 import sys
 import traceback
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +19,7 @@ from thinwire.federation.asked import Question, Refused
 from thinwire.federation.channel import Table
 from thinwire.federation.incoming import Incoming
 from thinwire.federation.processes import end_with_parent
+from thinwire.federation.site import Site
 
 if TYPE_CHECKING:
     from thinwire.federation.site_run import Visits
@@ -28,37 +27,6 @@ if TYPE_CHECKING:
 FAILED = "its rows cannot be used, or its work with them failed; its own log says why"
 SPARE = 1 << 26  # bytes of the disk that stay free
 MOST = 300  # characters of an error that a server is told
-
-
-@dataclass(frozen=True)
-class Site:
-    """What a worker is told of its site, in a file of JSON.
-
-    `heldout`: a file of rows to score on; without it, and with `hold_out`, the share that the run file says is held
-    out of `data` as a run in one process would. `model`, `device`, `threads`: in place of the run file's.
-    """
-
-    name: str
-    data: str
-    folder: str
-    socket: str
-    heldout: str | None = None
-    hold_out: bool = True
-    model: str | None = None
-    device: str | None = None
-    threads: int | None = None
-    policy: str | None = None
-    allow_model: bool = False
-
-    def write(self, path: Path) -> None:
-        """The file that `load` reads."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Site:
-        """The inverse of `write`."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 class Worker:
@@ -252,7 +220,7 @@ class Worker:
             raise Refused("this site's disk is full")
         run.read()
         try:
-            return run.actions[action](frame, self.spool, counted)
+            return run.answer(action, frame, counted)
         except WireError as error:  # of the frame: methods raise it for what they are told, before they look at rows
             raise Refused(f"{type(error).__name__}: {error}"[:MOST]) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class Progress:
 
     `held`: client -> version. `memory`: client -> the round of its newest file of memory; `evals`: lines of
     evals.jsonl; `versions`: those that the store keeps; None in the checkpoints of a version that did not write them.
+    `best`: the round of the best loss, `waited`: the evaluations since, where the run goes by them.
     """
 
     round: int
@@ -36,6 +37,9 @@ class Progress:
     memory: dict[str, int] | None = None
     evals: int | None = None
     versions: list[str] | None = None
+    best: int | None = None
+    best_loss: float | None = None
+    waited: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Found:
     passed: tuple[str, ...]
 
 
-def write(folder: Path, state: Any, progress: Progress) -> None:
-    """Write the checkpoint of a round: to a temporary name, flushed, renamed; then drop all but the last two."""
+def write(folder: Path, state: Any, progress: Progress, keep: Collection[int | None] = ()) -> None:
+    """Write a round's checkpoint: to a temporary name, flushed, renamed; then drop all but the last two and `keep`."""
     final = _place(folder, progress.round)
     partial = folder / (final.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -66,7 +70,7 @@ def write(folder: Path, state: Any, progress: Progress) -> None:
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     flush(folder)
-    for old in rounds(folder)[:-KEPT]:
+    for old in set(rounds(folder)[:-KEPT]) - set(keep):
         shutil.rmtree(_place(folder, old))
 
 
@@ -82,7 +86,7 @@ def read(folder: Path, state: type, check: Callable[[Progress], None] = lambda p
     Damaged where there are some and none is whole. OSError where the disk does not give one: it may do so later.
     """
     passed: list[str] = []
-    for round in reversed(rounds(folder)):
+    for round in reversed(rounds(folder)[-KEPT:]):
         try:
             progress = _progress(folder, round)
             found = _in_memory(on_disk(folder, round, state))
@@ -106,10 +110,21 @@ def on_disk(folder: Path, round: int, state: type) -> Any:
     """
     path = _place(folder, round) / "state.frame"
     frame = Spooled(path, path.stat().st_size)
-    found = wire.decode(state, frame)
+    found: Any = wire.decode(state, frame)
     if wire.peek(frame).round != round:
         raise wire.Illegal(f"it is the state of round {wire.peek(frame).round}")
     return found
+
+
+def kept(folder: Path, round: int, state: type) -> Any:
+    """The state of a round whose checkpoint was to stay; Damaged where it is not whole."""
+    try:
+        return on_disk(folder, round, state)
+    except (OSError, wire.WireError) as error:
+        raise Damaged(
+            f"{folder}: the state of round {round}, the best one, cannot be read ({_reason(error)}): put the folder "
+            "back from a copy"
+        ) from None
 
 
 def _progress(folder: Path, round: int) -> Progress:

@@ -7,200 +7,242 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from thinwire import files, memory, records
-from thinwire.core import LOG, Client, Method, Metrics, Round, Server, Transport, Visit, run_round
-from thinwire.errors import RunError
-from thinwire.keys import Key
+from thinwire.core import Client
+from thinwire.errors import ConfigError, RunError
 from thinwire.records import Record, read_records
 from thinwire.runtime import checkpoint
 from thinwire.runtime.checkpoint import Progress
-from thinwire.runtime.cohort import Segment, check_clients, cohort_of
+from thinwire.runtime.cohort import check_clients
+from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.job import Job as Job
+from thinwire.runtime.job import Watch as Watch
+from thinwire.runtime.outcome import check_scores, check_state, first_examples, record_of
+from thinwire.runtime.round import LOG, Round
+from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
-from thinwire.wire.frame import MAX_FRAME, header_room
-
-if TYPE_CHECKING:
-    from thinwire.data.batch import Dataset
-    from thinwire.model.net import Net
+from thinwire.runtime.survey import Survey
+from thinwire.wire.frame import header_room
 
 LOGFILE = "log.txt"
-
-
-class Watch:
-    """Told of a run as it goes on; this one does nothing."""
-
-    def round_begins(self, round: int, rounds: int, cohort: Sequence[int]) -> None:
-        """A round begins with these clients."""
-
-    def client_done(self, client: int) -> None:
-        """A client of the round has answered."""
-
-    def round_ends(self, record: Record, left: float) -> None:
-        """The line that rounds.jsonl gets, and an estimate of the seconds left."""
-
-    def evaluated(self, record: Record) -> None:
-        """A line that evals.jsonl gets."""
-
-    def noticed(self, line: str) -> None:
-        """What people must know of a run that goes on, such as records that are lost; the log has it too."""
-
-
-@dataclass
-class Job:
-    """A run, assembled: what it trains, on whom, how long, and where it keeps its records.
-
-    `transport` leads to clients elsewhere, for whom `clients` is empty; without it they live in this process. `survey`
-    asks those clients to score a state: the records that it returns go to evals.jsonl too. `caps`: client -> the most
-    examples that it may claim; of clients in this process their rows.
-    """
-
-    method: Method
-    net: Net
-    clients: Sequence[Dataset]
-    names: Sequence[str]
-    folder: Path
-    run: int  # an id that frames carry
-    key: Key
-    rounds: int
-    segments: Sequence[Segment]
-    evaluate: Callable[[], list[Record]]  # scores the weights in the net
-    eval_every: int = 0  # 0: before the first and after the last round only
-    public: Dataset | None = None
-    keep_versions: int = 8
-    max_bytes: int = MAX_FRAME  # of a reply
-    caps: Mapping[int, int] = field(default_factory=dict)
-    memory_before_model: int = 0  # bytes resident after the imports
-    watch: Watch = field(default_factory=Watch)
-    card: Callable[[Record], str] | None = None  # what the model's README.md says of a run with that summary
-    transport: Transport | None = None
-    survey: Callable[[Any, Server, dict[int, str]], list[Record]] | None = None
 
 
 def train(job: Job) -> Record:
     """Run or go on with the job; returns the summary, which is also summary.json. `model/` then holds the weights.
 
     The checkpoint of a round is written after its records: a resumed run drops the records beyond its checkpoint.
-    ConfigError: a cohort of clients that are not there. RunError: the weights or the last loss are not finite, and
-    there is no model; the checkpoint before them stays. Damaged: no checkpoint can be read; nothing is changed then.
+    ConfigError: a cohort of clients that are not there, or no loss to stop or keep by. RunError: the weights or the
+    last loss are not finite, and there is no model; the checkpoint before them stays. Damaged: no checkpoint can be
+    read; nothing is changed then.
     """
     with _log(job.folder):
-        return _train(job)
+        course = Course(job)
+        course.begin()
+        while not course.ended:
+            course.round()
+        return course.end()
 
 
-def _train(job: Job) -> Record:
-    clients = range(len(job.names))
-    check_clients(job.segments, len(clients))
-    states = job.folder / "state"
-    caps = job.caps or {id: len(data) for id, data in enumerate(job.clients)}
-    header = header_room(job.method.Up, job.net.names)
-    versions = VersionStore(states / "versions", job.keep_versions, late=True)
-    memories = ClientMemories(states / "clients")
+class Course:
+    """A run as it goes on: `begin`, then `round` until it has `ended`, then `end`. See train."""
 
-    def server(round: int, cohort: Sequence[int] = ()) -> Server:
-        key = job.key.fold("server", round)
-        return Server(job.net, key, round, job.rounds, tuple(cohort), versions, job.public)
+    state: Any
 
-    def client(id: int, round: int) -> Client:
-        key = job.key.fold("client", id, "round", round)
-        return Client(id, job.net, job.clients[id], key, memories.of(id, round), versions, held.get(id))
+    def __init__(self, job: Job) -> None:
+        check_clients(job.segments, len(job.names))
+        self.job = job
+        self.states, self.spool = job.folder / "state", job.folder / "spool"
+        self.rounds, self.evals = job.folder / "rounds.jsonl", job.folder / "evals.jsonl"
+        self.versions = VersionStore(self.states / "versions", job.keep_versions, late=True)
+        self.memories = ClientMemories(self.states / "clients")
+        self.held: dict[int, str] = {}
+        parts = (job.net, self.versions, job.clients, self.memories, lambda client, _: self.held.get(client))
+        self.seats = Seats(job.key, job.rounds, *parts, job.public)
+        done = partial(_done, job.watch)
+        endpoint = Endpoint(job.method, self.seats, {**ACTIONS, **job.actions}, done, self.spool)
+        self.transport = job.transport or InProcess(endpoint)
+        self.survey = job.survey
+        if self.survey is None and "evaluate" in job.actions:
+            self.survey = Survey(self.transport, job.method, job.run, self.spool)
+        self.header = header_room(job.method.Up, job.net.names)
+        self.caps = job.caps or {id: len(data) for id, data in enumerate(job.clients)}
+        self.examples: dict[int, int] = {}
+        self.progress = Progress(0, {}, 0, 0, 0.0, 0)
+        self.scores = 0  # lines of evals.jsonl
+        self.kept: int | None = None  # the best round in the last checkpoint
+        self.split: str | None = None  # the one whose loss says which round is the best
+        self.clock = self.began = time.perf_counter()
+        self.first = 0  # the round after which this process began
 
-    def done(client: Client) -> None:
-        memories.commit(client.memory, client.id)
-        job.watch.client_done(client.id)
+    @property
+    def ended(self) -> bool:
+        """Whether there is no round left, or the run has been stopped."""
+        return self.progress.round >= self.job.rounds or (self.job.stop is not None and self.progress.finished)
 
-    def score(round: int) -> list[Record]:
-        """Evaluate; what this process itself has measured."""
-        nonlocal evals
-        job.method.materialise(state, job.net)
-        own = job.evaluate()
-        for row in own + (job.survey(state, server(round, clients), held) if job.survey is not None else []):
-            record = {"round": round, **row}
-            records.append(job.folder / "evals.jsonl", record)
-            evals += 1
-            job.watch.evaluated(record)
-        return own
+    def begin(self) -> None:
+        """Go to the last checkpoint, or make the first, with the start model's scores."""
+        job = self.job
+        memory.reset()
+        self.clock = time.perf_counter()
+        found = checkpoint.read(self.states, job.method.State, self._check)
+        notes: list[str] = []
+        if found is None:
+            if read_records(self.rounds):
+                raise RunError(
+                    f"{self.states}: there is no checkpoint, but rounds.jsonl has rounds that have ended; nothing was "
+                    "changed: put the folder back from a copy, or begin anew with another --out"
+                )
+            self.state = job.method.init(self.seats.server(0))
+        else:
+            self.state, self.progress = found.state, found.progress
+            notes += [
+                f"the checkpoint of {reason}; going on from round {self.progress.round}" for reason in found.passed
+            ]
+        round = self.first = self.progress.round
+        self.kept = self.progress.best
+        _clear(job.folder)
+        self.held.update({int(id): version for id, version in self.progress.held.items()})
+        self.memories.rewind(round)
+        if self.progress.versions is not None:
+            self.versions.rewind(self.progress.versions)
+        notes += records.rewind(self.rounds, round, round)
+        notes += records.rewind(self.evals, round if found else -1, self.progress.evals)
+        for note in notes:
+            LOG.warning(note)
+            job.watch.noticed(note)
+        before = read_records(self.evals)
+        self.scores, self.split = len(before), next((row.get("split") for row in before), None)
+        self.examples = first_examples(read_records(self.rounds))
+        if found is None:
+            self.score()
+            self.save()
+        self.began = time.perf_counter()
 
-    def save(finished: bool = False) -> Progress:
-        nonlocal state
-        peak = max(progress.peak_memory_bytes, memory.peak() - job.memory_before_model)
-        seconds = progress.seconds + time.perf_counter() - clock
-        names = {str(id): version for id, version in held.items()}
-        newest = {str(id): written for id, written in memories.newest.items()}
-        now = Progress(round, names, bytes_down, bytes_up, seconds, peak, finished, newest, evals, versions.kept())
-        checkpoint.write(states, state, now)
-        versions.trim()
-        if job.transport is not None:  # clients elsewhere work on nets of their own, and long: no model lies idle here
-            state = checkpoint.on_disk(states, round, job.method.State)
-            job.net.rest()
-            memory.trim()
-        return now
-
-    memory.reset()
-    clock = time.perf_counter()
-    notes: list[str] = []
-    found = checkpoint.read(states, job.method.State, lambda kept: memories.check(kept.memory or {}))
-    if found is None:
-        if read_records(job.folder / "rounds.jsonl"):
-            raise RunError(
-                f"{states}: there is no checkpoint, but rounds.jsonl has rounds that have ended; nothing was changed: "
-                "put the folder back from a copy, or begin anew with another --out"
-            )
-        progress = Progress(0, {}, 0, 0, 0.0, 0)
-        state = job.method.init(server(0))
-    else:
-        state, progress = found.state, found.progress
-        notes += [f"the checkpoint of {reason}; going on from round {progress.round}" for reason in found.passed]
-    spool = _cleared(job.folder)
-    round, bytes_down, bytes_up = progress.round, progress.bytes_down, progress.bytes_up
-    held = {int(id): version for id, version in progress.held.items()}
-    memories.rewind(round)
-    if progress.versions is not None:
-        versions.rewind(progress.versions)
-    notes += records.rewind(job.folder / "rounds.jsonl", round, round)
-    notes += records.rewind(job.folder / "evals.jsonl", round if found else -1, progress.evals)
-    for note in notes:
-        LOG.warning(note)
-        job.watch.noticed(note)
-    evals = len(read_records(job.folder / "evals.jsonl"))
-    examples = _examples(read_records(job.folder / "rounds.jsonl"))
-    if found is None:
-        score(0)
-        progress, clock = save(), time.perf_counter()
-
-    began, first = time.perf_counter(), round
-    transport = job.transport or InProcess(job.method, client, done, spool)
-    while round < job.rounds:
-        round += 1
-        cohort = cohort_of(job.segments, clients, round, job.key.fold("cohort", round))
+    def round(self) -> None:
+        """The next round, its records, and its checkpoint."""
+        job, round = self.job, self.progress.round + 1
+        cohort = self.seats.cohort(job.segments, len(job.names), round)
         job.watch.round_begins(round, job.rounds, cohort)
         started = time.perf_counter()
-        at = Round(job.run, server(round, cohort), transport, held, spool, job.max_bytes, header, caps, examples)
-        state, metrics = run_round(job.method, state, at)
-        bytes_down, bytes_up = bytes_down + at.ledger.bytes_down, bytes_up + at.ledger.bytes_up
-        record = _record(job, at, metrics, time.perf_counter() - started)
-        _check_finite(state, round)
-        records.append(job.folder / "rounds.jsonl", record)
-        job.watch.round_ends(record, (time.perf_counter() - began) / (round - first) * (job.rounds - round))
-        if round == job.rounds or (job.eval_every and round % job.eval_every == 0):
-            scored = score(round)
-            if round == job.rounds:
-                _check_scores(scored, round)
-        progress, clock = save(finished=round == job.rounds), time.perf_counter()
-        memories.prune(checkpoint.rounds(states)[0])
+        server = self.seats.server(round, cohort)
+        at = Round(job.run, server, self.transport, self.held, self.spool, job.max_bytes, self.header)
+        at.caps, at.examples = self.caps, self.examples
+        if job.seen is not None:
+            at.seen = partial(job.seen, round)
+        self.state, metrics = job.round(job.method, self.state, at)
+        up, down = self.progress.bytes_up + at.ledger.bytes_up, self.progress.bytes_down + at.ledger.bytes_down
+        seconds, peak = time.perf_counter() - started, memory.peak() - job.memory_before_model
+        record = record_of(at, job.names, metrics, seconds, peak)
+        check_state(self.state, round)
+        self.progress = replace(self.progress, round=round, bytes_up=up, bytes_down=down)
+        records.append(self.rounds, record)
+        mean = (time.perf_counter() - self.began) / (round - self.first)
+        job.watch.round_ends(record, mean * (job.rounds - round))
+        last = round == job.rounds
+        if last or (job.eval_every and round % job.eval_every == 0):
+            scored = self.score()
+            last = last or (job.stop is not None and job.stop(self.standing))
+            if last and job.keep == "last":
+                check_scores(scored, round)
+        self.save(finished=last)
+        self.memories.prune(checkpoint.rounds(self.states)[-checkpoint.KEPT :][0])
 
-    job.method.materialise(state, job.net)
-    summary = _summary(job, progress)
-    job.net.save(job.folder / "model", job.card(summary) if job.card is not None else None)
-    shutil.rmtree(spool)
-    files.write(job.folder / "summary.json", records.dumps(summary, indent=2) + "\n")
-    return summary
+    def score(self) -> list[Record]:
+        """Evaluate; what this process itself has measured."""
+        job, round = self.job, self.progress.round
+        job.method.materialise(self.state, job.net)
+        own = job.evaluate()
+        server = self.seats.server(round, range(len(job.names)))
+        rows = own + (self.survey(self.state, server, self.held) if self.survey is not None else [])
+        for row in rows:
+            record = {"round": round, **row}
+            records.append(self.evals, record)
+            self.scores += 1
+            job.watch.evaluated(record)
+        if job.stop is not None or job.keep == "best":
+            self._compare(rows)
+        return own
+
+    @property
+    def standing(self) -> Record:
+        """What `Job.stop` is called with."""
+        now = self.progress
+        return {"round": now.round, "best": now.best, "best_loss": now.best_loss, "waited": now.waited}
+
+    def save(self, finished: bool = False) -> None:
+        """Write the checkpoint of the round that the run has come to."""
+        peak = max(self.progress.peak_memory_bytes, memory.peak() - self.job.memory_before_model)
+        before, now = self.kept, self.progress.round
+        self.progress = replace(
+            self.progress,
+            held={str(id): version for id, version in self.held.items()},
+            seconds=self.progress.seconds + time.perf_counter() - self.clock,
+            peak_memory_bytes=peak,
+            finished=finished,
+            memory={str(id): written for id, written in self.memories.newest.items()},
+            evals=self.scores,
+            versions=self.versions.kept(),
+        )
+        # the best round's checkpoint stays, and the one before it while a checkpoint means it
+        self.kept = self.progress.best
+        checkpoint.write(self.states, self.state, self.progress, {before, self.kept})
+        self.versions.trim()
+        if self.job.transport is not None:  # clients elsewhere have nets of their own, and work long: no model is idle
+            self.state = checkpoint.on_disk(self.states, now, self.job.method.State)
+            self.job.net.rest()
+            memory.trim()
+        self.clock = time.perf_counter()
+
+    def end(self) -> Record:
+        """Save the model and the summary, which it returns."""
+        job, now = self.job, self.progress
+        chosen = now.round if job.keep == "last" or now.best is None else now.best
+        state = self.state if chosen == now.round else checkpoint.kept(self.states, chosen, job.method.State)
+        job.method.materialise(state, job.net)
+        evals = read_records(self.evals)
+        summary = {
+            "rounds": now.round,
+            "bytes_up": now.bytes_up,
+            "bytes_down": now.bytes_down,
+            "seconds": now.seconds,
+            "peak_memory_bytes": now.peak_memory_bytes,
+            "parameters": job.net.size,
+            "model_bytes": job.net.nbytes,
+            "first": [row for row in evals if row["round"] == 0],
+            "final": [row for row in evals if row["round"] == chosen],
+            "sha256": job.net.state_sha256(),
+        }
+        job.net.save(job.folder / "model", job.card(summary) if job.card is not None else None)
+        shutil.rmtree(self.spool)
+        files.write(job.folder / "summary.json", records.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _check(self, kept: Progress) -> None:
+        self.memories.check({int(id): written for id, written in (kept.memory or {}).items()})
+
+    def _compare(self, rows: Sequence[Record]) -> None:
+        """Whether this is the best round so far; a loss that is not finite is worse than any."""
+        now = self.progress
+        if now.round == 0:
+            self.split = next((row["split"] for row in rows), None)
+        if self.split is None:
+            raise ConfigError("eval.patience, eval.keep: no rows are held out to say which round is better")
+        loss = next((row["loss"] for row in rows if row["split"] == self.split), None)
+        if loss is not None and math.isfinite(loss) and (now.best_loss is None or loss < now.best_loss):
+            self.progress = replace(now, best=now.round, best_loss=loss, waited=0)
+        else:
+            self.progress = replace(now, waited=now.waited + 1)
+
+
+def _done(watch: Watch, client: Client) -> None:
+    watch.client_done(client.id)
 
 
 @contextlib.contextmanager
@@ -218,8 +260,8 @@ def _log(folder: Path) -> Iterator[None]:
         handler.close()
 
 
-def _cleared(folder: Path) -> Path:
-    """The empty folder for large frames; what a process that was killed has left half-written is gone."""
+def _clear(folder: Path) -> None:
+    """Make the empty folder for large frames; what a process that was killed has left half-written goes."""
     spool = folder / "spool"
     left = [spool, *folder.glob(".model.*.tmp"), *folder.glob(".model.*.old"), *(folder / "state").glob("*.part")]
     for place in left:
@@ -228,79 +270,3 @@ def _cleared(folder: Path) -> Path:
         for file in (folder / "state").rglob(pattern):
             file.unlink(missing_ok=True)
     spool.mkdir(parents=True)
-    return spool
-
-
-def _examples(rounds: Sequence[Record]) -> dict[int, int]:
-    """Client -> the examples of its first reply that counted."""
-    first: dict[int, int] = {}
-    for record in rounds:
-        for visit in record["clients"]:
-            if visit.get("examples") is not None:
-                first.setdefault(visit["id"], visit["examples"])
-    return first
-
-
-def _check_finite(state: Any, round: int) -> None:
-    """RunError names a tensor of the state that is not finite."""
-    for at in fields(state):
-        value = getattr(state, at.name)
-        tensors = value.items() if isinstance(value, Mapping) else [(at.name, value)]
-        for name, tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and not _finite(tensor):
-                raise RunError(
-                    f"after round {round} {name} is not finite: the rate is too high, or a client has sent what is "
-                    f"legal and wrong; no model is saved, and the checkpoint of round {round - 1} stays"
-                )
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))  # no copy of it is made
-
-
-def _check_scores(own: Sequence[Record], round: int) -> None:
-    for row in own:
-        loss = row.get("loss", 0.0)
-        if loss is None or not math.isfinite(loss):
-            raise RunError(
-                f"after the last round, {round}, the loss on {row['split']} is not finite; no model is saved, and the "
-                f"checkpoint of round {round - 1} stays"
-            )
-
-
-def _record(job: Job, at: Round, metrics: Metrics, seconds: float) -> Record:
-    return {
-        "round": at.server.round,
-        "clients": [_client(visit, job.names) for visit in at.visits.values()],
-        "bytes_down": at.ledger.bytes_down,
-        "bytes_up": at.ledger.bytes_up,
-        "seconds": seconds,
-        "peak_memory_bytes": memory.peak() - job.memory_before_model,
-        "metrics": metrics,
-    }
-
-
-def _client(visit: Visit, names: Sequence[str]) -> Record:
-    record = {"id": visit.client, "name": names[visit.client], **asdict(visit)}
-    del record["client"]
-    if record["error"] is None:
-        del record["error"]
-    return record
-
-
-def _summary(job: Job, progress: Progress) -> Record:
-    evals = read_records(job.folder / "evals.jsonl")
-    return {
-        "rounds": progress.round,
-        "bytes_up": progress.bytes_up,
-        "bytes_down": progress.bytes_down,
-        "seconds": progress.seconds,
-        "peak_memory_bytes": progress.peak_memory_bytes,
-        "parameters": job.net.size,
-        "model_bytes": job.net.nbytes,
-        "first": [row for row in evals if row["round"] == 0],
-        "final": [row for row in evals if row["round"] == progress.round],
-        "sha256": job.net.state_sha256(),
-    }

@@ -1,4 +1,4 @@
-"""What passes between a server and its sites beside a method's own payloads."""
+"""What passes between a server and its clients beside a method's own payloads."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def release() -> Any:
-    """A field that derives from a site's data."""
+    """A field that derives from a client's data."""
     return field(metadata={"release": True})
 
 
 @dataclass(frozen=True)
 class Hello:
-    """A site is asked whether it can take part; what it compares stands beside every frame."""
+    """A client is asked whether it can take part; what a site compares stands beside every frame."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Scores:
-    """How the weights score on a site's rows; `heldout` says whether it trains on none of them."""
+    """How the weights score on a client's rows; `heldout` says whether it trains on none of them."""
 
     examples: int = release()
     loss: float = release()

@@ -1,0 +1,80 @@
+"""A run, assembled, and who follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from thinwire.core import Method, Server
+from thinwire.keys import Key
+from thinwire.records import Record
+from thinwire.runtime.cohort import Segment
+from thinwire.runtime.endpoint import Action
+from thinwire.runtime.round import RoundFunction, Transport, run_round
+from thinwire.wire.frame import MAX_FRAME
+
+if TYPE_CHECKING:
+    from thinwire.data.batch import Dataset
+    from thinwire.model.net import Net
+
+
+class Watch:
+    """Follows a run as it goes on; this one does nothing."""
+
+    def round_begins(self, round: int, rounds: int, cohort: Sequence[int]) -> None:
+        """A round begins with these clients."""
+
+    def client_done(self, client: int) -> None:
+        """A client of the round has answered."""
+
+    def round_ends(self, record: Record, left: float) -> None:
+        """The line that rounds.jsonl gets, and an estimate of the seconds left."""
+
+    def evaluated(self, record: Record) -> None:
+        """A line that evals.jsonl gets."""
+
+    def noticed(self, line: str) -> None:
+        """What people must know of a run that goes on, such as records that are lost; the log has it too."""
+
+
+@dataclass
+class Job:
+    """A run, assembled: what it trains, on whom, how long, and where it keeps its records.
+
+    `transport` leads to clients elsewhere, for whom `clients` is empty; without it they live in this process, and can
+    do `actions` beside joining and training. `survey` has the clients score a state: the records that it returns go to
+    evals.jsonl too; clients in this process are asked where `evaluate` is among their actions. `caps`: client -> the
+    most examples that it may claim; of clients in this process their rows.
+
+    `stop` is called after each evaluation with where the run stands (`round`, the `best` round and its
+    `best_loss`, and how many evaluations it has `waited` for a better one); true ends it. `keep`: whose weights
+    `model/` has at the end, those of the last round or of the best. The loss is that of the first split.
+    """
+
+    method: Method
+    net: Net
+    clients: Sequence[Dataset]
+    names: Sequence[str]
+    folder: Path
+    run: int  # an id that frames carry
+    key: Key
+    rounds: int
+    segments: Sequence[Segment]
+    evaluate: Callable[[], list[Record]]  # scores the weights in the net
+    eval_every: int = 0  # 0: before the first and after the last round only
+    public: Dataset | None = None
+    keep_versions: int = 8
+    max_bytes: int = MAX_FRAME  # of a reply
+    caps: Mapping[int, int] = field(default_factory=dict)
+    memory_before_model: int = 0  # bytes resident after the imports
+    watch: Watch = field(default_factory=Watch)
+    card: Callable[[Record], str] | None = None  # what the model's README.md says of a run with that summary
+    transport: Transport | None = None
+    actions: Mapping[str, Action] = field(default_factory=dict)
+    survey: Callable[[Any, Server, dict[int, str]], list[Record]] | None = None
+    round: RoundFunction = run_round
+    seen: Callable[[int, int, Any], None] | None = None  # given each reply that counts: round, client, what it is
+    stop: Callable[[Record], bool] | None = None
+    keep: Literal["last", "best"] = "last"

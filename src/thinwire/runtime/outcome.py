@@ -1,0 +1,76 @@
+"""What a round leaves behind: its record, and a state and scores that are numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+
+from thinwire.aggregate.mean import Metrics
+from thinwire.errors import RunError
+from thinwire.records import Record
+from thinwire.runtime.round import Round, Visit
+
+
+def record_of(at: Round, names: Sequence[str], metrics: Metrics, seconds: float, peak: int) -> Record:
+    """The line of rounds.jsonl. `names`: of all clients; `peak`: memory of this process in bytes."""
+    return {
+        "round": at.server.round,
+        "clients": [_client(visit, names) for visit in at.visits.values()],
+        "bytes_down": at.ledger.bytes_down,
+        "bytes_up": at.ledger.bytes_up,
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+        "metrics": metrics,
+    }
+
+
+def _client(visit: Visit, names: Sequence[str]) -> Record:
+    record = {"id": visit.client, "name": names[visit.client], **asdict(visit)}
+    del record["client"]
+    if record["error"] is None:
+        del record["error"]
+    return record
+
+
+def first_examples(rounds: Sequence[Record]) -> dict[int, int]:
+    """Client -> the examples of its first reply that counted."""
+    first: dict[int, int] = {}
+    for record in rounds:
+        for visit in record["clients"]:
+            if visit.get("examples") is not None:
+                first.setdefault(visit["id"], visit["examples"])
+    return first
+
+
+def check_state(state: Any, round: int) -> None:
+    """RunError names a tensor of the state that is not finite."""
+    for at in fields(state):
+        value = getattr(state, at.name)
+        tensors = value.items() if isinstance(value, Mapping) else [(at.name, value)]
+        for name, tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and not _finite(tensor):
+                raise RunError(
+                    f"after round {round} {name} is not finite: the rate is too high, or a client has sent what is "
+                    f"legal and wrong; no model is saved, and the checkpoint of round {round - 1} stays"
+                )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))  # no copy of it is made
+
+
+def check_scores(own: Sequence[Record], round: int) -> None:
+    """RunError names a split whose last loss is not finite."""
+    for row in own:
+        loss = row.get("loss", 0.0)
+        if loss is None or not math.isfinite(loss):
+            raise RunError(
+                f"after the last round, {round}, the loss on {row['split']} is not finite; no model is saved, and the "
+                f"checkpoint of round {round - 1} stays"
+            )

@@ -1,0 +1,115 @@
+"""A client seen from outside: what it answers, and what an answer leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from federation import Federation, tiny_net
+
+from thinwire import wire
+from thinwire.core import Client
+from thinwire.evaluate.clients import Evaluation
+from thinwire.methods.fedavg import FedAvg
+from thinwire.methods.fedcybgd import FedCyBGD
+from thinwire.runtime.endpoint import ACTIONS, Endpoint
+from thinwire.runtime.inprocess import InProcess
+from thinwire.runtime.payloads import Hello, Ready, Scores
+from thinwire.runtime.survey import Survey
+from thinwire.wire import Illegal
+
+EVAL = SimpleNamespace(batch_size=4, generate=0, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_net(tmp_path_factory.mktemp("model"))
+
+
+class Remembers(FedAvg):
+    """Its clients count their visits, and hold what they were last sent."""
+
+    def client_update(self, down: Any, client: Client) -> Any:
+        client.memory["visits"] = client.memory.get("visits", torch.zeros(1)) + 1
+        return super().client_update(down, client)
+
+
+def endpoint(federation: Federation, done: list[int]) -> Endpoint:
+    data: Mapping[int, Any] = dict(enumerate(federation.data))
+    actions = {**ACTIONS, "evaluate": Evaluation(data, False, EVAL)}
+    return Endpoint(federation.method, federation.seats, actions, lambda client: done.append(client.id))
+
+
+def broadcast(federation: Federation, client: int, round: int) -> bytes:
+    server = federation.server(round, (client,))
+    down = federation.method.broadcast(federation.state, server, client, None)
+    frame = wire.encode(down, run=5, round=round, client=client)
+    assert isinstance(frame, bytes)
+    return frame
+
+
+def test_training_keeps_the_memory_and_evaluating_leaves_no_trace(net: Any, tmp_path: Path) -> None:
+    done: list[int] = []
+    federation = Federation(Remembers(steps=1, batch_size=4), net, tmp_path)
+    client = endpoint(federation, done)
+    up = client.answer("train", broadcast(federation, 2, 1))
+    assert wire.peek(up).kind == "Trained"
+    assert federation.memories.newest == {2: 1}
+    scores = wire.decode(Scores, client.answer("evaluate", broadcast(federation, 2, 1)))
+    ready = client.answer("join", wire.encode(Hello(), run=5, client=2))
+    assert wire.decode(Ready, ready) == Ready()
+    assert (wire.peek(ready).run, wire.peek(ready).client) == (5, 2)
+    assert scores.examples == 16
+    assert (done, federation.memories.newest) == ([2], {2: 1})
+    client.answer("train", broadcast(federation, 2, 2))
+    assert federation.memories.of(2, 3)["visits"] == 2
+
+
+def test_a_frame_that_cannot_be_used_leaves_no_memory(net: Any, tmp_path: Path) -> None:
+    done: list[int] = []
+    federation = Federation(Remembers(steps=1, batch_size=4), net, tmp_path)
+    client, frame = endpoint(federation, done), broadcast(federation, 0, 1)
+    for action in ("train", "evaluate"):
+        (reply,) = InProcess(client).exchange([(0, frame[:-1] + bytes([frame[-1] ^ 1]))], action)
+        assert reply.frame is None
+        assert "Corrupt" in str(reply.error)
+    assert (done, federation.memories.newest) == ([], {})
+
+
+def test_clients_score_the_state_that_they_are_sent(net: Any, tmp_path: Path) -> None:
+    federation = Federation(FedAvg(steps=1, batch_size=4, lr=1e-2), net, tmp_path).run(1)
+    transport = InProcess(endpoint(federation, []))
+    survey = Survey(transport, federation.method, 5, tmp_path)
+    (row,) = survey(federation.state, federation.server(1, (0, 1, 2)), federation.held)
+    from thinwire.evaluate.splits import Split, evaluate
+
+    federation.method.materialise(federation.state, net)
+    examples = [example for data in federation.data for example in data.examples]
+    whole = evaluate(net, Split("all", replace(federation.data[0], examples=examples)))
+    assert row["loss"] == pytest.approx(whole.loss, rel=1e-5)
+    assert (row["split"], row["rows"], row["sites"]) == ("sites_train", 36, 3)
+    assert row["bytes_down"] > 3 * 4 * net.size
+    assert 0 < row["bytes_up"] < 1000
+
+
+def test_a_method_whose_clients_never_receive_the_model_is_not_asked(tmp_path: Path) -> None:
+    survey = Survey(None, FedCyBGD(), 5, tmp_path)  # type: ignore[arg-type]
+    assert survey(None, None, {}) == []  # type: ignore[arg-type]
+    assert FedAvg().evaluates()
+
+
+def test_a_version_that_is_not_held_is_no_answer(net: Any, tmp_path: Path) -> None:
+    from thinwire.core import StaleVersion
+
+    class Forgets(FedAvg):
+        def receive(self, down: Any, client: Client) -> None:
+            raise StaleVersion
+
+    federation = Federation(Forgets(steps=1), net, tmp_path)
+    with pytest.raises(Illegal, match="does not hold"):
+        endpoint(federation, []).answer("evaluate", broadcast(federation, 0, 1))
