@@ -8,7 +8,6 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,6 @@ from thinwire.methods import FedKSeed, FedZO
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
 from thinwire.model.task import labels_of, task_of
-from thinwire.model.views.lora import add_lora
 from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions
 from thinwire.runtime.cohort import check_clients
@@ -299,21 +297,19 @@ def _in_words(row: Row, column: str, words: Mapping[str, str]) -> Row:
 
 
 def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
-    """The run's start model in memory (unless hollow), a LoRA view of it if the run says so; raises ModelError."""
-    model, adapt = run.model, None
-    if model.lora is not None:
-        key = Key.root(run.seed).fold("lora")
-        adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
+    """The run's start model in memory (unless hollow), in the run's view; raises ModelError."""
+    model = run.model
     net = Net.open(
         model.path,
         model.dtype,
         remember=remember,
         device=device_of(model.device),
-        adapt=adapt,
+        view=model.view,
         hollow=hollow,
         classes=classes_of(run),
         head_key=Key.root(run.seed).fold("head"),
         bits=model.bits,
+        view_key=Key.root(run.seed).fold(model.view.kind),
     )
     method = run.method
     if isinstance(method, FedKSeed | FedZO) and not hollow:

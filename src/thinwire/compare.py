@@ -284,8 +284,7 @@ def _some(made: Sequence[Plan]) -> None:
 
 
 def _passes(run: Run) -> float:
-    # on factors alone the gradient of the weights falls away, a third of a step
-    return run.method.passes() * (1 if run.model.lora is None else 2 / 3)
+    return run.method.passes() * run.model.view.forward_share
 
 
 def check_models(made: Sequence[Plan]) -> None:
@@ -293,14 +292,12 @@ def check_models(made: Sequence[Plan]) -> None:
     from thinwire.model.load import load
     from thinwire.model.resolve import resolve
     from thinwire.model.task import labels_of, task_of
-    from thinwire.model.views.lora import chosen_layers
 
     for model in dict.fromkeys(plan.run_of(plan.seeds[0], None).model for plan in made):
         folder = resolve(model.path)
         classes = labels_of(folder) or ("one", "other")
         empty, _, _ = load(model.path, empty=True, classes=None if task_of(folder, model.task) == "causal" else classes)
-        if model.lora is not None:
-            chosen_layers(empty, model.lora.rank, model.lora.targets)
+        model.view.trained(empty)
 
 
 def check_output(made: Sequence[Plan], out: Path) -> None:

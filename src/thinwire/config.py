@@ -28,25 +28,21 @@ from pydantic import (
     ValidationError,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from thinwire.core import Method
 from thinwire.errors import ConfigError as ConfigError
 from thinwire.methods import METHODS
+from thinwire.model.views import AnyView
+from thinwire.model.views import Full as Full
+from thinwire.model.views import Lora as Lora
 from thinwire.runtime.cohort import All, Cohort
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Lora(_Section):
-    """Factors of `rank` beside every linear layer whose name ends in one of `targets`, scaled by alpha / rank."""
-
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
-    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
 
 
 class Model(_Section):
@@ -55,8 +51,8 @@ class Model(_Section):
 
     `task`: causal (goes on with a text) or classification (names a text's class; an encoder gets a fresh head), found
     from the model where it is auto. `device`: as torch calls it, such as cpu or cuda:0; or auto, for a model that spans
-    all GPUs of the machine. With `lora` all methods train its factors, and a classifier's head, in place of the model,
-    whose linear layers may then be kept in 8 or 4 `bits` (LLM.int8, NF4).
+    all GPUs of the machine. `view`: what all methods train, the model or, where its kind is lora, factors beside it and
+    a classifier's head; linear layers may then be kept in 8 or 4 `bits` (LLM.int8, NF4). [model.lora] is short for it.
     """
 
     path: str = "smollm2-135m-instruct"
@@ -65,12 +61,26 @@ class Model(_Section):
     device: str = "cpu"
     lora: Lora | None = None
     bits: Literal[8, 4] | None = None
+    view: AnyView = Full()
 
     @model_validator(mode="after")
     def _adapted(self) -> Model:
+        if {"lora", "view"} <= self.model_fields_set and self.lora != self.view:
+            raise ConfigError('model.lora: is short for [model.view] with kind = "lora"; one of them is enough')
+        view = self.view if self.lora is None else self.lora
+        object.__setattr__(self, "view", view)
+        object.__setattr__(self, "lora", view if isinstance(view, Lora) else None)
         if self.bits is not None and self.lora is None:
             raise ValueError("bits needs [model.lora]: quantised weights cannot be trained themselves")
         return self
+
+    @model_serializer(mode="wrap")
+    def _short(self, plain: Any) -> dict[str, Any]:
+        found: dict[str, Any] = plain(self)
+        if isinstance(self.view, Full | Lora):  # as run files have them since before there were views
+            found.pop("view", None)
+            (found.get("lora") or {}).pop("kind", None)
+        return found
 
 
 class Data(_Section):
@@ -353,12 +363,13 @@ def _explain(error: ValidationError, prefix: tuple[str, ...], root: type[BaseMod
     place = _place(first["loc"], first["type"] == "missing", tree)
     where = ".".join(str(part) for part in (*prefix, *place))
     if first["type"] == "extra_forbidden":
-        known = sorted(_fields(root, first["loc"][:-1]))
+        known = sorted({name for model in _meant(root, first["loc"][:-1]) for name in model.model_fields})
         return f"{where}: unknown field{_nearest(str(place[-1]), known)}; known: {', '.join(known)}"
     if first["type"] == "missing":
         return f"{where}: missing"
     if first["type"] == "union_tag_not_found":
-        return f"{where}.kind: missing; known: all, uniform, cyclic, only"
+        kinds = [model.model_fields["kind"].default for model in _meant(root, first["loc"])]
+        return f"{where}.kind: missing; known: {', '.join(kinds)}"
     if first["type"] == "union_tag_invalid":
         return f"{where}.kind: {first['ctx']['tag']!r} is not one of {first['ctx']['expected_tags']}"
     if first["type"] == "value_error":
@@ -381,14 +392,14 @@ def _place(loc: Sequence[Any], missing: bool, tree: Any) -> list[Any]:
     return [*place, loc[-1]] if missing else place
 
 
-def _fields(root: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
-    """The fields of the models that pydantic's place `loc` can mean."""
+def _meant(root: type[BaseModel], loc: Sequence[str | int]) -> list[type[BaseModel]]:
+    """The models that pydantic's place `loc` can mean."""
     models = [root]
     for part in loc:
         inner = [m for model in models if part in model.model_fields for m in _models(model.model_fields[str(part)])]
         tagged = [model for model in models if part in (field.default for field in model.model_fields.values())]
         models = inner or (tagged if isinstance(part, str) else []) or models
-    return {name for model in models for name in model.model_fields}
+    return models
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -7,7 +7,6 @@ import math
 import random
 import weakref
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from federation import Federation, tiny_net
 from thinwire import wire
 from thinwire.core import Method
 from thinwire.evaluate.loss import mean_loss
-from thinwire.keys import Key
 from thinwire.methods import METHODS
 from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
@@ -28,7 +26,7 @@ from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 from thinwire.wire.payload import fields_of
 
 SEEDS: dict[str, Any] = {"seeds": 64, "lr": 2e-4, "eps": 1e-3, "steps": 8, "batch_size": 4}
@@ -121,9 +119,9 @@ HALVES = {"gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gra
 
 def opened(folder: Path) -> tuple[Net, Net, Net]:
     """The tiny model whole, as a LoRA view, and in bfloat16."""
-    adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
+    view = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
     half = tiny_net(folder, "bfloat16")
-    return tiny_net(folder), Net.open(str(folder), remember=True, adapt=adapt), half
+    return tiny_net(folder), Net.open(str(folder), remember=True, view=view), half
 
 
 def net_for(row: str, nets: tuple[Net, Net, Net]) -> Net:

@@ -348,19 +348,17 @@ class Standing:
 @cache
 def standings() -> tuple[Standing, ...]:
     """One for each row of the conformance tests. Takes a minute."""
-    from functools import partial
 
     from federation import Federation, tiny_net
     from test_methods import HALVES, ROWS, VIEWS
 
-    from thinwire.keys import Key
     from thinwire.model.net import Net
-    from thinwire.model.views.lora import add_lora
+    from thinwire.model.views import Lora
 
     folder = Path(tempfile.mkdtemp(prefix="thinwire-fuzz-"))
-    adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
     half, whole = tiny_net(folder / "model", "bfloat16"), tiny_net(folder / "model")
-    view = Net.open(str(folder / "model"), remember=True, adapt=adapt)
+    lora = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
+    view = Net.open(str(folder / "model"), remember=True, view=lora)
     found = []
     for name, (method, _) in ROWS.items():
         quick = method.model_copy(update={"steps": 1, "batch_size": 2})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from federation import Federation, tiny_net
 from thinwire import wire
 from thinwire.compress.learned import codec_file, components
 from thinwire.compress.learned.codec_file import Artefact
-from thinwire.keys import Key
 from thinwire.methods.cgfed import CGFed, Coded, alike
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.tgap import Tgap
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 from thinwire.train.weights import fill
 
 LOCAL: dict[str, Any] = {"lr": 1e-2, "steps": 3, "batch_size": 4}
@@ -33,8 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def view(folder: Path, rank: int = 8) -> Net:
-    adapt = partial(add_lora, rank=rank, alpha=16.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"], key=Key.root(0))
-    return Net.open(str(folder), adapt=adapt)
+    view = Lora(rank=rank, alpha=16.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    return Net.open(str(folder), view=view)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from thinwire.data.batch import Example, collate
 from thinwire.keys import Key
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe, check
 from thinwire.train.objective import loss
@@ -164,8 +163,8 @@ def test_a_model_that_goes_round_its_layers_is_refused_before_it_is_probed(tmp_p
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"fedzo perturbs .*MambaForCausalLM does not call the layer of .*conv1d"):
         check(Net.open(str(tmp_path)), DIRECTIONS, False, "fedzo")
-    adapt = partial(add_lora, rank=2, alpha=2.0, targets=["in_proj"], key=Key.root(0))
-    check(Net.open(str(tmp_path), adapt=adapt), DIRECTIONS, False, "fedzo")
+    view = Lora(rank=2, alpha=2.0, targets=("in_proj",))
+    check(Net.open(str(tmp_path), view=view), DIRECTIONS, False, "fedzo")
 
 
 @together

@@ -45,8 +45,7 @@ def data(
         settings = config.load(file, overrides or [])
         rows = build.rows_of(settings.data, Key.root(settings.seed))
         settings = build.settled(settings, rows)
-        plain = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None})})
-        net = build.net_of(plain, hollow=True)  # the tokenizer and the config are all that is needed
+        net = build.net_of(settings, hollow=True)  # the tokenizer and the config are all that is needed
         clients = build.clients_data(settings, rows, net.tokenizer)
         classes = build.classes_of(settings)
         splits = {

@@ -89,7 +89,7 @@ def estimate(run: Run) -> Estimate:
         assumed.append(f"answers of {min(ANSWER, length - 1)} tokens")
     probed = method_name(method) if isinstance(method, FedKSeed | FedZO) else None
     forward = one_pass(model, sides, length, 1 if closed else ANSWER, run.model.lora, probed)
-    passes = method.passes() * (1 if run.model.lora is None else 2 / 3)
+    passes = method.passes() * run.model.view.forward_share
     return Estimate(
         method=method_name(method),
         model=run.model.path,

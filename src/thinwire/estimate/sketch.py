@@ -27,7 +27,7 @@ from thinwire.model.meta import hollow
 from thinwire.model.quantised import HEADS
 from thinwire.model.resolve import PACKAGED, resolve
 from thinwire.model.task import Task, has_head, task_in, task_of
-from thinwire.model.views.lora import check_called, chosen_layers, head_of
+from thinwire.model.views.factors import check_called, chosen_layers, head_of
 from thinwire.perturb.probe import check_read
 from thinwire.train.objective import cross_entropies
 
@@ -83,10 +83,10 @@ def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
         each = {8: 1.0, 4: 0.5 + 4 / 64}[run.model.bits]  # four bits: a float32 scale for 64 weights
         layers = (m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in HEADS)
         whole -= int(sum(layer.weight.numel() for layer in layers) * (dtype.itemsize - each))
-    trained = {name: p.detach() for name, p in model.named_parameters()}
-    if run.model.lora is not None:
-        trained = _factors(model, run.model.lora)
-        whole += sum(t.numel() for name, t in trained.items() if ".lora_" in name) * dtype.itemsize
+    shapes = run.model.view.trained(model)
+    trained = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    own = {name for name, _ in model.named_parameters()}
+    whole += sum(tensor.numel() for name, tensor in trained.items() if name not in own) * dtype.itemsize
     largest = max(tensor.numel() for tensor in trained.values()) * dtype.itemsize
     return Sketch(trained, whole, largest, config, dtype, task)
 
@@ -225,13 +225,3 @@ class Live(TorchDispatchMode):
 
     def _drop(self, place: int) -> None:
         self.now -= self._sizes.pop(place)
-
-
-def _factors(model: PreTrainedModel, lora: Lora) -> dict[str, Tensor]:
-    """The LoRA factors under the names that a view gives them, and a classifier's head."""
-    found: dict[str, Tensor] = {}
-    for name, layer in chosen_layers(model, lora.rank, lora.targets).items():
-        taken, given = _sides(layer)
-        for part, shape in (("A", (lora.rank, taken)), ("B", (given, lora.rank))):
-            found[f"{name}.lora_{part}.default.weight"] = torch.empty(shape, dtype=model.dtype, device="meta")
-    return found | {name: p.detach() for name, p in head_of(model).items()}

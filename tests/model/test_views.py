@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from thinwire.keys import Key
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora, has_lora, merged
+from thinwire.model.views import Lora
+from thinwire.model.views.factors import merged
 from thinwire.train.local import Rule, train_locally
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -24,8 +24,8 @@ TARGETS = ("q_proj", "v_proj", "down_proj")
 def lora_net(folder: Path, seed: int = 0, dtype: str = "float32") -> Net:
     if not (folder / "config.json").exists():
         tiny_folder(folder)
-    adapt = partial(add_lora, rank=4, alpha=8.0, targets=TARGETS, key=Key.root(seed))
-    return Net.open(str(folder), dtype, adapt=adapt)
+    view = Lora(rank=4, alpha=8.0, targets=TARGETS)
+    return Net.open(str(folder), dtype, view=view, view_key=Key.root(seed))
 
 
 def train(net: Net) -> None:
@@ -86,7 +86,7 @@ def test_a_saved_view_is_a_plain_model_and_an_adapter(tmp_path: Path, dtype: str
     kind = getattr(torch, dtype)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=kind)
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=kind)
-    assert not has_lora(plain)
+    assert not any("lora" in name for name in plain.state_dict())
     close = 1e-5 if dtype == "float32" else 2e-2
     assert (start(ids).logits.float() - logits).abs().max() > 3 * close
     torch.testing.assert_close(plain(ids).logits.float(), logits, atol=close, rtol=0)
@@ -104,7 +104,7 @@ def test_saving_changes_nothing(net: Net, tmp_path: Path) -> None:
 def test_layers_that_hold_their_weights_transposed() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)).eval()
     plain = GPT2LMHeadModel(model.config).eval()
-    add_lora(model, 4, 8.0, ["c_attn"], Key.root(0))
+    Lora(rank=4, alpha=8.0, targets=("c_attn",)).adapt(model, Key.root(0))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".lora_B." in name:
@@ -116,12 +116,12 @@ def test_layers_that_hold_their_weights_transposed() -> None:
 
 def test_a_target_that_is_no_layer_is_refused_with_those_that_are() -> None:
     with pytest.raises(ModelError, match=r"no linear layer is called c_attn; there are: down_proj, .*, v_proj"):
-        add_lora(tiny_model(), 4, 8.0, ["q_proj", "c_attn"], Key.root(0))
+        Lora(rank=4, targets=("q_proj", "c_attn")).adapt(tiny_model(), Key.root(0))
 
 
 def test_a_rank_above_a_layers_is_refused() -> None:
     with pytest.raises(ModelError, match=r"model.lora.rank: 17 is more than .*v_proj has, which is 16 x 32"):
-        add_lora(tiny_model(), 17, 8.0, ["q_proj", "v_proj"], Key.root(0))
+        Lora(rank=17, targets=("q_proj", "v_proj")).adapt(tiny_model(), Key.root(0))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -135,11 +135,11 @@ def test_factors_beside_a_quantised_model(tmp_path: Path, bits: int, architectur
         config.eos_token_id = EOS
         with torch.random.fork_rng(devices=[]):
             GPT2LMHeadModel(config).save_pretrained(tmp_path / "start")
-    adapt = partial(add_lora, rank=4, alpha=8.0, targets=targets, key=Key.root(0))
+    view = Lora(rank=4, alpha=8.0, targets=targets)
     before = torch.random.get_rng_state()
-    net = Net.open(str(tmp_path / "start"), adapt=adapt, bits=bits)
+    net = Net.open(str(tmp_path / "start"), view=view, bits=bits)
     assert torch.equal(torch.random.get_rng_state(), before)
-    whole = Net.open(str(tmp_path / "start"), adapt=adapt)
+    whole = Net.open(str(tmp_path / "start"), view=view)
     assert net.names == whole.names
     assert all(torch.equal(p, whole.base[name]) for name, p in net.parameters())
     size, floats = (sum(p.nbytes for n, p in x.model.named_parameters() if ".0." in n) for x in (net, whole))
@@ -154,7 +154,7 @@ def test_factors_beside_a_quantised_model(tmp_path: Path, bits: int, architectur
     net.save(tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert "quantization_config" not in plain.config.to_dict()
-    assert not has_lora(plain)
+    assert not any("lora" in name for name in plain.state_dict())
     # eight bits round what goes into a layer too
     assert (plain(ids).logits - trained).norm() < (0.05 if bits == 8 else 1e-5) * trained.norm()
     assert (plain(ids).logits - trained).norm() < 0.5 * (trained - start).norm()
