@@ -7,7 +7,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class Net:
         view.adapt(model, view_key)
         try:
             if device != "auto" and bits is None:
-                model.to(device)
+                model.to(torch.device(device))
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
             raise ModelError(f"model.device: {device}: {first_line(error)}") from None
         if classes is None:
@@ -166,8 +166,9 @@ class Net:
     def rows(self) -> tuple[int, int]:
         """How many tokens the model can read, and how many it can say (a classifier: as many): those of its
         embedding's rows and of its head's."""
-        read = int(self.model.get_input_embeddings().weight.shape[0])
-        written = None if head.is_classifier(self.model) else self.model.get_output_embeddings()
+        model: Any = self.model
+        read = int(model.get_input_embeddings().weight.shape[0])
+        written = None if head.is_classifier(model) else model.get_output_embeddings()
         return read, read if written is None else int(written.weight.shape[0])
 
     def parameter(self, name: str) -> nn.Parameter:

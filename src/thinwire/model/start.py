@@ -78,7 +78,8 @@ class Base(Mapping[str, Tensor]):
         file, key = self._places[name]
         # Opened anew each time: the pages of one map would stay resident, all of the model's in the end.
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(key).to("cpu" if parameter.is_meta else parameter.device, parameter.dtype)
+            held: Tensor = opened.get_tensor(key)
+            return held.to("cpu" if parameter.is_meta else parameter.device, parameter.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
@@ -113,8 +114,12 @@ def tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _spellings(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, and each with and without the prefix of the headless model, as some files are written."""
+    """The names, and each with and without the prefix of the headless model, as some files are written.
+
+    A layer that a view has put factors beside is in the files under its own name.
+    """
     prefix = f"{model.base_model_prefix}."
+    names = tuple(name.replace(".base_layer.", ".") for name in names)
     return (
         *names,
         *(name.removeprefix(prefix) if name.startswith(prefix) else prefix + name for name in names),

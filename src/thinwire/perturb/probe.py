@@ -146,8 +146,8 @@ class Probe:
         size = sum(p.numel() for p in own)
         there = self._scratch
         if there is None or there.numel() < size or there.device != own[0].device:  # a model may span several GPUs
-            self._scratch = torch.empty(size, dtype=own[0].dtype, device=own[0].device)
-        return self._scratch
+            there = self._scratch = torch.empty(size, dtype=own[0].dtype, device=own[0].device)
+        return there
 
     def _add(self, module: nn.Module, own: list[nn.Parameter], added: Added, out: Tensor, x: Tensor) -> Tensor:
         """out + step z(x) for each group of rows: float [rows, ..., width] as out is, which is written in place."""

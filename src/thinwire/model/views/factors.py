@@ -33,29 +33,25 @@ KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 class Factored(nn.Module):
     """A linear layer with factors beside it: layer(x) + scale B A x."""
 
-    def __init__(self, layer: nn.Module, left: Tensor, right: Tensor, scale: float) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D, left: Tensor, right: Tensor, scale: float) -> None:
         """left: A [rank, in], right: B [out, rank]."""
         super().__init__()
         self.base_layer, self.scale = layer, scale
-        for name, factor in (("lora_A", left), ("lora_B", right)):
-            linear = nn.Linear(factor.shape[1], factor.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(factor)
-            setattr(self, name, nn.ModuleDict({ADAPTER: linear}))
+        self.lora_A, self.lora_B = (nn.ModuleDict({ADAPTER: _linear(factor)}) for factor in (left, right))
         self.in_features, self.out_features = left.shape[1], right.shape[0]
 
     @property
     def weight(self) -> Tensor:
         """The layer's own: a model may ask for its dtype."""
-        return self.base_layer.get_parameter("weight")
+        return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The layer's own."""
-        bias: Tensor | None = self.base_layer.bias
-        return bias
+        return self.base_layer.bias
 
     @property
-    def factors(self) -> tuple[nn.Linear, nn.Linear]:
+    def factors(self) -> tuple[Any, Any]:
         """The modules that hold A and B."""
         return self.lora_A[ADAPTER], self.lora_B[ADAPTER]
 
@@ -63,7 +59,8 @@ class Factored(nn.Module):
         """[..., in] to [..., out]."""
         found: Tensor = self.base_layer(x)
         left, right = self.factors
-        return (found + right(left(x.to(left.weight.dtype))) * self.scale).to(found.dtype)
+        beside: Tensor = right(left(x.to(left.weight.dtype))) * self.scale
+        return (found + beside).to(found.dtype)
 
     def delta(self) -> Tensor:
         """scale B A in the shape of the layer's weight and the factors' dtype; computed in float32 on a CPU."""
@@ -89,7 +86,7 @@ def add(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str],
         parameter.requires_grad_(False)
     for name, layer in chosen.items():
         taken, given = _sides(layer)
-        weight = layer.get_parameter("weight")
+        weight = layer.weight
         dtype = weight.dtype if weight.is_floating_point() else model.dtype  # a quantised one
         uniform = torch.from_numpy(2 * key.fold(name).uniform(rank * taken) - 1).view(rank, taken)
         left = (uniform / math.sqrt(taken)).to(weight.device, dtype)
@@ -111,11 +108,14 @@ def shapes(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[st
 
 def places(model: PreTrainedModel) -> dict[str, Adapted]:
     """The layers with factors, by name."""
-    ends = "base_layer.weight", f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"
-    return {name: Adapted(*(f"{name}.{end}" for end in ends), layer.scale) for name, layer in _factored(model).items()}
+    left, right = f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"
+    return {
+        name: Adapted(f"{name}.base_layer.weight", f"{name}.{left}", f"{name}.{right}", layer.scale)
+        for name, layer in _factored(model).items()
+    }
 
 
-def chosen_layers(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[str, nn.Module]:
+def chosen_layers(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
     """The layers that get factors, by name; ModelError as `add`. The model may be without memory for its weights."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     for target in targets:
@@ -125,7 +125,7 @@ def chosen_layers(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> 
     chosen = {name: layer for name, layer in layers.items() if any(_meant(name, target) for target in targets)}
     for name, layer in chosen.items():
         if rank > min(_sides(layer)):
-            shape = " x ".join(map(str, layer.get_parameter("weight").shape))
+            shape = " x ".join(map(str, layer.weight.shape))
             raise ModelError(f"model.lora.rank: {rank} is more than {name} has, which is {shape}")
         if model.config.model_type in KERNELS and name.endswith(".out_proj"):
             raise _not_called(model, name)
@@ -216,9 +216,12 @@ def _factored(model: nn.Module) -> dict[str, Factored]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Factored)}
 
 
-def _sides(layer: nn.Module) -> tuple[int, int]:
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear
+
+
+def _sides(layer: nn.Linear | Conv1D) -> tuple[int, int]:
     """How many numbers a layer takes and gives."""
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
