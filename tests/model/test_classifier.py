@@ -140,7 +140,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(place: Path)
     ]
     data = build.dataset(run.data, held, net.tokenizer, run.data.choices)
     batch = collate(data.examples, data.pad, data.candidates)
-    assert batch.classes
+    assert batch.kind == "class"
     assert batch.attention_mask[:, 0].all()
     assert not batch.attention_mask[:, -1].all()
     assert [e.prompt[0] for e in data.examples] == [256] * 4
