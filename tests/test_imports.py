@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "thinwire"
 
 # the floors of the house, the lowest first: a part imports parts of lower floors only, and none of its own floor
 FLOORS = (
-    {"aggregate", "errors", "keys", "memory", "records", "streams", "wire"},
+    {"aggregate", "errors", "keys", "memory", "privacy", "records", "streams", "wire"},
     {"compress", "data", "model"},
     {"core"},
     {"runtime", "train"},

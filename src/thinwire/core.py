@@ -24,6 +24,8 @@ from thinwire import wire
 from thinwire.aggregate.mean import Counted, Mean, Metrics, Update
 from thinwire.aggregate.server_step import AnyServerStep, Plain
 from thinwire.keys import Key
+from thinwire.privacy.released import Released, check_released
+from thinwire.privacy.secrets import Secrets, SystemSecrets
 from thinwire.wire import Frame, Illegal, Ledger, Spooled, Stale, WireError
 from thinwire.wire.legal import MOST, check_report
 
@@ -64,7 +66,8 @@ class Client:
 
     `net` is a borrowed workspace, its contents undefined on entry: fill it from `down`. `memory` survives rounds and
     stays here. `held` is the version of the global weights that this client holds: the half sets it, it travels in the
-    reply's header, and the next `broadcast` is given it.
+    reply's header, and the next `broadcast` is given it. `secrets` is for what no key may repeat: a private run's noise
+    and sampling.
     """
 
     id: int
@@ -74,6 +77,7 @@ class Client:
     memory: MutableMapping[str, Tensor]
     versions: Versions
     held: str | None = None
+    secrets: Secrets = field(default_factory=SystemSecrets)
 
 
 class StaleVersion(Exception):
@@ -126,6 +130,10 @@ class Method(BaseModel):
     def passes(self) -> float:
         """Rows that a visit passes forward through the model, a backward pass counted as two; NaN if not known."""
         return math.nan
+
+    def released(self, privacy: Any) -> Released | None:
+        """In what state each field of `Up` leaves a run with that privacy; None: the method offers none."""
+        return None
 
     def receive(self, down: Any, client: Client) -> None:
         """Fill the client's net as `down` means it, without training: for evaluation at the clients."""
@@ -228,14 +236,20 @@ def serve(
     client: Client,
     spool: Path | None = None,
     max_bytes: int = wire.frame.MAX_FRAME,
+    privacy: Any = None,
 ) -> Frame:
-    """A client, seen from outside: bytes in, bytes out. Raises WireError for a frame that it cannot use."""
+    """A client, seen from outside: bytes in, bytes out. Raises WireError for a frame that it cannot use.
+
+    In a private run RuntimeError for a reply that may not leave, see privacy.released.
+    """
     header = wire.peek(frame)
     if header.client != client.id:
         raise Illegal(f"a frame for client {header.client} was given to client {client.id}")
     down: Any = wire.decode(method.Down, frame, max_bytes)
     try:
         up = method.client_update(down, client)
+        if privacy is not None:
+            check_released(up, method.released(privacy))
     except StaleVersion:
         up = Stale(client.held)
     return wire.encode(up, run=header.run, round=header.round, client=client.id, held=client.held, spool=spool)
