@@ -26,9 +26,10 @@ from thinwire.core import Client, Reply, Round, Server, run_round
 from thinwire.keys import Key
 from thinwire.methods.fedcybgd import Block, FedCyBGD, Proxy
 from thinwire.model import shrink
+from thinwire.model.anatomy import Layout
 from thinwire.model.blocks import layer_of, layers_of
 from thinwire.model.net import Net
-from thinwire.model.shrink import Cut, Layout
+from thinwire.model.shrink import Cut
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame

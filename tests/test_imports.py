@@ -64,7 +64,6 @@ LONG = {
     "methods/fedcybgd.py",
     "methods/fedkseed.py",
     "methods/gradualdiff.py",
-    "model/shrink.py",
     "runtime/course.py",
     "runtime/store.py",
     "wire/frame.py",

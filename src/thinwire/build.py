@@ -27,9 +27,9 @@ from thinwire.data.tokenise import shuffle_answers, tokenise, tokenise_groups
 from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.methods import FedKSeed, FedZO
+from thinwire.model.classifier import labels_of, task_of
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
-from thinwire.model.task import labels_of, task_of
 from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions
 from thinwire.runtime.cohort import check_clients

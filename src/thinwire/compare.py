@@ -289,9 +289,9 @@ def _passes(run: Run) -> float:
 
 def check_models(made: Sequence[Plan]) -> None:
     """ModelError where a model is not to be had, or has no layers for the factors that some run puts beside them."""
+    from thinwire.model.classifier import labels_of, task_of
     from thinwire.model.load import load
     from thinwire.model.resolve import resolve
-    from thinwire.model.task import labels_of, task_of
 
     for model in dict.fromkeys(plan.run_of(plan.seeds[0], None).model for plan in made):
         folder = resolve(model.path)

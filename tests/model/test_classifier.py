@@ -31,9 +31,9 @@ from thinwire.data.rows import Row
 from thinwire.evaluate.loss import mean_loss
 from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.keys import Key
+from thinwire.model.classifier import labels_of, task_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.task import labels_of, task_of
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe
 from thinwire.runtime.course import Watch, read_records, train

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from thinwire.keys import Key
+from thinwire.model.classifier import task_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.task import task_of
 from thinwire.model.trial import check_causal, positions, reads_of
 from thinwire.model.views import Lora
 

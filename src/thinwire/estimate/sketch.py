@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.config import Lora, Run
+from thinwire.model.classifier import Task, has_head, task_in, task_of
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.folder import check_adapter
 from thinwire.model.load import DTYPES
 from thinwire.model.meta import hollow
 from thinwire.model.quantised import HEADS
 from thinwire.model.resolve import PACKAGED, resolve
-from thinwire.model.task import Task, has_head, task_in, task_of
 from thinwire.model.views.factors import check_called, chosen_layers, head_of
 from thinwire.perturb.probe import check_read
 from thinwire.train.objective import cross_entropies

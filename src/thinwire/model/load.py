@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from thinwire.model import head
+from thinwire.model import classifier
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.files import check_files, check_shapes, settle_ties, unties
 from thinwire.model.meta import hollow
@@ -95,10 +95,10 @@ def _read_model(
     check_shapes(info, f"the model in {folder}")
     for layer in quantised_layers(model).values():
         layer.support_avx512bf16_for_cpu = False  # or some CPUs would pack the weights anew, and round otherwise
-    absent = sorted(info["missing_keys"], key=lambda name: (not head.of_head(model, name), name))
+    absent = sorted(info["missing_keys"], key=lambda name: (not classifier.of_head(model, name), name))
     if absent and classes is not None and key is not None:
         try:
-            fresh = head.drawn(model, absent, key)
+            fresh = classifier.drawn(model, absent, key)
         except ModelError as error:
             raise ModelError(f"{folder}: {error}") from None
         with torch.no_grad():

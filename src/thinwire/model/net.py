@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.keys import Key
-from thinwire.model import head
+from thinwire.model import classifier
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.folder import whole_folder
 from thinwire.model.load import load
@@ -71,7 +71,7 @@ class Net:
         if not self._parameters:
             raise ModelError(f"no parameter of the model in {folder} is trainable")
         self.names: tuple[str, ...] = tuple(self._parameters)
-        draw = None if head_key is None else lambda names: head.drawn(model, names, head_key)
+        draw = None if head_key is None else lambda names: classifier.drawn(model, names, head_key)
         self.base = Base([*([spooled] if spooled else []), self.folder], model, draw)
         self.size = sum(p.numel() for p in self._parameters.values())
         self.nbytes = sum(p.numel() * p.element_size() for p in self._parameters.values())
@@ -107,7 +107,7 @@ class Net:
         view.adapt(model, view_key)
         try:
             if device != "auto" and bits is None:
-                model.to(torch.device(device))
+                model.to(device)  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
             raise ModelError(f"model.device: {device}: {first_line(error)}") from None
         if classes is None:
@@ -168,7 +168,7 @@ class Net:
         embedding's rows and of its head's."""
         model: Any = self.model
         read = int(model.get_input_embeddings().weight.shape[0])
-        written = None if head.is_classifier(model) else model.get_output_embeddings()
+        written = None if classifier.is_classifier(model) else model.get_output_embeddings()
         return read, read if written is None else int(written.weight.shape[0])
 
     def parameter(self, name: str) -> nn.Parameter:

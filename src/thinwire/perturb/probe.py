@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.data.batch import Batch, Example, collate
+from thinwire.model.classifier import is_classifier
 from thinwire.model.errors import ModelError, first_line
-from thinwire.model.head import is_classifier
 from thinwire.model.net import Net
 from thinwire.model.trial import reads_of, tokens_of
 from thinwire.perturb.directions import Directions

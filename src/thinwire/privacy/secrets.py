@@ -55,5 +55,4 @@ class SystemSecrets:
 def _uniform(count: int) -> NDArray[np.float64]:
     """Uniform on [0, 1), 53 bits each."""
     words = np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
-    found: NDArray[np.float64] = (words >> np.uint64(11)) * 2.0**-53
-    return found
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from thinwire.model import shrink
 from thinwire.model.blocks import blocks_of, layer_of, layers_of
+from thinwire.model.classifier import is_classifier
 from thinwire.model.errors import ModelError
-from thinwire.model.head import is_classifier
 from thinwire.model.net import Net
 
 

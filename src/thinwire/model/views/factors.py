@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.keys import Key
-from thinwire.model import head
+from thinwire.model import classifier
 from thinwire.model.errors import ModelError
 from thinwire.model.quantised import floats, quantised_layers
 from thinwire.model.trial import reads_of
@@ -68,7 +68,7 @@ class Factored(nn.Module):
         dtype = left.dtype
         if left.device.type == "cpu":
             left, right = left.float(), right.float()
-        product = right @ left
+        product: Tensor = right @ left
         return ((product.T if isinstance(self.base_layer, Conv1D) else product) * self.scale).to(dtype)
 
 
@@ -203,9 +203,9 @@ def save(model: PreTrainedModel, settings: Mapping[str, Any], folder: Path) -> N
 
 def head_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """A classifier's head, which is trained whole beside the factors; nothing of a causal model."""
-    if not head.is_classifier(model):
+    if not classifier.is_classifier(model):
         return {}
-    return {name: p for name, p in model.named_parameters() if head.of_head(model, name)}
+    return {name: p for name, p in model.named_parameters() if classifier.of_head(model, name)}
 
 
 def _meant(name: str, target: str) -> bool:
