@@ -25,9 +25,10 @@ from thinwire import assemble, config, wire
 from thinwire.keys import Key
 from thinwire.methods.fedcybgd import Block, FedCyBGD, Proxy
 from thinwire.model import shrink
+from thinwire.model.anatomy import Layout
 from thinwire.model.blocks import layer_of, layers_of
 from thinwire.model.net import Net
-from thinwire.model.shrink import Cut, Layout
+from thinwire.model.shrink import Cut
 from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.round import Reply, Round, run_round

@@ -26,7 +26,6 @@ from thinwire.compress.catalogue import code_of
 from thinwire.compress.entropy.packing import to_tensor
 from thinwire.core import Method
 from thinwire.evaluate.loss import mean_loss
-from thinwire.keys import Key
 from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
@@ -34,7 +33,7 @@ from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 from thinwire.train.versions import coded
 from thinwire.wire import Frame
 
@@ -150,9 +149,9 @@ def begun(
 
 def nets(folder: Path) -> Callable[[str], Net]:
     """Method -> the net that it trains."""
-    adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
+    view = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
     whole = tiny_net(folder)
-    factors = Net.open(str(folder), remember=True, adapt=adapt)
+    factors = Net.open(str(folder), remember=True, view=view)
     return lambda name: factors if name in ON_FACTORS else whole
 
 

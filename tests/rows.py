@@ -10,7 +10,6 @@ import pytest
 from federation import tiny_net
 
 from thinwire.core import Method
-from thinwire.keys import Key
 from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
@@ -18,7 +17,7 @@ from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 
 
 class Row(NamedTuple):
@@ -135,9 +134,9 @@ HALVES = {"gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gra
 
 def opened(folder: Path) -> tuple[Net, Net, Net]:
     """The tiny model whole, as a LoRA view, and in bfloat16."""
-    adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj", "v_proj"], key=Key.root(0))
+    view = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
     half = tiny_net(folder, "bfloat16")
-    return tiny_net(folder), Net.open(str(folder), remember=True, adapt=adapt), half
+    return tiny_net(folder), Net.open(str(folder), remember=True, view=view), half
 
 
 def net_for(row: str, nets: tuple[Net, Net, Net]) -> Net:

@@ -122,6 +122,13 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["model.dtype=int8"], "model.dtype: must be 'float32', 'bfloat16' or 'float16', got 'int8'"),
         (["model.bits=4"], "model: bits needs [model.lora]: quantised weights cannot be trained themselves"),
         (["model.bits=3", "model.lora.rank=4"], "model.bits: must be 8 or 4, got 3"),
+        (["model.view.kind=lore"], "model.view.kind: 'lore' is not one of 'full', 'lora'"),
+        (["model.view={}"], "model.view.kind: missing; known: full, lora"),
+        (["model.view.kind=lora", "model.view.rank=0"], "model.view.rank: must be greater than 0, got 0"),
+        (["model.view.kind=full", "model.view.rank=4"], "model.view.rank: unknown field; known: kind"),
+        (["model.lora.rnk=4"], "model.lora.rnk: unknown field (did you mean rank?); known: alpha, kind, rank, targets"),
+        (["model.view.kind=full", "model.lora.rank=4"], "model.lora: is short for [model.view] with kind = "),
+        (["model.view.kind=full", "model.bits=4"], "model: bits needs [model.lora]"),
         (["cohort.kind=some"], "cohort.kind: 'some' is not one of 'all', 'uniform', 'cyclic'"),
         (['cohort=[{kind="all"}, {kind="cyclic"}]'], "cohort.0.rounds: missing; only the last segment may go without"),
         (["name=a/b"], "name: "),
@@ -297,3 +304,23 @@ def test_a_module_of_the_user_that_does_not_compile(tmp_path: Path, monkeypatch:
     assert complaint("method.path=broken_method:Own").startswith(
         "method.path: cannot import broken_method:Own: SyntaxError: invalid syntax (broken_method.py, line 1)"
     )
+
+
+def test_a_view_has_a_short_form_which_is_the_same_run() -> None:
+    short, long = run_of("model.lora.rank=4"), run_of("model.view.kind=lora", "model.view.rank=4")
+    assert short == long
+    assert short.model.view == short.model.lora == config.Lora(rank=4)
+    whole = run_of("model.view.kind=full")
+    assert whole == run_of()
+    assert whole.model.lora is None
+    for run in (short, long, whole):
+        assert config.parse(tomllib.loads(run.to_toml())) == run
+
+
+def test_a_run_writes_its_view_as_runs_did_before_there_were_others() -> None:
+    """The number that its frames carry is of what it writes."""
+    lora = {"rank": 4, "alpha": 16.0, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    plain = {"path": "smollm2-135m-instruct", "task": "auto", "dtype": "float32", "device": "cpu"}
+    for changes in (["model.view.kind=lora", "model.view.rank=4"], ["model.lora.rank=4"]):
+        assert tomllib.loads(run_of(*changes).to_toml())["model"] == plain | {"lora": lora}
+    assert tomllib.loads(run_of("model.view.kind=full").to_toml())["model"] == plain

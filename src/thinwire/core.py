@@ -12,7 +12,7 @@ state once its replies are exhausted. Replies come lazily, in cohort order, and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +21,8 @@ from thinwire.aggregate.mean import Counted, Mean, Metrics, Update
 from thinwire.aggregate.server_step import AnyServerStep, Plain
 from thinwire.costs.sketch import Work
 from thinwire.keys import Key
+from thinwire.privacy.released import Released
+from thinwire.privacy.secrets import Secrets, SystemSecrets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +61,8 @@ class Client:
 
     `net` is a borrowed workspace, its contents undefined on entry: fill it from `down`. `memory` survives rounds and
     stays here. `held` is the version of the global weights that this client holds: the half sets it, it travels in the
-    reply's header, and the next `broadcast` is given it.
+    reply's header, and the next `broadcast` is given it. `secrets` is for what no key may repeat: a private run's noise
+    and sampling.
     """
 
     id: int
@@ -69,6 +72,7 @@ class Client:
     memory: MutableMapping[str, Tensor]
     versions: Versions
     held: str | None = None
+    secrets: Secrets = field(default_factory=SystemSecrets)
 
 
 class StaleVersion(Exception):
@@ -121,6 +125,10 @@ class Method(BaseModel):
     def evaluates(self) -> bool:
         """Whether its clients can evaluate: whether it has a `receive` of its own."""
         return type(self).receive is not Method.receive
+
+    def released(self, privacy: Any) -> Released | None:
+        """In what state each field of `Up` leaves a run with that privacy; None: the method offers none."""
+        return None
 
     def receive(self, down: Any, client: Client) -> None:
         """Fill the client's net as `down` means it, without training: for evaluation at the clients."""

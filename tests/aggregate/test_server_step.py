@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from torch import Tensor
 from thinwire.aggregate.mean import Mean, Update
 from thinwire.aggregate.server_step import AnyServerStep, Momentum, Plain, Yogi, stepped
 from thinwire.evaluate.loss import mean_loss
-from thinwire.keys import Key
 from thinwire.methods import METHODS
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 
 STEP: TypeAdapter[Any] = TypeAdapter(AnyServerStep)
 RULES = ("plain", "momentum", "nesterov", "adam", "yogi")
@@ -87,8 +85,8 @@ def test_it_moves_every_method(name: str, tmp_path: Path) -> None:
     """Momentum of 0 with rate 1 ends where the mean is; half the rate ends elsewhere; the state travels with it."""
     if name in ("cgfed", "tgap"):
         tiny_net(tmp_path / "model")
-        adapt = partial(add_lora, rank=4, alpha=8.0, targets=["q_proj"], key=Key.root(0))
-        net = Net.open(str(tmp_path / "model"), remember=True, adapt=adapt)
+        view = Lora(rank=4, alpha=8.0, targets=("q_proj",))
+        net = Net.open(str(tmp_path / "model"), remember=True, view=view)
     else:
         net = tiny_net(tmp_path / "model")
     few: dict[str, Any] = {"steps": 2, "lr": 1e-3 if name in ("fedkseed", "fedzo") else 1e-2}

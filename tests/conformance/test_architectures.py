@@ -13,14 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from thinwire.core import Method
 from thinwire.evaluate.loss import mean_loss
-from thinwire.keys import Key
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Full, Lora, View
 
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 # name -> (transformers' model type, its config, the layers beside which LoRA's factors go)
@@ -75,13 +74,14 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_a_method_trains_an_architecture(name: str, made: tuple[str, Path], tmp_path: Path) -> None:
     """Two rounds without an error, a lower loss, and an export that transformers loads and that gives the same."""
     architecture, folder = made
-    method, adapt = METHODS[name], None
+    method = METHODS[name]
+    view: View = Full()
     if name == "fedit":
         targets = ARCHITECTURES[architecture][2]
-        adapt = lambda model: add_lora(model, 4, 8.0, targets, Key.root(0))  # noqa: E731
+        view = Lora(rank=4, alpha=8.0, targets=tuple(targets))
     if name == "fedcybgd" and architecture in CANNOT_NARROW:
         method = FedCyBGD(**LOCAL, **BLOCKS, prune=0.0)
-    net = Net.open(str(folder), remember=True, adapt=adapt)
+    net = Net.open(str(folder), remember=True, view=view)
     federation = Federation(method, net, tmp_path, rounds=2, sizes=(12, 12))
     method.materialise(federation.state, net)
     before = sum(mean_loss(net.model, data, 12)[0] for data in federation.data)

@@ -26,6 +26,7 @@ def test_open_answers_end_at_the_last_position() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
     assert batch.labels.tolist() == [[4, 5], [IGNORE, 7]]
     assert (batch.examples, batch.candidates, batch.choice, batch.candidate_ids) == (2, 1, None, None)
+    assert batch.kind == batch.repeated(2).kind == "open"
     assert {t.dtype for t in (batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels)} == {torch.int64}
 
 
@@ -36,7 +37,7 @@ def test_packed_examples_stand_one_after_the_other() -> None:
     assert batch.attention_mask.tolist() == [[1] * 7, [0, 0, 0, 1, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 0, 1, 2, 3]]
     assert batch.labels.tolist() == [[4, 5, IGNORE, 7], [IGNORE, 7, 6, 5]]
-    assert (batch.examples, batch.packed, batch.repeated(2).packed) == (3, True, True)
+    assert (batch.examples, batch.kind, batch.repeated(2).kind) == (3, "packed", "packed")
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=30), st.integers(1, 4))
@@ -71,7 +72,7 @@ def test_candidates_of_several_tokens_take_a_row_each() -> None:
     assert batch.labels.tolist() == [[IGNORE, 7], [8, 9]] * 2
     assert batch.choice is not None
     assert batch.choice.tolist() == [0, 1]
-    assert (batch.examples, batch.candidates, batch.candidate_ids) == (2, 2, None)
+    assert (batch.kind, batch.examples, batch.candidates, batch.candidate_ids) == ("choice", 2, 2, None)
 
 
 def test_candidates_of_one_token_take_no_row() -> None:
@@ -80,7 +81,7 @@ def test_candidates_of_one_token_take_no_row() -> None:
     assert batch.labels.shape == (2, 0)
     assert batch.candidate_ids is not None
     assert batch.candidate_ids.tolist() == [7, 8]
-    assert (batch.examples, batch.candidates) == (2, 2)
+    assert (batch.kind, batch.examples, batch.candidates) == ("token", 2, 2)
 
 
 @given(

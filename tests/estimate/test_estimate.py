@@ -78,7 +78,7 @@ def test_factors_have_the_names_and_shapes_of_a_view(tmp_path: Path) -> None:
 
     tiny_folder(tmp_path / "model")
     run = run_of(tmp_path / "model", {"name": "fedavg"})
-    run = run.model_copy(update={"model": run.model.model_copy(update={"lora": Lora(rank=3)})})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"lora": Lora(rank=3), "view": Lora(rank=3)})})
     net: Net = assemble.net_of(run)
     assert {n: p.shape for n, p in net.parameters()} == {n: t.shape for n, t in sketch(run).trained.items()}
     frozen, whole = one_pass(sketch(run), 2, 40, 8, run.model.lora), one_pass(sketch(run), 2, 40, 8)
@@ -91,7 +91,9 @@ def test_a_quantised_base_weighs_what_it_says(tmp_path: Path, bits: int) -> None
 
     tiny_folder(tmp_path / "model", hidden_size=64, num_attention_heads=4)
     run = run_of(tmp_path / "model", {"name": "fedavg"})
-    run = run.model_copy(update={"model": run.model.model_copy(update={"lora": Lora(rank=3), "bits": bits})})
+    run = run.model_copy(
+        update={"model": run.model.model_copy(update={"lora": Lora(rank=3), "view": Lora(rank=3), "bits": bits})}
+    )
     net: Net = assemble.net_of(run)
     there = sum(p.nbytes for p in net.model.parameters())
     for layer in quantised_layers(net.model).values():

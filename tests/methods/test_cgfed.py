@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.tgap import Tgap
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 from thinwire.train.weights import fill
 
 LOCAL: dict[str, Any] = {"lr": 1e-2, "steps": 3, "batch_size": 4}
@@ -34,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def view(folder: Path, rank: int = 8) -> Net:
-    adapt = partial(add_lora, rank=rank, alpha=16.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"], key=Key.root(0))
-    return Net.open(str(folder), adapt=adapt)
+    view = Lora(rank=rank, alpha=16.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    return Net.open(str(folder), view=view)
 
 
 @pytest.fixture(scope="module")
@@ -271,9 +270,9 @@ def test_fields_that_do_not_go_together(fields: dict[str, Any], message: str) ->
 def test_a_view_of_other_than_factors_alone_is_refused(folder: Path, net: Net, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"^model\.lora: missing; cgfed codes"):
         CGFed().fits(tiny_net(folder))
-    adapt = partial(add_lora, rank=2, alpha=4.0, targets=["query"], key=Key.root(0))
+    view = Lora(rank=2, alpha=4.0, targets=("query",))
     encoder = str(tiny_encoder(tmp_path / "encoder"))
-    head = Net.open(encoder, adapt=adapt, classes=("one", "other"), head_key=Key.root(0))
+    head = Net.open(encoder, view=view, classes=("one", "other"), head_key=Key.root(0))
     with pytest.raises(ModelError, match=r"^model\.lora: cgfed codes factors alone, .*head too: classifier\.weight$"):
         CGFed().fits(head)
     CGFed().fits(net)

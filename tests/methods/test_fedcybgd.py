@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ from torch import Tensor
 from thinwire import wire
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.core import Client, StaleVersion
-from thinwire.keys import Key
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD, Proxy
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.shrink import Cut
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 from thinwire.runtime.store import VersionStore
 from thinwire.train.local import Rule, train_locally
 from thinwire.train.versions import decoded
@@ -359,9 +357,9 @@ def test_to_choose_a_step_takes_rows_at_the_server(net: Net, tmp_path: Path) -> 
 
 
 def test_adapters_are_refused_before_anything_runs(folder: Path, net: Net) -> None:
-    adapt = partial(add_lora, rank=2, alpha=4.0, targets=["q_proj"], key=Key.root(0))
+    view = Lora(rank=2, alpha=4.0, targets=("q_proj",))
     with pytest.raises(ModelError, match=r"model\.lora: fedcybgd"):
-        method().fits(Net.open(str(folder), adapt=adapt))
+        method().fits(Net.open(str(folder), view=view))
 
 
 def test_a_proxy_that_is_none_is_refused(net: Net, tmp_path: Path) -> None:

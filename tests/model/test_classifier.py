@@ -31,9 +31,9 @@ from thinwire.data.rows import Row
 from thinwire.evaluate.loss import mean_loss
 from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.keys import Key
+from thinwire.model.classifier import labels_of, task_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.task import labels_of, task_of
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe
 from thinwire.runtime.course import Watch, read_records, train
@@ -139,7 +139,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_changes_nothing(place: Path)
     ]
     data = assemble.dataset(run.data, held, net.tokenizer, run.data.choices)
     batch = collate(data.examples, data.pad, data.candidates)
-    assert batch.classes
+    assert batch.kind == "class"
     assert batch.attention_mask[:, 0].all()
     assert not batch.attention_mask[:, -1].all()
     assert [e.prompt[0] for e in data.examples] == [256] * 4

@@ -142,7 +142,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 
 
 def test_code_of_a_models_own_is_not_run(tmp_path: Path) -> None:
-    from thinwire.model.task import task_of
+    from thinwire.model.classifier import task_of
 
     own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     folder = edited(tmp_path, lambda held: None, **own)

@@ -36,8 +36,9 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from thinwire.model.anatomy import Layer, Layout, Part, Width
 from thinwire.model.meta import hollow
-from thinwire.model.shrink import Cut, Layer, Layout, Part, Width, proxy, renamed, shape_of, sliced
+from thinwire.model.shrink import Cut, proxy, renamed, shape_of, sliced
 
 DEPTH, CHANNELS, VOCABULARY = 5, 24, 32
 SMALL: dict[str, Any] = {

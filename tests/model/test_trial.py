@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from thinwire.keys import Key
+from thinwire.model.classifier import task_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.task import task_of
 from thinwire.model.trial import check_causal, positions, reads_of
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -177,9 +177,9 @@ def test_factors_beside_a_layer_that_is_not_called_are_refused(target: str) -> N
     with pytest.raises(
         ModelError, match=rf"model.lora.targets: .* reads the weights of .*\.{target} and does not call"
     ):
-        add_lora(model, 2, 2.0, [target], Key.root(0))
+        Lora(rank=2, targets=(target,)).adapt(model, Key.root(0))
     assert not hasattr(model, "peft_config")
-    add_lora(model, 2, 2.0, ["in_proj"], Key.root(0))
+    Lora(rank=2, targets=("in_proj",)).adapt(model, Key.root(0))
 
 
 def test_a_head_that_no_file_holds_is_not_drawn(tmp_path: Path) -> None:

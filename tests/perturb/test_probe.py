@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from federation import closed_data, tiny_net
 from tiny import VOCABULARY, tiny_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MixtralConfig, Qwen2Config
 
-from thinwire.data.batch import Example, collate
+from thinwire.data.batch import IGNORE, Example, collate
 from thinwire.keys import Key
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.views.lora import add_lora
+from thinwire.model.views import Lora
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.probe import Probe, check
 from thinwire.train.objective import loss
@@ -73,6 +72,22 @@ def test_the_losses_are_those_of_perturbed_weights(kind: str, pool: Directions, 
         assert [value for pair in found for value in pair] == pytest.approx(expected, rel=2e-6)
         assert abs(found[0][0] - found[0][1]) > 1e-4  # the probe did move something
         assert found[0] != found[1]
+
+
+@together
+@laws
+def test_pairs_are_the_losses_of_each_example(pool: Directions, together: bool, tmp_path: Path) -> None:
+    net = tiny_net(tmp_path)
+    for data in (closed_data(net, 8, 0), replace(closed_data(net, 8, 0), candidates=None)):
+        batch = next(data.batches(Key.root(0), 6))
+        with Probe(net, pool, together) as probe:
+            found, means = probe.pairs(batch, [5, 37], 1e-2), probe.losses(batch, [5, 37], 1e-2)
+        assert (found.dtype, found.shape, found.requires_grad) == (torch.float64, (2, 2, 6), False)
+        assert len(found.flatten(0, 1).unique(dim=0)) == 4
+        if batch.kind == "open":
+            tokens = (batch.labels != IGNORE).sum(1)
+            found = found * tokens * len(tokens) / tokens.sum()
+        torch.testing.assert_close(found.mean(2), torch.tensor(means, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 @together
@@ -164,8 +179,8 @@ def test_a_model_that_goes_round_its_layers_is_refused_before_it_is_probed(tmp_p
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"fedzo perturbs .*MambaForCausalLM does not call the layer of .*conv1d"):
         check(Net.open(str(tmp_path)), DIRECTIONS, False, "fedzo")
-    adapt = partial(add_lora, rank=2, alpha=2.0, targets=["in_proj"], key=Key.root(0))
-    check(Net.open(str(tmp_path), adapt=adapt), DIRECTIONS, False, "fedzo")
+    view = Lora(rank=2, alpha=2.0, targets=("in_proj",))
+    check(Net.open(str(tmp_path), view=view), DIRECTIONS, False, "fedzo")
 
 
 @together

@@ -25,7 +25,15 @@ from transformers import (
 )
 
 from thinwire.data.batch import IGNORE, Batch, Example, collate, collate_packed
-from thinwire.train.objective import cross_entropies, keeps_apart, loss, losses, scores, token_losses
+from thinwire.train.objective import (
+    cross_entropies,
+    example_losses,
+    keeps_apart,
+    loss,
+    losses,
+    scores,
+    token_losses,
+)
 
 OPEN = [
     Example((1, 2, 3), (4, 5, EOS)),
@@ -92,6 +100,33 @@ def test_open_loss_and_its_gradient(model: nn.Module) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_an_examples_loss_is_its_own(model: nn.Module, groups: int) -> None:
+    """As it is alone, differentiable, and the batch's loss is their mean, over the examples or over all tokens."""
+    for candidates in (None, SINGLE, SEVERAL):
+        examples = OPEN if candidates is None else CLOSED
+        batch = collate(examples, PAD, candidates)
+        found = example_losses(model, batch, groups)
+        assert (found.dtype, found.shape, found.requires_grad) == (torch.float32, (groups, len(examples)), True)
+        alone = torch.stack([loss(model, collate([e], PAD, candidates)) for e in examples])
+        torch.testing.assert_close(found, alone.expand(groups, -1), rtol=1e-5, atol=1e-5)
+        if candidates is None:
+            tokens = torch.tensor([len(e.answer) for e in examples])
+            mean = (found * tokens).sum(1) / tokens.sum()
+            torch.testing.assert_close(mean, losses(model, batch, groups), rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(found.mean(1), losses(model, batch, groups))
+
+
+def test_the_losses_of_packed_examples_are_told_apart() -> None:
+    model = tiny_model()
+    rows = [[OPEN[0], OPEN[1]], [OPEN[2]], [OPEN[3], Example((7,), ()), OPEN[0]]]
+    with torch.no_grad():
+        found = example_losses(model, collate_packed(rows, PAD), 2)
+        alone = [oracle(model, e.prompt, e.answer).mean() if e.answer else torch.zeros(()) for row in rows for e in row]
+    torch.testing.assert_close(found.double(), torch.stack(alone).double().expand(2, -1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("candidates", [SINGLE, SEVERAL])
 def test_closed_loss_and_its_gradient(model: nn.Module, candidates: list[tuple[int, ...]]) -> None:
     batch = collate(CLOSED, PAD, candidates)
@@ -116,6 +151,7 @@ def test_one_token_candidates_score_as_longer_ones_do() -> None:
     rows = [Example(e.prompt, tokens) for e in CLOSED for tokens in SINGLE]
     long = collate(rows, PAD)
     spelled = Batch(
+        "choice",
         long.input_ids,
         long.attention_mask,
         long.position_ids,
@@ -134,6 +170,7 @@ def test_padding_changes_nothing(model: nn.Module) -> None:
     batch = collate(OPEN, PAD)
     rows, more = len(OPEN), 5
     padded = Batch(
+        "open",
         torch.cat([torch.full((rows, more), 77), batch.input_ids], 1),
         torch.cat([torch.zeros(rows, more, dtype=torch.int64), batch.attention_mask], 1),
         torch.cat([torch.zeros(rows, more, dtype=torch.int64), batch.position_ids], 1),

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import CHOICES, tiny_folder, tiny_model, tiny_rows, tiny_tokenizer, write_jsonl
 
-from thinwire.data.batch import Dataset
+from thinwire.data.batch import Batch, Dataset
 from thinwire.data.templates import Template
 from thinwire.data.tokenise import tokenise
 from thinwire.keys import Key
@@ -61,7 +61,18 @@ def data(choices: tuple[str, ...] | None) -> Dataset:
 def test_the_parts_of_a_batch_make_up_its_loss(
     choices: tuple[str, ...] | None, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, batch = tiny_model(), next(data(choices).batches(Key.root(0), 9))
+    parts_make_up_its_loss(next(data(choices).batches(Key.root(0), 9)), size, monkeypatch)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 12])
+def test_the_parts_of_a_packed_batch_make_up_its_loss(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = next(replace(data(None), pack=128).batches(Key.root(0), 9))
+    assert 1 < len(batch.input_ids) < batch.examples == 9
+    parts_make_up_its_loss(batch, size, monkeypatch)
+
+
+def parts_make_up_its_loss(batch: Batch, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
     total, examples = 0.0, 0
     for rank in range(size):
         monkeypatch.setattr(parallel, "ranks", lambda rank=rank: (rank, size))
@@ -70,7 +81,7 @@ def test_the_parts_of_a_batch_make_up_its_loss(
             total, examples = total + share * loss(model, mine).item(), examples + mine.examples
     assert examples == 9
     assert total == pytest.approx(loss(model, batch).item(), abs=1e-5)
-    nothing = replace(batch, labels=torch.full_like(batch.labels, -100), choice=None)
+    nothing = replace(batch, kind="open", labels=torch.full_like(batch.labels, -100), choice=None)
     assert parallel.part(nothing)[1] in (0.0, 1.0)
 
 

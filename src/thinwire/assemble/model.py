@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +11,10 @@ from thinwire.assemble.rows import Rows, in_words, template_of
 from thinwire.config import ConfigError, Run
 from thinwire.data.classes import classes_of as find_classes
 from thinwire.keys import Key
+from thinwire.model.classifier import labels_of, task_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
-from thinwire.model.task import labels_of, task_of
-from thinwire.model.views.lora import add_lora
 from thinwire.runtime.cohort import check_clients
 from thinwire.train.parallel import device_of
 
@@ -58,24 +56,22 @@ def settled(run: Run, rows: Rows) -> Run:
 
 
 def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
-    """The run's start model in memory (unless hollow), a LoRA view of it if the run says so.
+    """The run's start model in memory (unless hollow), in the run's view.
 
     ModelError: there is no such model, or the method cannot train it.
     """
-    model, adapt = run.model, None
-    if model.lora is not None:
-        key = Key.root(run.seed).fold("lora")
-        adapt = partial(add_lora, rank=model.lora.rank, alpha=model.lora.alpha, targets=model.lora.targets, key=key)
-        if hollow:
-            name = config.method_name(run.method)
-            raise ModelError(f"model.lora: a client of {name} has no weights in memory for factors to stand beside")
+    model = run.model
+    if hollow and model.lora is not None:
+        name = config.method_name(run.method)
+        raise ModelError(f"model.lora: a client of {name} has no weights in memory for factors to stand beside")
     folder = resolve(model.path)
     net = Net.open(
         str(folder),
         model.dtype,
         remember=remember,
         device=device_of(model.device),
-        adapt=adapt,
+        view=model.view,
+        view_key=Key.root(run.seed).fold(model.view.kind),
         hollow=hollow,
         classes=classes_of(run, folder),
         head_key=Key.root(run.seed).fold("head"),

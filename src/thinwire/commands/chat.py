@@ -31,9 +31,9 @@ def chat(
     with one_line():
         settle()
         from thinwire import config
+        from thinwire.model.classifier import labels_of, task_of
         from thinwire.model.net import Net
         from thinwire.model.resolve import resolve
-        from thinwire.model.task import labels_of, task_of
 
         data = config.load(path / "run.toml").data if (path / "run.toml").exists() else None
         if data is not None and not (path / "model").is_dir():

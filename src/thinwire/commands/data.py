@@ -45,7 +45,7 @@ def data(
         settings = config.load(file, overrides or [])
         settings, rows = assemble.prepared(settings)
         # the tokenizer and the config are all that is needed, whatever is trained
-        model = settings.model.model_copy(update={"lora": None})
+        model = settings.model.model_copy(update={"lora": None, "view": config.Full()})
         plain = settings.model_copy(update={"model": model, "method": Method()})
         net = assemble.net_of(plain, hollow=True)
         clients = assemble.clients_data(settings, rows, net)

@@ -33,7 +33,8 @@ def evaluate(
             if not (path / "model").is_dir():
                 raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
             settings = config.load(path / "run.toml", [*(overrides or []), _named(path / "model")])
-            plain = settings.model.model_copy(update={"lora": None})  # the saved model has its factors merged in
+            # the saved model has its factors merged in
+            plain = settings.model.model_copy(update={"lora": None, "view": config.Full()})
             settings = settings.model_copy(update={"model": plain})
             rows = assemble.rows_of(settings.data, Key.root(settings.seed))
         elif path.is_dir():

@@ -73,5 +73,4 @@ def check_rounds(made: Sequence[Plan]) -> None:
 
 
 def _passes(run: Run) -> float:
-    # on factors alone the gradient of the weights falls away, a third of a step
-    return run.method.work(1).rows * (1 if run.model.lora is None else 2 / 3)
+    return run.method.work(1).rows * run.model.view.forward_share

@@ -68,17 +68,15 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
 
 def check_models(made: Sequence[Plan]) -> None:
     """ModelError where a model is not to be had, or has no layers for the factors that some run puts beside them."""
+    from thinwire.model.classifier import labels_of, task_of
     from thinwire.model.load import load
     from thinwire.model.resolve import resolve
-    from thinwire.model.task import labels_of, task_of
-    from thinwire.model.views.lora import chosen_layers
 
     for model in dict.fromkeys(plan.run_of(plan.seeds[0], None).model for plan in made):
         folder = resolve(model.path)
         classes = labels_of(folder) or ("one", "other")
         empty, _, _ = load(model.path, empty=True, classes=None if task_of(folder, model.task) == "causal" else classes)
-        if model.lora is not None:
-            chosen_layers(empty, model.lora.rank, model.lora.targets)
+        model.view.trained(empty)
 
 
 def check_output(made: Sequence[Plan], out: Path) -> None:

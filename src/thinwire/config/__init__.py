@@ -9,8 +9,9 @@ from thinwire.config.parse import read as read
 from thinwire.config.schema import Data as Data
 from thinwire.config.schema import Eval as Eval
 from thinwire.config.schema import Federation as Federation
-from thinwire.config.schema import Lora as Lora
 from thinwire.config.schema import Model as Model
 from thinwire.config.schema import Run as Run
 from thinwire.config.schema import Track as Track
 from thinwire.errors import ConfigError as ConfigError
+from thinwire.model.views import Full as Full
+from thinwire.model.views import Lora as Lora

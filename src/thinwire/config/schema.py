@@ -18,6 +18,7 @@ from pydantic import (
     SerializationInfo,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -25,6 +26,7 @@ from thinwire.config.explain import leaves
 from thinwire.config.method import method_of
 from thinwire.errors import ConfigError
 from thinwire.methods import PLACES
+from thinwire.model.views import AnyView, Full, Lora
 from thinwire.runtime.cohort import All, Cohort
 
 if TYPE_CHECKING:
@@ -37,22 +39,14 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class Lora(_Section):
-    """Factors of `rank` beside every linear layer whose name ends in one of `targets`, scaled by alpha / rank."""
-
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
-    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
-
-
 class Model(_Section):
     """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or what packages carry:
     smollm2-135m-instruct, minilm.
 
     `task`: causal (goes on with a text) or classification (names a text's class; an encoder gets a fresh head), found
     from the model where it is auto. `device`: as torch calls it, such as cpu or cuda:0; or auto, for a model that spans
-    all GPUs of the machine. With `lora` all methods train its factors, and a classifier's head, in place of the model,
-    whose linear layers may then be kept in 8 or 4 `bits` (LLM.int8, NF4).
+    all GPUs of the machine. `view`: what all methods train, the model or, where its kind is lora, factors beside it and
+    a classifier's head; linear layers may then be kept in 8 or 4 `bits` (LLM.int8, NF4). [model.lora] is short for it.
     """
 
     path: str = "smollm2-135m-instruct"
@@ -61,12 +55,26 @@ class Model(_Section):
     device: str = "cpu"
     lora: Lora | None = None
     bits: Literal[8, 4] | None = None
+    view: AnyView = Full()
 
     @model_validator(mode="after")
     def _adapted(self) -> Model:
+        if {"lora", "view"} <= self.model_fields_set and self.lora != self.view:
+            raise ConfigError('model.lora: is short for [model.view] with kind = "lora"; one of them is enough')
+        view = self.view if self.lora is None else self.lora
+        object.__setattr__(self, "view", view)
+        object.__setattr__(self, "lora", view if isinstance(view, Lora) else None)
         if self.bits is not None and self.lora is None:
             raise ValueError("bits needs [model.lora]: quantised weights cannot be trained themselves")
         return self
+
+    @model_serializer(mode="wrap")
+    def _short(self, plain: Any) -> dict[str, Any]:
+        found: dict[str, Any] = plain(self)
+        if isinstance(self.view, Full | Lora):  # as run files have them since before there were views
+            found.pop("view", None)
+            (found.get("lora") or {}).pop("kind", None)
+        return found
 
 
 class Data(_Section):

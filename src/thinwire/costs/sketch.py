@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-    from thinwire.model.task import Task
+    from thinwire.model.classifier import Task
 
 
 class Work(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from thinwire.keys import Key
 
 IGNORE = -100  # the label of a position that does not count in the loss
 WINDOW = 8  # batches among which examples are sorted by length
+Kind = Literal["open", "choice", "token", "class", "packed"]
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,19 @@ class Batch:
     """Left-padded tokens whose answers all end at the last position.
 
     input_ids, attention_mask, position_ids: int64 [rows, length]. labels: int64 [rows, answer], the targets of the last
-    `answer` positions of input_ids, IGNORE where nothing counts. A batch over a closed set of answers holds one row
-    for each (example, candidate), candidates fastest, `candidates` of them, and `choice` int64 [examples]; otherwise
-    candidates is 1 and choice is None. Where each candidate is one token, `candidate_ids` int64 [candidates] has them,
-    the rows are the bare prompts, one an example, and labels is int64 [rows, 0]. Where candidates have no tokens they
-    are a classifier's classes: again the rows are the bare texts, here padded on the right.
+    `answer` positions of input_ids, IGNORE where nothing counts. What the rows are is its `kind`:
 
-    In a `packed` batch several examples stand in a row one after the other, and labels reaches back to the first
-    answer of any row. position_ids begins at 0 with each example, and with the padding: by that alone a model must keep
-    the examples of a row apart, so attention_mask, which tells padding from tokens, is not for the model.
+    open: an example each, with its answer; candidates is 1, choice None.
+    choice: one for each (example, candidate), candidates fastest, `candidates` of them; `choice` is int64 [examples].
+    token: each candidate is one token, and `candidate_ids` int64 [candidates] has them: a bare prompt for each example,
+    labels int64 [rows, 0].
+    class: candidates are a classifier's classes, without tokens: a bare text for each example, padded on the right.
+    packed: several open examples, one after the other, and labels reaches back to the first answer of any row.
+    position_ids begins at 0 with each example, and with the padding: by that alone a model must keep the examples of a
+    row apart, so attention_mask, which tells padding from tokens, is not for the model.
     """
+
+    kind: Kind
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -58,12 +63,6 @@ class Batch:
     candidates: int = 1
     choice: Tensor | None = None
     candidate_ids: Tensor | None = None
-    packed: bool = False
-
-    @property
-    def classes(self) -> bool:
-        """Whether the candidates are a classifier's classes."""
-        return self.choice is not None and self.candidate_ids is None and not self.labels.shape[1]
 
     def repeated(self, times: int) -> Batch:
         """The batch's rows `times` times over."""
@@ -82,34 +81,30 @@ class Batch:
 
 def collate(examples: Sequence[Example], pad: int, candidates: Sequence[tuple[int, ...]] | None = None) -> Batch:
     """One batch of the examples; with `candidates` (the tokens of each closed answer) it scores those answers."""
+    kind: Kind = "open"
     choice, single = None, None
-    if candidates is None:
-        rows = [(e.prompt, e.answer) for e in examples]
-    else:
+    rows = [(e.prompt, e.answer) for e in examples]
+    if candidates is not None:
         choice = torch.tensor([e.choice for e in examples], dtype=torch.int64)
-        if all(len(tokens) == 1 for tokens in candidates):
+        kind = "class" if not any(candidates) else "token" if {*map(len, candidates)} == {1} else "choice"
+        if kind == "token":
             single = torch.tensor([tokens[0] for tokens in candidates], dtype=torch.int64)
-            rows = [(e.prompt, ()) for e in examples]
-        elif not any(candidates):
-            rows = [(e.prompt, ()) for e in examples]
-        else:
-            rows = [(e.prompt, tokens) for e in examples for tokens in candidates]
+        rows = [(e.prompt, tokens) for e in examples for tokens in (candidates if kind == "choice" else [()])]
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     width = max(len(answer) for _, answer in rows)
     input_ids = torch.full((len(rows), length), pad, dtype=torch.int64)
     attention = torch.zeros((len(rows), length), dtype=torch.int64)
     labels = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
-    classes = choice is not None and not any(candidates or ())
     for i, (prompt, answer) in enumerate(rows):
         tokens = (*prompt, *answer)
-        start = 0 if classes else length - len(tokens)  # encoders look at the first token
+        start = 0 if kind == "class" else length - len(tokens)  # encoders look at the first token
         input_ids[i, start : start + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         attention[i, start : start + len(tokens)] = 1
         if answer:
             labels[i, width - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     count = 1 if candidates is None else len(candidates)
-    return Batch(input_ids, attention, positions, labels, len(examples), count, choice, single)
+    return Batch(kind, input_ids, attention, positions, labels, len(examples), count, choice, single)
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
@@ -130,7 +125,7 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
             labels[i, answer:end] = torch.tensor(example.answer, dtype=torch.int64)
             at = end
     examples = sum(map(len, rows))
-    return Batch(input_ids, attention, positions, labels[:, length - width :], examples, packed=True)
+    return Batch("packed", input_ids, attention, positions, labels[:, length - width :], examples)
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,7 @@ def estimate(run: Run) -> Estimate:
         assumed.append(f"answers of {min(ANSWER, length - 1)} tokens")
     probed = method_name(method) if work.probes else None
     forward = one_pass(model, at_once, length, 1 if closed else ANSWER, run.model.lora, probed)
-    passes = fmean(method.work(round).rows for round in range(1, run.rounds + 1))
-    passes *= 1 if run.model.lora is None else 2 / 3
+    passes = fmean(method.work(round).rows for round in range(1, run.rounds + 1)) * run.model.view.forward_share
     return Estimate(
         method=method_name(method),
         model=run.model.path,

@@ -20,14 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from thinwire.config import Lora, Run
 from thinwire.costs.sketch import Pass, Sketch
+from thinwire.model.classifier import Task, has_head, task_in, task_of
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.folder import check_adapter
 from thinwire.model.load import DTYPES
 from thinwire.model.meta import hollow
 from thinwire.model.quantised import HEADS
 from thinwire.model.resolve import PACKAGED, resolve
-from thinwire.model.task import Task, has_head, task_in, task_of
-from thinwire.model.views.lora import check_called, chosen_layers, head_of
+from thinwire.model.views.factors import check_called, chosen_layers, head_of
 from thinwire.perturb.probe import check_read
 from thinwire.train.objective import cross_entropies
 
@@ -51,10 +51,10 @@ def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
         each = {8: 1.0, 4: 0.5 + 4 / 64}[run.model.bits]  # four bits: a float32 scale for 64 weights
         layers = (m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in HEADS)
         whole -= int(sum(layer.weight.numel() for layer in layers) * (dtype.itemsize - each))
-    trained = {name: p.detach() for name, p in model.named_parameters()}
-    if run.model.lora is not None:
-        trained = _factors(model, run.model.lora)
-        whole += sum(t.numel() for name, t in trained.items() if ".lora_" in name) * dtype.itemsize
+    shapes = run.model.view.trained(model)
+    trained = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    own = {name for name, _ in model.named_parameters()}
+    whole += sum(tensor.numel() for name, tensor in trained.items() if name not in own) * dtype.itemsize
     largest = max(tensor.numel() for tensor in trained.values()) * dtype.itemsize
     return Sketch(trained, whole, largest, config, dtype, task, adapted=run.model.lora is not None)
 
@@ -165,14 +165,14 @@ def _beside(layer: nn.Module, rank: int) -> None:
     dtype = next(layer.parameters()).dtype
     left = torch.empty((rank, taken), dtype=dtype, requires_grad=True)
     right = torch.empty((given, rank), dtype=dtype, requires_grad=True)
-    layer.forward = lambda x: inner(x) + F.linear(F.linear(x, left), right) * 2.0  # type: ignore[method-assign]
+    layer.forward = lambda x: inner(x) + F.linear(F.linear(x, left), right) * 2.0
 
 
 class Live(TorchDispatchMode):
     """Inside, bytes of the storages that are alive, now and at most; what is given at first does not count."""
 
     def __init__(self, without: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.peak = 0, 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in without}
 
@@ -193,13 +193,3 @@ class Live(TorchDispatchMode):
 
     def _drop(self, place: int) -> None:
         self.now -= self._sizes.pop(place)
-
-
-def _factors(model: PreTrainedModel, lora: Lora) -> dict[str, Tensor]:
-    """The LoRA factors under the names that a view gives them, and a classifier's head."""
-    found: dict[str, Tensor] = {}
-    for name, layer in chosen_layers(model, lora.rank, lora.targets).items():
-        taken, given = _sides(layer)
-        for part, shape in (("A", (lora.rank, taken)), ("B", (given, lora.rank))):
-            found[f"{name}.lora_{part}.default.weight"] = torch.empty(shape, dtype=model.dtype, device="meta")
-    return found | {name: p.detach() for name, p in head_of(model).items()}

@@ -13,6 +13,7 @@ from thinwire.config import Run
 from thinwire.core import Method, Server, Versions
 from thinwire.costs.frames import Expected, Span
 from thinwire.keys import Key
+from thinwire.runtime.seats import Seats
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,10 @@ from thinwire.costs.memory import FROZEN, RUNTIME, Memory, Side, exact_coding, h
 from thinwire.costs.sketch import Pass, Sketch, Work, within_layers
 from thinwire.keys import Key
 from thinwire.model import importance, shrink
+from thinwire.model.anatomy import Width
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.model.shrink import Cut, Width
+from thinwire.model.shrink import Cut
 from thinwire.train.blocks import Blocks
 from thinwire.train.local import scheduled
 from thinwire.train.objective import loss as batch_loss

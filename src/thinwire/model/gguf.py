@@ -12,7 +12,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -98,9 +98,10 @@ def _read(folder: Path, gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     kind = str(fields["general.architecture"])
     if kind not in OWN:
         empty = hollow(partial(AutoModelForCausalLM.from_config, dtype=torch.float32), config)
-        processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config.to_dict())
+        how: Any = TENSOR_PROCESSORS.get(kind, TensorProcessor)
+        processor = how(config=config.to_dict())
         check_tensors(names, get_gguf_hf_weights_map(empty, processor), gguf)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=gguf.name,
         config=config,
@@ -108,6 +109,7 @@ def _read(folder: Path, gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
+    model, info = loaded  # as output_loading_info has it
     check_shapes(info, f"the GGUF file {gguf}")
     if absent := sorted(info["missing_keys"]):
         raise ModelError(f"the GGUF file {gguf} lacks {len(absent)} tensors that the model needs, such as {absent[0]}")

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinwire.model.head import is_classifier
-from thinwire.model.shrink import Layout
+from thinwire.model.anatomy import Layout
+from thinwire.model.classifier import is_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from thinwire.model import head
+from thinwire.model import classifier
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.files import check_files, check_shapes, settle_ties, unties
 from thinwire.model.meta import hollow
@@ -78,7 +78,7 @@ def _read_model(
             raise ModelError(f"the model in {folder} is quantised already: float weights are wanted")
         with torch.random.fork_rng(devices=[]):  # a head that the folder lacks is first drawn by transformers
             # Code that comes with a model is never run; said here so that nobody is asked on the terminal.
-            model, info = auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 folder,
                 dtype=dtype,
                 output_loading_info=True,
@@ -88,6 +88,7 @@ def _read_model(
                 **_labels(classes),
                 **placed,
             )
+            model, info = loaded  # as output_loading_info has it
     except ModelError:
         raise
     except Exception as error:  # safetensors, json, config validation and torch each have their own
@@ -95,10 +96,10 @@ def _read_model(
     check_shapes(info, f"the model in {folder}")
     for layer in quantised_layers(model).values():
         layer.support_avx512bf16_for_cpu = False  # or some CPUs would pack the weights anew, and round otherwise
-    absent = sorted(info["missing_keys"], key=lambda name: (not head.of_head(model, name), name))
+    absent = sorted(info["missing_keys"], key=lambda name: (not classifier.of_head(model, name), name))
     if absent and classes is not None and key is not None:
         try:
-            fresh = head.drawn(model, absent, key)
+            fresh = classifier.drawn(model, absent, key)
         except ModelError as error:
             raise ModelError(f"{folder}: {error}") from None
         with torch.no_grad():
@@ -110,7 +111,8 @@ def _read_model(
         raise ModelError(f"the weights in {folder} lack {which}")
     check_files(model, folder, info["unexpected_keys"])
     settle_ties(model)
-    return model
+    ready: PreTrainedModel = model
+    return ready
 
 
 def _hollow_model(folder: Path, dtype: torch.dtype, classes: Sequence[str] | None = None) -> PreTrainedModel:

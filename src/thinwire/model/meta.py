@@ -25,7 +25,8 @@ def hollow(make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrain
     with init_empty_weights(include_buffers=False), _EmptyOnMeta(), torch.random.fork_rng(devices=[]):
         model = make(config)
     model.tie_weights()  # moving a parameter to the meta device has made a new one of it
-    return model.eval()
+    ready: PreTrainedModel = model.eval()
+    return ready
 
 
 class _EmptyOnMeta(TorchFunctionMode):

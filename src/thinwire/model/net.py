@@ -4,116 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from thinwire.model import head
+from thinwire.keys import Key
+from thinwire.model import classifier
 from thinwire.model.errors import ModelError, first_line
-from thinwire.model.folder import shards, whole_folder
-from thinwire.model.gguf import cache_folder
+from thinwire.model.folder import whole_folder
 from thinwire.model.load import load
+from thinwire.model.quantised import plain
+from thinwire.model.start import Base, spool, tied
 from thinwire.model.tokens_and_generation import quiet
 from thinwire.model.trial import check_causal, positions
-from thinwire.model.views import lora
+from thinwire.model.views import Adapted, Full, View
+from thinwire.wire.frame import raw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from thinwire.keys import Key
 
-# Integer views of the same width, to reach the raw bytes of types that numpy does not know.
-_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Base(Mapping[str, Tensor]):
-    """The start model's trainable tensors, each read from its safetensors file when asked for; read-only.
-
-    A tensor comes with the shape, dtype and device of the net's parameter of that name. It may be a private
-    view of the file: an edit never reaches the file. ModelError: a tensor is absent from the files or has
-    another shape.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        parameters: Mapping[str, nn.Parameter],
-        aliases: Mapping[str, tuple[str, ...]],
-        draw: Callable[[list[str]], Mapping[str, Tensor]] | None = None,
-    ) -> None:
-        """`aliases` lists, for each name, the names under which a file may hold it; `draw` makes those in no file."""
-        from safetensors import SafetensorError, safe_open
-
-        self._parameters = dict(parameters)
-        self._drawn: Mapping[str, Tensor] = {}
-        self._places: dict[str, tuple[Path, str]] = {}
-        for shard in shards(folder):
-            try:
-                with safe_open(folder / shard, framework="pt") as file:
-                    held = set(file.keys())
-                    for name, parameter in parameters.items():
-                        key = next((alias for alias in aliases[name] if alias in held), None)
-                        if key is None or name in self._places:
-                            continue
-                        shape = tuple(file.get_slice(key).get_shape())
-                        if shape != tuple(parameter.shape):
-                            raise ModelError(
-                                f"{key} in {folder / shard} has the shape {shape}, not {tuple(parameter.shape)}"
-                            )
-                        self._places[name] = (folder / shard, key)
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"cannot read {folder / shard}: {first_line(error)}") from error
-        absent = [name for name in parameters if name not in self._places]
-        if absent and draw is not None:
-            self._drawn = draw(absent)
-        elif absent:
-            raise ModelError(f"the weights in {folder} lack {len(absent)} tensors of the model, such as {absent[0]}")
-
-    def __getitem__(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        parameter = self._parameters[name]
-        if name in self._drawn:
-            return self._drawn[name].to("cpu" if parameter.is_meta else parameter.device, parameter.dtype, copy=True)
-        file, key = self._places[name]
-        # Opened anew each time: the pages of one map would stay resident, all of the model's in the end.
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(key).to("cpu" if parameter.is_meta else parameter.device, parameter.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
-
-    def starts_like(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Whether each tensor on disk has the first row of the parameter, bit for bit; reads only those rows."""
-        from safetensors import safe_open
-
-        for name, parameter in parameters.items():
-            if name in self._drawn:
-                if not torch.equal(self[name], parameter):
-                    return False
-                continue
-            file, key = self._places[name]
-            with safe_open(file, framework="pt") as opened:
-                row = opened.get_slice(key)[:1] if parameter.ndim else opened.get_tensor(key)
-            mine = parameter.detach()[:1] if parameter.ndim else parameter.detach()
-            if _bytes(row.to(parameter.dtype)) != _bytes(mine):
-                return False
-        return True
+_FULL, _SEED_0 = Full(), Key.root(0)
 
 
 class Net:
     """A borrowed workspace: one resident model and the read-only start model beside it on disk.
 
     Its contents are undefined when borrowed. Every write is in place, and reaches the trainable parameters
-    only: frozen ones and buffers stay as they were loaded.
+    only: frozen ones stay as they were loaded, unless `write` is given their names, and so do buffers.
     """
 
     def __init__(
@@ -124,30 +46,33 @@ class Net:
         trainable: Callable[[str], bool] | None = None,
         remember: bool = False,
         head_key: Key | None = None,
+        view: View = _FULL,
+        spooled: Path | None = None,
     ) -> None:
-        """Wrap `model`, whose start weights lie in `folder`.
+        """Wrap `model`, adapted to `view`, whose start weights lie in `folder`, those it spells otherwise in `spooled`.
 
         `trainable` says by name which parameters are trained (None: all); the others are frozen, as are those
         that do not require a gradient already. A tied parameter is one, under its first name, and trained if
         any of its names is chosen. `remember` lets `rebuild` keep a copy of one set of weights. What a classifier's
         files lack of its head is drawn from `head_key`. ModelError: nothing is trainable, or see Base.
         """
-        self._model, self.tokenizer, self.folder = model, tokenizer, Path(folder)
+        self._model, self.tokenizer, self.folder, self.view = model, tokenizer, Path(folder), view
         self.remember = remember
         self._resting = False
         self._kept: tuple[bytes, dict[str, Tensor]] | None = None
-        tied = _tied(model)
         if trainable is not None:
+            names = tied(model)
             for name, parameter in model.named_parameters():
-                if not any(trainable(alias) for alias in tied[name]):
+                if not any(trainable(alias) for alias in names[name]):
                     parameter.requires_grad_(False)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self._written: dict[str, nn.Parameter] = {}  # frozen ones
         if not self._parameters:
             raise ModelError(f"no parameter of the model in {folder} is trainable")
         self.names: tuple[str, ...] = tuple(self._parameters)
-        spellings = {name: _spellings(model, tied[name]) for name in self.names}
-        draw = None if head_key is None else lambda names: head.drawn(model, names, head_key)
-        self.base = Base(self.folder, self._parameters, spellings, draw)
+        draw = None if head_key is None else lambda names: classifier.drawn(model, names, head_key)
+        self.base = Base([*([spooled] if spooled else []), self.folder], model, draw)
         self.size = sum(p.numel() for p in self._parameters.values())
         self.nbytes = sum(p.numel() * p.element_size() for p in self._parameters.values())
 
@@ -159,52 +84,49 @@ class Net:
         trainable: Callable[[str], bool] | None = None,
         remember: bool = False,
         device: str = "cpu",
-        adapt: Callable[[PreTrainedModel], None] | None = None,
+        view: View = _FULL,
         hollow: bool = False,
         classes: Sequence[str] | None = None,
         head_key: Key | None = None,
         bits: int | None = None,
+        view_key: Key = _SEED_0,
     ) -> Net:
         """Load the model at `path` (see load.resolve) onto `device` and wrap it. ModelError as there.
 
         Device auto: all GPUs of the machine, each with some layers. `bits`, 8 or 4: linear layers are quantised, for
-        `adapt` to add what is trained.
+        `view` to add what is trained, drawn from `view_key`.
 
-        `adapt` may add parameters to the model and freeze others, as lora.add_lora does, before it is wrapped.
         A `hollow` net has names, shapes, config, tokenizer and base, and no weights in memory: for a client half that
-        builds a smaller model of its own. With `classes` it is a classifier, see load.load.
+        builds a smaller model of its own; they are those of the whole model, whatever the view. With `classes` it is a
+        classifier, see load.load.
         """
-        head_key = (
-            None if classes is None else head_key
-        )  # a causal model's head is in its files, or it is no such model
+        head_key = None if classes is None else head_key  # a causal model's head is in its files, or it is no model
         model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits)
         if hollow:
-            return cls(model, tokenizer, folder, head_key=head_key)
-        if adapt is not None:
-            adapt(model)
+            return cls(model, tokenizer, folder, head_key=head_key, view=view)
+        view.adapt(model, view_key)
         try:
             if device != "auto" and bits is None:
-                model.to(device)
+                model.to(device)  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
             raise ModelError(f"model.device: {device}: {first_line(error)}") from None
         if classes is None:
             check_causal(model, path)
         try:
-            net = cls(model, tokenizer, folder, trainable, remember, head_key)
+            net = cls(model, tokenizer, folder, trainable, remember, head_key, view)
             if net.base.starts_like(dict(net.parameters())):
                 return net
         except ModelError:
             pass  # the model did load, so its files only spell or shape the tensors otherwise, or lack what was added
         # Some architectures fuse, split or rename what their files hold (mixtures of experts): write the
         # trainable start weights once more, under the model's own names, into a folder that goes with the net.
-        spool = _spool(model)
+        spooled = spool(model)
         try:
-            net = cls(model, tokenizer, spool, trainable, remember)
+            net = cls(model, tokenizer, folder, trainable, remember, view=view, spooled=spooled)
         except BaseException:
-            shutil.rmtree(spool, ignore_errors=True)
+            shutil.rmtree(spooled, ignore_errors=True)
             raise
-        net.folder = folder
-        weakref.finalize(net, shutil.rmtree, spool, ignore_errors=True)
+        weakref.finalize(net, shutil.rmtree, spooled, ignore_errors=True)
         return net
 
     @property
@@ -244,8 +166,9 @@ class Net:
     def rows(self) -> tuple[int, int]:
         """How many tokens the model can read, and how many it can say (a classifier: as many): those of its
         embedding's rows and of its head's."""
-        read = int(self.model.get_input_embeddings().weight.shape[0])
-        written = None if head.is_classifier(self.model) else self.model.get_output_embeddings()
+        model: Any = self.model
+        read = int(model.get_input_embeddings().weight.shape[0])
+        written = None if classifier.is_classifier(model) else model.get_output_embeddings()
         return read, read if written is None else int(written.weight.shape[0])
 
     def parameter(self, name: str) -> nn.Parameter:
@@ -258,10 +181,29 @@ class Net:
         self._wake()
         return iter(self._parameters.items())
 
+    def adapted(self) -> dict[str, Adapted]:
+        """The layers with factors beside them, by name: their frozen weights, which `base` and `write` reach too."""
+        return self.view.adapted(self._model)
+
+    @torch.no_grad()
+    def write(self, name: str, tensor: Tensor) -> None:
+        """The parameter of that name := the tensor, in place; also a frozen one, in floats, that `base` has.
+
+        KeyError, ModelError: there is none. Once written, a frozen one is reset and remembered with the others.
+        """
+        if name in self._frozen and name not in self._written:
+            if not torch.equal(self.base[name], self._frozen[name]):
+                raise ModelError(f"{name} is not in the model's files as the model has it")  # to bring it back from
+            self._written[name] = self._frozen[name]
+        parameter = self._written[name] if name in self._written else self.parameter(name)
+        if tensor.shape != parameter.shape:
+            raise ModelError(f"{name} has the shape {tuple(parameter.shape)}, not {tuple(tensor.shape)}")
+        parameter.copy_(tensor)
+
     @torch.no_grad()
     def reset(self) -> None:
         """Weights := base, tensor by tensor, in place."""
-        for name, parameter in self.parameters():
+        for name, parameter in (*self.parameters(), *self._written.items()):
             parameter.copy_(self.base[name])
 
     @torch.no_grad()
@@ -270,7 +212,7 @@ class Net:
         digest = hashlib.sha256()
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(f"{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())
-            digest.update(_bytes(parameter))
+            digest.update(raw(parameter))
         return digest.hexdigest()
 
     def rebuild(self, token: bytes, build: Callable[[], None]) -> None:
@@ -283,13 +225,13 @@ class Net:
         if self._kept is not None and self._kept[0] == token:
             with torch.no_grad():
                 for name, tensor in self._kept[1].items():
-                    self.parameter(name).copy_(tensor)
+                    self.write(name, tensor)
             return
         build()
         if self.remember:
             copies = self._kept[1] if self._kept is not None else {}
             self._kept = None  # if the copying below is interrupted, nothing half-new passes for the old
-            for name, parameter in self.parameters():
+            for name, parameter in (*self.parameters(), *self._written.items()):
                 if name in copies:
                     copies[name].copy_(parameter.detach())
                 else:
@@ -303,9 +245,8 @@ class Net:
     def save(self, folder: Path | str, card: str | None = None) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer) that appears whole or not at all.
 
-        `card` is what its README.md says. Of a LoRA view, the plain model with the factors merged in; and in its folder
-        `adapter` the factors alone. An older model folder of that name is replaced. ModelError: something
-        else is there.
+        `card` is what its README.md says. Of a view, the plain model that computes the same, and what the view exports
+        beside it. An older model folder of that name is replaced. ModelError: something else is there.
         """
         target = Path(folder)
         if (
@@ -318,53 +259,9 @@ class Net:
         cached, config.use_cache = config.use_cache, True  # off in training; who serves the folder wants the cache
         try:
             with quiet(), whole_folder(target, replace=True) as fresh:
-                if lora.has_lora(self.model):
-                    lora.plain(self.model).save_pretrained(fresh, state_dict=lora.merged(self.model))
-                    lora.save_adapter(self.model, fresh / "adapter")
-                else:
-                    self.model.save_pretrained(fresh)
+                plain(self.model).save_pretrained(fresh, state_dict=self.view.export(self.model, fresh))
                 self.tokenizer.save_pretrained(fresh)
                 if card is not None:
                     (fresh / "README.md").write_text(card, encoding="utf-8")
         finally:
             config.use_cache = cached
-
-
-def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """All names of each parameter, under its first."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {group[0]: tuple(group) for group in names.values()}
-
-
-def _spellings(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, and each with and without the prefix of the headless model, as some files are written."""
-    prefix = f"{model.base_model_prefix}."
-    return (
-        *names,
-        *(name.removeprefix(prefix) if name.startswith(prefix) else prefix + name for name in names),
-    )
-
-
-def _spool(model: PreTrainedModel) -> Path:
-    from safetensors.torch import save_file
-
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="base-", dir=cache_folder()))
-    try:
-        save_file(
-            {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad},
-            folder / "model.safetensors",
-        )
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return folder
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's raw little-endian bytes, without a copy where it lies in memory so."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(_RAW[tensor.element_size()])
-    raw = flat.numpy()
-    return memoryview(raw.astype(raw.dtype.newbyteorder("<"), copy=False)).cast("B")

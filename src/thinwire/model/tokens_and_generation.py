@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thinwire.model.errors import ModelError
 
@@ -31,7 +31,8 @@ def quiet() -> Iterator[None]:
 
 def settle_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     # The embeddings are never resized for a pad token: the export would no longer fit the model it came from.
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= rows:
             end = f"; its end token {tokenizer.eos_token!r} is number {tokenizer.eos_token_id}"

@@ -7,7 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def _put_back(module: nn.Module, before: Any) -> None:
 def tokens_of(model: PreTrainedModel, length: int, start: int = 0) -> list[int]:
     """Tokens that mean nothing special, as many as fit; from another start, another one everywhere."""
     config = model.config.get_text_config()
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows: int = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
     room = positions(model)
     spread = range(0, rows, max(1, rows // 97))

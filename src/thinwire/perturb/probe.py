@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.data.batch import Batch, Example, collate
+from thinwire.model.classifier import is_classifier
 from thinwire.model.errors import ModelError, first_line
-from thinwire.model.head import is_classifier
 from thinwire.model.net import Net
 from thinwire.model.trial import reads_of, tokens_of
 from thinwire.perturb.directions import Directions
-from thinwire.train.objective import losses
+from thinwire.train.objective import example_losses, losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,21 +71,33 @@ class Probe:
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    @torch.no_grad()
     def losses(self, batch: Batch, seeds: Sequence[int], eps: float) -> list[tuple[float, float]]:
         """(L(w + eps z), L(w - eps z)) for direction z of each seed; not finite where the model's loss is not."""
+        found = [value for part in self._passes(losses, batch, seeds, eps) for value in part.tolist()]
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def pairs(self, batch: Batch, seeds: Sequence[int], eps: float) -> Tensor:
+        """The same of each example, as train.objective.example_losses has it: float64 [seeds, 2, examples]."""
+        parts = self._passes(example_losses, batch, seeds, eps)
+        return torch.cat([part.double().cpu() for part in parts]).view(len(seeds), 2, batch.examples)
+
+    @torch.no_grad()
+    def _passes(
+        self, measure: Callable[[Any, Batch, int], Tensor], batch: Batch, seeds: Sequence[int], eps: float
+    ) -> list[Tensor]:
+        """What is measured of each side of each direction in turn, [sides, ...] for the sides of one pass."""
         steps = [(seed, sign * eps) for seed in seeds for sign in (1, -1)]
         self._rows = len(batch.input_ids)
-        found: list[float] = []
+        found: list[Tensor] = []
         for group in [steps] if self.together else [[step] for step in steps]:
             self._steps = group
             self._scales = torch.tensor([step for _, step in group]).view(-1, 1, 1) / self.directions.rank**0.5
             self._draw([seed for seed, _ in group])
-            found += losses(self.net.model, batch, len(group)).tolist()
+            found.append(measure(self.net.model, batch, len(group)))
         if len(self._met) < len(self._names):
             missed = sorted(set(self._names.values()) - self._met)
             raise RuntimeError(f"no forward pass met {missed[0]} (of {len(missed)}): this model cannot be probed")
-        return list(zip(found[::2], found[1::2], strict=True))
+        return found
 
     def _outer(self, module: nn.Module, own: list[nn.Parameter], inner: Callable[..., Any]) -> Callable[..., Any]:
         added = self._added.get(type(module))

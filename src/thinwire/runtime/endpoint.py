@@ -8,6 +8,7 @@ from typing import Any
 
 from thinwire import wire
 from thinwire.core import Client, Method, StaleVersion
+from thinwire.privacy.released import check_released
 from thinwire.runtime.payloads import Ready
 from thinwire.runtime.seats import Seats
 from thinwire.wire import Frame, Illegal, Stale
@@ -21,14 +22,20 @@ def serve(
     client: Client,
     spool: Path | None = None,
     max_bytes: int = wire.frame.MAX_FRAME,
+    privacy: Any = None,
 ) -> Frame:
-    """The action `train`: the client half's reply. Raises WireError for a frame that it cannot use."""
+    """The action `train`: the client half's reply. Raises WireError for a frame that it cannot use.
+
+    In a private run RuntimeError for a reply that may not leave, see privacy.released.
+    """
     header = wire.peek(frame)
     if header.client != client.id:
         raise Illegal(f"a frame for client {header.client} was given to client {client.id}")
     down: Any = wire.decode(method.Down, frame, max_bytes)
     try:
         up = method.client_update(down, client)
+        if privacy is not None:
+            check_released(up, method.released(privacy))
     except StaleVersion:
         up = Stale(client.held)
     return wire.encode(up, run=header.run, round=header.round, client=client.id, held=client.held, spool=spool)

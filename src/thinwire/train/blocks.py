@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thinwire.model import shrink
+from thinwire.model.anatomy import Layout
 from thinwire.model.blocks import blocks_of, layer_of, layers_of
+from thinwire.model.classifier import is_classifier
 from thinwire.model.errors import ModelError
-from thinwire.model.head import is_classifier
 from thinwire.model.net import Net
 
 
@@ -16,7 +16,7 @@ from thinwire.model.net import Net
 class Blocks:
     """Where a model's layers are; each block's run of them; what trains in each turn, extra blocks last, and in all."""
 
-    layout: shrink.Layout
+    layout: Layout
     layers: tuple[tuple[int, ...], ...]
     names: tuple[tuple[str, ...], ...]
     each: frozenset[str] = frozenset()
@@ -24,14 +24,14 @@ class Blocks:
     @classmethod
     def whole(cls, net: Net, place: str | None) -> Blocks:
         """One block of all of the net; ModelError where it has no layers at `place`, or none are found."""
-        layout = shrink.Layout.of(net.model, layers_of(net.model, place))
+        layout = Layout.of(net.model, layers_of(net.model, place))
         return cls(layout, (tuple(range(len(layout.layers))),), (net.names,))
 
     @classmethod
     def of(cls, net: Net, place: str | None, count: int, common: int, extra: Sequence[str]) -> Blocks:
         """Of the net's parameters; ModelError where it has no layers, or fewer than there are to be blocks."""
         path = layers_of(net.model, place)
-        layout = shrink.Layout.of(net.model, path)
+        layout = Layout.of(net.model, path)
         depth, of = len(layout.layers), {name: layer_of(name, path) for name in net.names}
         try:
             runs = tuple(tuple(run) for run in blocks_of(depth, count))

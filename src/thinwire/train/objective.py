@@ -30,15 +30,37 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 def losses(model: nn.Module, batch: Batch, groups: int) -> Tensor:
     """The batch's loss in one forward pass over its rows `groups` times, one after the other: float32 [groups].
 
-    All are the same unless the model treats the groups differently, as a probe makes it do.
+    All are the same unless the model treats the groups differently, as a probe makes it do. Of a closed set of answers
+    they are the means of `example_losses`; open answers count by their tokens.
+    """
+    if batch.kind not in ("open", "packed"):
+        return example_losses(model, batch, groups).mean(1)
+    sums, counts = token_losses(model, batch.repeated(groups))
+    return sums.view(groups, -1).sum(1) / counts.view(groups, -1).sum(1).clamp(min=1)
+
+
+def example_losses(model: nn.Module, batch: Batch, groups: int = 1) -> Tensor:
+    """Each example's own loss, which no other example of the batch has a part in: float32 [groups, examples].
+
+    Of an open answer the mean over its tokens that count, 0 where none does. Groups as for `losses`.
     """
     many = batch.repeated(groups)
     if many.choice is not None:
         found = scores(model, many)
-        each = F.cross_entropy(found, many.choice.to(found.device), reduction="none")
-        return each.view(groups, -1).mean(1)
-    sums, counts = token_losses(model, many)
-    return sums.view(groups, -1).sum(1) / counts.view(groups, -1).sum(1).clamp(min=1)
+        return F.cross_entropy(found, many.choice.to(found.device), reduction="none").view(groups, -1)
+    losses, counted = _each_token(model, many)
+    if batch.kind == "open":
+        sums, counts = losses.sum(1), counted.sum(1)
+    else:  # an example begins where the positions begin again
+        begins = (many.position_ids == 0) & many.attention_mask.bool()
+        number = (begins.flatten().cumsum(0) - 1).clamp(min=0).view(begins.shape).to(losses.device)
+        # a loss stands at its label, and labels reach back from the last position
+        number = number[:, number.shape[1] - losses.shape[1] :].flatten()
+        sums, counts = (
+            torch.zeros(many.examples, dtype=values.dtype, device=values.device).index_add(0, number, values.flatten())
+            for values in (losses, counted.long())
+        )
+    return (sums / counts.clamp(min=1)).view(groups, -1)
 
 
 def scores(model: nn.Module, batch: Batch) -> Tensor:
@@ -49,9 +71,10 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
     which changes neither their order nor their softmax, and leaves the whole vocabulary out. A classifier's scores are
     the log-probabilities of its classes.
     """
-    if batch.classes:
+    if batch.kind == "class":
         return F.log_softmax(_class_logits(model, batch).float(), dim=-1)
-    if batch.candidate_ids is not None:
+    if batch.kind == "token":
+        assert batch.candidate_ids is not None
         last = _logits(model, batch, 1)[:, -1]
         return F.log_softmax(last[:, batch.candidate_ids.to(last.device)].float(), dim=-1)
     sums, _ = token_losses(model, batch)
@@ -63,14 +86,19 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     A label counts unless it is IGNORE, or its token is the first of its row: nothing precedes it.
     """
+    losses, counted = _each_token(model, batch)
+    return losses.sum(1), counted.sum(1)
+
+
+def _each_token(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The cross-entropies of the labels, 0 where one does not count (float32 [rows, width]), and whether it does."""
     length = batch.input_ids.shape[1]
     width = min(batch.labels.shape[1], length - 1)
     logits = _logits(model, batch, width, before=1)
     labels = batch.labels[:, batch.labels.shape[1] - width :]
     preceded = batch.attention_mask[:, length - 1 - width : length - 1].bool()
     labels = labels.masked_fill(~preceded, IGNORE).to(logits.device)
-    losses = cross_entropies(logits.flatten(0, 1), labels.flatten())
-    return losses.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
+    return cross_entropies(logits.flatten(0, 1), labels.flatten()).view(labels.shape), labels != IGNORE
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
@@ -79,7 +107,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     logits: any float dtype [rows, vocabulary]; labels: int64 [rows]. What `F.cross_entropy(logits.float(), ...)` gives,
     to the bit, and its gradient; but a tile of rows is float32 at a time, where that would keep three such matrices.
     """
-    losses: Tensor = _CrossEntropies.apply(logits, labels)
+    losses: Tensor = _CrossEntropies.apply(logits, labels)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -152,7 +180,7 @@ def _logits(model: nn.Module, batch: Batch, count: int, before: int = 0) -> Tens
     length = batch.input_ids.shape[1]
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
-    if not batch.packed:  # else position_ids says it all, and a mask would hide from the model what it says
+    if batch.kind != "packed":  # else position_ids says it all, and a mask would hide from the model what it says
         options["attention_mask"] = batch.attention_mask.to(device)
     if "position_ids" in accepted:  # models without positions (ALiBi) have no such argument
         options["position_ids"] = batch.position_ids.to(device)

@@ -73,21 +73,24 @@ def part(batch: Batch) -> tuple[Batch | None, float]:
     rank, size = ranks()
     if size == 1:
         return batch, 1.0
-    low, high = (batch.examples * r // size for r in (rank, rank + 1))
+    packed = batch.kind == "packed"  # examples of a row stay together
+    count = len(batch.input_ids) if packed else batch.examples
+    low, high = (count * r // size for r in (rank, rank + 1))
     if low == high:
         return None, 0.0
-    each = len(batch.input_ids) // batch.examples
+    each = len(batch.input_ids) // count
     rows = slice(low * each, high * each)
+    begins = (batch.position_ids[rows] == 0) & batch.attention_mask[rows].bool()
     mine = replace(
         batch,
         input_ids=batch.input_ids[rows],
         attention_mask=batch.attention_mask[rows],
         position_ids=batch.position_ids[rows],
         labels=batch.labels[rows],
-        examples=high - low,
+        examples=int(begins.sum()) if packed else high - low,
         choice=None if batch.choice is None else batch.choice[low:high],
     )
-    if batch.choice is not None:
+    if batch.kind not in ("open", "packed"):
         return mine, (high - low) / batch.examples
     whole = _counted(batch)
     return mine, float(whole[rows].sum() / whole.sum().clamp(min=1))

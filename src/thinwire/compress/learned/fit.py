@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compress.catalogue import code_of
-from thinwire.compress.learned import autoencoder, components
+from thinwire.compress.learned import autoencoder, codebooks
 from thinwire.compress.learned.fidelity import cosine, fidelity
 from thinwire.compress.learned.lora_image import Image
 
@@ -46,7 +46,7 @@ def fit(
         raise TooFew("too few clients answered to fit a codec and to judge it")
     curve: list[float] = []
     if kind == "learned":
-        tables = components.fit(image, seen)
+        tables = codebooks.fit(image, seen)
     else:
         largest = max(float(x.abs().max()) for x in seen)
         scale = torch.tensor([0.95 / largest if scaling == "largest" and largest else 1.0])

@@ -1,0 +1,14 @@
+"""The views of a model that a run file may name: one file each, a frozen class told apart by `kind`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from thinwire.model.views.full import Full as Full
+from thinwire.model.views.lora import Lora as Lora
+from thinwire.model.views.view import Adapted as Adapted
+from thinwire.model.views.view import View as View
+
+AnyView = Annotated[Full | Lora, Field(discriminator="kind")]

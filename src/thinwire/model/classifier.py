@@ -1,13 +1,25 @@
-"""What a model is for: to go on with a text, or to name the class of a whole one."""
+"""What a model is for, to go on with a text or to name the class of a whole one; and what a classifier has beyond it.
+
+Its head are the parameters after the transformer, fresh ones drawn from a key.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
 
 from thinwire.model.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from thinwire.keys import Key
 
 Task = Literal["causal", "classification"]
 
@@ -78,6 +90,36 @@ def labels_of(folder: Path) -> tuple[str, ...] | None:
 def has_head(config: dict[str, Any]) -> bool:
     """Whether the config is that of a model with a classifier's head."""
     return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or [])
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether the model names classes of whole texts."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def of_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether the parameter of that name is of a classifier's head: outside the transformer."""
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def drawn(model: PreTrainedModel, names: Iterable[str], key: Key) -> dict[str, Tensor]:
+    """Fresh values for parameters that a classifier's files lack, float32 on the CPU, the same wherever it is done.
+
+    Matrices are uniform with the deviation that the model's config has for fresh weights, biases 0, scales of norms 1.
+    ModelError: one of them is within the transformer, which is never drawn (a pooler may be).
+    """
+    found = {}
+    for name in names:
+        if not of_head(model, name) and ".pooler." not in name:
+            raise ModelError(f"the weights lack tensors that the model needs, such as {name}")
+        parameter = model.get_parameter(name)
+        deviation = float(getattr(model.config, "initializer_range", None) or 0.02)
+        if parameter.ndim > 1:
+            uniform = torch.from_numpy(2 * key.fold(name).uniform(parameter.numel()) - 1).view(parameter.shape)
+            found[name] = (deviation * 3**0.5 * uniform).float()
+        else:
+            found[name] = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
+    return found
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""The view of a model that is the model: every parameter is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from thinwire.model.views.view import Adapted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from thinwire.keys import Key
+
+
+class Full(BaseModel):
+    """All parameters are trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    forward_share: ClassVar[float] = 1.0
+
+    kind: Literal["full"] = "full"
+
+    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+        """Nothing to put in."""
+
+    def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+        """Every parameter."""
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def adapted(self, model: PreTrainedModel) -> dict[str, Adapted]:
+        """None."""
+        return {}
+
+    def export(self, model: PreTrainedModel, folder: Path) -> None:
+        """Nothing stands apart."""

@@ -1,0 +1,54 @@
+"""What of a model is trained, whatever trains it: all of it, or a few parameters that are put into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from thinwire.keys import Key
+
+
+class Adapted(NamedTuple):
+    """A layer with factors beside it, by the names of its parameters: it computes with `weight` + scale right left.
+
+    left: [rank, in], right: [out, rank], weight: [out, in], or turned over where the layer holds it so.
+    """
+
+    weight: str
+    left: str
+    right: str
+    scale: float
+
+
+class View(Protocol):
+    """A frozen table of a run file, told apart from the others by `kind`; its fields are its settings."""
+
+    @property
+    def kind(self) -> str:
+        """What it is called in a run file."""
+
+    @property
+    def forward_share(self) -> float:
+        """Of the passes of a step on all weights, the share that a step on this view takes."""
+
+    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+        """Put what is trained into the model, drawn from `key`, in place; requires_grad then says what is trained.
+
+        ModelError: the model has no place for it.
+        """
+
+    def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+        """The shapes, by name, of what is trained once a model has been adapted that is now not, and may be empty."""
+
+    def adapted(self, model: PreTrainedModel) -> dict[str, Adapted]:
+        """The layers of an adapted model that have factors beside them, by name."""
+
+    def export(self, model: PreTrainedModel, folder: Path) -> dict[str, Tensor] | None:
+        """Write what stands apart from the model into the folder; the state of the plain model that computes the same.
+
+        None: that is the model's own state.
+        """
