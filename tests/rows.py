@@ -16,6 +16,7 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
+from thinwire.methods.tgap import Tgap
 from thinwire.model.net import Net
 from thinwire.model.views import Lora
 
@@ -116,6 +117,7 @@ ROWS = {
         about(3_650),
         2.83,
     ),
+    "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
     "fedzo": Row(FedZO(**(SEEDS | {"seeds": 1 << 32})), 108_411, 108_397, 4.86),
 }
 
@@ -128,6 +130,7 @@ VIEWS = {
     "fedit",
     "fedkseed-lora",
     "gradualdiff-lora",
+    "tgap",
 }  # rows that run on a LoRA view of the model
 HALVES = {"gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"}  # rows in bfloat16
 

@@ -38,7 +38,6 @@ from thinwire.compress.learned.autoencoder import AutoEncoder, Latents, tables_o
 from thinwire.compress.learned.lora_image import Image
 from thinwire.federation import channel
 from thinwire.methods import METHODS
-from thinwire.methods.tgap import Tgap
 from thinwire.runtime.payloads import Hello, Ready, Scores
 from thinwire.wire.legal import check_report
 from thinwire.wire.payload import fields_of
@@ -63,7 +62,7 @@ class Target:
 
 def payloads() -> list[type]:
     """All classes that travel."""
-    methods = [*METHODS.values(), Tgap]
+    methods = METHODS.values()
     classes = [cls for method in methods for cls in (method.Down, method.Up, method.State)]
     return list(dict.fromkeys([*classes, wire.Stale, Hello, Ready, Scores]))
 
