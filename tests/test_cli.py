@@ -483,10 +483,12 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
 ) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
-    def write(folder: Path, state: Any, progress: checkpoint.Progress, inner: Any = checkpoint.write) -> None:
+    inner_write = checkpoint.write
+
+    def write(folder: Path, state: Any, progress: checkpoint.Progress, *more: Any) -> None:
         if progress.round == 2:
             raise full
-        inner(folder, state, progress)
+        inner_write(folder, state, progress, *more)
 
     def append(path: Path, record: dict[str, Any], inner: Any = recorder.append) -> None:
         if record["round"] == 1:

@@ -19,6 +19,7 @@ from tiny import tiny_folder, tiny_rows, write_jsonl
 from thinwire import compare, config
 from thinwire.compare import Plan, Settings
 from thinwire.compare.measure import Cost
+from thinwire.compare.plan import first_cohort
 from thinwire.config import ConfigError
 from thinwire.core import Method
 from thinwire.records import read_records
@@ -78,7 +79,7 @@ def test_the_first_cohort_is_that_of_the_run(place: Path, tmp_path: Path) -> Non
     run = config.load(place / "compare.toml", changes)
     assert thinwire("run", place / "compare.toml", *changes, "--out", tmp_path / "run").code == 0
     (record,) = read_records(tmp_path / "run" / "rounds.jsonl")
-    assert compare._cohort(run, 6) == [visit["id"] for visit in record["clients"]]
+    assert first_cohort(run, 6) == [visit["id"] for visit in record["clients"]]
 
 
 def test_every_name_is_a_run_of_the_same_data_and_cohorts() -> None:

@@ -70,7 +70,7 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["model.width=3"], "model.width: unknown field; known: bits, device, dtype, lora, path"),
         (["eval.patience=2"], "eval.patience: counts evaluations, so it goes together with eval.every"),
         (["eval.evry=3"], "eval.evry: unknown field (did you mean every?); known: batch_size, every"),
-        (["method.lrr=1e-3"], "method.lrr: unknown field (did you mean lr?); known: amplitude_clip, batch_size"),
+        (["method.lrr=1e-3"], "method.lrr: unknown field (did you mean lr?); known: aggregation, amplitude_clip, "),
         (["method.name=fedavg", "method.seeds=8"], "method.seeds: unknown field (did you mean steps?); known: "),
         (["cohort.kind=cyclic", "cohort.n=2"], "cohort.n: unknown field; known: kind, rounds"),
         (['cohort=[{kind="all", rounds=1}, {kind="all", x=1}]'], "cohort.1.x: unknown field; known: kind, rounds"),

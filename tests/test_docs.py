@@ -146,7 +146,11 @@ def short(words: list[str], model: Path) -> list[str]:
 
 
 def test_pages_that_are_listed_are_there_and_their_commands_known() -> None:
-    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known = {
+        command.name or command.callback.__name__.replace("_", "-")
+        for command in app.registered_commands
+        if command.callback
+    }
     known |= {group.name for group in app.registered_groups}
     for page in [*PAGES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]:
         for line in commands(page):

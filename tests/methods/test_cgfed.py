@@ -21,6 +21,7 @@ from thinwire.methods.tgap import Tgap
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.views import Lora
+from thinwire.train.local import Local
 from thinwire.train.weights import fill
 
 LOCAL: dict[str, Any] = {"lr": 1e-2, "steps": 3, "batch_size": 4}
@@ -211,9 +212,9 @@ def test_the_two_stages_share_the_rows_out(net: Net, tmp_path: Path) -> None:
     federation = Federation(CGFed(**LOCAL), net, tmp_path)
     seen: dict[bool, set[Any]] = {}
 
-    def spy(self: Any, client: Any, lr: float) -> tuple[float, int]:
+    def spy(self: Any, client: Any, lr: float) -> Local:
         seen[len(seen) == 0] = {id(e) for e in client.data.examples}
-        return 0.0, 0
+        return Local(0.0, 0, [])
 
     method = CGFed(**LOCAL, spared=0.3)
     with pytest.MonkeyPatch.context() as patch:

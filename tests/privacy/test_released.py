@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from thinwire import wire
-from thinwire.core import Client, Method, serve
+from thinwire.core import Client, Method
 from thinwire.methods.fedavg import FedAvg
 from thinwire.privacy.released import Released
 from thinwire.privacy.secrets import SystemSecrets
+from thinwire.runtime.endpoint import serve
 
 
 @dataclass(frozen=True)

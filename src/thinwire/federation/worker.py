@@ -246,6 +246,9 @@ def main(path: Path) -> None:
     site = Site.load(path)
     server = channel.listen(Path(site.socket))
     import thinwire.federation.site_run  # noqa: F401 - takes seconds, and nobody waits for it now
+    from thinwire.methods import METHODS
+
+    list(METHODS.values())  # imported now, not in a visit's time
 
     worker: Worker | None = None
     try:
