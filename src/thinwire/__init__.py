@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from thinwire import methods
+from thinwire import methods, moved
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,9 @@ _PLACES = {
     "Uniform": "thinwire.runtime.cohort",
     **{name: module for module, _, name in (place.partition(":") for place in methods.PLACES.values())},
 }
+
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:
