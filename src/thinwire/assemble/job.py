@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import xxhash
 
 from thinwire import config, memory
-from thinwire.aggregate.mean import Mean
-from thinwire.aggregate.server_step import Plain
 from thinwire.assemble.card import card
 from thinwire.assemble.datasets import check_answers, check_context, check_tokens, clients_data, datasets, public_data
 from thinwire.assemble.model import classes_of, net_of, settled, use_threads
@@ -28,9 +26,6 @@ from thinwire.runtime.job import Job, Watch
 from thinwire.train.objective import keeps_apart
 from thinwire.wire import raw
 from thinwire.wire.frame import header_room
-
-# fields of methods that came later: a run that goes without them is the one that it was
-LATER = {"aggregation": Mean(), "server_step": Plain(), "proximal": 0.0}
 
 
 class Start(NamedTuple):
@@ -69,9 +64,7 @@ def identity(run: Run) -> int:
     same = run.model_copy(update=aside)
     newer = {"patience": 0, "keep": "last"}  # a run that goes without them is the one that it was before they came
     unset = {name for name, default in newer.items() if getattr(run.eval, name) == default}
-    later = {name for name, default in LATER.items() if getattr(run.method, name, None) == default}
-    toml = same.to_toml({"eval": unset, "method": later})
-    return int.from_bytes(hashlib.sha256(toml.encode()).digest()[:4], "little")
+    return int.from_bytes(hashlib.sha256(same.to_toml({"eval": unset}).encode()).digest()[:4], "little")
 
 
 def fingerprints(job: Job) -> dict[str, str]:
