@@ -37,6 +37,7 @@ PRESETS: dict[str, Tree] = {
     "local": {"method": {"name": "fedavg"}},
     "centralised": {"method": {"name": "fedavg"}, "data": {"pooled": True}, "cohort": {"kind": "all"}},
     "fedit": {"method": {"name": "fedavg"}, "model": {"lora": {}}},
+    "fedprox": {"method": {"name": "fedavg", "proximal": 0.01}},
     "fedkseed-pro": {"method": {"name": "fedkseed", "pro": True}},
 }
 ALONE = ("local", "centralised")
