@@ -38,11 +38,9 @@ FLOORS = (
 )
 
 LONG = {  # and why
-    "compress/codecs/blocks.py": "its kernels share their tables, and would all have to be public",
     "methods/cgfed.py": "two directions, two stages of codecs and their costs",
     "methods/fedcybgd.py": "cycles, cuts and veils are the method; its coding is train/proxy.py",
     "methods/fedkseed.py": "both forms of its wire, and a mean of thousands of replies at once",
-    "methods/gradualdiff.py": "lossless and lossy tiers, whose halves share what is kept",
     "wire/frame.py": "the format is frozen, and read as one",
 }
 MOST = 300  # lines of a module

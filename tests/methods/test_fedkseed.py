@@ -20,10 +20,10 @@ from thinwire.compress.entropy import integers
 from thinwire.core import StaleVersion
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key, reduced
-from thinwire.methods.fedkseed import Accumulators, FedKSeed, Gains, Steps, draws_key
+from thinwire.methods.fedkseed import Accumulators, FedKSeed, Gains, Steps
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
-from thinwire.perturb.pool import GRID, TILTS, Pool, grid_of, seed_probabilities, seed_tilts
+from thinwire.perturb.pool import GRID, TILTS, Pool, draws_key, grid_of, seed_probabilities, seed_tilts
 from thinwire.perturb.probe import Probe
 from thinwire.perturb.scalars import SKIPPED, as_floats, as_sent
 from thinwire.perturb.spsa import move, shrink_of
@@ -94,7 +94,7 @@ def test_rounds_are_the_papers_and_the_global_model_the_mean_of_the_clients(
         finals = []
         for id, rows in enumerate(federation.sizes):
             client = federation.client(id, round)
-            seeds = reduced(streams.words(draws_key(federation.server(round, (0, 1, 2))), [id], 6), 16)[0].tolist()
+            seeds = reduced(streams.words(draws_key(federation.server(round, (0, 1, 2)).key), [id], 6), 16)[0].tolist()
             batches = client.data.batches(client.key.fold("batches"), 4)
             finals.append(rows * oracle.client(mean, batches, seeds, lr)[0])
         mean = torch.stack(finals).sum(0) / sum(federation.sizes)
@@ -128,7 +128,7 @@ def test_one_clients_weights_are_the_rebuild_from_its_scalars(
     up = method.client_update(method.broadcast(federation.state, server, 0, None), client)
     # a client makes no last move, since nobody would see it
     pool = Directions(federation.state.pool, method.law)
-    picks = Pool(pool, method.seeds).picks(draws_key(server), [0], (method.steps, method.queries))[0]
+    picks = Pool(pool, method.seeds).picks(draws_key(server.key), [0], (method.steps, method.queries))[0]
     last = -1e-4 / queries * up.scalars[-queries:].double().numpy()
     move(net, pool, picks[-1], last, shrink_of(1e-4, decay))
     local = weights(net)
@@ -399,7 +399,7 @@ def test_pro_draws_by_the_tilts_it_is_told() -> None:
 def test_clients_and_rounds_draw_differently(net: Net, tmp_path: Path) -> None:
     method = FedKSeed(seeds=4096, steps=200)
     federation = Federation(method, net, tmp_path)
-    keys = [draws_key(federation.server(round, (0,))) for round in (1, 2, 3)]
+    keys = [draws_key(federation.server(round, (0,)).key) for round in (1, 2, 3)]
     assert len({tuple(drawn.ravel()) for key in keys for drawn in picks(method, key, range(3))}) == 9
 
 

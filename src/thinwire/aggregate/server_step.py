@@ -103,6 +103,24 @@ class Yogi(Adam):
         return second - (1 - self.second_moment) * square * torch.sign(second - square)
 
 
+# GradualDiff's run files of before: field -> the field of the server's step; and which of them each kind of step has
+FLAT = {"server": "kind", "server_lr": "lr", "momentum": "momentum", "second_moment": "second_moment", "tau": "tau"}
+KEPT = {"momentum": ("lr", "momentum")} | dict.fromkeys(("adam", "yogi"), ("lr", "momentum", "second_moment", "tau"))
+
+
+def of_flat(values: Any) -> Any:
+    """A method's fields, with those of the server's step, which stood flat among them once, in a table of their own."""
+    if not isinstance(values, dict) or not (flat := {k: v for k, v in values.items() if k in FLAT}):
+        return values
+    given = values.get("server_step", {})
+    given = {"kind": given} if isinstance(given, str) else dict(given)
+    kind = flat.pop("server", given.get("kind", "average"))
+    kept = KEPT.get(kind, ("lr",))
+    step = {"lr": 1.0} | given | {FLAT[name]: value for name, value in flat.items() if FLAT[name] in kept}
+    rest = {name: value for name, value in values.items() if name not in FLAT}
+    return rest | {"server_step": step | {"kind": "plain" if kind == "average" else kind}}
+
+
 def _named(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 

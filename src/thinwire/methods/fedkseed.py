@@ -34,8 +34,20 @@ from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.model.net import Net
 from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions, Law
-from thinwire.perturb.pool import TILTS, Levels, Pool, Shares, grid_of, packed, seed_probabilities, seed_tilts, unpacked
-from thinwire.perturb.scalars import FORMS, as_floats, as_sent, check_scalars
+from thinwire.perturb.pool import (
+    TILTS,
+    Levels,
+    Pool,
+    Shares,
+    draws_key,
+    grid_of,
+    packed,
+    seed_probabilities,
+    seed_tilts,
+    shares_of,
+    tilted,
+)
+from thinwire.perturb.scalars import as_floats, as_sent, check_picks, check_scalars, drawn
 from thinwire.perturb.spsa import shrink_of, walk
 from thinwire.train.local import Schedule, scheduled
 from thinwire.wire import Illegal
@@ -130,7 +142,7 @@ class FedKSeed(Averaged):
 
     def broadcast(self, state: Accumulators, server: Server, client_id: int, held: str | None) -> Gains:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        down = (state.pool, draws_key(server), lr, state.shrink)
+        down = (state.pool, draws_key(server.key), lr, state.shrink)
         amplitudes = state.amplitude / state.visits
         if self.wire == "paper":
             return Gains(*down, state.gains.float(), seed_probabilities(amplitudes).float() if self.pro else None)
@@ -172,17 +184,14 @@ class FedKSeed(Averaged):
         if (up.seeds is None) == (self.wire == "paper"):
             raise Illegal("seeds travel in the paper's form, and in no other")
         if up.seeds is not None:
-            if up.seeds.dtype != torch.int32 or up.seeds.shape != (count,):
-                raise Illegal(f"seeds are {up.seeds.dtype} {list(up.seeds.shape)}, not int32 [{count}]")
-            if up.seeds.min() < 0 or up.seeds.max() >= self.seeds:
-                raise Illegal(f"a direction outside the pool of {self.seeds}")
+            check_picks(up.seeds, count, self.seeds)
         check_scalars(up.scalars, up.unit, form, (self.steps, self.queries))
 
     def aggregate(
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
     ) -> tuple[Accumulators, Metrics]:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        pool, draws, decay = self._pool(state.pool), draws_key(server), shrink_of(lr, self.weight_decay)
+        pool, draws, decay = self._pool(state.pool), draws_key(server.key), shrink_of(lr, self.weight_decay)
         shares = TILTS[seed_tilts(state.amplitude / state.visits)] if self.pro and self.wire == "thin" else None
         gains, shrink = np.zeros(self.seeds), 0.0
         amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
@@ -263,16 +272,14 @@ class FedKSeed(Averaged):
             if gains is None or gains.dtype != torch.float32 or gains.shape != (self.seeds,):
                 raise Illegal(f"gains are not float32 [{self.seeds}]")
         else:
-            levels = unpacked(down.levels, self.seeds, "levels")
-            if down.base is not None:
-                known = client.versions.get(down.base)
-                if known is None:
-                    raise StaleVersion
-                levels = levels + known["levels"].numpy()
+            known = client.versions.get(down.base) if down.base is not None else None
+            if down.base is not None and known is None:
+                raise StaleVersion
+            levels = Levels.decode(down.levels, self.seeds, known)
             if not abs(down.grid) < math.inf:
                 raise Illegal(f"the grid of the gains is {down.grid}")
-            client.held = client.versions.put(Levels(levels).table())
-            gains = torch.from_numpy(levels * down.grid).float()
+            client.held = client.versions.put(levels.table())
+            gains = torch.from_numpy(levels.values * down.grid).float()
         if not (gains.abs() <= LARGEST_GAIN).all() or not abs(down.shrink) <= 1:
             raise Illegal("gains or shrink are beyond their bounds, or not finite")
         self._pool(down.pool).rebuild(client.net, gains, down.shrink)
@@ -288,17 +295,7 @@ class FedKSeed(Averaged):
         """Pro's shares of the directions, none uniform: integers on the thin wire, floats in the paper's form."""
         if not self.pro:
             return None
-        if self.wire == "thin":
-            tilts = unpacked(down.tilts, self.seeds, "tilts")
-            if not ((tilts >= 0) & (tilts < len(TILTS))).all():
-                raise Illegal("a tilt is not in 0..15")
-            return TILTS[tilts]
-        p = down.probabilities
-        if p is None or p.dtype != torch.float32 or p.shape != (self.seeds,) or not (p >= 0).all():
-            raise Illegal(f"probabilities are not {self.seeds} shares of 1")
-        if not 0 < float(p.sum()) < 2:
-            raise Illegal(f"probabilities are not {self.seeds} shares of 1")
-        return p.numpy().astype(np.float64)
+        return tilted(down.tilts, self.seeds) if self.wire == "thin" else shares_of(down.probabilities, self.seeds)
 
     def fits(self, net: Net) -> None:
         probe.check(net, Directions(0, self.law, self.rank), self.together, self.name)
@@ -308,13 +305,11 @@ class FedKSeed(Averaged):
         return Work(self.steps, rows, self.batch_size, sides, probes=True)
 
     def frames(self, at: Expected) -> Frames | None:
-        count, form, thin = self.steps * self.queries, FORMS[self._form], self.wire == "thin"
+        count, thin = self.steps * self.queries, self.wire == "thin"
         seeds = None if thin else torch.zeros(count, dtype=torch.int32)
 
         def reply(generator: np.random.Generator, examples: int) -> Steps:
-            numbers = torch.from_numpy(generator.standard_normal(count))
-            scalars = numbers.to(form) if form.is_floating_point else (numbers * 30).clamp(-127, 127).to(form)
-            return Steps(seeds, scalars, 1.0, examples, 0.0)
+            return Steps(seeds, drawn(generator, count, self._form), 1.0, examples, 0.0)
 
         def held(state: Accumulators) -> dict[str, Tensor]:
             return Levels.of(state.gains, state.grid).table()
@@ -324,8 +319,3 @@ class FedKSeed(Averaged):
     def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
         kept = at.trained_bytes  # Net.rebuild keeps a copy for the next visit
         return probing(at, forward, self.law, kept) if side == "client" else holding(at, kept)
-
-
-def draws_key(server: Server) -> int:
-    """The key of the directions that clients draw in this round: known at both ends, 64 bits."""
-    return server.key.fold("draws").word()

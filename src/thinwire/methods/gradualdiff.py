@@ -5,13 +5,11 @@
 Lossless (the default): both ends hold the same low-precision tensors, and what travels is how many values of the dtype
 each weight has moved by, entropy-coded (compress.ulp). A client says which version it holds, and receives the
 difference to the current one, or the whole model once, coded too; a hash of the result rides in each frame, so that all
-peers hold the same bits for ever. What rounding would lose is kept in the mean by a keyed draw
-(`rounding = "stochastic"`), or kept by the one who rounds (`residue`), or lost as in FedAvg (`nearest`).
+peers hold the same bits for ever. What rounding would lose is kept in the mean by a keyed draw (`stochastic`), or kept
+by the one who rounds (`residue`), or lost as in FedAvg (`nearest`).
 
 Lossy (`codec`): c = Q(d + e) travels, e <- d + e - c stays (error feedback), at the clients and at the server. The
-server applies exactly what it sends.
-
-The server's step s is the mean itself, or what `server_step` makes of it.
+server applies exactly what it sends. Its step s is the mean itself, or what `server_step` makes of it.
 """
 
 from __future__ import annotations
@@ -24,10 +22,10 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from thinwire import streams
 from thinwire.aggregate.mean import Counted, Metrics, Update
+from thinwire.aggregate.server_step import of_flat
 from thinwire.compress.catalogue import TensorCode, tensor_code
-from thinwire.compress.entropy.packing import to_bytes, to_tensor
+from thinwire.compress.entropy.packing import to_tensor
 from thinwire.compress.exact.rounding import moves
 from thinwire.core import Client, Server, StaleVersion
 from thinwire.costs.differences import coded_bits, codes, differences
@@ -36,16 +34,13 @@ from thinwire.costs.memory import MOMENTS, Memory, Side, exact_coding, holding, 
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.net import Net
 from thinwire.train.local import scheduled
-from thinwire.train.versions import Exact, coded, decoded, layout
+from thinwire.train.versions import Exact, coded, decoded, key_below, layout, lossy_decoded
 from thinwire.train.weights import fill
 from thinwire.wire import Illegal, LazyTensors
 from thinwire.wire.legal import LARGEST, check_keys, check_rate
 from thinwire.wire.payload import Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
-# run files of before: field -> the field of the server's step; and which of them each kind of step has
-FLAT = {"server": "kind", "server_lr": "lr", "momentum": "momentum", "second_moment": "second_moment", "tau": "tau"}
-KEPT = {"momentum": ("lr", "momentum")} | dict.fromkeys(("adam", "yogi"), ("lr", "momentum", "second_moment", "tau"))
 START = "start"  # in place of a version: the start model, which every site has
 
 
@@ -116,19 +111,7 @@ class GradualDiff(Exact):
     @model_validator(mode="before")
     @classmethod
     def _flat_step(cls, values: Any) -> Any:
-        """Fields of the server's step as they stood in run files before it had a table of its own."""
-        if not isinstance(values, dict) or not (flat := {k: v for k, v in values.items() if k in FLAT}):
-            return values
-        given = values.get("server_step", {})
-        given = {"kind": given} if isinstance(given, str) else dict(given)
-        kind = flat.pop("server", given.get("kind", "average"))
-        step = (
-            {"lr": 1.0}
-            | given
-            | {FLAT[name]: value for name, value in flat.items() if FLAT[name] in KEPT.get(kind, ("lr",))}
-        )
-        rest = {name: value for name, value in values.items() if name not in FLAT}
-        return rest | {"server_step": step | {"kind": "plain" if kind == "average" else kind}}
+        return of_flat(values)
 
     @model_validator(mode="after")
     def _known_code(self) -> GradualDiff:
@@ -249,7 +232,7 @@ class GradualDiff(Exact):
                 elif len(down.changes):
                     if old is None:
                         raise Illegal("a lossy change needs a version to build on")
-                    received = _undone(self.code(down=True), down.changes[name], name, spec, down.key, i)
+                    received = lossy_decoded(self.code(down=True), down.changes[name], name, spec, down.key, i)
                     old = (old.float() + received).to(old.dtype)
                 assert old is not None  # no changes: then there is a base
                 parameter.copy_(old)
@@ -279,7 +262,7 @@ class GradualDiff(Exact):
     def _lossy(self, code: TensorCode, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
         """The code of what is wanted of this tensor, and what it decodes to, float32."""
         sent = torch.where(moves(old, wanted), wanted, 0.0) if self.gate else wanted
-        own = _below(key, stream)
+        own = key_below(key, stream)
         data = code.encode(sent, own)
         return to_tensor(data), code.decode(data, old.shape, own)
 
@@ -290,7 +273,7 @@ class GradualDiff(Exact):
 
         def read(name: str) -> Tensor:
             if self.codec != "lossless":
-                return _undone(self.code(), up.changes[name], name, specs[name], up.key, order[name])
+                return lossy_decoded(self.code(), up.changes[name], name, specs[name], up.key, order[name])
             old = state.weights[name]
             return decoded(up.changes[name], name, old, specs[name]).float() - old.float()
 
@@ -314,16 +297,3 @@ class GradualDiff(Exact):
             return training(at, forward, self.optimiser, self.recompute, at.trained_bytes + held, coding)
         floats = 1 + self._keeps + MOMENTS[self.server_step.kind]
         return holding(at, 2 * held + 4 * at.size * floats, coding)  # old and new versions, while one becomes the other
-
-
-def _undone(code: TensorCode, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
-    """What a code decodes to, float32; Illegal, with the tensor's name, for bytes that are none."""
-    try:
-        return code.decode(to_bytes(change), like.shape, _below(key, stream))
-    except ValueError as error:
-        raise Illegal(f"{name}: {error}") from None
-
-
-def _below(key: int, stream: int) -> int:
-    """A key for each tensor below the one that travels."""
-    return int(streams.words(key, [stream], 1)[0, 0])

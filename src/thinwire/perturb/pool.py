@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thinwire import streams
 from thinwire.compress.entropy import integers
-from thinwire.keys import reduced, uniform
+from thinwire.keys import Key, reduced, uniform
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
 from thinwire.wire import Illegal, raw
@@ -92,6 +92,12 @@ class Levels:
         """The nearest multiples of the grid, float64 [n]; a grid of 0 is 1."""
         return cls(np.rint(numbers.numpy() / (grid or 1.0)).astype(np.int64))
 
+    @classmethod
+    def decode(cls, sent: bytes | None, count: int, known: Mapping[str, Tensor] | None) -> Levels:
+        """The inverse of `encode`: `count` integers, changes where a version is known; Illegal for what is none."""
+        levels = unpacked(sent, count, "levels")
+        return cls(levels if known is None else levels + known["levels"].numpy())
+
     def table(self) -> dict[str, Tensor]:
         """What is kept of them as a version."""
         return {"levels": torch.from_numpy(self.values)}
@@ -134,3 +140,25 @@ def seed_tilts(amplitudes: Tensor) -> NDArray[np.int64]:
     """The same law in sixteen steps: int64 [K] in 0..15, of which TILTS has the shares."""
     low, high = amplitudes.min(), amplitudes.max()
     return torch.round(15 * (amplitudes - low) / (high - low + 1e-10)).to(torch.int64).numpy()
+
+
+def tilted(sent: bytes | None, count: int) -> Shares:
+    """The shares that packed tilts mean, int64 [count]; Illegal where they are none."""
+    tilts = unpacked(sent, count, "tilts")
+    if not ((tilts >= 0) & (tilts < len(TILTS))).all():
+        raise Illegal("a tilt is not in 0..15")
+    return TILTS[tilts]
+
+
+def shares_of(sent: Tensor | None, count: int) -> Shares:
+    """Probabilities off the wire, float64 [count]; Illegal where they are none."""
+    if sent is None or sent.dtype != torch.float32 or sent.shape != (count,) or not (sent >= 0).all():
+        raise Illegal(f"probabilities are not {count} shares of 1")
+    if not 0 < float(sent.sum()) < 2:
+        raise Illegal(f"probabilities are not {count} shares of 1")
+    return sent.numpy().astype(np.float64)
+
+
+def draws_key(key: Key) -> int:
+    """The key of the directions that clients draw in a round, from the server's: known at both ends, 64 bits."""
+    return key.fold("draws").word()

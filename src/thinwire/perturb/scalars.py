@@ -54,3 +54,17 @@ def check_scalars(scalars: Tensor, unit: float, form: str, shape: tuple[int, int
         raise Illegal(f"a scalar is beyond {LARGEST:g}")
     if (skipped.any(axis=1) != skipped.all(axis=1)).any():
         raise Illegal("a step is skipped in part")
+
+
+def check_picks(seeds: Tensor, count: int, size: int) -> None:
+    """Illegal for directions that are not `count` of a pool of `size`, int32."""
+    if seeds.dtype != torch.int32 or seeds.shape != (count,):
+        raise Illegal(f"seeds are {seeds.dtype} {list(seeds.shape)}, not int32 [{count}]")
+    if seeds.min() < 0 or seeds.max() >= size:
+        raise Illegal(f"a direction outside the pool of {size}")
+
+
+def drawn(generator: np.random.Generator, count: int, form: str) -> Tensor:
+    """Scalars of a form at random, [count]: what a frame of them may hold."""
+    numbers, dtype = torch.from_numpy(generator.standard_normal(count)), FORMS[form]
+    return numbers.to(dtype) if dtype.is_floating_point else (numbers * 30).clamp(-127, 127).to(dtype)

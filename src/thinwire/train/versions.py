@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from thinwire import streams
+from thinwire.compress.catalogue import TensorCode
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.exact import ulp
 from thinwire.compress.exact.rounding import stochastic
@@ -61,3 +63,16 @@ def decoded(change: Tensor, name: str, old: Tensor | None, like: Spec) -> Tensor
         return ulp.decode(to_bytes(change), old, like.dtype, like.shape)
     except ValueError as error:
         raise Illegal(f"{name}: {error}") from None
+
+
+def lossy_decoded(code: TensorCode, change: Tensor, name: str, like: Spec, key: int, stream: int) -> Tensor:
+    """What a lossy code decodes to, float32; Illegal, with the tensor's name, for bytes that are none."""
+    try:
+        return code.decode(to_bytes(change), like.shape, key_below(key, stream))
+    except ValueError as error:
+        raise Illegal(f"{name}: {error}") from None
+
+
+def key_below(key: int, stream: int) -> int:
+    """A key for each tensor below the one that travels."""
+    return int(streams.words(key, [stream], 1)[0, 0])

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from thinwire.compress.codecs.blocks import CENTROIDS, TINY, TRIALS, Blocks
+from thinwire.compress.codecs.block_kernels import TINY, TRIALS
+from thinwire.compress.codecs.blocks import CENTROIDS, Blocks
 from thinwire.compress.entropy.packing import pack, unpack
 from thinwire.streams import words
 
