@@ -70,6 +70,22 @@ def test_the_fields_of_older_run_files_are_read() -> None:
     assert again.server_step == Yogi(lr=0.25, momentum=0.8, second_moment=0.9, tau=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"server": [1]}, r"server is \[1\], not one of average, momentum, adam, yogi"),
+        ({"server": "adagrad"}, "server is 'adagrad', not one of"),
+        ({"server": "adam", "server_step": [1]}, r"server_step is \[1\], not a table"),
+        ({"server_lr": 1.0, "server_step": 5}, "server_step is 5, not a table"),
+        ({"server": "average", "tau": -1}, "tau is -1: Input should be greater than 0"),
+        ({"server_step": "adam", "server_lr": "x"}, "server_lr is 'x': Input should be a valid number"),
+    ],
+)
+def test_what_older_run_files_could_not_say_is_refused_by_their_names(fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        GradualDiff.model_validate(fields)
+
+
 def test_the_mean_is_over_those_that_hold_a_tensor() -> None:
     one, two = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
     updates = [(0, Update({"a": one, "b": one}, 1, loss=2.0)), (1, Update({"a": two}, 3, skipped=2))]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError
 from torch import Tensor
 
 Memory = Mapping[str, Tensor]
@@ -109,12 +109,24 @@ KEPT = {"momentum": ("lr", "momentum")} | dict.fromkeys(("adam", "yogi"), ("lr",
 
 
 def of_flat(values: Any) -> Any:
-    """A method's fields, with those of the server's step, which stood flat among them once, in a table of their own."""
+    """A method's fields, with those of the server's step, which stood flat among them once, in a table of their own.
+
+    ValueError for a server that was never one, and for a number out of its range, also where its step does not use it.
+    """
     if not isinstance(values, dict) or not (flat := {k: v for k, v in values.items() if k in FLAT}):
         return values
-    given = values.get("server_step", {})
-    given = {"kind": given} if isinstance(given, str) else dict(given)
+    given = _named(values.get("server_step", {}))
+    if not isinstance(given, dict):
+        raise ValueError(f"server_step is {given!r}, not a table")
     kind = flat.pop("server", given.get("kind", "average"))
+    if kind not in ("average", "plain", "nesterov", *KEPT):
+        raise ValueError(f"server is {kind!r}, not one of average, {', '.join(KEPT)}")
+    try:
+        Yogi.model_validate({FLAT[name]: value for name, value in flat.items()})
+    except ValidationError as error:
+        field, wrong = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
+        name = next(name for name, new in FLAT.items() if new == field)
+        raise ValueError(f"{name} is {flat[name]!r}: {wrong}") from None
     kept = KEPT.get(kind, ("lr",))
     step = {"lr": 1.0} | given | {FLAT[name]: value for name, value in flat.items() if FLAT[name] in kept}
     rest = {name: value for name, value in values.items() if name not in FLAT}
