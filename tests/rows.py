@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from federation import tiny_net
 
+from thinwire.config.schema import Model
 from thinwire.core import Method
 from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
@@ -16,9 +17,9 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
+from thinwire.methods.onebit import OneBit
 from thinwire.methods.tgap import Tgap
 from thinwire.model.net import Net
-from thinwire.model.views import Lora
 
 
 class Row(NamedTuple):
@@ -41,9 +42,11 @@ ROWS = {
         FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), 108_395, 108_397, 13.06
     ),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
+    "fedit-kept": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, moments="kept", schedule="linear"), 4_096, 4_098, 1.00),
     "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
     "fedkseed-lora": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.55),
     "fedkseed-pro": Row(FedKSeed(**SEEDS, pro=True), 116, 100, 3.69),
+    "fedkseed-tied": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.60),
     "fedkseed-paper": Row(FedKSeed(**SEEDS, wire="paper"), 336, 117, 4.09),
     "fedkseed-paper-pro": Row(FedKSeed(**SEEDS, wire="paper", pro=True), 594, 117, 3.16),
     "fedkseed-gaussian": Row(FedKSeed(**SEEDS, law="gaussian", together=True), 97, 100, 4.35),
@@ -117,31 +120,47 @@ ROWS = {
         about(3_650),
         2.83,
     ),
+    "onebit": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant"), 83, 141, 0.81),
+    "onebit-lora": Row(OneBit(lr=1e-2, steps=4, batch_size=4, bits=2, block=128, moments="fresh", warmup=2), 0, 0, 0),
+    "onebit-weights": Row(OneBit(lr=3e-3, steps=4, batch_size=4, down_bits=4), 83, 141, 11.62),
+    "onebit-plain": Row(OneBit(lr=1e-2, steps=4, batch_size=4, bits=32), 83, 2_078, 0.78),
     "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
     "fedzo": Row(FedZO(**(SEEDS | {"seeds": 1 << 32})), 108_411, 108_397, 4.86),
 }
 
 
-VIEWS = {
-    "cgfed",
-    "cgfed-coded",
-    "cgfed-eden",
-    "cgfed-state",
-    "fedit",
-    "fedkseed-lora",
-    "gradualdiff-lora",
-    "tgap",
-}  # rows that run on a LoRA view of the model
-HALVES = {"gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"}  # rows in bfloat16
+VIEWS = {  # rows that run on another net than the whole model in float32
+    **dict.fromkeys(
+        ["cgfed", "cgfed-coded", "cgfed-eden", "cgfed-state", "fedit", "fedit-kept", "fedkseed-lora"], "lora"
+    ),
+    **dict.fromkeys(["gradualdiff-lora", "onebit-lora", "tgap"], "lora"),
+    **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
+    **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-plain"], "tied factors"),
+    "onebit-weights": "tied weights",
+}
+TARGETS = ["q_proj", "v_proj"]
+MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but for the path
+    "whole": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "lora": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
+    "tied factors": {"view": {"kind": "tied", "numbers": 500, "targets": TARGETS}},
+    "tied weights": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 500, "over": "weights"}},
+}
+Nets = dict[str, Net]
 
 
-def opened(folder: Path) -> tuple[Net, Net, Net]:
-    """The tiny model whole, as a LoRA view, and in bfloat16."""
-    view = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
-    half = tiny_net(folder, "bfloat16")
-    return tiny_net(folder), Net.open(str(folder), remember=True, view=view), half
+def opened(folder: Path) -> Nets:
+    """The tiny model whole, in bfloat16, and under each view."""
+    tiny_net(folder)
+    models = {name: Model.model_validate(settings) for name, settings in MODELS.items()}
+    return {name: Net.open(str(folder), m.dtype, remember=True, view=m.view) for name, m in models.items()}
 
 
-def net_for(row: str, nets: tuple[Net, Net, Net]) -> Net:
+def model_of(row: str) -> str:
+    """The name of the model that a row runs on."""
+    return VIEWS.get(row, "whole")
+
+
+def net_for(row: str, nets: Nets) -> Net:
     """The one that a row runs on."""
-    return nets[1 if row in VIEWS else 2 if row in HALVES else 0]
+    return nets[model_of(row)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from rows import ROWS, net_for, opened
+from rows import ROWS, Nets, net_for, opened
 
 from thinwire.core import Method
 from thinwire.model.net import Net
 
 
 @pytest.fixture(scope="module")
-def nets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Net, Net]:
+def nets(tmp_path_factory: pytest.TempPathFactory) -> Nets:
     return opened(tmp_path_factory.mktemp("model"))
 
 
@@ -20,7 +20,7 @@ def row(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def net(row: str, nets: tuple[Net, Net, Net]) -> Net:
+def net(row: str, nets: Nets) -> Net:
     return net_for(row, nets)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
 from grid import entries, federate
-from rows import HALVES, ROWS, VIEWS
+from rows import MODELS, ROWS, model_of
 from silos import Frames, Silos, audited, in_process, local_of, state_of, visits
 
 from thinwire.config import Run
@@ -27,11 +26,8 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Silos:
 
 def run_of(silos: Silos, row: str, rounds: int = 2) -> Run:
     """The row as a run file."""
-    model: dict[str, Any] = {"dtype": "bfloat16"} if row in HALVES else {}
-    if row in VIEWS:
-        model["lora"] = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}
     method = {k: v for k, v in ROWS[row].method.model_dump(mode="json").items() if v is not None}
-    return silos.run(method, rounds, model=model)
+    return silos.run(method, rounds, model=MODELS[model_of(row)])
 
 
 @pytest.mark.parametrize("row", [row if row in SHORT else pytest.param(row, marks=pytest.mark.long) for row in ROWS])

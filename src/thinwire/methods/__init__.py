@@ -16,6 +16,7 @@ PLACES = {
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
     "fedzo": "thinwire.methods.fedzo:FedZO",
     "gradualdiff": "thinwire.methods.gradualdiff:GradualDiff",
+    "onebit": "thinwire.methods.onebit:OneBit",
     "tgap": "thinwire.methods.tgap:Tgap",
 }
 

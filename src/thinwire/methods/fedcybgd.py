@@ -198,7 +198,7 @@ class FedCyBGD(Exact):
         for parameter in trained:
             parameter.requires_grad_(True)
         memory.trim()  # decoding has left much that training would add to
-        local = self.train(client, down.lr, model, trained, keep=True)
+        local = self.train(client, down.lr, model, trained, own, keep=True)
         # read again: in memory while the block trains, it would be as much as the block
         if (start := client.versions.get(down.version)) is None:
             raise Illegal(f"the version {down.version:.12} was lost during the visit")

@@ -73,6 +73,7 @@ class Net:
         self.names: tuple[str, ...] = tuple(self._parameters)
         draw = None if head_key is None else lambda names: classifier.drawn(model, names, head_key)
         self.base = Base([*([spooled] if spooled else []), self.folder], model, draw)
+        view.start(model, self.base)
         self.size = sum(p.numel() for p in self._parameters.values())
         self.nbytes = sum(p.numel() * p.element_size() for p in self._parameters.values())
 
@@ -209,6 +210,7 @@ class Net:
     @torch.no_grad()
     def state_sha256(self) -> str:
         """SHA-256 over name, dtype, shape and little-endian bytes of all parameters, also frozen, sorted by name."""
+        self.view.refresh(self.model)
         digest = hashlib.sha256()
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(f"{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())

@@ -258,7 +258,6 @@ class ClientMemories:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.newest: dict[int, int] = {}
-        self._open: dict[int, ClientMemory] = {}
 
     def check(self, newest: Mapping[int, int]) -> None:
         """Read the files that a checkpoint goes with; Damaged names the first that is not as it was written."""
@@ -271,10 +270,11 @@ class ClientMemories:
             self.newest[client] = memory.round
 
     def of(self, client: int, round: int) -> ClientMemory:
-        """The memory of a client in a round: one object, however often the round asks that client."""
-        if client not in self._open or self._open[client].round != round:
-            self._open[client] = ClientMemory(self.folder / str(client), round, self.newest.get(client))
-        return self._open[client]
+        """The memory of a client as it is before a round: also where that round asks it again, its first reply lost."""
+        newest = self.newest.get(client)
+        if newest is not None and newest >= round:  # what this round has written is not yet so
+            newest = None
+        return ClientMemory(self.folder / str(client), round, newest)
 
     def rewind(self, round: int) -> None:
         """Drop what was written after that round: a run that goes on from its checkpoint has not been there."""
@@ -287,7 +287,6 @@ class ClientMemories:
                     self.newest[int(folder.name)] = written
 
     def prune(self, oldest: int) -> None:
-        """See ClientMemory.prune; also lets go of what is in memory."""
-        self._open.clear()
+        """See ClientMemory.prune."""
         for folder in self.folder.glob("*"):
             ClientMemory.prune(folder, oldest)

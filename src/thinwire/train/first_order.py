@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from thinwire.core import Averaged, Client
 from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch, Work
-from thinwire.train.local import Adjust, Local, Optimiser, Rule, Schedule, train_locally
+from thinwire.train.local import Adjust, Kept, Local, Moments, Optimiser, Rule, Schedule, train_locally
 
 
 class FirstOrder(Averaged):
@@ -20,7 +20,9 @@ class FirstOrder(Averaged):
     name: str
     lr: float = Field(2e-5, gt=0, le=100)
     schedule: Schedule = "constant"
+    warmup: NonNegativeInt = 0  # first steps of an optimiser, over which the rate rises to what it is
     optimiser: Optimiser = "adamw"
+    moments: Moments = "fresh"  # kept: AdamW's stay with the client from visit to visit
     weight_decay: NonNegativeFloat = 0.0
     steps: PositiveInt = 10
     batch_size: PositiveInt = 8
@@ -34,17 +36,24 @@ class FirstOrder(Averaged):
         lr: float,
         model: nn.Module | None = None,
         parameters: Sequence[nn.Parameter] | None = None,
+        names: Sequence[str] = (),
         keep: bool = False,
     ) -> Local:
-        """The local steps on the client's net, or on these parameters of a model, in place; see train_locally."""
+        """The local steps on the client's net, or on the `names` of a model's parameters, in place; see train_locally.
+
+        `names` are those that its moments are kept under, one a parameter.
+        """
+        if parameters is None:
+            names, parameters = client.net.names, [p for _, p in client.net.parameters()]
         return train_locally(
             model if model is not None else client.net.model,
-            parameters if parameters is not None else [p for _, p in client.net.parameters()],
+            parameters,
             client.data.batches(client.key.fold("batches"), self.batch_size),
-            Rule(self.optimiser, lr, self.steps, self.weight_decay, self.clip),
+            Rule(self.optimiser, lr, self.steps, self.weight_decay, self.clip, self.warmup),
             adjust=proximal(self.proximal) if self.proximal else None,
             recompute=self.recompute,
             keep=keep,
+            kept=Kept(client.memory, names) if self.moments == "kept" else None,
         )
 
     def work(self, round: int) -> Work:

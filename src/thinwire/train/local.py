@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -20,18 +20,23 @@ from thinwire.train.objective import loss as batch_loss
 
 Optimiser = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
+Moments = Literal["fresh", "kept"]
 # a hand on the float32 weights with their .grad, before clipping: a proximal term, control variates, a mask
 Adjust = Callable[[Sequence[Tensor]], None]
 
 
 class Rule(NamedTuple):
-    """How the local steps are taken; `clip` bounds the gradient's norm, 0: nothing does."""
+    """How the local steps are taken; `clip` bounds the gradient's norm, 0: nothing does.
+
+    Over an optimiser's first `warmup` steps the rate rises from near 0 to `lr`.
+    """
 
     optimiser: Optimiser
     lr: float
     steps: int
     weight_decay: float = 0.0
     clip: float = 0.0
+    warmup: int = 0
 
 
 class Local(NamedTuple):
@@ -52,6 +57,43 @@ def scheduled(schedule: Schedule, lr: float, round: int, rounds: int) -> float:
     return lr
 
 
+class Kept:
+    """An optimiser's moments and count of steps, from visit to visit, in a client's memory.
+
+    "moments/first/NAME" and "moments/second/NAME", float32 in the parameter's shape, and "moments/steps". A client
+    without them, or with those of another shape, begins anew.
+    """
+
+    def __init__(self, memory: MutableMapping[str, Tensor], names: Sequence[str]) -> None:
+        self.memory, self.names = memory, names
+
+    def restore(self, optimiser: torch.optim.Optimizer, weights: Sequence[Tensor]) -> int:
+        """Give the optimiser of these weights what is kept of them; how many steps it has then taken."""
+        found = [[self.memory.get(f"moments/{which}/{name}") for which in ("first", "second")] for name in self.names]
+        steps = self.memory.get("moments/steps")
+        for (first, second), weight in zip(found, weights, strict=True):
+            if steps is None or first is None or second is None or not first.shape == second.shape == weight.shape:
+                return 0
+        assert steps is not None
+        for (first, second), weight in zip(found, weights, strict=True):
+            moments = {"exp_avg": first, "exp_avg_sq": second}
+            optimiser.state[weight] = {"step": steps.float().clone()} | {
+                key: moment.to(weight.device, copy=True) for key, moment in moments.items() if moment is not None
+            }
+        return int(steps)
+
+    def keep(self, optimiser: torch.optim.Optimizer, weights: Sequence[Tensor], steps: int) -> None:
+        """Keep what the optimiser has of these weights; a weight that no step has moved has zeros."""
+        for name, weight in zip(self.names, weights, strict=True):
+            held = optimiser.state.get(weight, {})
+            for which, key in (("first", "exp_avg"), ("second", "exp_avg_sq")):
+                moment = held.get(key)
+                self.memory[f"moments/{which}/{name}"] = (
+                    torch.zeros(weight.shape) if moment is None else moment.detach().cpu()
+                )
+        self.memory["moments/steps"] = torch.tensor(steps)
+
+
 def train_locally(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
@@ -61,19 +103,21 @@ def train_locally(
     adjust: Adjust | None = None,
     recompute: bool = False,
     keep: bool = False,
+    kept: Kept | None = None,
 ) -> Local:
     """Steps on these parameters of the model, in place.
 
-    The optimiser is fresh. A step whose loss or gradient is not finite is skipped and counted. bf16 and fp16 weights
-    are trained through a float32 copy, and rounded once a step; with `keep` the result has those copies as the last
-    step left them. Of several processes (train.parallel) each takes a share of every batch. `recompute`: what is within
-    a transformer layer is computed again on the way back, and not kept.
+    The optimiser is fresh, unless its moments are `kept`. A step whose loss or gradient is not finite is skipped and
+    counted. bf16 and fp16 weights are trained through a float32 copy, and rounded once a step; with `keep` the result
+    has those copies as the last step left them. Of several processes (train.parallel) each takes a share of every
+    batch. `recompute`: what is within a transformer layer is computed again on the way back, and not kept.
     """
     masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
     if rule.optimiser == "adamw":
         optimiser: torch.optim.Optimizer = torch.optim.AdamW(masters, lr=rule.lr, weight_decay=rule.weight_decay)
     else:
         optimiser = torch.optim.SGD(masters, lr=rule.lr, weight_decay=rule.weight_decay)
+    before = kept.restore(optimiser, masters) if kept is not None and rule.optimiser == "adamw" else 0
     total, taken = 0.0, 0
     with _recomputing(model) if recompute else contextlib.nullcontext():
         for batch in islice(batches, rule.steps):
@@ -92,6 +136,8 @@ def train_locally(
                 adjust(masters)
             norm = torch.nn.utils.clip_grad_norm_(masters, rule.clip or math.inf)
             if torch.isfinite(norm):
+                for group in optimiser.param_groups:
+                    group["lr"] = rule.lr * min(1.0, (before + taken + 1) / (rule.warmup + 1))
                 optimiser.step()
                 total, taken = total + value, taken + 1
             optimiser.zero_grad(set_to_none=True)
@@ -99,6 +145,8 @@ def train_locally(
                 for parameter, master in zip(parameters, masters, strict=True):
                     if parameter is not master:
                         parameter.copy_(master)
+    if kept is not None and rule.optimiser == "adamw":
+        kept.keep(optimiser, masters, before + taken)
     return Local(total / taken if taken else math.nan, rule.steps - taken, masters if keep else [])
 
 

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from thinwire.model.views.view import Adapted
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from thinwire.keys import Key
@@ -22,9 +25,16 @@ class Full(BaseModel):
     forward_share: ClassVar[float] = 1.0
 
     kind: Literal["full"] = "full"
+    factors: ClassVar[None] = None
 
     def adapt(self, model: PreTrainedModel, key: Key) -> None:
         """Nothing to put in."""
+
+    def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
+        """Nothing is read."""
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Nothing follows."""
 
     def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """Every parameter."""

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from thinwire.model.views.view import Adapted
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -31,12 +33,23 @@ class Lora(BaseModel):
     alpha: PositiveFloat = 16.0
     targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
 
-    # what is done is in `factors`, which imports torch: a run file is read without it
+    # what is done is in the module `factors`, which imports torch: a run file is read without it
+    @property
+    def factors(self) -> tuple[int, tuple[str, ...]]:
+        """Their rank, and beside which layers they stand."""
+        return self.rank, self.targets
+
     def adapt(self, model: PreTrainedModel, key: Key) -> None:
         """See factors.add."""
         from thinwire.model.views import factors
 
         factors.add(model, self.rank, self.alpha, self.targets, key)
+
+    def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
+        """Nothing is read."""
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Nothing follows."""
 
     def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """The factors, and a classifier's head."""

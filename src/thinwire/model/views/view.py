@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -35,11 +37,21 @@ class View(Protocol):
     def forward_share(self) -> float:
         """Of the passes of a step on all weights, the share that a step on this view takes."""
 
+    @property
+    def factors(self) -> tuple[int, tuple[str, ...]] | None:
+        """The rank of the factors that it puts beside layers, and beside which; None: it puts none."""
+
     def adapt(self, model: PreTrainedModel, key: Key) -> None:
         """Put what is trained into the model, drawn from `key`, in place; requires_grad then says what is trained.
 
         ModelError: the model has no place for it.
         """
+
+    def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
+        """Keep at hand what it reads of the start weights, if anything: `base` has them by name."""
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Bring what follows from the trained parameters up to them, as a forward pass does."""
 
     def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """The shapes, by name, of what is trained once a model has been adapted that is now not, and may be empty."""

@@ -1,0 +1,236 @@
+"""onebit: what is trained is sent as one bit a number, with its error carried over, in both directions.
+
+Client i holds the numbers v that all hold, trains them to v_i, and owes e_i of what it learned before:
+
+    c_i = Q(v_i - v + e_i)        e_i <- v_i - v + e_i - c_i                     sent: Q's bytes
+
+The server moves along the mean, owes E, and sends the change in the same form:
+
+    c = Q(s(sum_i n_i c_i / n) + E)        v' = L(v + c)        E <- v + s(...) + E - v'
+
+Q is a sign under a mean magnitude for each block (or what `code` names). L rounds to 8 bits a number, so that a
+newcomer's numbers are short and to the bit those of the others. The start follows from the run's key: nobody is sent
+it. Who has missed rounds receives their changes, or all numbers in 8 bits, whichever is shorter.
+
+Error feedback at one end: Karimireddy et al. 2019, arXiv:1901.09847; at both: Tang et al. 2019, arXiv:1905.05957.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from thinwire.aggregate.mean import Counted, Metrics, Update
+from thinwire.compress.catalogue import Plain
+from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.entropy.packing import to_bytes, to_tensor
+from thinwire.compress.feedback import DEBT, debt_of, encode_with_debt, on_grid
+from thinwire.core import Client, Server, StaleVersion
+from thinwire.costs.frames import VERSION, Expected, Frames, fixed
+from thinwire.model.net import Net
+from thinwire.train.first_order import FirstOrder
+from thinwire.train.local import Moments, Schedule, scheduled
+from thinwire.wire import Illegal
+from thinwire.wire.legal import LARGEST, check_keys, check_rate
+from thinwire.wire.payload import LATE
+
+NUMBERS = "numbers"
+UNCODED = 32  # bits
+MISSED = 7  # changes that are kept for those who missed them: of one bit, more are as long as the numbers in 8
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What all hold, as changes of what the net trains from its start: float32 [n], and their version.
+
+    `start`: the version of the start, which everybody has. `owed`: the server's debt, float64 [n]. `changes`: the last
+    rounds' coded changes by the version that each is of, oldest first, under the keys `keys`.
+    """
+
+    numbers: Tensor
+    version: str
+    start: str
+    owed: Tensor
+    changes: Mapping[str, Tensor]
+    keys: list[int]
+    moments: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
+
+
+@dataclass(frozen=True)
+class Step:
+    """How to come from the version `base`, or where that is None from the start, to `version`.
+
+    Coded changes, oldest first, under `keys`; or all numbers in 8 bits. `key` is this round's.
+    """
+
+    base: str | None
+    version: str
+    changes: Mapping[str, Tensor]
+    keys: list[int]
+    levels: Tensor | None
+    key: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """The coded change of a client's numbers, uint8; its examples, its mean loss, its skipped steps."""
+
+    change: Tensor = field(metadata={"release": True})
+    examples: int = field(metadata={"release": True})
+    loss: float = field(metadata={"release": True})
+    skipped: int = field(metadata={"release": True})
+
+
+class OneBit(FirstOrder):
+    """Local first-order steps on few numbers; signs of what they changed travel, with a debt at both ends."""
+
+    name: Literal["onebit"] = "onebit"
+    lr: float = 4.5e-3
+    schedule: Schedule = "linear"
+    moments: Moments = "kept"
+    bits: Literal[1, 2, 4, 8, 32] = 1  # of a number's change, up; 32: the number itself, without a code or a debt
+    down_bits: Literal[1, 2, 4, 8, 32] | None = None  # and down; None: as up
+    block: int = 1024  # numbers that share a scale
+
+    Down, Up, State = Step, Learnt, Numbers
+    paper: ClassVar[str] = "error feedback at both ends: Tang et al. 2019, arXiv:1905.05957"
+
+    def init(self, server: Server) -> Numbers:
+        start = torch.zeros(server.net.size)
+        owed = torch.zeros(server.net.size, dtype=torch.float64)
+        version = server.versions.put({NUMBERS: start})
+        return Numbers(start, version, version, owed, {}, [])
+
+    def broadcast(self, state: Numbers, server: Server, client_id: int, held: str | None) -> Step:
+        lr, key = scheduled(self.schedule, self.lr, server.round, server.rounds), server.key.fold("code").word()
+        versions, from_ = [*state.changes, state.version], held or state.start
+        if from_ in versions:
+            first = versions.index(from_)
+            missed = {str(i): change for i, change in enumerate([*state.changes.values()][first:])}
+            if sum(change.numel() for change in missed.values()) <= _size(self._levels, state.numbers.numel()):
+                return Step(held, state.version, missed, state.keys[first:], None, key, lr)
+        levels = to_tensor(self._levels.encode(state.numbers, 0))
+        return Step(None, state.version, {}, [], levels, key, lr)
+
+    def client_update(self, down: Step, client: Client) -> Learnt:
+        numbers = self._receive(down, client)
+        before = [p.detach().double().cpu() for _, p in client.net.parameters()]
+        local = self.train(client, down.lr, keep=True)
+        # of the weights as they were filled: what a low precision has cut of the start and the numbers is not learnt
+        learnt = torch.cat([(w.detach().cpu() - b).flatten() for w, b in zip(local.weights, before, strict=True)])
+        if not torch.isfinite(learnt).all():
+            raise Illegal("the update is not finite")
+        if self.bits == UNCODED:
+            data = self.code().encode((numbers + learnt).float(), down.key)
+        else:
+            data, _, client.memory[DEBT] = encode_with_debt(
+                self.code(), learnt, debt_of(client.memory, learnt), down.key
+            )
+        return Learnt(to_tensor(data), len(client.data), local.loss, local.skipped)
+
+    def check(self, state: Numbers, client_id: int, up: Learnt) -> None:
+        if not (_decoded(self.code(), up.change, state.numbers.shape, 0).abs() <= LARGEST).all():
+            raise Illegal(f"the change is beyond {LARGEST:g}")
+
+    def update(self, state: Numbers, server: Server, up: Learnt) -> Update:
+        found = _decoded(self.code(), up.change, state.numbers.shape, server.key.fold("code").word())
+        return Update({NUMBERS: found}, self.weight(up), up.loss, up.skipped)
+
+    def step(
+        self, state: Numbers, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
+    ) -> tuple[Numbers, Metrics]:
+        key, code, moments = server.key.fold("code").word(), self.code(down=True), state.moments
+        move = mean[NUMBERS].double() - (state.numbers if self.bits == UNCODED else 0)
+        if not self.server_step.plain:
+            move, moments = self.server_step(state.moments or {}, NUMBERS, move.float())
+        if isinstance(code, Plain):
+            numbers, owed = (state.numbers + move.double()).float(), state.owed
+            data = code.encode(numbers, key)
+        else:
+            data, sent, _ = encode_with_debt(code, move, state.owed, key)
+            numbers = self._moved(state.numbers, sent)
+            owed = on_grid(state.numbers) + on_grid(move) + state.owed - on_grid(numbers)
+        version = server.versions.put({NUMBERS: numbers})
+        changes, keys = {**state.changes, state.version: to_tensor(data)}, [*state.keys, key]
+        if len(changes) < len(keys) or version in changes:  # the numbers are where they have been before
+            changes, keys = ({}, []) if version == state.version else ({state.version: to_tensor(data)}, [key])
+        kept = dict(list(changes.items())[-MISSED:])
+        return Numbers(numbers, version, state.start, owed, kept, keys[-MISSED:], moments or None), {}
+
+    def materialise(self, state: Numbers, net: Net) -> None:
+        _fill(net, state.numbers)
+
+    def receive(self, down: Step, client: Client) -> None:
+        self._receive(down, client)
+
+    def _receive(self, down: Step, client: Client) -> Tensor:
+        """Fill the client's net; the numbers that it then holds."""
+        check_rate(down.lr)
+        check_keys(down.key, *down.keys)
+        if len(down.changes) != len(down.keys) or len(down.keys) > MISSED:
+            raise Illegal(f"{len(down.changes)} changes under {len(down.keys)} keys")
+        size = client.net.size
+        if down.levels is not None:
+            numbers = _decoded(self._levels, down.levels, (size,), 0)
+        elif down.base is None:
+            numbers = torch.zeros(size)
+        elif (known := client.versions.get(down.base)) is None:
+            raise StaleVersion
+        else:
+            numbers = known[NUMBERS]
+        for change, key in zip(down.changes.values(), down.keys, strict=True):
+            numbers = self._moved(numbers, _decoded(self.code(down=True), change, (size,), key))
+        if client.versions.put({NUMBERS: numbers}) != down.version:
+            raise Illegal(f"the changes do not make the version {down.version:.12}")
+        client.held = down.version
+        client.net.rebuild(down.version.encode(), lambda: _fill(client.net, numbers))
+        return numbers
+
+    def frames(self, at: Expected) -> Frames | None:
+        count = sum(tensor.numel() for tensor in at.trained.values())
+        up, down = (torch.empty(_size(self.code(d), count), dtype=torch.uint8) for d in (False, True))
+        step = Step(VERSION, VERSION, {"0": down}, [1 << 63], None, 1 << 63, 0.0)
+        return fixed(at, step, lambda examples: Learnt(up, examples, 0.0, 0))
+
+    def code(self, down: bool = False) -> Blocks | Plain:
+        """What codes the numbers' change, up or down."""
+        bits = self.down_bits or self.bits if down else self.bits
+        return Plain() if bits == UNCODED else Blocks(bits, self.block)
+
+    @property
+    def _levels(self) -> Blocks | Plain:
+        """What a newcomer receives the numbers in, and all round them to."""
+        return Plain() if isinstance(self.code(down=True), Plain) else Blocks(8, self.block)
+
+    def _moved(self, numbers: Tensor, sent: Tensor) -> Tensor:
+        """The numbers after a change, on the levels that they travel in: the same at all ends."""
+        if isinstance(self.code(down=True), Plain):
+            return sent
+        moved = (on_grid(numbers) + on_grid(sent)).float()
+        return self._levels.decode(self._levels.encode(moved, 0), moved.shape, 0)
+
+
+def _size(code: Blocks | Plain, count: int) -> int:
+    return 4 * count if isinstance(code, Plain) else code.size(count)
+
+
+def _decoded(code: Blocks | Plain, change: Tensor, shape: Sequence[int], key: int) -> Tensor:
+    try:
+        return code.decode(to_bytes(change), shape, key)
+    except ValueError as error:
+        raise Illegal(f"the numbers: {error}") from None
+
+
+@torch.no_grad()
+def _fill(net: Net, numbers: Tensor) -> None:
+    """The net's weights := its start plus the numbers, each in its own dtype."""
+    at = 0
+    for name, parameter in net.parameters():
+        own = numbers[at : at + parameter.numel()].view(parameter.shape).to(parameter.device)
+        parameter.copy_(net.base[name].float() + own)
+        at += parameter.numel()

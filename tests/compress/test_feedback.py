@@ -1,0 +1,55 @@
+"""Error feedback: nothing is lost, to the bit."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from thinwire.compress.catalogue import Code, Plain
+from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.codecs.topk import TopK
+from thinwire.compress.feedback import DEBT, debt_of, encode_with_debt, on_grid
+
+CODES: list[Code] = [Blocks(1, 64), Blocks(4, 64), Blocks(8, 64), TopK(0.1), Plain()]
+
+
+@pytest.mark.parametrize("code", CODES, ids=repr)
+@settings(deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.floats(1e-6, 1.0), count=st.integers(1, 300))
+def test_what_was_sent_and_what_is_owed_is_what_was_learnt(code: Code, seed: int, scale: float, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    debt: Tensor | None = None
+    learnt, sent = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    for round in range(6):
+        x = torch.randn(count, generator=generator) * scale
+        data, decoded, debt = encode_with_debt(code, x, debt, round)
+        assert torch.equal(decoded, code.decode(data, (count,), round))  # what the other end makes of it
+        learnt, sent = learnt + on_grid(x), sent + on_grid(decoded)
+    assert debt is not None
+    assert torch.equal(sent + debt, learnt)
+
+
+def test_the_debt_of_one_bit_does_not_grow() -> None:
+    generator, code = torch.Generator().manual_seed(0), Blocks(1, 256)
+    debt, sizes = None, []
+    for round in range(200):
+        x = torch.randn(1024, generator=generator)
+        _, _, debt = encode_with_debt(code, x, debt, round)
+        sizes.append(float(debt.norm()))
+    assert max(sizes[100:]) < 1.5 * max(sizes[:50])
+
+
+def test_a_debt_of_other_numbers_is_none() -> None:
+    x = torch.zeros(3)
+    assert debt_of({}, x) is None
+    assert debt_of({DEBT: torch.zeros(4, dtype=torch.float64)}, x) is None
+    assert debt_of({DEBT: torch.zeros(3)}, x) is None
+    assert debt_of({DEBT: torch.ones(3, dtype=torch.float64)}, x) is not None
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        encode_with_debt(Blocks(1), torch.tensor([float("nan")]), None, 0)
