@@ -32,3 +32,7 @@ class Ties:
     def collect(self, gradient: Tensor, stream: int, into: Tensor, scale: float = 1.0) -> None:
         index, sign = _map(self.key, self.numbers, stream, gradient.numel())
         into.index_add_(0, index, gradient.flatten().float() * sign, alpha=scale)
+
+    def signed(self, stream: int, count: int):
+        index, sign = _map(self.key, self.numbers, stream, count)
+        return index.numpy(), sign.numpy()
