@@ -18,11 +18,18 @@ from thinwire.estimate.traffic import Traffic, verdict
 from thinwire.methods.fedavg import Weights
 from thinwire.runtime.course import Watch, train
 
+TIED: dict[str, Any] = {"kind": "tied", "numbers": 3000, "targets": ["q_proj", "v_proj"]}
 EXACT: dict[str, dict[str, Any]] = {
     "fedavg": {"method": {"name": "fedavg", "steps": 1}},
     "fedit": {
         "method": {"name": "fedavg", "steps": 1},
         "model": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}},
+    },
+    "fedavg on a tied view": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": TIED}},
+    "onebit": {"method": {"name": "onebit", "steps": 1}, "model": {"view": TIED}},
+    "onebit over all weights": {
+        "method": {"name": "onebit", "steps": 1, "down_bits": 4},
+        "model": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 3000, "over": "weights"}},
     },
     "fedzo": {"method": {"name": "fedzo", "steps": 2, "law": "sign"}},
     "fedkseed on the paper's wire": {

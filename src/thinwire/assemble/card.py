@@ -42,7 +42,7 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
         "```",
         "",
     ]
-    if run.model.lora is not None:
+    if run.model.view.factors is not None:
         lines += ["The LoRA factors are merged into these weights; they stand alone in `adapter/`, for peft.", ""]
     lines += [
         "## Data",

@@ -61,9 +61,11 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
     ModelError: there is no such model, or the method cannot train it.
     """
     model = run.model
-    if hollow and model.lora is not None:
+    if hollow and model.view.kind != "full":
         name = config.method_name(run.method)
-        raise ModelError(f"model.lora: a client of {name} has no weights in memory for factors to stand beside")
+        raise ModelError(
+            f"model.{'lora' if model.lora else 'view'}: a client of {name} has no weights in memory to train a view of"
+        )
     folder = resolve(model.path)
     net = Net.open(
         str(folder),

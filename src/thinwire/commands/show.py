@@ -44,7 +44,7 @@ class Live(Watch):
         self.sent, self.scored = 0, ""  # bytes so far; the last score
         held = sum(len(rows) for rows in rows.clients.values())
         self.console.print(f"{run.name}: {method_name(run.method)} on {run.model.path}", soft_wrap=True)
-        what = f"all {number(net.size)} parameters" if run.model.lora is None else f"{number(net.size)} LoRA factors"
+        what = run.model.view.trains.format(number(net.size))
         self.console.print(f"  {what} are trained, over {_many(run.rounds, 'round')}")
         who = f": {_listed(list(rows.clients))}" if run.data.partition == "files" else ""
         many = _many(len(rows.clients), "client")
@@ -127,7 +127,8 @@ def print_summary(folder: Path, note: str | None = None) -> None:
                     table.add_row(f"{split} {score.title}", _points(before.get(field)), _points(after.get(field)))
         console.print(table)
     file = folder / "run.toml"
-    whole = "all factors" if file.exists() and config.load(file).model.lora is not None else "whole model"
+    part = file.exists() and config.load(file).model.view.kind != "full"
+    whole = "all that is trained" if part else "whole model"
     table = Table("one client, one round", *(Column(h, justify="right") for h in ("bytes", whole, "ratio")))
     for way in ("down", "up"):
         sent = [c[f"bytes_{way}"] for record in rounds for c in record["clients"] if c[f"bytes_{way}"]]

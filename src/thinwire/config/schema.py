@@ -64,7 +64,7 @@ class Model(_Section):
         view = self.view if self.lora is None else self.lora
         object.__setattr__(self, "view", view)
         object.__setattr__(self, "lora", view if isinstance(view, Lora) else None)
-        if self.bits is not None and self.lora is None:
+        if self.bits is not None and view.factors is None:
             raise ValueError("bits needs [model.lora]: quantised weights cannot be trained themselves")
         return self
 

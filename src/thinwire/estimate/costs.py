@@ -84,7 +84,7 @@ def estimate(run: Run) -> Estimate:
     else:
         assumed.append(f"answers of {min(ANSWER, length - 1)} tokens")
     probed = method_name(method) if work.probes else None
-    forward = one_pass(model, at_once, length, 1 if closed else ANSWER, run.model.lora, probed)
+    forward = one_pass(model, at_once, length, 1 if closed else ANSWER, run.model.view.factors, probed)
     passes = fmean(method.work(round).rows for round in range(1, run.rounds + 1)) * run.model.view.forward_share
     return Estimate(
         method=method_name(method),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from thinwire.config import Lora, Run
+from thinwire.config import Run
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.classifier import Task, has_head, task_in, task_of
 from thinwire.model.errors import ModelError, first_line
@@ -33,6 +33,8 @@ from thinwire.train.objective import cross_entropies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+Factors = tuple[int, Sequence[str]]  # their rank, and beside which layers
 
 
 def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
@@ -52,11 +54,14 @@ def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
         layers = (m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in HEADS)
         whole -= int(sum(layer.weight.numel() for layer in layers) * (dtype.itemsize - each))
     shapes = run.model.view.trained(model)
-    trained = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    view = run.model.view
+    kept = torch.float32 if view.float32 else dtype
+    trained = {name: torch.empty(shape, dtype=kept, device="meta") for name, shape in shapes.items()}
     own = {name for name, _ in model.named_parameters()}
     whole += sum(tensor.numel() for name, tensor in trained.items() if name not in own) * dtype.itemsize
-    largest = max(tensor.numel() for tensor in trained.values()) * dtype.itemsize
-    return Sketch(trained, whole, largest, config, dtype, task, adapted=run.model.lora is not None)
+    written = trained.values() if view.factors is not None else model.parameters()  # one by one, as they are trained
+    largest = max(tensor.numel() for tensor in written) * dtype.itemsize
+    return Sketch(trained, whole, largest, config, dtype, task, adapted=view.factors is not None)
 
 
 def _form(task: Task) -> Any:
@@ -86,18 +91,18 @@ def config_of(path: str) -> PreTrainedConfig:
 
 
 def one_pass(
-    model: Sketch, rows: int, length: int, answer: int, lora: Lora | None = None, probed: str | None = None
+    model: Sketch, rows: int, length: int, answer: int, factors: Factors | None = None, probed: str | None = None
 ) -> Pass:
     """What a forward pass over `rows` rows of `length` tokens takes, logits at `answer` positions of each (a
     classifier has one set of them).
 
     Run on tensors without memory, on models of one and of two layers: each further layer takes what the second took.
-    With `lora` the weights are frozen, and factors beside them are trained; `probed` names a method that perturbs
+    With `factors` the weights are frozen, and such are trained beside them; `probed` names a method that perturbs
     weights. ModelError: the model is none for these, or cannot be run so.
     """
     layers = int(model.config.get_text_config().num_hidden_layers)
     try:
-        few = [_measured(model, n, rows, length, answer, lora, probed) for n in (1, 2)]
+        few = [_measured(model, n, rows, length, answer, factors, probed) for n in (1, 2)]
     except ModelError:
         raise
     except Exception as error:  # an architecture may need what tensors without memory have not
@@ -107,7 +112,7 @@ def one_pass(
 
 
 def _measured(
-    model: Sketch, layers: int, rows: int, length: int, answer: int, lora: Lora | None, probed: str | None
+    model: Sketch, layers: int, rows: int, length: int, answer: int, factors: Factors | None, probed: str | None
 ) -> tuple[float, float, float]:
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
@@ -117,13 +122,14 @@ def _measured(
     config.use_cache = False
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = _form(model.task).from_config(config, dtype=model.dtype, trust_remote_code=False).eval()
-        if lora is not None:
+        if factors is not None:
+            rank, targets = factors
             for parameter in net.parameters():
                 parameter.requires_grad_(False)
-            chosen = chosen_layers(net, lora.rank, lora.targets)
+            chosen = chosen_layers(net, rank, targets)
             check_called(net, chosen)
             for layer in chosen.values():
-                _beside(layer, lora.rank)
+                _beside(layer, rank)
             for parameter in head_of(net).values():
                 parameter.requires_grad_(True)
         elif probed is not None:

@@ -104,7 +104,7 @@ class Policy(BaseModel):
                 raise Illegal(f"this site's policy does not allow {name} = {value}")
         bounds = {f"method.{name}": value for name, value in fields.items()} if path is None else {}
         bounds["eval.max_new_tokens"] = run.eval.max_new_tokens
-        bounds["model.lora.rank"] = run.model.lora.rank if run.model.lora is not None else 0
+        bounds[f"model.{'lora' if run.model.lora else 'view'}.rank"] = (run.model.view.factors or (0,))[0]
         for name, value in bounds.items():  # what else sizes something: none is near this where a run is meant to end
             if value > 1 << 15:
                 raise Illegal(f"this site does not take {name} = {value}")

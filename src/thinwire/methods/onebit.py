@@ -30,7 +30,7 @@ from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.feedback import DEBT, debt_of, encode_with_debt, on_grid
 from thinwire.core import Client, Server, StaleVersion
-from thinwire.costs.frames import VERSION, Expected, Frames, fixed
+from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder
 from thinwire.train.local import Moments, Schedule, scheduled
@@ -193,9 +193,26 @@ class OneBit(FirstOrder):
 
     def frames(self, at: Expected) -> Frames | None:
         count = sum(tensor.numel() for tensor in at.trained.values())
-        up, down = (torch.empty(_size(self.code(d), count), dtype=torch.uint8) for d in (False, True))
-        step = Step(VERSION, VERSION, {"0": down}, [1 << 63], None, 1 << 63, 0.0)
-        return fixed(at, step, lambda examples: Learnt(up, examples, 0.0, 0))
+        up, change, levels = (
+            torch.empty(_size(code, count), dtype=torch.uint8)
+            for code in (self.code(), self.code(down=True), self._levels)
+        )
+
+        def down(base: str | None, missed: int) -> Step:
+            if missed > MISSED or missed * change.numel() > levels.numel():
+                return Step(None, VERSION, {}, [], levels, 1 << 63, 0.0)
+            changes = {str(i): change for i in range(missed)}
+            return Step(base, VERSION, changes, [1 << 63] * missed, None, 1 << 63, 0.0)
+
+        def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
+            seen = [n for n in range(1, round) if client in at.cohorts[n - 1]]
+            step = down(None if new else VERSION, round - 1 if new else round - seen[-1])
+            there, held = at.length(step, round, client), at.examples[client]
+            reply = [Learnt(up, examples, 0.0, 0) for examples in ((1, 65535) if held is None else (held,))]
+            back = [at.length(payload, round, client, VERSION) for payload in reply]
+            return Span(there, there), Span(min(back), max(back))
+
+        return frames
 
     def code(self, down: bool = False) -> Blocks | Plain:
         """What codes the numbers' change, up or down."""

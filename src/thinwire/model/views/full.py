@@ -25,7 +25,9 @@ class Full(BaseModel):
     forward_share: ClassVar[float] = 1.0
 
     kind: Literal["full"] = "full"
+    trains: ClassVar[str] = "all {} parameters"
     factors: ClassVar[None] = None
+    float32: ClassVar[bool] = False
 
     def adapt(self, model: PreTrainedModel, key: Key) -> None:
         """Nothing to put in."""

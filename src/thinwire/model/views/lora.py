@@ -26,6 +26,8 @@ class Lora(BaseModel):
     """Factors of `rank` beside every linear layer whose name ends in one of `targets`, scaled by alpha / rank."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    trains: ClassVar[str] = "{} LoRA factors"
+    float32: ClassVar[bool] = False
     forward_share: ClassVar[float] = 2 / 3  # the gradient of the weights falls away, a third of a step
 
     kind: Literal["lora"] = "lora"

@@ -10,7 +10,7 @@ which one backward pass gives for all of them at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -32,6 +32,8 @@ class Tied(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    float32: ClassVar[bool] = True
+
     kind: Literal["tied"] = "tied"
     numbers: int = Field(115200, ge=1, le=1 << 24)
     over: Literal["factors", "weights"] = "factors"
@@ -44,6 +46,11 @@ class Tied(BaseModel):
     def forward_share(self) -> float:
         """Of a step on all weights: the gradient of the weights falls away beside factors, a third of a step."""
         return 2 / 3 if self.over == "factors" else 1.0
+
+    @property
+    def trains(self) -> str:
+        """So many numbers, and who follows them."""
+        return "{} numbers, which " + ("LoRA factors follow," if self.over == "factors" else "all weights follow,")
 
     @property
     def factors(self) -> tuple[int, tuple[str, ...]] | None:

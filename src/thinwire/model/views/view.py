@@ -38,6 +38,14 @@ class View(Protocol):
         """Of the passes of a step on all weights, the share that a step on this view takes."""
 
     @property
+    def trains(self) -> str:
+        """What is trained, for people; {} stands for how many there are."""
+
+    @property
+    def float32(self) -> bool:
+        """Whether what is trained is so, whatever the model's dtype."""
+
+    @property
     def factors(self) -> tuple[int, tuple[str, ...]] | None:
         """The rank of the factors that it puts beside layers, and beside which; None: it puts none."""
 
