@@ -18,6 +18,7 @@ from thinwire.commands.compare import compare
 from thinwire.commands.data import data
 from thinwire.commands.estimate import estimate
 from thinwire.commands.evaluate import evaluate
+from thinwire.commands.export import export, merge
 from thinwire.commands.init import init
 from thinwire.commands.keys import app as keys
 from thinwire.commands.local_federation import local_federation
@@ -48,7 +49,22 @@ def _root(
         echo(context.get_help())
 
 
-for command in (run, methods, compare, data, init, schema, chat, estimate, report, server, client, local_federation):
+for command in (
+    run,
+    methods,
+    compare,
+    data,
+    init,
+    schema,
+    chat,
+    export,
+    merge,
+    estimate,
+    report,
+    server,
+    client,
+    local_federation,
+):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command(name="fit-codec")(fit_codec)

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def chat(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a Hugging Face folder.")],
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, a Hugging Face folder, a thin file.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     device: Annotated[str, typer.Option(help="As torch calls it, such as cuda:0.")] = "cpu",
+    base: Annotated[str | None, typer.Option(help="The model that a thin file is of, where it is elsewhere.")] = None,
 ) -> None:
     """Talk to the model of a run: each line is a question, an empty end of input leaves. Also reads from a pipe."""
     with one_line():
@@ -35,6 +36,9 @@ def chat(
         from thinwire.model.net import Net
         from thinwire.model.resolve import resolve
 
+        if path.is_file():
+            _converse(*_thin(path, base, device), max_new_tokens, temperature)
+            return
         data = config.load(path / "run.toml").data if (path / "run.toml").exists() else None
         if data is not None and not (path / "model").is_dir():
             raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
@@ -43,13 +47,27 @@ def chat(
         if classes is None and task_of(folder) == "classification":
             raise config.ConfigError(f"{path}: the encoder has no head that names classes, so it answers nothing")
         net = Net.open(str(folder), device=device, classes=classes)
-        choices = classes or (data.choices if data is not None else None)
-        if choices is not None:
-            answer = _chooser(net, data, choices, classes is not None)
-        else:
-            answer = _talker(net, data, max_new_tokens, temperature)
-        for line in _lines():
-            answer(line)
+        _converse(net, data, classes, max_new_tokens, temperature)
+
+
+def _thin(path: Path, base: str | None, device: str) -> tuple[Net, Data, Sequence[str] | None]:
+    """The model of a thin file, how its run showed rows, and a classifier's classes."""
+    from thinwire.assemble import thin
+
+    net, found = thin.opened(path, base, device)
+    return net, thin.data_of(path, found), found.classes
+
+
+def _converse(
+    net: Net, data: Data | None, classes: Sequence[str] | None, max_new_tokens: int, temperature: float
+) -> None:
+    choices = classes or (data.choices if data is not None else None)
+    if choices is not None:
+        answer = _chooser(net, data, choices, classes is not None)
+    else:
+        answer = _talker(net, data, max_new_tokens, temperature)
+    for line in _lines():
+        answer(line)
 
 
 def _lines() -> Iterator[str]:

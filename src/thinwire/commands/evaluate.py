@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from thinwire.commands.terminal import Overrides, echo, echo_json, one_line, settle
 
+if TYPE_CHECKING:
+    from thinwire.assemble import Rows
+    from thinwire.config import Run
+    from thinwire.model.net import Net
+
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, or a Hugging Face folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, a Hugging Face folder, a thin file.")],
     overrides: Overrides = None,
+    base: Annotated[str | None, typer.Option(help="The model that a thin file is of, where it is elsewhere.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness instead: names or .yaml files.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of rows, for each of --tasks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -29,7 +35,10 @@ def evaluate(
         from thinwire.commands.show import print_scores
         from thinwire.keys import Key
 
-        if (path / "run.toml").exists():
+        net = None
+        if path.is_file():
+            settings, rows, net = _thin(path, base, overrides or [])
+        elif (path / "run.toml").exists():
             if not (path / "model").is_dir():
                 raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
             settings = config.load(path / "run.toml", [*(overrides or []), _named(path / "model")])
@@ -41,18 +50,39 @@ def evaluate(
             tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": {}}
             config.override(tree, [*(overrides or []), _named(path)])
             settings = config.parse(tree, "the command line")
-            whole = settings.data.model_copy(update={"partition": "iid", "clients": 1, "heldout": 0})
-            rows = assemble.rows_of(whole, Key.root(settings.seed))
-            rows = assemble.Rows(rows.clients, {"data": next(iter(rows.clients.values()))} | rows.splits)
+            rows = _all_of(settings)
         else:
-            raise config.ConfigError(f"{path}: not a folder")
+            raise config.ConfigError(f"{path}: neither a folder nor a file")
         assemble.use_threads(settings)
-        net = assemble.net_of(settings)
+        net = net or assemble.net_of(settings)
         scores = assemble.scorer(settings, net, assemble.splits_of(settings, rows, net))()
         if as_json:
             echo_json(scores)
         else:
             print_scores(scores)
+
+
+def _all_of(settings: Run) -> Rows:
+    """All rows of the source as one split."""
+    from thinwire import assemble
+    from thinwire.keys import Key
+
+    whole = settings.data.model_copy(update={"partition": "iid", "clients": 1, "heldout": 0})
+    rows = assemble.rows_of(whole, Key.root(settings.seed))
+    return assemble.Rows(rows.clients, {"data": next(iter(rows.clients.values()))} | rows.splits)
+
+
+def _thin(path: Path, base: str | None, overrides: Sequence[str]) -> tuple[Run, Rows, Net]:
+    """How to score the model of a thin file on data.path=FILE, shown as its run showed rows."""
+    from thinwire import config
+    from thinwire.assemble import thin
+
+    net, found = thin.opened(path, base)
+    tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": json.loads(found.shown)}
+    thin.data_of(path, found)
+    config.override(tree, overrides)
+    settings = config.parse(tree, "the command line")
+    return settings, _all_of(settings), net
 
 
 def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, as_json: bool) -> None:

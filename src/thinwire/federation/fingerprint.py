@@ -10,11 +10,10 @@ from thinwire.config import Run
 from thinwire.data import templates
 from thinwire.data.errors import DataError
 from thinwire.data.rows import Row
-from thinwire.wire import raw
+from thinwire.model.numbers import digest
 from thinwire.wire.frame import MAGIC
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from thinwire.model.net import Net
@@ -38,7 +37,7 @@ NAMES = {
 def fingerprints(run: Run, net: Net) -> dict[str, str]:
     """Name -> hash (16 hex digits); take it of a net whose weights are as they were loaded."""
     return {
-        "base": _base(net),
+        "base": digest(net),
         "tokenizer": _tokenizer(net.tokenizer),
         "prompt": _prompt(run, net.tokenizer),
         "format": MAGIC.hex(),
@@ -51,21 +50,6 @@ def difference(mine: dict[str, str], theirs: dict[str, str]) -> str | None:
         if mine[name] != theirs.get(name):
             return f"{what}: the server's is {theirs.get(name)}, this site's {mine[name]}"
     return None
-
-
-def _base(net: Net) -> str:
-    digest = hashlib.sha256()
-
-    def add(name: str, tensor: Tensor) -> None:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(raw(tensor))
-
-    for name in sorted(net.names):
-        add(name, net.base[name])
-    for name, parameter in sorted(net.model.named_parameters()):
-        if not parameter.requires_grad and not parameter.is_meta:
-            add(name, parameter)
-    return digest.hexdigest()[:16]
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -32,6 +32,7 @@ from thinwire.compress.feedback import DEBT, debt_of, encode_with_debt, on_grid
 from thinwire.core import Client, Server, StaleVersion
 from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.model.net import Net
+from thinwire.model.numbers import fill
 from thinwire.train.first_order import FirstOrder
 from thinwire.train.local import Moments, Schedule, scheduled
 from thinwire.wire import Illegal
@@ -163,7 +164,7 @@ class OneBit(FirstOrder):
         return Numbers(numbers, version, state.start, owed, kept, keys[-MISSED:], moments or None), {}
 
     def materialise(self, state: Numbers, net: Net) -> None:
-        _fill(net, state.numbers)
+        fill(net, state.numbers)
 
     def receive(self, down: Step, client: Client) -> None:
         self._receive(down, client)
@@ -188,7 +189,7 @@ class OneBit(FirstOrder):
         if client.versions.put({NUMBERS: numbers}) != down.version:
             raise Illegal(f"the changes do not make the version {down.version:.12}")
         client.held = down.version
-        client.net.rebuild(down.version.encode(), lambda: _fill(client.net, numbers))
+        client.net.rebuild(down.version.encode(), lambda: fill(client.net, numbers))
         return numbers
 
     def frames(self, at: Expected) -> Frames | None:
@@ -241,13 +242,3 @@ def _decoded(code: Blocks | Plain, change: Tensor, shape: Sequence[int], key: in
         return code.decode(to_bytes(change), shape, key)
     except ValueError as error:
         raise Illegal(f"the numbers: {error}") from None
-
-
-@torch.no_grad()
-def _fill(net: Net, numbers: Tensor) -> None:
-    """The net's weights := its start plus the numbers, each in its own dtype."""
-    at = 0
-    for name, parameter in net.parameters():
-        own = numbers[at : at + parameter.numel()].view(parameter.shape).to(parameter.device)
-        parameter.copy_(net.base[name].float() + own)
-        at += parameter.numel()

@@ -1,0 +1,44 @@
+"""A net's start, and what it trains as one row of numbers: its change from there, in the order of the net's names."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from thinwire.model.net import Net
+from thinwire.wire.frame import raw
+
+
+@torch.no_grad()
+def fill(net: Net, numbers: Tensor) -> None:
+    """Weights := start + numbers, float32 [net.size], each weight in its own dtype."""
+    at = 0
+    for name, parameter in net.parameters():
+        own = numbers[at : at + parameter.numel()].view(parameter.shape).to(parameter.device)
+        parameter.copy_(net.base[name].float() + own)
+        at += parameter.numel()
+
+
+@torch.no_grad()
+def change(net: Net) -> Tensor:
+    """How far the weights are from the start: float32 [net.size] on the CPU."""
+    moved = [(p.float() - net.base[name].float()).flatten().cpu() for name, p in net.parameters()]
+    return torch.cat(moved)
+
+
+def digest(net: Net) -> str:
+    """A hash (16 hex digits) of a net as it was loaded: its start weights, and the frozen ones in memory."""
+    found = hashlib.sha256()
+
+    def add(name: str, tensor: Tensor) -> None:
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(raw(tensor))
+
+    for name in sorted(net.names):
+        add(name, net.base[name])
+    for name, parameter in sorted(net.model.named_parameters()):
+        if not parameter.requires_grad and not parameter.is_meta:
+            add(name, parameter)
+    return found.hexdigest()[:16]
