@@ -18,8 +18,8 @@ from thinwire.compress.codecs.blocks import CENTROIDS, Blocks
 from thinwire.compress.entropy.packing import pack, unpack
 from thinwire.streams import words
 
-CODECS = [Blocks(8), Blocks(7), Blocks(5), Blocks(4), Blocks(2), Blocks(1)]
-RANDOM = [Blocks(bits, stochastic=True) for bits in (8, 6, 4, 2)]
+CODECS = [Blocks(8), Blocks(7), Blocks(5), Blocks(4), Blocks(3), Blocks(2), Blocks(1)]
+RANDOM = [Blocks(bits, stochastic=True) for bits in (8, 6, 4, 3, 2)]
 EVERY = CODECS + RANDOM
 # of the bytes and of what they decode to: what a change of them orphans is every recorded frame
 DIGESTS = {
@@ -135,7 +135,7 @@ def test_the_scales_are_those_of_the_docstring(law: str) -> None:
         ratio = scales(codec) * levels(codec)[-1] / np.abs(x).max(1)
         assert (ratio >= 1).all()
         assert (ratio <= 1 + 2 * half_digit).all()
-    for bits in (4, 2):
+    for bits in (4, 3, 2):
         codec = Blocks(bits)
         every, best = levels(codec), np.full(10, -1.0)
         rms, top = np.sqrt((x**2).mean(1)), np.abs(x).max(1) / every[-1]
@@ -293,7 +293,13 @@ def test_bad_input_is_refused() -> None:
             Blocks(8).encode(torch.zeros(3), key)
         with pytest.raises(ValueError, match="key"):
             Blocks(8).decode(bytes(5), (3,), key)
-    for arguments in ({"bits": 3}, {"bits": 8, "block": 0}, {"bits": 1, "stochastic": True}):
+    for arguments in (
+        {"bits": 0},
+        {"bits": 9},
+        {"bits": 2.5},
+        {"bits": 8, "block": 0},
+        {"bits": 1, "stochastic": True},
+    ):
         with pytest.raises(ValueError, match=r"bits|block"):
             Blocks(**arguments)
 
@@ -307,7 +313,7 @@ def test_views_are_encoded_as_their_elements() -> None:
 
 
 def test_rates() -> None:
-    assert [codec.rate for codec in CODECS] == [8.125, 7.125, 5.125, 4.125, 2.125, 1.125]
+    assert [codec.rate for codec in CODECS] == [8.125, 7.125, 5.125, 4.125, 3.125, 2.125, 1.125]
     assert 8 * Blocks(2).size(1 << 20) == Blocks(2).rate * (1 << 20)
 
 
