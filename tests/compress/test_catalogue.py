@@ -183,7 +183,8 @@ EVERY = {
     "ternary": tensor_code("ternary", density=0.1),
     "ternary, blocks": tensor_code("ternary", density=0.1, block=64),
     **{f"{bits} bits": tensor_code("blocks", bits, block=64) for bits in range(2, 9)},
-    "eden": tensor_code("eden", 1, contract=True),
+    "eden 4": tensor_code("eden", 4),
+    "eden 1": tensor_code("eden", 1, contract=True),
     "eden 0.5": tensor_code("eden", 0.5, contract=True),
     "topk": tensor_code("topk", 8, share=0.1),
     "factors": tensor_code("factors", 8, rank=4),
@@ -221,16 +222,16 @@ def test_with_a_debt_all_that_was_learned_is_sent_in_the_end(code: TensorCode) -
     draw = torch.Generator().manual_seed(0)
     steady, debt = torch.randn(48, 40, generator=draw), torch.zeros(48, 40)
     learned, sent, lost = torch.zeros(48, 40, dtype=torch.float64), torch.zeros(48, 40, dtype=torch.float64), []
-    for turn in range(160):
+    for turn in range(400):
         x = steady + 0.3 * torch.randn(48, 40, generator=draw)
         found = code.decode(code.encode(x + debt, turn), x.shape, turn)
         debt = x + debt - found
         learned, sent = learned + x, sent + found
         lost.append(float(debt.norm() / learned.norm()))
     torch.testing.assert_close(learned - sent, debt.double(), rtol=0, atol=1e-3)
-    # what is owed stops growing, so its share of all halves when the turns double
-    assert lost[159] < 0.65 * lost[79] + 1e-6
-    assert lost[159] < 0.25
+    # what is owed grows slower and slower, so its share of all falls; of one scale for all it is slowest
+    assert lost[399] < 0.72 * lost[199] + 1e-6
+    assert lost[399] < 0.1
 
 
 @KINDS
@@ -252,8 +253,10 @@ def test_no_tensor_code_makes_anything_else_of_any_bytes(code: TensorCode, data:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.floats(-1e15, 1e15, width=32).filter(lambda v: v == 0 or abs(v) > 1e-15), min_size=1, max_size=80),
-    st.sampled_from([name for name in EVERY if name not in ("eden", "eden 0.5", "factors")]),
+    st.lists(
+        st.floats(-(2.0**50), 2.0**50, width=32).filter(lambda v: v == 0 or abs(v) > 2.0**-50), min_size=1, max_size=80
+    ),
+    st.sampled_from([name for name in EVERY if name not in ("eden 4", "eden 1", "eden 0.5", "factors")]),
     st.integers(0, 2**64 - 1),
 )
 def test_no_tensor_code_expands(values: list[float], name: str, key: int) -> None:

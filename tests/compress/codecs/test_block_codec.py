@@ -27,11 +27,13 @@ DIGESTS = {
     "7": "40d1dea2bf33143a",
     "5": "ce34d4b41c3ba487",
     "4": "09a48915e9080622",
+    "3": "0b814d729def2165",
     "2": "37422a51a88fff6b",
     "1": "190c28161433cbb7",
     "8r": "b934f408a1c1a129",
     "6r": "8fac7597c02885c7",
     "4r": "ad0fbb2b760e3a79",
+    "3r": "04ef2da5a9ebfa8f",
     "2r": "9d28047ec71e4e5b",
 }
 SHAPES = [(0,), (1,), (7, 3), (128,), (129,), (2, 3, 5, 67)]
@@ -162,11 +164,13 @@ def test_one_bit_has_the_least_error_of_all_scaled_signs() -> None:
         (4, False, "gauss", 0.089),
         (4, False, "even", 0.076),
         (4, False, "t3", 0.168),
+        (3, False, "gauss", 0.179),
         (2, False, "gauss", 0.339),
         (2, False, "even", 0.250),
         (1, False, "gauss", 0.601),
         (8, True, "gauss", 0.0092),
         (4, True, "gauss", 0.155),
+        (3, True, "gauss", 0.333),
         (2, True, "gauss", 0.780),
     ],
 )

@@ -19,7 +19,7 @@ from thinwire.compress.codecs.sketch import Sketch
 from thinwire.streams import words
 
 # of the bytes and of what they decode to: what a change of them orphans is every recorded frame
-DIGESTS = {0.3: "", 1.0: ""}
+DIGESTS = {0.3: "e54749eae34c37fd", 1.0: "29c8e45ae98564f9"}
 
 
 def rotation(key: int, piece: int, d: int) -> NDArray[np.float64]:
@@ -92,7 +92,9 @@ def test_at_ratio_one_it_is_eden_at_another_length() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.floats(-1e15, 1e15, width=32).filter(lambda v: v == 0 or abs(v) > 1e-15), min_size=1, max_size=300),
+    st.lists(
+        st.floats(-(2.0**50), 2.0**50, width=32).filter(lambda v: v == 0 or abs(v) > 2.0**-50), min_size=1, max_size=300
+    ),
     st.sampled_from([0.01, 0.3, 1.0]),
     st.integers(0, 2**64 - 1),
 )
@@ -109,7 +111,7 @@ def test_it_contracts(values: list[float], ratio: float, key: int) -> None:
 def test_shapes_and_sizes(shape: tuple[int, ...]) -> None:
     codec, x = Sketch(0.5), draw("gauss", math.prod(shape)).reshape(shape) if math.prod(shape) else torch.zeros(shape)
     data = codec.encode(x * 1e-5, 5)
-    pieces = {0: [], 1: [128], 15: [128], 129: [128, 128], PIECE + 1: [PIECE, 128]}[x.numel()]
+    pieces = {0: [], 1: [128], 15: [128], 129: [256], PIECE + 1: [PIECE, 128]}[x.numel()]
     assert len(data) == codec.size(x.numel()) == sum(Blocks(1, d).size(d // 2) for d in pieces)
     found = codec.decode(memoryview(bytearray(b"." + data))[1:], shape, 5)
     assert found.dtype == torch.float32

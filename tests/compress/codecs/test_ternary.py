@@ -19,7 +19,7 @@ from thinwire.streams import words
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 # of the bytes and of what they decode to: what a change of them orphans is every recorded frame
-DIGESTS = {0.02: "", 0.5: "", 1.0: ""}
+DIGESTS = {0.02: "8dd0aec53a024faf", 0.5: "ec49c529296e950e", 1.0: "b2dd4e3659c3ed14"}
 
 
 def draw(law: str, count: int, seed: int = 0) -> torch.Tensor:
@@ -108,7 +108,9 @@ def test_bytes_are_the_entropy_and_a_few(density: float, count: int) -> None:
 
 @settings(deadline=None)
 @given(
-    st.lists(st.floats(-1e18, 1e18, width=32).filter(lambda v: v == 0 or abs(v) > 1e-15), min_size=1, max_size=70),
+    st.lists(
+        st.floats(-(2.0**50), 2.0**50, width=32).filter(lambda v: v == 0 or abs(v) > 2.0**-50), min_size=1, max_size=70
+    ),
     st.sampled_from([0.01, 0.3, 1.0]),
     st.sampled_from([8, WHOLE]),
 )

@@ -1,7 +1,7 @@
 """One-bit random sketches: signs of fewer random projections than there are numbers, as of pFed1BS (2025).
 
-    z = R x, EDEN's rotation of a piece of d;   sent: the signs of the first m = ceil(ratio d) of z, and s, their mean |.|
-    decoded = s R^T q,   q [d] the signs sent, and 0s
+    z = R x, EDEN's rotation of a piece of d;   decoded = s R^T q
+    q [d]: the signs of the first m = ceil(ratio d) of z, then 0s;   s: the mean |z| of those m
 
 For error feedback: |decoded - x|^2 = |x|^2 - m s^2, in the mean over keys 1 - 2 ratio / pi of |x|^2, for any x. At
 ratio 1 this is EDEN at 1 bit, at the length of least error in place of no bias.

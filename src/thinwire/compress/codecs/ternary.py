@@ -72,7 +72,7 @@ class Ternary:
     Bytes: none for no elements. Else the scales, 16 bits each, little-endian; then the symbols 0 (not sent), 1 (-) and
     2 (+) of all elements by rANS of one lane, under the shares of 2^16 slots that all blocks' numbers of elements sent,
     k of n, give: round(k 2^15 / n) for each sign, but at least 1, and 2 for 0 if any is not sent. That takes the
-    entropy n H(k / n) + k, and about 6 bytes.
+    entropy n H(k / n) + k, and 4 to 8 bytes.
     """
 
     density: float
