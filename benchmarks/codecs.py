@@ -96,16 +96,16 @@ def rounds_of(folder: Path) -> tuple[Image, list[list[Tensor]]]:
 
 
 def flat(ratio: int) -> Iterator[tuple[str, TensorCode]]:
-    """Those of flat tensors of about as many bytes; half the signs of twice the density take no fewer."""
-    bits = 32 / ratio
-    for density in {64: (0.084,), 32: (0.227,), 16: ()}[ratio]:  # H(density) + density bits a number
-        for block in (4096, None):
-            yield f"ternary {density:.1%}, {block or 'one'} block", tensor_code("ternary", density=density, block=block)
-        yield f"half of ternary {2 * density:.1%}", tensor_code("ternary", density=2 * density, part=0.5)
-    if bits <= 1:
-        yield f"sketch {bits:g}", tensor_code("sketch", ratio=bits)
-    else:
-        yield f"{bits:g} bits", tensor_code("blocks", bits, block=1024)
+    """Those of flat tensors of about as many bytes; ternary takes H(density) + density bits a number."""
+    if ratio == 16:
+        yield "2 bits", tensor_code("blocks", 2, block=1024)
+        return
+    density = {64: 0.084, 32: 0.227}[ratio]
+    for block in (4096, None):
+        yield f"ternary {density:.1%}, {block or 'one'} block", tensor_code("ternary", density=density, block=block)
+    if ratio == 64:
+        yield "half of ternary 22.7%", tensor_code("ternary", density=0.227, part=0.5)
+    yield f"sketch {32 / ratio:g}", tensor_code("sketch", ratio=32 / ratio)
 
 
 def codes(image: Image, ratio: int, tables: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Code]]:
