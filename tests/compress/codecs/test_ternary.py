@@ -201,12 +201,12 @@ def test_what_no_encoder_makes_is_refused() -> None:
 
 
 def test_right_numbers_in_the_wrong_blocks_are_refused() -> None:
-    x = draw("gauss", 200)
-    order, moved = x.abs().argsort(descending=True), torch.zeros(200)
-    moved[:20] = x[order[:20]]  # all in the first block of two
-    data = Ternary(0.1).encode(moved, 0)
-    with pytest.raises(ValueError, match="do not fit their blocks"):
-        Ternary(0.1, 100).decode(data[:2] + data, (200,), 0)
+    for places in (range(30), [*range(20), *range(200, 210)], [*range(20), *range(100, 110)]):  # of three blocks
+        x = torch.zeros(300)
+        x[list(places)] = draw("gauss", 30)
+        data = Ternary(0.1).encode(x, 0)
+        with pytest.raises(ValueError, match="do not fit their blocks"):
+            Ternary(0.1, 100).decode(2 * data[:2] + data, (300,), 0)
 
 
 def test_bad_input_is_refused() -> None:
