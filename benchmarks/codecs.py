@@ -27,7 +27,7 @@ from rows import Row, finish
 from safetensors.torch import load_file
 from torch import Tensor
 
-from thinwire.compress.catalogue import Code, Name, code_of
+from thinwire.compress.catalogue import Code, Name, TensorCode, code_of, tensor_code
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.learned import autoencoder, codebooks
 from thinwire.compress.learned.fidelity import Fidelity, cosine, fidelity
@@ -95,6 +95,19 @@ def rounds_of(folder: Path) -> tuple[Image, list[list[Tensor]]]:
     return image, rounds
 
 
+def flat(ratio: int) -> Iterator[tuple[str, TensorCode]]:
+    """Those of flat tensors of about as many bytes; ternary takes H(density) + density bits a number."""
+    if ratio == 16:
+        yield "2 bits", tensor_code("blocks", 2, block=1024)
+        return
+    density = {64: 0.084, 32: 0.227}[ratio]
+    for block in (4096, None):
+        yield f"ternary {density:.1%}, {block or 'one'} block", tensor_code("ternary", density=density, block=block)
+    if ratio == 64:
+        yield "half of ternary 22.7%", tensor_code("ternary", density=0.227, part=0.5)
+    yield f"sketch {32 / ratio:g}", tensor_code("sketch", ratio=32 / ratio)
+
+
 def codes(image: Image, ratio: int, tables: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Code]]:
     """Every codec that there is at this ratio."""
     size = 4 * image.count // ratio
@@ -104,6 +117,7 @@ def codes(image: Image, ratio: int, tables: dict[str, dict[str, Tensor]]) -> Ite
             continue
         for kind in held or [name]:
             yield kind, code_of(name, ratio, image, tables.get(kind))
+    yield from flat(ratio)
     for rank, bits in {64: ((1, 4), (1, 2), (2, 2)), 32: ((2, 4),), 16: ((4, 4),)}[ratio]:
         yield f"svd of each factor, rank {rank}, {bits} bits", FactorSvd(image, rank, bits, size)
 

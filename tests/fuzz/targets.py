@@ -29,7 +29,9 @@ from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.codecs.factors import Factors
 from thinwire.compress.codecs.powersgd import PowerSgd
-from thinwire.compress.codecs.qsgd import Qsgd, Signs
+from thinwire.compress.codecs.qsgd import Qsgd
+from thinwire.compress.codecs.sketch import Sketch
+from thinwire.compress.codecs.ternary import Ternary
 from thinwire.compress.codecs.topk import TopK
 from thinwire.compress.entropy import adaptive, integers, static, trellis
 from thinwire.compress.exact import coarse, ulp
@@ -493,7 +495,9 @@ TARGETS: dict[str, Target] = {
     "eden": code([Eden(bits) for bits in (0.5, 1, 2, 3, 4)]),
     "topk": code([TopK(0.1, 64, bits) for bits in (2, 4, 8, 16)]),
     "qsgd": code([Qsgd(1, 64), Qsgd(7, 128)]),
-    "signs": code([Signs(1.0, 64), Signs(0.5, 64)]),
+    "signs": code([catalogue.Part(Blocks(1, 64), share) for share in (1.0, 0.5)]),
+    "ternary": code([Ternary(0.1, 64), Ternary(0.5), catalogue.Part(Ternary(1), 0.3)]),
+    "sketch": code([Sketch(1), Sketch(0.3)]),
     "lowrank": code([PowerSgd(2), PowerSgd(1)], ((24, 16), (7, 3), (3, 65))),
     "plain": code([catalogue.Plain()]),
     "integers": Target(packed, packed_seeds, VALUE),

@@ -8,9 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from thinwire.compress.codecs.blocks import Blocks
-from thinwire.compress.codecs.eden import Eden
-from thinwire.compress.codecs.factors import Factors
+from thinwire.compress.catalogue import TensorCode, sizes
 from thinwire.compress.codecs.topk import TopK
 from thinwire.costs.frames import Expected, Frames, Span
 
@@ -32,16 +30,11 @@ def coded_bits(
     return bits / 2, min(whole, bits * 2)
 
 
-def codes(code: Blocks | Eden | Factors | TopK, trained: Mapping[str, Tensor], gated: bool) -> Span:
+def codes(code: TensorCode, trained: Mapping[str, Tensor], gated: bool) -> Span:
     """The bytes of all tensors' codes; top-k's positions are entropy-coded, and what is gated has none."""
-    if isinstance(code, Factors):
-        size = sum(code.size(tuple(tensor.shape)) for tensor in trained.values())
-    elif isinstance(code, TopK):
-        most = sum(code.most(tensor.numel()) for tensor in trained.values())
-        return Span(0 if gated else 0.8 * most, most)
-    else:
-        size = sum(code.size(tensor.numel()) for tensor in trained.values())
-    return Span(size, size)
+    spans = [sizes(code, tensor.shape) for tensor in trained.values()]
+    least = 0 if gated and isinstance(code, TopK) else sum(least for least, _ in spans)
+    return Span(least, sum(most for _, most in spans))
 
 
 def differences(

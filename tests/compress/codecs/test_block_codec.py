@@ -18,8 +18,8 @@ from thinwire.compress.codecs.blocks import CENTROIDS, Blocks
 from thinwire.compress.entropy.packing import pack, unpack
 from thinwire.streams import words
 
-CODECS = [Blocks(8), Blocks(7), Blocks(5), Blocks(4), Blocks(2), Blocks(1)]
-RANDOM = [Blocks(bits, stochastic=True) for bits in (8, 6, 4, 2)]
+CODECS = [Blocks(8), Blocks(7), Blocks(5), Blocks(4), Blocks(3), Blocks(2), Blocks(1)]
+RANDOM = [Blocks(bits, stochastic=True) for bits in (8, 6, 4, 3, 2)]
 EVERY = CODECS + RANDOM
 # of the bytes and of what they decode to: what a change of them orphans is every recorded frame
 DIGESTS = {
@@ -27,11 +27,13 @@ DIGESTS = {
     "7": "40d1dea2bf33143a",
     "5": "ce34d4b41c3ba487",
     "4": "09a48915e9080622",
+    "3": "0b814d729def2165",
     "2": "37422a51a88fff6b",
     "1": "190c28161433cbb7",
     "8r": "b934f408a1c1a129",
     "6r": "8fac7597c02885c7",
     "4r": "ad0fbb2b760e3a79",
+    "3r": "04ef2da5a9ebfa8f",
     "2r": "9d28047ec71e4e5b",
 }
 SHAPES = [(0,), (1,), (7, 3), (128,), (129,), (2, 3, 5, 67)]
@@ -135,7 +137,7 @@ def test_the_scales_are_those_of_the_docstring(law: str) -> None:
         ratio = scales(codec) * levels(codec)[-1] / np.abs(x).max(1)
         assert (ratio >= 1).all()
         assert (ratio <= 1 + 2 * half_digit).all()
-    for bits in (4, 2):
+    for bits in (4, 3, 2):
         codec = Blocks(bits)
         every, best = levels(codec), np.full(10, -1.0)
         rms, top = np.sqrt((x**2).mean(1)), np.abs(x).max(1) / every[-1]
@@ -162,11 +164,13 @@ def test_one_bit_has_the_least_error_of_all_scaled_signs() -> None:
         (4, False, "gauss", 0.089),
         (4, False, "even", 0.076),
         (4, False, "t3", 0.168),
+        (3, False, "gauss", 0.179),
         (2, False, "gauss", 0.339),
         (2, False, "even", 0.250),
         (1, False, "gauss", 0.601),
         (8, True, "gauss", 0.0092),
         (4, True, "gauss", 0.155),
+        (3, True, "gauss", 0.333),
         (2, True, "gauss", 0.780),
     ],
 )
@@ -293,7 +297,13 @@ def test_bad_input_is_refused() -> None:
             Blocks(8).encode(torch.zeros(3), key)
         with pytest.raises(ValueError, match="key"):
             Blocks(8).decode(bytes(5), (3,), key)
-    for arguments in ({"bits": 3}, {"bits": 8, "block": 0}, {"bits": 1, "stochastic": True}):
+    for arguments in (
+        {"bits": 0},
+        {"bits": 9},
+        {"bits": 2.5},
+        {"bits": 8, "block": 0},
+        {"bits": 1, "stochastic": True},
+    ):
         with pytest.raises(ValueError, match=r"bits|block"):
             Blocks(**arguments)
 
@@ -307,7 +317,7 @@ def test_views_are_encoded_as_their_elements() -> None:
 
 
 def test_rates() -> None:
-    assert [codec.rate for codec in CODECS] == [8.125, 7.125, 5.125, 4.125, 2.125, 1.125]
+    assert [codec.rate for codec in CODECS] == [8.125, 7.125, 5.125, 4.125, 3.125, 2.125, 1.125]
     assert 8 * Blocks(2).size(1 << 20) == Blocks(2).rate * (1 << 20)
 
 

@@ -60,20 +60,20 @@ def _levels(bits: int, even: bool) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blockwise quantisation to `bits` (1, 2, 4 to 8) an element, with one bfloat16 scale for each `block` elements.
+    """Blockwise quantisation to `bits` (1 to 8) an element, with one bfloat16 scale for each `block` elements.
 
-    8: the levels -127 .. 127 times max |x| / 127; 7, 6, 5: -63 .. 63, and so on. 4 and 2: the Lloyd-Max levels of a
+    8: the levels -127 .. 127 times max |x| / 127; 7, 6, 5: -63 .. 63, and so on. 4, 3 and 2: the Lloyd-Max levels of a
     Gaussian at the scale, out of a few, that leaves the least squared error. 1: mean |x| times the sign (BitDelta,
     scaled signSGD). All these are biased: use them with error feedback, e <- x + e - decode(encode(x + e)).
 
-    stochastic, for 2 bits and more: even levels from -max |x| to max |x| (255, ..., 16, 4 of them), and each number
+    stochastic, for 2 bits and more: even levels from -max |x| to max |x| (255, ..., 16, 8, 4 of them), and each number
     goes to one of its two neighbours at random so that E[decode] = x (QSGD with the largest for the norm). Draws have
     32 bits. A number above 2^127 may be cut by up to 1 %, so that no decoded one is infinite.
 
     Bytes: the scales, 16 bits each, little-endian; then the codes, `bits` each, the low bits of a byte first, the rest
     of the last byte zero. Blocks with nothing as large as 2^-100 have scale 0 and decode to zeros. Encoding and
     decoding give the same bits on every machine. Encoding what was decoded gives the same again with 5 to 8 bits and
-    with 1; with 4 and 2 it may find another scale, and so may differ.
+    with 1; with 4, 3 and 2 it may find another scale, and so may differ.
     """
 
     bits: int
@@ -81,8 +81,8 @@ class Blocks:
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (1, 2, 4, 5, 6, 7, 8):
-            raise ValueError(f"bits {self.bits} is not one of 1, 2, 4, 5, 6, 7, 8")
+        if self.bits not in range(1, 9):
+            raise ValueError(f"bits {self.bits} is not one of 1 to 8")
         if not 1 <= self.block <= 1 << 20:
             raise ValueError(f"block {self.block} is not in [1, 2**20]")
         if self.stochastic and self.bits == 1:

@@ -16,7 +16,7 @@ Two rounds of signs and H, where EDEN's code has one: after one, the rotated (a,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, repeat
@@ -81,7 +81,7 @@ def _flip(bits, draws):
 
 
 @njit(nogil=True, cache=True)
-def _rotate(x, draws, v):
+def rotate(x, draws, v):
     """v <- d R x / 2^e, float32 [d], for x [n <= d] and the e that puts max |x| in [2^(e-1), 2^e): |x|^2 / 4^e and 2^e.
 
     So scaled, nothing overflows or falls below what float32 holds. draws: uint64 [d / 32], the signs of D1 and of D2.
@@ -140,7 +140,7 @@ def _to_codes(v, unit, half, floors, rounded, codes):
 
 
 @njit(nogil=True, cache=True)
-def _rotate_back(v, draws, scale, out):
+def rotate_back(v, draws, scale, out):
     """out <- scale R^-1 v, float32 [n <= d]; v, float32 [d], is spoilt. No result is infinite."""
     bits, half = v.view(np.uint32), v.size // 64
     _hadamard(v)
@@ -168,6 +168,22 @@ def _sizes(rest: int, bits: float) -> tuple[int, ...]:
         return (size,)
     split = (size // 2, *_sizes(rest - size // 2, bits))
     return min((size,), split, key=lambda sizes: sum(_bytes(d, bits) for d in sizes))
+
+
+def sum_over_pieces(count: int, bits: float, each: Callable[[int], int]) -> int:
+    """The sum over the pieces of `count` elements of what one of d has."""
+    whole, rest = divmod(count, PIECE)
+    return whole * each(PIECE) + sum(map(each, _sizes(rest, bits)))
+
+
+def pieces(count: int, bits: float, key: int) -> Iterator[tuple[slice, int, NDArray[np.uint64], NDArray[np.uint64]]]:
+    """Each piece: where it lies, its size d, and the random words of its signs and, below 1 bit, of its picks."""
+    whole, rest = divmod(count, PIECE)
+    start = 0
+    for piece, d in enumerate(chain(repeat(PIECE, whole), _sizes(rest, bits))):
+        drawn = words(key, [piece], d // 32 + (d // 128 if bits < 1 else 0))[0]
+        yield slice(start, min(start + d, count)), d, drawn[: d // 32], drawn[d // 32 :]
+        start += d
 
 
 @dataclass(frozen=True)
@@ -200,8 +216,7 @@ class Eden:
 
     def size(self, count: int) -> int:
         """The bytes of `count` elements, exactly."""
-        whole, rest = divmod(count, PIECE)
-        return whole * _bytes(PIECE, self.bits) + sum(_bytes(d, self.bits) for d in _sizes(rest, self.bits))
+        return sum_over_pieces(count, self.bits, lambda d: _bytes(d, self.bits))
 
     def encode(self, x: Tensor, key: int) -> bytes:
         """Float32 of any shape as `size` bytes; the key, in [0, 2^64), is fresh for each client, round and tensor.
@@ -214,9 +229,9 @@ class Eden:
         floors = (np.float32(0), *((half[1:] + half[:-1]) / 2))
         v, rounded, codes = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32), np.empty(PIECE, np.uint8)
         out = []
-        for part, d, signs, picks in self._pieces(flat.size, key):
+        for part, d, signs, picks in pieces(flat.size, self.bits, key):
             z, sent = v[:d], int(d * min(1, self.bits))
-            squares, power = _rotate(flat[part], signs, z)
+            squares, power = rotate(flat[part], signs, z)
             if picks.size:
                 _choose(z, picks)
             unit = np.float32(math.sqrt(squares * d))
@@ -234,7 +249,7 @@ class Eden:
         half = np.array(CENTROIDS[self._width], np.float32)
         levels = np.concatenate([-half[::-1], half])
         out, v, start = np.empty(count, np.float32), np.empty(PIECE, np.float32), 0
-        for part, d, signs, picks in self._pieces(count, key):
+        for part, d, signs, picks in pieces(count, self.bits, key):
             stop, z, sent = start + _bytes(d, self.bits), v[:d], int(d * min(1, self.bits))
             scale = body[start : start + 4].view("<f4").astype(np.float32)[0]
             if not 0 <= scale <= _LARGEST:
@@ -244,7 +259,7 @@ class Eden:
                 _spread(z, picks)
             # a scale of 0 would leave the signs, in zeros
             if scale > 0:
-                _rotate_back(z, signs, scale, out[part])
+                rotate_back(z, signs, scale, out[part])
             else:
                 out[part] = 0
             start = stop
@@ -254,12 +269,3 @@ class Eden:
     def _width(self) -> int:
         """Bits of a code."""
         return max(1, int(self.bits))
-
-    def _pieces(self, count: int, key: int) -> Iterator[tuple[slice, int, NDArray[np.uint64], NDArray[np.uint64]]]:
-        """Each piece: where it lies, its size d, and the random words of its signs and of its picks."""
-        whole, rest = divmod(count, PIECE)
-        start = 0
-        for piece, d in enumerate(chain(repeat(PIECE, whole), _sizes(rest, self.bits))):
-            drawn = words(key, [piece], d // 32 + (d // 128 if self.bits < 1 else 0))[0]
-            yield slice(start, min(start + d, count)), d, drawn[: d // 32], drawn[d // 32 :]
-            start += d

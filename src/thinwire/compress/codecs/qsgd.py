@@ -1,6 +1,6 @@
-"""QSGD (Alistarh et al., 2017, arXiv:1610.02132) and signs, at any number of bytes.
+"""QSGD (Alistarh et al., 2017, arXiv:1610.02132) at any number of bytes.
 
-QSGD: every bucket of n elements by its norm, and each element by the sign and a level l of |x| s / norm rounded at
+Every bucket of n elements by its norm, and each element by the sign and a level l of |x| s / norm rounded at
 random to a neighbour, so that the mean over keys is x. Its variance is min(n / s^2, sqrt(n) / s) |x|^2: of the size of
 |x|^2 times 10 where it takes half a bit. Levels are entropy-coded, in place of the paper's Elias code.
 """
@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.entropy import adaptive
 from thinwire.compress.entropy.packing import check_key, elements, flatten, octets
 from thinwire.streams import words
@@ -65,42 +64,6 @@ class Qsgd:
         unit = np.repeat(norms / np.float32(self.levels), self.bucket)[:count]
         out = (level.astype(np.float32) - np.float32(self.levels)) * unit
         return torch.from_numpy(out).reshape(tuple(shape))
-
-
-@dataclass(frozen=True)
-class Signs:
-    """Signs under a mean magnitude (scaled signSGD) of a `share` of the elements, which the key picks; biased.
-
-    Bytes: those of `Blocks(1)` for the elements picked. What is not picked is 0 when decoded.
-    """
-
-    share: float = 1.0
-    block: int = 1024
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share {self.share} is not in (0, 1]")
-
-    def encode(self, x: Tensor, key: int) -> bytes:
-        """Float32 of any shape as bytes; ValueError unless x is finite float32 on the CPU."""
-        flat = flatten(x)
-        picked = np.ascontiguousarray(flat[self._picked(flat.size, key)])
-        return Blocks(1, self.block).encode(torch.from_numpy(picked), key)
-
-    def decode(self, data: bytes | memoryview, shape: Sequence[int], key: int) -> Tensor:
-        """The tensor back, float32 of that shape; ValueError for bytes that `encode` would not have made of one."""
-        count = elements(shape)
-        picked = self._picked(count, key)
-        out = torch.zeros(count)
-        out[torch.from_numpy(picked)] = Blocks(1, self.block).decode(data, (picked.size,), key)
-        return out.reshape(tuple(shape))
-
-    def _picked(self, count: int, key: int) -> NDArray[np.int64]:
-        check_key(key)
-        if self.share == 1:
-            return np.arange(count)
-        order = np.argsort(words(key, [0], max(1, count))[0][:count], kind="stable")
-        return np.sort(order[: max(1, round(self.share * count))])
 
 
 def _no_context(count: int) -> NDArray[np.uint8]:

@@ -52,7 +52,7 @@ def _threshold(magnitudes, count, histogram):
 
 
 @njit(nogil=True, cache=True)
-def _select(bits, count, places, histogram, magnitudes):
+def select(bits, count, places, histogram, magnitudes):
     """The places of the `count` largest magnitudes, ascending; of equals, the first. bits: float32 as uint32 [m]."""
     for i in range(bits.size):
         magnitudes[i] = bits[i] & _MAGNITUDE
@@ -113,7 +113,7 @@ def _gather(x, chunk, kept, last, values, out):
     for start in range(0, x.size, chunk):
         part = x[start : start + chunk]
         count = kept if start + chunk <= x.size else last
-        _select(part.view(np.uint32), count, places, histogram, magnitudes)
+        select(part.view(np.uint32), count, places, histogram, magnitudes)
         r, following = _remainder_bits(part.size, count), 0
         for i in range(count):
             values[sent] = part[places[i]]
