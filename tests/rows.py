@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from federation import tiny_net
 
+from thinwire.compress.coding import Coding
 from thinwire.config.schema import Model
 from thinwire.core import Method
 from thinwire.methods.cgfed import CGFed
@@ -121,9 +122,19 @@ ROWS = {
         2.83,
     ),
     "onebit": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant"), 83, 141, 0.81),
-    "onebit-lora": Row(OneBit(lr=1e-2, steps=4, batch_size=4, bits=2, block=128, moments="fresh", warmup=2), 0, 0, 0),
-    "onebit-weights": Row(OneBit(lr=3e-3, steps=4, batch_size=4, down_bits=4), 83, 141, 11.62),
-    "onebit-plain": Row(OneBit(lr=1e-2, steps=4, batch_size=4, bits=32), 83, 2_078, 0.78),
+    "onebit-lora": Row(
+        OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="blocks", bits=2), moments="fresh", warmup=2),
+        83,
+        315,
+        0.83,
+    ),
+    "onebit-weights": Row(
+        OneBit(lr=3e-3, steps=4, batch_size=4, code_down=Coding(name="ternary", density=0.3)), 83, 141, 10.72
+    ),
+    "onebit-part": Row(
+        OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(part=0.5), schedule="constant"), 83, 110, 0.71
+    ),
+    "onebit-plain": Row(OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="none")), 83, 2_078, 0.78),
     "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
     "fedzo": Row(FedZO(**(SEEDS | {"seeds": 1 << 32})), 108_411, 108_397, 4.86),
 }
@@ -135,7 +146,7 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     ),
     **dict.fromkeys(["gradualdiff-lora", "onebit-lora", "tgap"], "lora"),
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
-    **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-plain"], "tied factors"),
+    **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain"], "tied factors"),
     "onebit-weights": "tied weights",
 }
 TARGETS = ["q_proj", "v_proj"]

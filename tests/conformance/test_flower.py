@@ -13,6 +13,7 @@ from rows import MODELS, ROWS, model_of
 from silos import Frames, Silos, audited, in_process, local_of, state_of, visits
 
 from thinwire.config import Run
+from thinwire.config.schema import without_none
 from thinwire.runtime import course
 
 # rows that between them hold versions, memory of their own, a hollow model, LoRA, half precision, and large frames
@@ -26,7 +27,7 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Silos:
 
 def run_of(silos: Silos, row: str, rounds: int = 2) -> Run:
     """The row as a run file."""
-    method = {k: v for k, v in ROWS[row].method.model_dump(mode="json").items() if v is not None}
+    method = without_none(ROWS[row].method.model_dump(mode="json"))
     return silos.run(method, rounds, model=MODELS[model_of(row)])
 
 

@@ -28,7 +28,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "fedavg on a tied view": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": TIED}},
     "onebit": {"method": {"name": "onebit", "steps": 1}, "model": {"view": TIED}},
     "onebit over all weights": {
-        "method": {"name": "onebit", "steps": 1, "down_bits": 4},
+        "method": {"name": "onebit", "steps": 1, "code_down": {"name": "blocks", "bits": 4}},
         "model": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 3000, "over": "weights"}},
     },
     "fedzo": {"method": {"name": "fedzo", "steps": 2, "law": "sign"}},
@@ -53,6 +53,10 @@ AROUND: dict[str, dict[str, Any]] = {
 RANGE: dict[str, dict[str, Any]] = {
     "fedkseed": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30}},
     "fedkseed, pro": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30, "pro": True}},
+    "onebit, ternary": {
+        "method": {"name": "onebit", "steps": 1, "code": {"name": "ternary", "part": 0.5}},
+        "model": {"view": TIED},
+    },
     "gradualdiff": {"method": {"name": "gradualdiff", "lr": 1e-4, "steps": 2, "dtype": "bfloat16"}},
     "gradualdiff, shared": {"method": {"name": "gradualdiff", "lr": 1e-3, "steps": 2, "start": "shared"}},
     **{

@@ -34,7 +34,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Net:
 
 def test_without_a_code_it_is_the_plain_mean_bit_for_bit(net: Net, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"lr": 1e-2, "steps": 4, "batch_size": 4, "schedule": "linear", "moments": "kept"}
-    ours = Federation(OneBit(**settings, bits=32), net, tmp_path / "ours").run()
+    ours = Federation(OneBit.model_validate(settings | {"code": "none"}), net, tmp_path / "ours").run()
     plain = Federation(FedAvg(**settings), net, tmp_path / "plain").run()
     assert torch.equal(ours.state.numbers, plain.state.weights["tied.numbers"])
     assert ours.state.numbers.abs().max() > 0

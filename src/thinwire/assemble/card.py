@@ -10,6 +10,7 @@ import tomli_w
 from thinwire import __version__
 from thinwire.assemble.rows import Rows
 from thinwire.config import Run, method_name
+from thinwire.config.schema import without_none
 from thinwire.records import SCORES
 
 
@@ -38,7 +39,7 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
         f"seed {run.seed}, {summary['parameters']:,} trained parameters of {run.model.dtype}.",
         "",
         "```toml",
-        tomli_w.dumps({k: v for k, v in run.method.model_dump(mode="json").items() if v is not None}).strip(),
+        tomli_w.dumps(without_none(run.method.model_dump(mode="json"))).strip(),
         "```",
         "",
     ]

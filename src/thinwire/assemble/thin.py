@@ -119,7 +119,10 @@ def opened(path: Path, base: str | None = None, device: str = "cpu") -> tuple[Ne
 def data_of(path: Path, thin: Thin) -> Data:
     """The settings of prompts, as [data] of a run file that names no rows; ModelError where they are none."""
     try:
-        return Data.model_validate({**json.loads(thin.shown), "path": "none"})
+        fields = json.loads(thin.shown)
+        if not isinstance(fields, dict) or not set(fields) <= SHOWN:
+            raise ValueError("other fields")
+        return Data.model_validate({**fields, "path": "none"})
     except ValueError as error:
         raise ModelError(f"{path}: its settings of prompts are none of this version's ({first_line(error)})") from None
 

@@ -78,8 +78,8 @@ def _thin(path: Path, base: str | None, overrides: Sequence[str]) -> tuple[Run, 
     from thinwire.assemble import thin
 
     net, found = thin.opened(path, base)
+    thin.data_of(path, found)  # refuses settings that are none
     tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": json.loads(found.shown)}
-    thin.data_of(path, found)
     config.override(tree, overrides)
     settings = config.parse(tree, "the command line")
     return settings, _all_of(settings), net

@@ -272,12 +272,13 @@ class Run(_Section):
 
     def to_toml(self, exclude: Any = None) -> str:
         """The file of this run with every default filled in, but for fields that pydantic is to `exclude`."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json", exclude=exclude)))
+        return tomli_w.dumps(without_none(self.model_dump(mode="json", exclude=exclude)))
 
 
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
+    """A tree without what is None, which TOML has no word for."""
     if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
-        return [_without_none(inner) for inner in value]
+        return [without_none(inner) for inner in value]
     return value

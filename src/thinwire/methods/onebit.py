@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from thinwire.aggregate.mean import Counted, Metrics, Update
-from thinwire.compress.catalogue import Plain
+from thinwire.compress.catalogue import Plain, TensorCode, sizes
 from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.coding import AnyCoding, Coding
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.feedback import DEBT, debt_of, encode_with_debt, on_grid
 from thinwire.core import Client, Server, StaleVersion
@@ -40,7 +41,7 @@ from thinwire.wire.legal import LARGEST, check_keys, check_rate
 from thinwire.wire.payload import LATE
 
 NUMBERS = "numbers"
-UNCODED = 32  # bits
+LEVELS = Blocks(8, 1024)  # what a newcomer receives the numbers in, and all round them to
 MISSED = 7  # changes that are kept for those who missed them: of one bit, more are as long as the numbers in 8
 
 
@@ -94,9 +95,8 @@ class OneBit(FirstOrder):
     lr: float = 4.5e-3
     schedule: Schedule = "linear"
     moments: Moments = "kept"
-    bits: Literal[1, 2, 4, 8, 32] = 1  # of a number's change, up; 32: the number itself, without a code or a debt
-    down_bits: Literal[1, 2, 4, 8, 32] | None = None  # and down; None: as up
-    block: int = 1024  # numbers that share a scale
+    code: AnyCoding = Coding()  # of what the numbers have changed by, up; none: the numbers themselves, and no debt
+    code_down: AnyCoding | None = None  # and down; None: as up
 
     Down, Up, State = Step, Learnt, Numbers
     paper: ClassVar[str] = "error feedback at both ends: Tang et al. 2019, arXiv:1905.05957"
@@ -113,7 +113,7 @@ class OneBit(FirstOrder):
         if from_ in versions:
             first = versions.index(from_)
             missed = {str(i): change for i, change in enumerate([*state.changes.values()][first:])}
-            if sum(change.numel() for change in missed.values()) <= _size(self._levels, state.numbers.numel()):
+            if sum(change.numel() for change in missed.values()) <= sizes(self._levels, state.numbers.shape)[1]:
                 return Step(held, state.version, missed, state.keys[first:], None, key, lr)
         levels = to_tensor(self._levels.encode(state.numbers, 0))
         return Step(None, state.version, {}, [], levels, key, lr)
@@ -126,30 +126,29 @@ class OneBit(FirstOrder):
         learnt = torch.cat([(w.detach().cpu() - b).flatten() for w, b in zip(local.weights, before, strict=True)])
         if not torch.isfinite(learnt).all():
             raise Illegal("the update is not finite")
-        if self.bits == UNCODED:
-            data = self.code().encode((numbers + learnt).float(), down.key)
+        code, debt = self.code.code(), debt_of(client.memory, learnt)
+        if self.code.plain:
+            data = code.encode((numbers + learnt).float(), down.key)
         else:
-            data, _, client.memory[DEBT] = encode_with_debt(
-                self.code(), learnt, debt_of(client.memory, learnt), down.key
-            )
+            data, _, client.memory[DEBT] = encode_with_debt(code, learnt, debt, down.key)
         return Learnt(to_tensor(data), len(client.data), local.loss, local.skipped)
 
     def check(self, state: Numbers, client_id: int, up: Learnt) -> None:
-        if not (_decoded(self.code(), up.change, state.numbers.shape, 0).abs() <= LARGEST).all():
+        if not (_decoded(self.code.code(), up.change, state.numbers.shape, 0).abs() <= LARGEST).all():
             raise Illegal(f"the change is beyond {LARGEST:g}")
 
     def update(self, state: Numbers, server: Server, up: Learnt) -> Update:
-        found = _decoded(self.code(), up.change, state.numbers.shape, server.key.fold("code").word())
+        found = _decoded(self.code.code(), up.change, state.numbers.shape, server.key.fold("code").word())
         return Update({NUMBERS: found}, self.weight(up), up.loss, up.skipped)
 
     def step(
         self, state: Numbers, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Numbers, Metrics]:
-        key, code, moments = server.key.fold("code").word(), self.code(down=True), state.moments
-        move = mean[NUMBERS].double() - (state.numbers if self.bits == UNCODED else 0)
+        key, code, moments = server.key.fold("code").word(), self.down.code(), state.moments
+        move = mean[NUMBERS].double() - (state.numbers if self.code.plain else 0)
         if not self.server_step.plain:
             move, moments = self.server_step(state.moments or {}, NUMBERS, move.float())
-        if isinstance(code, Plain):
+        if self.down.plain:
             numbers, owed = (state.numbers + move.double()).float(), state.owed
             data = code.encode(numbers, key)
         else:
@@ -185,7 +184,7 @@ class OneBit(FirstOrder):
         else:
             numbers = known[NUMBERS]
         for change, key in zip(down.changes.values(), down.keys, strict=True):
-            numbers = self._moved(numbers, _decoded(self.code(down=True), change, (size,), key))
+            numbers = self._moved(numbers, _decoded(self.down.code(), change, (size,), key))
         if client.versions.put({NUMBERS: numbers}) != down.version:
             raise Illegal(f"the changes do not make the version {down.version:.12}")
         client.held = down.version
@@ -193,51 +192,45 @@ class OneBit(FirstOrder):
         return numbers
 
     def frames(self, at: Expected) -> Frames | None:
-        count = sum(tensor.numel() for tensor in at.trained.values())
-        up, change, levels = (
-            torch.empty(_size(code, count), dtype=torch.uint8)
-            for code in (self.code(), self.code(down=True), self._levels)
-        )
-
-        def down(base: str | None, missed: int) -> Step:
-            if missed > MISSED or missed * change.numel() > levels.numel():
-                return Step(None, VERSION, {}, [], levels, 1 << 63, 0.0)
-            changes = {str(i): change for i in range(missed)}
-            return Step(base, VERSION, changes, [1 << 63] * missed, None, 1 << 63, 0.0)
+        shape = (sum(tensor.numel() for tensor in at.trained.values()),)
 
         def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
-            seen = [n for n in range(1, round) if client in at.cohorts[n - 1]]
-            step = down(None if new else VERSION, round - 1 if new else round - seen[-1])
-            there, held = at.length(step, round, client), at.examples[client]
-            reply = [Learnt(up, examples, 0.0, 0) for examples in ((1, 65535) if held is None else (held,))]
-            back = [at.length(payload, round, client, VERSION) for payload in reply]
-            return Span(there, there), Span(min(back), max(back))
+            seen, held = [n for n in range(1, round) if client in at.cohorts[n - 1]], at.examples[client]
+            missed, there, back = round - 1 if new else round - seen[-1], list[int](), list[int]()
+            for end in (0, 1):
+                up, change, levels = (
+                    torch.empty(int(sizes(code, shape)[end]), dtype=torch.uint8)
+                    for code in (self.code.code(), self.down.code(), self._levels)
+                )
+                step = Step(None, VERSION, {}, [], levels, 1 << 63, 0.0)
+                if missed <= MISSED and missed * change.numel() <= levels.numel():
+                    changes = {str(i): change for i in range(missed)}
+                    step = Step(None if new else VERSION, VERSION, changes, [1 << 63] * missed, None, 1 << 63, 0.0)
+                there.append(at.length(step, round, client))
+                for examples in (1, 65535) if held is None else (held,):
+                    back.append(at.length(Learnt(up, examples, 0.0, 0), round, client, VERSION))
+            return Span(min(there), max(there)), Span(min(back), max(back))
 
         return frames
 
-    def code(self, down: bool = False) -> Blocks | Plain:
-        """What codes the numbers' change, up or down."""
-        bits = self.down_bits or self.bits if down else self.bits
-        return Plain() if bits == UNCODED else Blocks(bits, self.block)
+    @property
+    def down(self) -> Coding:
+        """How what is sent down is coded."""
+        return self.code if self.code_down is None else self.code_down
 
     @property
     def _levels(self) -> Blocks | Plain:
-        """What a newcomer receives the numbers in, and all round them to."""
-        return Plain() if isinstance(self.code(down=True), Plain) else Blocks(8, self.block)
+        return Plain() if self.down.plain else LEVELS
 
     def _moved(self, numbers: Tensor, sent: Tensor) -> Tensor:
         """The numbers after a change, on the levels that they travel in: the same at all ends."""
-        if isinstance(self.code(down=True), Plain):
+        if self.down.plain:
             return sent
         moved = (on_grid(numbers) + on_grid(sent)).float()
-        return self._levels.decode(self._levels.encode(moved, 0), moved.shape, 0)
+        return LEVELS.decode(LEVELS.encode(moved, 0), moved.shape, 0)
 
 
-def _size(code: Blocks | Plain, count: int) -> int:
-    return 4 * count if isinstance(code, Plain) else code.size(count)
-
-
-def _decoded(code: Blocks | Plain, change: Tensor, shape: Sequence[int], key: int) -> Tensor:
+def _decoded(code: TensorCode, change: Tensor, shape: Sequence[int], key: int) -> Tensor:
     try:
         return code.decode(to_bytes(change), shape, key)
     except ValueError as error:
