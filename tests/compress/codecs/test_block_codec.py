@@ -356,3 +356,37 @@ def test_with_error_feedback_what_was_sent_follows_the_sum_of_updates(codec: Blo
     assert lost[399] < 0.1 * error(told, plain)
     if codec.bits == 1:
         assert error(told, plain) > 0.4
+
+
+@settings(deadline=None)
+@given(
+    bits=st.sampled_from([1, 2, 3, 4]),
+    block=st.sampled_from([8, 24, 64, 100]),
+    count=st.integers(0, 400),
+    seed=st.integers(0, 1000),
+    flip=st.integers(0, 10_000) | st.none(),
+)
+def test_the_largest_magnitude_is_known_without_decoding(
+    bits: int, block: int, count: int, seed: int, flip: int | None
+) -> None:
+    """And so is whether the bytes are legal: the two refuse the same."""
+    code = Blocks(bits, block)
+    data = bytearray(code.encode(torch.randn(count, generator=torch.Generator().manual_seed(seed)), 0))
+    if flip is not None and data:
+        data[flip // 8 % len(data)] ^= 1 << flip % 8
+    try:
+        decoded = code.decode(bytes(data), (count,), 0)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"a scale is|a bit"):
+            code.largest(bytes(data), count)
+        return
+    assert float(decoded.abs().max() if count else 0) <= code.largest(bytes(data), count)
+    if bits == 1 and count:
+        assert float(decoded.abs().max()) == code.largest(bytes(data), count)
+    slow = code.values(*code.split(bytes(data), count), (count,))
+    assert torch.equal(decoded.view(torch.int32), slow.view(torch.int32))  # minus zero too
+
+
+def test_bytes_of_another_length_have_no_largest_magnitude() -> None:
+    with pytest.raises(ValueError, match=r"2 bytes for 9 elements"):
+        Blocks(1, 8).largest(b"ab", 9)

@@ -171,3 +171,20 @@ def from_levels(codes, scales, block, levels, out):
         scale = _value(scales[b], single)
         for i in range(part.size):
             part[i] = levels[code[i]] * scale
+
+
+@njit(nogil=True, cache=True)
+def from_signs(packed, scales, block, out):
+    """out, as the bits of float32, uint32 [n]: the scale of the block where a bit is set, else minus it.
+
+    packed: uint8 [ceil(n / 8)], the low bits first; block: a multiple of 8.
+    """
+    for b in range(scales.size):
+        part, code = out[b * block : (b + 1) * block], packed[b * block // 8 : (b + 1) * block // 8]
+        scale, whole = np.uint32(scales[b]) << np.uint32(16), part.size // 8
+        for j in range(whole):
+            minus = ~np.uint32(code[j])
+            for i in range(8):
+                part[8 * j + i] = scale | (((minus >> np.uint32(i)) & np.uint32(1)) << np.uint32(31))
+        for i in range(8 * whole, part.size):
+            part[i] = scale | (((~np.uint32(code[whole]) >> np.uint32(i - 8 * whole)) & np.uint32(1)) << np.uint32(31))
