@@ -1,38 +1,208 @@
-"""Placeholder map until the kernel is merged: the plain numpy version."""
+"""The map of the tied view: every entry of a tensor follows one of d numbers, entry = start + sign theta[index].
+
+It is frozen: a change here orphans every recorded run. Entry i, in row-major order, of the tensor with the stream s, in
+a run with the 64-bit key r:
+
+    block   = i // 4
+    key     = (r mod 2^32, r div 2^32)
+    counter = (block, 0, s mod 2^32, s div 2^32)
+    w       = word i mod 4 of philox4x32(counter, key)
+    index   = (w div 2) d div 2^31
+    sign    = +1 if w is even, else -1
+
+so w is the i-th 32-bit word of `thinwire.streams.words`. Both passes draw it anew, a tile at a time, and hold no map.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
+from numba import njit
+from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.streams import words
+from thinwire.streams import LOW, draw, words
+from thinwire.threads import share, threads_for
+
+BLOCK = 4
+"""Entries drawn from one block of four 32-bit words."""
+TILE_BLOCKS = 256
+CHUNK = 1 << 16
+"""Blocks that a thread takes at a time in `spread`."""
+PARTS = 32
+"""Into so many parts `collect` cuts a tensor at most: each has sums of its own, whatever the threads."""
+MOST, LONGEST = 1 << 24, 1 << 34
+"""Numbers, and entries of a tensor, at most: of an index 24 bits are exact, a block's number is one word."""
+
+# every integer in the kernels is uint64: numba turns a mix of signed and unsigned into float64
+_1, _2, _16, _31, _32 = (np.uint64(i) for i in (1, 2, 16, 31, 32))
+_EVEN, _MIDDLE, _INFINITE, _QUIET = (np.uint64(i) for i in (0xFFFFFFFE, 0x7FFF, 0x7F800000, 0x7FC0))
 
 
-@lru_cache(1024)
-def _map(key: int, numbers: int, stream: int, count: int) -> tuple[Tensor, Tensor]:
-    w = words(key, [stream], -(-count // 2) or 1)[0].view(np.uint32)[:count].astype(np.uint64)
-    index = ((w >> np.uint64(1)) * np.uint64(numbers)) >> np.uint64(31)
-    return torch.from_numpy(index.astype(np.int64)), torch.from_numpy(1 - 2 * (w & np.uint64(1)).astype(np.float32))
+@njit(nogil=True, cache=True)
+def _draw(block, blocks, key, stream, left, right, drawn):
+    """The words of some blocks in the order of their entries, two by two; all arrays are uint64."""
+    draw(block, blocks, np.uint64(0), stream & LOW, stream >> _32, key & LOW, key >> _32, left, right)
+    for b in range(np.uint64(blocks)):
+        drawn[_2 * b], drawn[_2 * b + _1] = left[b], right[b]
+
+
+@njit(inline="always")
+def _index(word, numbers):
+    # the upper word of a product of two words, which vector code has
+    return ((np.uint64(word) & _EVEN) * numbers) >> _32
+
+
+@njit(nogil=True, cache=True)
+def _spread(table, key, stream, block, start, out):
+    """out = start + a number of the table for each entry; the first entry is the first one of a block.
+
+    table: bits of float32 [d], uint32; start, out: bits of float32, uint32, or of bfloat16, uint16.
+    """
+    left, right = np.empty(TILE_BLOCKS, np.uint64), np.empty(TILE_BLOCKS, np.uint64)
+    drawn, bits = np.empty(2 * TILE_BLOCKS, np.uint64), np.empty(BLOCK * TILE_BLOCKS, np.uint32)
+    before, sums = np.empty(bits.size, np.uint32), np.empty(bits.size, np.float32)
+    word, value, old, new = drawn.view(np.uint32), bits.view(np.float32), before.view(np.float32), sums.view(np.uint32)
+    rounded = np.empty(bits.size, out.dtype)
+    numbers, short = np.uint64(table.size), start.itemsize == 2
+    for here in range(0, start.size, bits.size):
+        size = min(bits.size, start.size - here)
+        source, target = start[here : here + size], out[here : here + size]
+        _draw(block + np.uint64(here // BLOCK), (size + BLOCK - 1) // BLOCK, key, stream, left, right, drawn)
+        for e in range(size):
+            bits[e] = table[_index(word[e], numbers)] ^ ((word[e] & _1) << _31)
+        for e in range(size):
+            before[e] = np.uint64(source[e]) << _16 if short else source[e]
+        for e in range(size):
+            sums[e] = old[e] + value[e]
+        # not straight to out: where out is start itself, the compiler's vector code would not be taken
+        for e in range(size):
+            x = np.uint64(new[e])
+            near = (x + _MIDDLE + ((x >> _16) & _1)) >> _16
+            rounded[e] = (_QUIET if (x & np.uint64(0x7FFFFFFF)) > _INFINITE else near) if short else x
+        for e in range(size):
+            target[e] = rounded[e]
+
+
+@njit(nogil=True, cache=True)
+def _collect(gradient, key, stream, block, total):
+    """total[index] += sign gradient, in order; the first entry is the first one of a block.
+
+    gradient: bits of float32, uint32, or of bfloat16, uint16; total: float64 [d].
+    """
+    left, right = np.empty(TILE_BLOCKS, np.uint64), np.empty(TILE_BLOCKS, np.uint64)
+    drawn, bits = np.empty(2 * TILE_BLOCKS, np.uint64), np.empty(BLOCK * TILE_BLOCKS, np.uint32)
+    word, value, index = drawn.view(np.uint32), bits.view(np.float32), np.empty(bits.size, np.uint32)
+    numbers, short = np.uint64(total.size), gradient.itemsize == 2
+    for here in range(0, gradient.size, bits.size):
+        size = min(bits.size, gradient.size - here)
+        source = gradient[here : here + size]
+        _draw(block + np.uint64(here // BLOCK), (size + BLOCK - 1) // BLOCK, key, stream, left, right, drawn)
+        for e in range(size):
+            index[e] = _index(word[e], numbers)
+            bits[e] = (np.uint64(source[e]) << _16 if short else source[e]) ^ ((word[e] & _1) << _31)
+        for e in range(size):
+            total[index[e]] += value[e]
+
+
+def _bits(tensor: Tensor) -> NDArray[np.uint32] | NDArray[np.uint16]:
+    """The patterns of a contiguous CPU tensor of float32 or bfloat16, in its memory: [n]."""
+    flat = tensor.detach().view(-1)
+    if tensor.dtype == torch.float32:
+        return flat.numpy().view(np.uint32)
+    return flat.view(torch.int16).numpy().view(np.uint16)
 
 
 @dataclass(frozen=True)
 class Ties:
+    """The map onto `numbers` numbers under a run's key, 64 bits; a tensor has a stream of its own, below 2^64."""
+
     key: int
     numbers: int
 
-    def spread(self, theta: Tensor, stream: int, start: Tensor, out: Tensor, scale: float = 1.0) -> None:
-        index, sign = _map(self.key, self.numbers, stream, out.numel())
-        moved = start.flatten().float() + scale * sign * theta[index]
-        out.copy_(moved.view(out.shape))
+    def __post_init__(self) -> None:
+        if not 0 < self.numbers <= MOST:
+            raise ValueError(f"{self.numbers} numbers are not 1 to {MOST}")
+        if not 0 <= self.key < 1 << 64:
+            raise ValueError(f"key {self.key} has not 64 bits")
 
-    def collect(self, gradient: Tensor, stream: int, into: Tensor, scale: float = 1.0) -> None:
-        index, sign = _map(self.key, self.numbers, stream, gradient.numel())
-        into.index_add_(0, index, gradient.flatten().float() * sign, alpha=scale)
+    def signed(self, stream: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The map of a tensor of `count` entries as a whole, for small ones: index and sign, +1 or -1."""
+        self._check(stream, count)
+        drawn = words(self.key, [stream], (count + 1) // 2).view("<u4")[0, :count]
+        index = (drawn >> np.uint32(1)).astype(np.uint64) * np.uint64(self.numbers) >> np.uint64(31)
+        return index.astype(np.int32), np.where(drawn & np.uint32(1), np.float32(-1), np.float32(1))
 
-    def signed(self, stream: int, count: int):
-        index, sign = _map(self.key, self.numbers, stream, count)
-        return index.numpy(), sign.numpy()
+    def spread(
+        self, theta: Tensor, stream: int, start: Tensor, out: Tensor, scale: float = 1.0, *, threads: int | None = None
+    ) -> None:
+        """out := start + scale sign theta[index], in float32, rounded once to out's dtype: one pass over the weights.
+
+        theta: float32 [d]. start, out: float32, bfloat16 or float16 of one shape, contiguous; out may be start itself,
+        or shares no memory with it. The same bits for any number of threads, on any CPU: weights of another device
+        visit the CPU. `threads` defaults to torch's, or to one where there is little to do. ValueError on all else.
+        """
+        self._check(stream, start.numel(), start, out)
+        self._check_numbers(theta)
+        if start.shape != out.shape:
+            raise ValueError(f"start is {tuple(start.shape)} but out is {tuple(out.shape)}")
+        direct = start.dtype == out.dtype != torch.float16
+        if not direct or start.device.type != "cpu" or out.device.type != "cpu":
+            near = start.detach().to("cpu", out.dtype if direct else torch.float32, copy=True)
+            self.spread(theta, stream, near, near, scale, threads=threads)
+            out.detach().copy_(near)
+            return
+        source, target, table = _bits(start), _bits(out), _bits(theta.detach().cpu() * np.float32(scale).item())
+        # numba compiles once more for every further type, and mixes uint64 and int64 into float64
+        key, place = np.uint64(self.key), np.uint64(stream)
+
+        def sweep(low: int, high: int) -> None:
+            piece = slice(BLOCK * low, BLOCK * high)
+            _spread(table, key, place, np.uint64(low), source[piece], target[piece])
+
+        threads = threads_for(source.size, 1) if threads is None else threads
+        share(sweep, 0, -(-source.size // BLOCK), threads, CHUNK)
+
+    def collect(
+        self, gradient: Tensor, stream: int, into: Tensor, scale: float = 1.0, *, threads: int | None = None
+    ) -> None:
+        """into[index] += scale sign gradient: the gradient for theta of what `spread` does, in one pass.
+
+        gradient: float32, bfloat16 or float16, contiguous; into: float32 [d]. Sums are float64, rounded once into
+        `into`, and the same bits for any number of threads. ValueError on anything else.
+        """
+        size = gradient.numel()
+        self._check(stream, size, gradient)
+        self._check_numbers(into)
+        near = gradient.detach().cpu()
+        source = _bits(near.float() if near.dtype == torch.float16 else near)
+        # a part costs as much as a fraction of its entries, so that a small tensor is one: then only who is met is paid
+        parts = max(1, min(PARTS, size // (4 * self.numbers)))
+        width = max(1, -(-size // BLOCK // parts))
+        totals = np.zeros((parts, self.numbers), np.float64)
+        key, place = np.uint64(self.key), np.uint64(stream)
+
+        def sweep(low: int, high: int) -> None:
+            for first in range(low, high, width):
+                piece = source[BLOCK * first : BLOCK * min(first + width, high)]
+                _collect(piece, key, place, np.uint64(first), totals[first // width])
+
+        share(sweep, 0, -(-size // BLOCK), threads_for(size, 1) if threads is None else threads, width)
+        for more in totals[1:]:
+            totals[0] += more
+        into.detach().copy_(into.detach().cpu().double() + torch.from_numpy(totals[0]) * scale)
+
+    def _check(self, stream: int, count: int, *tensors: Tensor) -> None:
+        if not 0 <= stream < 1 << 64:
+            raise ValueError(f"stream {stream} has not 64 bits")
+        if not 0 <= count <= LONGEST:
+            raise ValueError(f"{count} entries are more than {LONGEST}")
+        for tensor in tensors:
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not tensor.is_contiguous():
+                raise ValueError(f"a tensor is contiguous, of float32, bfloat16 or float16; got {tensor.dtype}")
+
+    def _check_numbers(self, numbers: Tensor) -> None:
+        if numbers.dtype != torch.float32 or numbers.shape != (self.numbers,):
+            raise ValueError(f"numbers are float32 [{self.numbers}]; got {numbers.dtype} {tuple(numbers.shape)}")
