@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.model.views.ties import BLOCK, CHUNK, PARTS, TILE_BLOCKS, Ties
+from thinwire.model.views.ties import BLOCK, CHUNK, PARTS, Ties
+from thinwire.model.views.ties_cpu import STEP, TILE
 from thinwire.perturb.philox import philox4x32
 from thinwire.streams import words
 
 KEY, STREAM = 0xFEDCBA9876543210, 2**40 + 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TILE = BLOCK * TILE_BLOCKS
-SIZES = (0, 1, 31, 33, 127, 129, 1001, TILE - 1, TILE, TILE + 1, 3 * TILE + 77)
+SIZES = (0, 1, 31, 33, STEP - 1, STEP, STEP + 1, 1001, TILE - 1, TILE, TILE + 1, 3 * TILE + 77)
 NUMBERS = (1, 7, 32_768, 115_200)
 any_size = st.integers(0, 300) | st.integers(0, 4 * TILE)
 any_numbers = st.integers(1, 100) | st.sampled_from(NUMBERS) | st.integers(1, 2**24)
@@ -79,8 +79,11 @@ def test_the_map_is_of_the_words_of_a_stream() -> None:
 def test_golden_maps_never_change() -> None:
     """A change of any of these orphans every recorded run."""
     index, sign = Ties(0x0123456789ABCDEF, 32_768).signed(42, 100_000)
-    assert index[:8].tolist() == GOLDEN_INDEX
-    assert hashlib.sha256(index.astype("<i4").tobytes() + sign.astype("<f4").tobytes()).hexdigest() == GOLDEN
+    assert index[:8].tolist() == [24028, 7814, 7372, 4935, 13476, 32435, 19524, 755]
+    assert (
+        hashlib.sha256(index.astype("<i4").tobytes() + sign.astype("<f4").tobytes()).hexdigest()
+        == "e9e0792db5afeee1d682fc7c8cb12374a5357dd3e76b05e96a965e807e24d101"
+    )
 
 
 @pytest.mark.parametrize("numbers", [1, 7, 1000])
@@ -188,7 +191,7 @@ def test_what_is_collected_equals_plain_numpy(dtype: torch.dtype, count: int, nu
     count=any_size | st.integers(0, 300_000),
     numbers=any_numbers,
     dtype=st.sampled_from(DTYPES),
-    scale=st.floats(-4, 4),
+    scale=st.sampled_from((1.0, -0.3, 3.0, 0.0)),
 )
 def test_any_size_is_collected(
     key: int, stream: int, count: int, numbers: int, dtype: torch.dtype, scale: float

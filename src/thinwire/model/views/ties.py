@@ -19,92 +19,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.streams import LOW, draw, words
+from thinwire.model.views import ties_cpu
+from thinwire.streams import words
 from thinwire.threads import share, threads_for
 
 BLOCK = 4
 """Entries drawn from one block of four 32-bit words."""
-TILE_BLOCKS = 256
 CHUNK = 1 << 16
 """Blocks that a thread takes at a time in `spread`."""
 PARTS = 32
 """Into so many parts `collect` cuts a tensor at most: each has sums of its own, whatever the threads."""
 MOST, LONGEST = 1 << 24, 1 << 34
 """Numbers, and entries of a tensor, at most: of an index 24 bits are exact, a block's number is one word."""
-
-# every integer in the kernels is uint64: numba turns a mix of signed and unsigned into float64
-_1, _2, _16, _31, _32 = (np.uint64(i) for i in (1, 2, 16, 31, 32))
-_EVEN, _MIDDLE, _INFINITE, _QUIET = (np.uint64(i) for i in (0xFFFFFFFE, 0x7FFF, 0x7F800000, 0x7FC0))
-
-
-@njit(nogil=True, cache=True)
-def _draw(block, blocks, key, stream, left, right, drawn):
-    """The words of some blocks in the order of their entries, two by two; all arrays are uint64."""
-    draw(block, blocks, np.uint64(0), stream & LOW, stream >> _32, key & LOW, key >> _32, left, right)
-    for b in range(np.uint64(blocks)):
-        drawn[_2 * b], drawn[_2 * b + _1] = left[b], right[b]
-
-
-@njit(inline="always")
-def _index(word, numbers):
-    # the upper word of a product of two words, which vector code has
-    return ((np.uint64(word) & _EVEN) * numbers) >> _32
-
-
-@njit(nogil=True, cache=True)
-def _spread(table, key, stream, block, start, out):
-    """out = start + a number of the table for each entry; the first entry is the first one of a block.
-
-    table: bits of float32 [d], uint32; start, out: bits of float32, uint32, or of bfloat16, uint16.
-    """
-    left, right = np.empty(TILE_BLOCKS, np.uint64), np.empty(TILE_BLOCKS, np.uint64)
-    drawn, bits = np.empty(2 * TILE_BLOCKS, np.uint64), np.empty(BLOCK * TILE_BLOCKS, np.uint32)
-    before, sums = np.empty(bits.size, np.uint32), np.empty(bits.size, np.float32)
-    word, value, old, new = drawn.view(np.uint32), bits.view(np.float32), before.view(np.float32), sums.view(np.uint32)
-    rounded = np.empty(bits.size, out.dtype)
-    numbers, short = np.uint64(table.size), start.itemsize == 2
-    for here in range(0, start.size, bits.size):
-        size = min(bits.size, start.size - here)
-        source, target = start[here : here + size], out[here : here + size]
-        _draw(block + np.uint64(here // BLOCK), (size + BLOCK - 1) // BLOCK, key, stream, left, right, drawn)
-        for e in range(size):
-            bits[e] = table[_index(word[e], numbers)] ^ ((word[e] & _1) << _31)
-        for e in range(size):
-            before[e] = np.uint64(source[e]) << _16 if short else source[e]
-        for e in range(size):
-            sums[e] = old[e] + value[e]
-        # not straight to out: where out is start itself, the compiler's vector code would not be taken
-        for e in range(size):
-            x = np.uint64(new[e])
-            near = (x + _MIDDLE + ((x >> _16) & _1)) >> _16
-            rounded[e] = (_QUIET if (x & np.uint64(0x7FFFFFFF)) > _INFINITE else near) if short else x
-        for e in range(size):
-            target[e] = rounded[e]
-
-
-@njit(nogil=True, cache=True)
-def _collect(gradient, key, stream, block, total):
-    """total[index] += sign gradient, in order; the first entry is the first one of a block.
-
-    gradient: bits of float32, uint32, or of bfloat16, uint16; total: float64 [d].
-    """
-    left, right = np.empty(TILE_BLOCKS, np.uint64), np.empty(TILE_BLOCKS, np.uint64)
-    drawn, bits = np.empty(2 * TILE_BLOCKS, np.uint64), np.empty(BLOCK * TILE_BLOCKS, np.uint32)
-    word, value, index = drawn.view(np.uint32), bits.view(np.float32), np.empty(bits.size, np.uint32)
-    numbers, short = np.uint64(total.size), gradient.itemsize == 2
-    for here in range(0, gradient.size, bits.size):
-        size = min(bits.size, gradient.size - here)
-        source = gradient[here : here + size]
-        _draw(block + np.uint64(here // BLOCK), (size + BLOCK - 1) // BLOCK, key, stream, left, right, drawn)
-        for e in range(size):
-            index[e] = _index(word[e], numbers)
-            bits[e] = (np.uint64(source[e]) << _16 if short else source[e]) ^ ((word[e] & _1) << _31)
-        for e in range(size):
-            total[index[e]] += value[e]
 
 
 def _bits(tensor: Tensor) -> NDArray[np.uint32] | NDArray[np.uint16]:
@@ -154,13 +83,13 @@ class Ties:
             self.spread(theta, stream, near, near, scale, threads=threads)
             out.detach().copy_(near)
             return
-        source, target, table = _bits(start), _bits(out), _bits(theta.detach().cpu() * np.float32(scale).item())
+        source, target, table = _bits(start), _bits(out), (theta.detach().cpu() * np.float32(scale).item()).numpy()
         # numba compiles once more for every further type, and mixes uint64 and int64 into float64
         key, place = np.uint64(self.key), np.uint64(stream)
 
         def sweep(low: int, high: int) -> None:
             piece = slice(BLOCK * low, BLOCK * high)
-            _spread(table, key, place, np.uint64(low), source[piece], target[piece])
+            ties_cpu.spread(table, key, place, np.uint64(low), source[piece], target[piece])
 
         threads = threads_for(source.size, 1) if threads is None else threads
         share(sweep, 0, -(-source.size // BLOCK), threads, CHUNK)
@@ -187,7 +116,7 @@ class Ties:
         def sweep(low: int, high: int) -> None:
             for first in range(low, high, width):
                 piece = source[BLOCK * first : BLOCK * min(first + width, high)]
-                _collect(piece, key, place, np.uint64(first), totals[first // width])
+                ties_cpu.collect(piece, key, place, np.uint64(first), totals[first // width])
 
         share(sweep, 0, -(-size // BLOCK), threads_for(size, 1) if threads is None else threads, width)
         for more in totals[1:]:
