@@ -178,7 +178,7 @@ def test_shapes_parameters_and_buffers_from_files(dtype: torch.dtype, tmp_path) 
 def test_what_is_collected_equals_plain_numpy(dtype: torch.dtype, count: int, numbers: int) -> None:
     """One part, so that even the order of the sums is that of the entries."""
     ties, gradient, into = Ties(KEY, numbers), values(count, 3, dtype), values(numbers, 4)
-    if count < 8 * numbers:
+    if count < 16 * numbers:
         expected = (into.double().numpy() + 0.7 * collect_plainly(ties, gradient, STREAM)).astype(np.float32)
         ties.collect(gradient, STREAM, into, 0.7)
         np.testing.assert_array_equal(into.numpy().view(np.uint32), expected.view(np.uint32))
@@ -222,8 +222,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, count: in
 
 
 def test_parts_are_as_many_as_pay() -> None:
-    """A part of 4 d entries or more; sums of whole numbers show that each entry is counted once."""
-    for count in (4 * 7 - 1, 4 * 7, 2 * 4 * 7 + 3, 4 * 7 * PARTS, 4 * 7 * PARTS * 3 + 1):
+    """A part of 8 d entries or more; sums of whole numbers show that each entry is counted once."""
+    for count in (8 * 7 - 1, 8 * 7, 2 * 8 * 7 + 3, 8 * 7 * PARTS, 8 * 7 * PARTS * 3 + 1):
         ties, into = Ties(KEY, 7), torch.zeros(7)
         ties.collect(torch.ones(count), 2, into)
         np.testing.assert_array_equal(into.numpy(), collect_plainly(ties, torch.ones(count), 2))

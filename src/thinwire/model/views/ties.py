@@ -30,7 +30,7 @@ BLOCK = 4
 """Entries drawn from one block of four 32-bit words."""
 CHUNK = 1 << 16
 """Blocks that a thread takes at a time in `spread`."""
-PARTS = 32
+PARTS = 16
 """Into so many parts `collect` cuts a tensor at most: each has sums of its own, whatever the threads."""
 MOST, LONGEST = 1 << 24, 1 << 34
 """Numbers, and entries of a tensor, at most: of an index 24 bits are exact, a block's number is one word."""
@@ -107,8 +107,8 @@ class Ties:
         self._check_numbers(into)
         near = gradient.detach().cpu()
         source = _bits(near.float() if near.dtype == torch.float16 else near)
-        # a part costs as much as a fraction of its entries, so that a small tensor is one: then only who is met is paid
-        parts = max(1, min(PARTS, size // (4 * self.numbers)))
+        # a part's sums are made and added up in the time of some d entries: it has eight times as many, or is the only one
+        parts = max(1, min(PARTS, size // (8 * self.numbers)))
         width = max(1, -(-size // BLOCK // parts))
         totals = np.zeros((parts, self.numbers), np.float64)
         key, place = np.uint64(self.key), np.uint64(stream)
