@@ -10,7 +10,7 @@ a run with the 64-bit key r:
     index   = (w div 2) d div 2^31
     sign    = +1 if w is even, else -1
 
-so w is the i-th 32-bit word of `thinwire.streams.words`. Both passes draw it anew, a tile at a time, and hold no map.
+so w is the i-th 32-bit word of `thinwire.streams.words`. Both passes draw it anew as they go, and hold no map.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Ties:
         self._check_numbers(into)
         near = gradient.detach().cpu()
         source = _bits(near.float() if near.dtype == torch.float16 else near)
-        # a part's sums are made and added up in the time of some d entries: it has eight times as many, or is the only one
+        # a part's sums are made and added up in the time of some d entries, so it has eight times as many or is alone
         parts = max(1, min(PARTS, size // (8 * self.numbers)))
         width = max(1, -(-size // BLOCK // parts))
         totals = np.zeros((parts, self.numbers), np.float64)
