@@ -69,17 +69,18 @@ class Ties:
     ) -> None:
         """out := start + scale sign theta[index], in float32, rounded once to out's dtype: one pass over the weights.
 
-        theta: float32 [d]. start, out: float32, bfloat16 or float16 of one shape, contiguous; out may be start itself,
-        or shares no memory with it. The same bits for any number of threads, on any CPU: weights of another device
-        visit the CPU. `threads` defaults to torch's, or to one where there is little to do. ValueError on all else.
+        theta: float32 [d]. start, out: float32, bfloat16 or float16 of one shape; out may be start itself, or shares no
+        memory with it. The same bits for any number of threads, on any CPU: weights of float16, of another device or in
+        another order than row-major pass through a copy on the CPU. `threads` defaults to torch's, or to one where
+        there is little to do. ValueError on all else.
         """
         self._check(stream, start.numel(), start, out)
         self._check_numbers(theta)
         if start.shape != out.shape:
             raise ValueError(f"start is {tuple(start.shape)} but out is {tuple(out.shape)}")
         direct = start.dtype == out.dtype != torch.float16
-        if not direct or start.device.type != "cpu" or out.device.type != "cpu":
-            near = start.detach().to("cpu", out.dtype if direct else torch.float32, copy=True)
+        if not direct or any(t.device.type != "cpu" or not t.is_contiguous() for t in (start, out)):
+            near = torch.empty(start.shape, dtype=out.dtype if direct else torch.float32).copy_(start.detach())
             self.spread(theta, stream, near, near, scale, threads=threads)
             out.detach().copy_(near)
             return
@@ -99,13 +100,13 @@ class Ties:
     ) -> None:
         """into[index] += scale sign gradient: the gradient for theta of what `spread` does, in one pass.
 
-        gradient: float32, bfloat16 or float16, contiguous; into: float32 [d]. Sums are float64, rounded once into
+        gradient: float32, bfloat16 or float16; into: float32 [d]. Sums are float64, rounded once into
         `into`, and the same bits for any number of threads. ValueError on anything else.
         """
         size = gradient.numel()
         self._check(stream, size, gradient)
         self._check_numbers(into)
-        near = gradient.detach().cpu()
+        near = gradient.detach().cpu().contiguous()
         source = _bits(near.float() if near.dtype == torch.float16 else near)
         # a part's sums are made and added up in the time of some d entries, so it has eight times as many or is alone
         parts = max(1, min(PARTS, size // (8 * self.numbers)))
@@ -129,8 +130,8 @@ class Ties:
         if not 0 <= count <= LONGEST:
             raise ValueError(f"{count} entries are more than {LONGEST}")
         for tensor in tensors:
-            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not tensor.is_contiguous():
-                raise ValueError(f"a tensor is contiguous, of float32, bfloat16 or float16; got {tensor.dtype}")
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"a tensor is of float32, bfloat16 or float16; got {tensor.dtype}")
 
     def _check_numbers(self, numbers: Tensor) -> None:
         if numbers.dtype != torch.float32 or numbers.shape != (self.numbers,):
