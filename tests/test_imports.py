@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "thinwire"
 
 # the floors of the house, the lowest first: a part imports parts of lower floors only, and none of its own floor
 FLOORS = (
-    {"aggregate", "errors", "files", "keys", "memory", "moved", "privacy", "streams", "units", "wire"},
+    {"aggregate", "errors", "files", "keys", "memory", "moved", "privacy", "streams", "threads", "units", "wire"},
     {"records"},
     {"compress", "data", "model"},
     {"costs"},

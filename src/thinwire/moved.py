@@ -67,6 +67,7 @@ PLACES = {
     "perturb.products": "perturb.matmul_replay",
     "perturb.signs": "perturb.sign_cpu",
     "perturb.table": "perturb.normal_table",
+    "perturb.threads": "threads",
     "perturb.zeroth": "perturb.spsa",
     "runtime.envelope": "federation.envelope",
     "runtime.flower": "federation.transport",

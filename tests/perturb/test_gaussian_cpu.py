@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinwire.perturb import gaussian_cpu, philox
-from thinwire.perturb.threads import CHUNK, TILE
 from thinwire.streams import words
+from thinwire.threads import CHUNK, TILE
 
 
 def bits(array):

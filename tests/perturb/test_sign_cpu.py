@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from thinwire.perturb.philox import parameter_id, philox4x32
 from thinwire.perturb.sign_cpu import MATRIX_BLOCKS, accumulate, matrix, reference, signs
-from thinwire.perturb.threads import CHUNK, TILE
+from thinwire.threads import CHUNK, TILE
 
 
 def bits(array):

@@ -15,9 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from thinwire.perturb.normal_table import quantiles
 from thinwire.perturb.philox import BLOCK, check_address, check_seeds
-from thinwire.perturb.threads import TILE, TILE_BLOCKS, share, threads_for
 from thinwire.streams import HALF, LOW, draw
+from thinwire.threads import TILE, share, threads_for
 
+TILE_BLOCKS = TILE // BLOCK  # a multiple of 32
 _16, _32, _48 = np.uint64(16), np.uint64(32), np.uint64(48)
 _ZERO = np.float32(0)
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from thinwire.perturb.threads import pool
+from thinwire.threads import pool
 
 FEW = 4
 """Up to so many columns, outer products one by one are faster than a matrix product."""

@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from thinwire.perturb.gaussian_cpu import check_array
 from thinwire.perturb.philox import check_address, check_seeds, philox4x32
-from thinwire.perturb.threads import TILE, share, threads_for
 from thinwire.streams import LOW, draw
+from thinwire.threads import TILE, share, threads_for
 
 BLOCK = 4
 """Elements drawn from one block of four 32-bit words."""

@@ -1,38 +1,138 @@
-"""Placeholder map until the kernel is merged: the plain numpy version."""
+"""The map of the tied view: every entry of a tensor follows one of d numbers, entry = start + sign theta[index].
+
+It is frozen: a change here orphans every recorded run. Entry i, in row-major order, of the tensor with the stream s, in
+a run with the 64-bit key r:
+
+    block   = i // 4
+    key     = (r mod 2^32, r div 2^32)
+    counter = (block, 0, s mod 2^32, s div 2^32)
+    w       = word i mod 4 of philox4x32(counter, key)
+    index   = (w div 2) d div 2^31
+    sign    = +1 if w is even, else -1
+
+so w is the i-th 32-bit word of `thinwire.streams.words`. Both passes draw it anew as they go, and hold no map.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from thinwire.model.views import ties_cpu
 from thinwire.streams import words
+from thinwire.threads import share, threads_for
+
+BLOCK = 4
+"""Entries drawn from one block of four 32-bit words."""
+CHUNK = 1 << 16
+"""Blocks that a thread takes at a time in `spread`."""
+PARTS = 16
+"""Into so many parts `collect` cuts a tensor at most: each has sums of its own, whatever the threads."""
+MOST, LONGEST = 1 << 24, 1 << 34
+"""Numbers, and entries of a tensor, at most: of an index 24 bits are exact, a block's number is one word."""
 
 
-@lru_cache(1024)
-def _map(key: int, numbers: int, stream: int, count: int) -> tuple[Tensor, Tensor]:
-    w = words(key, [stream], -(-count // 2) or 1)[0].view(np.uint32)[:count].astype(np.uint64)
-    index = ((w >> np.uint64(1)) * np.uint64(numbers)) >> np.uint64(31)
-    return torch.from_numpy(index.astype(np.int64)), torch.from_numpy(1 - 2 * (w & np.uint64(1)).astype(np.float32))
+def _bits(tensor: Tensor) -> NDArray[np.uint32] | NDArray[np.uint16]:
+    """The patterns of a contiguous CPU tensor of float32 or bfloat16, in its memory: [n]."""
+    flat = tensor.detach().view(-1)
+    if tensor.dtype == torch.float32:
+        return flat.numpy().view(np.uint32)
+    return flat.view(torch.int16).numpy().view(np.uint16)
 
 
 @dataclass(frozen=True)
 class Ties:
+    """The map onto `numbers` numbers under a run's key, 64 bits; a tensor has a stream of its own, below 2^64."""
+
     key: int
     numbers: int
 
-    def spread(self, theta: Tensor, stream: int, start: Tensor, out: Tensor, scale: float = 1.0) -> None:
-        index, sign = _map(self.key, self.numbers, stream, out.numel())
-        moved = start.flatten().float() + scale * sign * theta[index]
-        out.copy_(moved.view(out.shape))
+    def __post_init__(self) -> None:
+        if not 0 < self.numbers <= MOST:
+            raise ValueError(f"{self.numbers} numbers are not 1 to {MOST}")
+        if not 0 <= self.key < 1 << 64:
+            raise ValueError(f"key {self.key} has not 64 bits")
 
-    def collect(self, gradient: Tensor, stream: int, into: Tensor, scale: float = 1.0) -> None:
-        index, sign = _map(self.key, self.numbers, stream, gradient.numel())
-        into.index_add_(0, index, gradient.flatten().float() * sign, alpha=scale)
+    def signed(self, stream: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The map of a tensor of `count` entries as a whole, for small ones: index and sign, +1 or -1."""
+        self._check(stream, count)
+        drawn = words(self.key, [stream], (count + 1) // 2).view("<u4")[0, :count]
+        index = (drawn >> np.uint32(1)).astype(np.uint64) * np.uint64(self.numbers) >> np.uint64(31)
+        return index.astype(np.int32), np.where(drawn & np.uint32(1), np.float32(-1), np.float32(1))
 
-    def signed(self, stream: int, count: int):
-        index, sign = _map(self.key, self.numbers, stream, count)
-        return index.numpy(), sign.numpy()
+    def spread(
+        self, theta: Tensor, stream: int, start: Tensor, out: Tensor, scale: float = 1.0, *, threads: int | None = None
+    ) -> None:
+        """out := start + scale sign theta[index], in float32, rounded once to out's dtype: one pass over the weights.
+
+        theta: float32 [d]. start, out: float32, bfloat16 or float16 of one shape; out may be start itself, or shares no
+        memory with it. The same bits for any number of threads, on any CPU: weights of float16, of another device or in
+        another order than row-major pass through a copy on the CPU. `threads` defaults to torch's, or to one where
+        there is little to do. ValueError on all else.
+        """
+        self._check(stream, start.numel(), start, out)
+        self._check_numbers(theta)
+        if start.shape != out.shape:
+            raise ValueError(f"start is {tuple(start.shape)} but out is {tuple(out.shape)}")
+        direct = start.dtype == out.dtype != torch.float16
+        if not direct or any(t.device.type != "cpu" or not t.is_contiguous() for t in (start, out)):
+            near = torch.empty(start.shape, dtype=out.dtype if direct else torch.float32).copy_(start.detach())
+            self.spread(theta, stream, near, near, scale, threads=threads)
+            out.detach().copy_(near)
+            return
+        source, target, table = _bits(start), _bits(out), (theta.detach().cpu() * np.float32(scale).item()).numpy()
+        # numba compiles once more for every further type, and mixes uint64 and int64 into float64
+        key, place = np.uint64(self.key), np.uint64(stream)
+
+        def sweep(low: int, high: int) -> None:
+            piece = slice(BLOCK * low, BLOCK * high)
+            ties_cpu.spread(table, key, place, np.uint64(low), source[piece], target[piece])
+
+        threads = threads_for(source.size, 1) if threads is None else threads
+        share(sweep, 0, -(-source.size // BLOCK), threads, CHUNK)
+
+    def collect(
+        self, gradient: Tensor, stream: int, into: Tensor, scale: float = 1.0, *, threads: int | None = None
+    ) -> None:
+        """into[index] += scale sign gradient: the gradient for theta of what `spread` does, in one pass.
+
+        gradient: float32, bfloat16 or float16; into: float32 [d]. Sums are float64, rounded once into
+        `into`, and the same bits for any number of threads. ValueError on anything else.
+        """
+        size = gradient.numel()
+        self._check(stream, size, gradient)
+        self._check_numbers(into)
+        near = gradient.detach().cpu().contiguous()
+        source = _bits(near.float() if near.dtype == torch.float16 else near)
+        # a part's sums are made and added up in the time of some d entries, so it has eight times as many or is alone
+        parts = max(1, min(PARTS, size // (8 * self.numbers)))
+        width = max(1, -(-size // BLOCK // parts))
+        totals = np.zeros((parts, self.numbers), np.float64)
+        key, place = np.uint64(self.key), np.uint64(stream)
+
+        def sweep(low: int, high: int) -> None:
+            for first in range(low, high, width):
+                piece = source[BLOCK * first : BLOCK * min(first + width, high)]
+                ties_cpu.collect(piece, key, place, np.uint64(first), totals[first // width])
+
+        share(sweep, 0, -(-size // BLOCK), threads_for(size, 1) if threads is None else threads, width)
+        for more in totals[1:]:
+            totals[0] += more
+        into.detach().copy_(into.detach().cpu().double() + torch.from_numpy(totals[0]) * scale)
+
+    def _check(self, stream: int, count: int, *tensors: Tensor) -> None:
+        if not 0 <= stream < 1 << 64:
+            raise ValueError(f"stream {stream} has not 64 bits")
+        if not 0 <= count <= LONGEST:
+            raise ValueError(f"{count} entries are more than {LONGEST}")
+        for tensor in tensors:
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"a tensor is of float32, bfloat16 or float16; got {tensor.dtype}")
+
+    def _check_numbers(self, numbers: Tensor) -> None:
+        if numbers.dtype != torch.float32 or numbers.shape != (self.numbers,):
+            raise ValueError(f"numbers are float32 [{self.numbers}]; got {numbers.dtype} {tuple(numbers.shape)}")

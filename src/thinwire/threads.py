@@ -10,11 +10,8 @@ from functools import cache
 
 import torch
 
-from thinwire.perturb.philox import BLOCK
-
-TILE_BLOCKS = 256
-"""Blocks in a tile, a multiple of 32 and a power of two: it never straddles the carry into the counter's 2nd word."""
-TILE = TILE_BLOCKS * BLOCK
+TILE = 2048
+"""Elements in a tile, a power of two: its blocks never straddle the carry into the counter's 2nd word."""
 CHUNK = 32 * TILE
 """Elements that a thread takes at a time; chunks begin at multiples of it from element 0 of the parameter."""
 ALONE = 1 << 20
@@ -24,7 +21,7 @@ ALONE = 1 << 20
 @cache
 def pool(workers: int) -> ThreadPoolExecutor:
     """The threads that help the calling one; started on first use and kept."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="thinwire-perturb")
+    return ThreadPoolExecutor(workers, thread_name_prefix="thinwire")
 
 
 # a forked child inherits the pool objects without their threads, and would wait for them for ever
@@ -40,21 +37,21 @@ def threads_for(size: int, seeds: int) -> int:
     return torch.get_num_threads() if size * seeds >= ALONE else 1
 
 
-def share(sweep: Callable[[int, int], None], start: int, size: int, threads: int) -> None:
-    """sweep(low, high) over slices that make up 0 .. size, cut where start + low is a multiple of CHUNK."""
-    if size <= CHUNK or threads <= 1:
+def share(sweep: Callable[[int, int], None], start: int, size: int, threads: int, chunk: int = CHUNK) -> None:
+    """sweep(low, high) over slices that make up 0 .. size, cut where start + low is a multiple of `chunk`."""
+    if size <= chunk or threads <= 1:
         sweep(0, size)
         return
     # taking from the left of a deque is atomic, so the threads share it without a lock
-    waiting = deque(range(start // CHUNK * CHUNK, start + size, CHUNK))
+    waiting = deque(range(start // chunk * chunk, start + size, chunk))
 
     def work() -> None:
         while True:
             try:
-                chunk = waiting.popleft()
+                place = waiting.popleft()
             except IndexError:
                 return
-            sweep(max(start, chunk) - start, min(start + size, chunk + CHUNK) - start)
+            sweep(max(start, place) - start, min(start + size, place + chunk) - start)
 
     helpers = [pool(threads - 1).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
     try:
