@@ -21,7 +21,7 @@ class Scale(NamedTuple):
     unit: str
     about: str
     form: str
-    derived: bool = False  # says what another score says
+    derived: bool = False  # holds what another score holds
 
 
 SCORES = {

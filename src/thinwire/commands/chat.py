@@ -99,8 +99,8 @@ def _row(template: AnyTemplate, line: str, answer: str, talk: Sequence[dict[str,
     from thinwire.data.templates import Chat, Jinja, answer_columns
 
     if isinstance(template, Chat):
-        said = [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
-        return Row({"messages": [*talk, *said]}, "input", 1)
+        turn = [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+        return Row({"messages": [*talk, *turn]}, "input", 1)
     answers = dict.fromkeys(answer_columns(template), answer)
     if isinstance(template, Jinja):
         return Row(answers | _shown(template, line), "input", 1)

@@ -64,7 +64,7 @@ def local_federation(
         again = f"go on with: thinwire local-federation {file} --out {folder} --resume"
         try:
             who = ", ".join(local.names)
-            echo(f"a hub and {len(local.names)} sites are starting ({who}); what they say is in {folder}/federation")
+            echo(f"a hub and {len(local.names)} sites are starting ({who}); what they print is in {folder}/federation")
             local.start()
             local.follow(folder, settings, rows.splits, watch)
             progress.tick()

@@ -1,4 +1,4 @@
-"""Bytes before a run: the frames of all visits, as the method says that they would be."""
+"""Bytes before a run: the frames of all visits, as the method expects them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def expected(run: Run, examples: Sequence[int | None], trained: Mapping[str, Ten
 
 
 def traffic(method: Method, at: Expected) -> Traffic | None:
-    """What the run would send; None where the method does not say."""
+    """What the run would send; None where the method does not know."""
     frames = method.frames(at)
     if frames is None:
         return None
@@ -63,10 +63,10 @@ def traffic(method: Method, at: Expected) -> Traffic | None:
     return Traffic(first, later or first, (down, up), sum(map(len, at.cohorts)))
 
 
-def verdict(said: Traffic, down: int, up: int) -> str:
-    """Whether the bytes of a run that has ended are within what was said, and by how much they are not."""
+def verdict(estimated: Traffic, down: int, up: int) -> str:
+    """Whether the bytes of a run that has ended are within what was estimated, and by how much they are not."""
     parts = []
-    for name, span, count in (("down", said.total[0], down), ("up", said.total[1], up)):
+    for name, span, count in (("down", estimated.total[0], down), ("up", estimated.total[1], up)):
         if span.holds(count):
             parts.append(f"{name} hit" + ("" if span.exact else f" (range 1 to {span.most / max(1, span.least):.1f})"))
         else:

@@ -23,7 +23,7 @@ Site = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
 class Refused(Exception):
-    """The site does not answer; the message, which the server is told, says why."""
+    """The site does not answer; the message, which the server receives, says why."""
 
 
 class Question(BaseModel):
@@ -53,13 +53,13 @@ class Question(BaseModel):
             raise Refused(f"not a question: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]) from None
 
     def hashes(self) -> dict[str, str]:
-        """What the server says its fingerprints are."""
+        """The fingerprints that the server sent."""
         found = {"base": self.base, "tokenizer": self.tokenizer, "prompt": self.prompt, "format": self.format}
         return {name: value for name, value in found.items() if value is not None}
 
 
-class Told(BaseModel):
-    """What the sites are told of a run: its number, its folder's session, its sites, and its file."""
+class RunSettings(BaseModel):
+    """What the sites receive of a run: its number, its folder's session, its sites, and its file."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -69,11 +69,11 @@ class Told(BaseModel):
     toml: str
 
     @classmethod
-    def of(cls, settings: str) -> tuple[Told, dict[str, Any]]:
-        """What the text says, and the tree of its run file; Refused for one that is none."""
+    def of(cls, settings: str) -> tuple[RunSettings, dict[str, Any]]:
+        """What the text holds, and the tree of its run file; Refused for one that is none."""
         try:
-            told = cls.model_validate_json(settings)
-            return told, tomllib.loads(told.toml)
+            found = cls.model_validate_json(settings)
+            return found, tomllib.loads(found.toml)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             raise Refused(f"not a run: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]) from None

@@ -20,7 +20,7 @@ PUBLIC = "sites"  # the folder of the sites' public keys, NAME.pub each
 
 @dataclass(frozen=True)
 class Hub:
-    """What the server's process is told, in hub.json of the run's folder `federation`.
+    """What the server's process is given, in hub.json of the run's folder `federation`.
 
     `keys`: the folder that `thinwire keys` fills. `session`: of this run's folder, so that a run begun anew finds no
     memory of the old one at the sites. `splits`: name -> file of rows that the server scores.
@@ -51,18 +51,18 @@ class Status:
     error: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Say so in status.json of the run's folder `federation`."""
+        """Write it to status.json of the run's folder `federation`."""
         files.write(folder / "federation" / "status.json", json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Status | None:
-        """What the file says, None where there is none."""
+        """What the file holds, None where there is none."""
         path = folder / "federation" / "status.json"
         return cls(**json.loads(path.read_text())) if path.exists() else None
 
 
 def serve(grid: Grid, folder: Path) -> None:
-    """Run the rounds that are left. What ends it is said in status.json, and the process then fails for Flower too."""
+    """Run the rounds that are left. What ends it stands in status.json, and the process then fails for Flower too."""
     from thinwire.federation.processes import end_with_parent
     from thinwire.federation.transport import NoQuorum
 

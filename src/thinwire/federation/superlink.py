@@ -15,7 +15,7 @@ from thinwire.config import ConfigError, Run
 from thinwire.federation.keys import check_server, public_bytes
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
 from thinwire.federation.server_app import PUBLIC, Hub, Status
-from thinwire.federation.site_run import told
+from thinwire.federation.site_run import run_settings
 from thinwire.records import read_records
 
 APP = Path(__file__).parent.parent / "flower_app"
@@ -65,7 +65,7 @@ class ServerSide:
         (place / "app").mkdir(exist_ok=True)
         for file in (file for file in APP.iterdir() if file.is_file()):
             shutil.copyfile(file, place / "app" / file.name)
-        (place / "app" / "site.json").write_text(told(run, self.sites, session), encoding="utf-8")
+        (place / "app" / "site.json").write_text(run_settings(run, self.sites, session), encoding="utf-8")
 
     @property
     def ca(self) -> Path:

@@ -62,7 +62,7 @@ def load(
     if classes is None:
         settle_generation(model, tokenizer)
     else:
-        model.config.pad_token_id = tokenizer.pad_token_id  # where a text ends is told by it
+        model.config.pad_token_id = tokenizer.pad_token_id  # it marks where a text ends
         tokenizer.padding_side = "right"
     return model, tokenizer, folder
 
@@ -77,7 +77,7 @@ def _read_model(
         if "quantization_config" in json.loads((folder / "config.json").read_text()):
             raise ModelError(f"the model in {folder} is quantised already: float weights are wanted")
         with torch.random.fork_rng(devices=[]):  # a head that the folder lacks is first drawn by transformers
-            # Code that comes with a model is never run; said here so that nobody is asked on the terminal.
+            # Code that comes with a model is never run; passed here so that nobody is asked on the terminal.
             loaded: Any = auto.from_pretrained(
                 folder,
                 dtype=dtype,
