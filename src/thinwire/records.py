@@ -59,6 +59,12 @@ def read_records(path: Path) -> list[Record]:
     return [record for _, record in lines(path) if isinstance(record, dict)]
 
 
+def visits(record: Record) -> list[Record]:
+    """The visits of a round's record, those that are whole: a file may have been changed by hand."""
+    found = record.get("clients")
+    return [v for v in found if isinstance(v, dict) and type(v.get("id")) is int] if isinstance(found, list) else []
+
+
 def rewind(path: Path, round: int, expected: int | None = None) -> list[str]:
     """Drop the records after that round; what people must know of the others, a line each.
 

@@ -233,7 +233,7 @@ PYTHON = (
         (NGINX, "2026/11/29 [emerg] 7#7: bind() to 127.0.0.1:1 failed (98: Address already in use)"),
         (PYTHON, "ValueError: no such thing"),
         ("INFO: a\nINFO: b\n", "INFO: b"),
-        ("", "it said nothing"),
+        ("", "it printed nothing"),
     ],
 )
 def test_the_last_error_is_what_counts(said: str, line: str) -> None:

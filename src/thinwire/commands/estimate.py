@@ -22,7 +22,7 @@ def estimate(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Estimate what a run will cost, from its file and its model's config alone: bytes, memory, operations, link time."""
+    """Estimate a run's costs from its file and its model's config alone: bytes, memory, operations, link time."""
     with one_line():
         settle()
         from thinwire import config

@@ -98,7 +98,9 @@ class Children:
         )
         if done.returncode:
             printed = (done.stderr + done.stdout).strip().splitlines()
-            raise RuntimeError(f"{Path(command[0]).name}: {printed[-1] if printed else f'exit status {done.returncode}'}")
+            raise RuntimeError(
+                f"{Path(command[0]).name}: {printed[-1] if printed else f'exit status {done.returncode}'}"
+            )
         return done.stdout
 
     def why(self, name: str) -> str:
@@ -125,7 +127,7 @@ class Children:
 
 
 def last_error(printed: str) -> str:
-    """The last error in what a process of Flower's, nginx or Python has printed, in one line; without one the last line.
+    """The last error that a process of Flower's, nginx or Python has printed, in one line; without one the last line.
 
     Flower's errors go on over lines that have no level of their own.
     """

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire import assemble, config, memory, wire
+from thinwire import assemble, config, files, memory, wire
 from thinwire.config import method_name
 from thinwire.data import partition
 from thinwire.data.rows import Row
@@ -102,9 +102,7 @@ class Kept:
         return found
 
     def _write(self, newest: int, held: list[Any]) -> None:
-        partial = self.folder / "held.json.part"
-        partial.write_text(json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
-        partial.replace(self.folder / "held.json")
+        files.write(self.folder / "held.json", json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
 
 
 class Visits:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import tomli_w
 
+from thinwire import files
 from thinwire.config import ConfigError, Run
 from thinwire.federation.keys import check_server, public_bytes
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
-from thinwire.federation.server_app import PUBLIC, Hub, Status
+from thinwire.federation.server_app import PUBLIC, Hub, Status, read_json
 from thinwire.federation.site_run import run_settings
 from thinwire.records import read_records
 
@@ -83,13 +84,13 @@ class ServerSide:
         self._superlink()
         self._superexec()
         known = self.home / "registered.json"
-        registered = json.loads(known.read_text()) if known.exists() else {}
+        registered = read_json(dict[str, str], known) if known.exists() else {}
         for site in self.sites:
             key = self.keys / PUBLIC / f"{site}.pub"
             if registered.get(site) != public_bytes(key).decode():
                 self._flwr("supernode", "register", key, CONNECTION, "--name", site)
                 registered[site] = public_bytes(key).decode()
-                known.write_text(json.dumps(registered))
+                files.write(known, json.dumps(registered))
 
     def begin(self, folder: Path) -> None:
         """Begin a Flower run of the app: it goes on from the folder's checkpoint where there is one."""
