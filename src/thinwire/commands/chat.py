@@ -46,7 +46,7 @@ def chat(
         classes = labels_of(folder) if task_of(folder) == "classification" else None
         if classes is None and task_of(folder) == "classification":
             raise config.ConfigError(f"{path}: the encoder has no head that names classes, so it answers nothing")
-        net = Net.open(str(folder), device=device, classes=classes)
+        net = Net.open(folder, device=device, classes=classes)
         _converse(net, data, classes, max_new_tokens, temperature)
 
 

@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    path: str,
+    path: str | Path,
     dtype: str = "float32",
     empty: bool = False,
     classes: Sequence[str] | None = None,
@@ -37,17 +37,17 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """The model, its tokenizer and its folder; if it is to be empty, its parameters have no memory (device meta).
 
-    `dtype` is float32, bfloat16 or float16. The model is in eval mode (no dropout), on the CPU unless it spans all GPUs
-    of the machine (`device` auto) or its linear layers are quantised to `bits`, 8 or 4 (on `device` then). It does not
-    build a key-value cache unless it generates, and uses fused attention where its architecture has it (the
-    default of transformers). The tokenizer has a pad token inside the model's vocabulary. With `classes` it is a
-    classifier of texts into these, whose head is drawn from `key` where the folder has none. ModelError: see
-    `resolve`; or the folder cannot be read, is quantised already, or its weights do not fill the model, have no place
-    in it or are no numbers; or nothing that quantises is installed.
+    `path` is for `resolve`, or the folder that it has found, a Path. `dtype` is float32, bfloat16 or float16. The model
+    is in eval mode (no dropout), on the CPU unless it spans all GPUs of the machine (`device` auto) or its linear
+    layers are quantised to `bits`, 8 or 4 (on `device` then). It does not build a key-value cache unless it generates,
+    and uses fused attention where its architecture has it (the default of transformers). The tokenizer has a pad token
+    inside the model's vocabulary. With `classes` it is a classifier of texts into these, whose head is drawn from `key`
+    where the folder has none. ModelError: see `resolve`; or the folder cannot be read, is quantised already, or its
+    weights do not fill the model, have no place in it or are no numbers; or nothing that quantises is installed.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")
-    folder = resolve(path)
+    folder = path if isinstance(path, Path) else resolve(path)
     with quiet():
         if empty:
             model = _hollow_model(folder, DTYPES[dtype], classes)
