@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,20 +25,14 @@ class Traffic:
     visits: int
 
 
-class _NoNet:
-    """In place of a server's net: a half that asks it for anything cannot be run before the model is there."""
-
-
 def expected(run: Run, examples: Sequence[int | None], trained: Mapping[str, Tensor]) -> Expected:
     """What is known of a run's frames before it; `examples`: of each client, None where the rows are not at hand."""
-    key, clients, net = Key.root(run.seed), len(examples), _NoNet()
+    seats = Seats(Key.root(run.seed), run.rounds)  # without a net: a half that asks it for anything cannot be run yet
 
     def server(round: int, cohort: Sequence[int], versions: Versions) -> Server:
-        unopened: Any = net
-        return Server(unopened, key.fold("server", round), round, run.rounds, tuple(cohort), versions)
+        return replace(seats, versions=versions).server(round, cohort)
 
-    seats = Seats(key, run.rounds)
-    cohorts = [seats.cohort(run.cohort, clients, round) for round in range(1, run.rounds + 1)]
+    cohorts = [seats.cohort(run.cohort, len(examples), round) for round in range(1, run.rounds + 1)]
     return Expected(trained, assemble.identity(run), examples, cohorts, server)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from thinwire.errors import first_wrong
 from thinwire.federation.channel import Table
 from thinwire.federation.keys import NAME
 
@@ -49,8 +50,7 @@ class Question(BaseModel):
         try:
             return cls.model_validate(table)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            raise Refused(f"not a question: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]) from None
+            raise Refused(f"not a question: {first_wrong(error)}"[:200]) from None
 
     def hashes(self) -> dict[str, str]:
         """The fingerprints that the server sent."""
@@ -75,8 +75,7 @@ class RunSettings(BaseModel):
             found = cls.model_validate_json(settings)
             return found, tomllib.loads(found.toml)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            raise Refused(f"not a run: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]) from None
+            raise Refused(f"not a run: {first_wrong(error)}"[:200]) from None
         except (ValueError, RecursionError) as error:
             raise Refused(f"not a run: {type(error).__name__} in its file") from None
 

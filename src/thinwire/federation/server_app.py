@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from thinwire import files
-from thinwire.errors import Damaged
+from thinwire.errors import Damaged, first_wrong
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -69,9 +69,7 @@ def read_json(kind: type[K], path: Path) -> K:
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise Damaged(f"{path}: not as it was written: {where + ': ' * bool(where)}{first['msg']}") from None
+        raise Damaged(f"{path}: not as it was written: {first_wrong(error)}") from None
 
 
 def serve(grid: Grid, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from thinwire import records, wire
-from thinwire.errors import Damaged
+from thinwire.errors import Damaged, first_wrong
 from thinwire.files import flush
 from thinwire.wire import LazyTensors, Spooled
 
@@ -146,8 +146,7 @@ def _progress(folder: Path, round: int) -> Progress:
     try:
         progress = TypeAdapter(Progress).validate_python(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise Damaged(f"progress.json: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]) from None
+        raise Damaged(f"progress.json: {first_wrong(error)}"[:200]) from None
     if progress.round != round:
         raise Damaged(f"progress.json is of round {progress.round}")
     return progress
