@@ -224,7 +224,7 @@ PYTHON = (
 
 
 @pytest.mark.parametrize(
-    ("said", "line"),
+    ("printed", "line"),
     [
         (
             FLOWER,
@@ -236,9 +236,9 @@ PYTHON = (
         ("", "it printed nothing"),
     ],
 )
-def test_the_last_error_is_what_counts(said: str, line: str) -> None:
-    assert last_error(said).startswith(line)
-    assert "\n" not in last_error(said)
+def test_the_last_error_is_what_counts(printed: str, line: str) -> None:
+    assert last_error(printed).startswith(line)
+    assert "\n" not in last_error(printed)
 
 
 def test_a_node_that_ends_says_why_in_words(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ LEVEL = re.compile(r"^(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL) *: *")
 ERROR = re.compile(r"^(ERROR|CRITICAL) *:|\[(emerg|alert|crit|error)\]|^Error: |^[A-Za-z_.]+(Error|Exception): ")
 WATCH = 1.0  # seconds between two looks at the parent
 GRACE = 8.0  # seconds that a process has to end by itself
+COMMAND = 300.0  # seconds that a command of Flower's has to end
+HEALTHY = 240.0  # seconds that a hub has to get well
 
 
 def require_flower() -> None:
@@ -85,7 +87,7 @@ class Children:
         self.running[name] = process
         return process
 
-    def call(self, command: Sequence[str | Path], timeout: float = 300.0) -> str:
+    def call(self, command: Sequence[str | Path]) -> str:
         """Run a command to its end; RuntimeError with its last line if it fails."""
         done = subprocess.run(
             [str(part) for part in command],
@@ -93,7 +95,7 @@ class Children:
             text=True,
             env=self.environment,
             stdin=subprocess.DEVNULL,
-            timeout=timeout,
+            timeout=COMMAND,
             check=False,
         )
         if done.returncode:
@@ -176,9 +178,9 @@ def alive(pid: int) -> bool:
     return True
 
 
-def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path, seconds: float = 240.0) -> str | None:
+def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path) -> str | None:
     """Wait until a hub on loopback reports that it is well; what is wrong where it does not, "" where it has ended."""
-    until, context = time.monotonic() + seconds, ssl.create_default_context(cafile=str(ca))
+    until, context = time.monotonic() + HEALTHY, ssl.create_default_context(cafile=str(ca))
     while time.monotonic() < until:
         if process.poll() is not None:
             return ""
@@ -191,4 +193,4 @@ def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path, seconds:
             if isinstance(reason, ssl.SSLCertVerificationError):
                 return f"its certificate is not good for this machine's loopback ({reason.verify_message})"
         time.sleep(0.1)
-    return f"it does not answer within {seconds:g} seconds"
+    return f"it does not answer within {HEALTHY:g} seconds"

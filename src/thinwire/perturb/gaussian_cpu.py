@@ -105,8 +105,8 @@ def accumulate(
     """out = scale * weight + sum_k coefs[k] * z_{seeds[k]}, to the bit what `philox.accumulate` gives.
 
     weight, out: contiguous float32 [n]; out is weight itself or shares no memory with it. seeds: integers [k] below
-    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to
-    torch's, or to one where there is little to do. ValueError on anything else.
+    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to torch's, or to one where there is little
+    to do. ValueError on anything else.
     """
     check_address(run_key, pid, start)
     check_arrays(weight, out)
