@@ -144,7 +144,7 @@ def _progress(folder: Path, round: int) -> Progress:
     if digest is not None and digest != _digest(fields):
         raise Damaged("progress.json is not as it was written")
     try:
-        progress = TypeAdapter(Progress).validate_python(fields)
+        progress = TypeAdapter(Progress).validate_json(json.dumps(fields))
     except ValidationError as error:
         raise Damaged(f"progress.json: {first_wrong(error)}"[:200]) from None
     if progress.round != round:
