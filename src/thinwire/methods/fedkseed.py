@@ -167,12 +167,11 @@ class FedKSeed(Averaged):
         return Steps(seeds, *as_sent(scalars.ravel(), self._form), len(client.data), loss)
 
     def check(self, state: Accumulators, client_id: int, up: Steps) -> None:
-        count, form = self.steps * self.queries, self._form
         if (up.seeds is None) == (self.wire == "paper"):
             raise Illegal("seeds travel in the paper's form, and in no other")
         if up.seeds is not None:
-            check_picks(up.seeds, count, self.seeds)
-        check_scalars(up.scalars, up.unit, form, (self.steps, self.queries))
+            check_picks(up.seeds, self.steps * self.queries, self.seeds)
+        check_scalars(up.scalars, up.unit, self._form, (self.steps, self.queries))
 
     def aggregate(
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
@@ -184,21 +183,23 @@ class FedKSeed(Averaged):
         amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
         examples, loss, measured, skipped = 0.0, 0.0, 0.0, 0
         lengths: list[NDArray[np.float64]] = []  # of each reply's moves, and of the same weighted
-        left = iter(replies)
-        while block := list(islice(left, BLOCK)):  # in one go, in their order: one by one they would cost far more
+
+        def add(block: list[tuple[int, Steps]]) -> None:
+            """All replies of a block in one go, in their order: one by one they would cost far more."""
+            nonlocal examples, loss, measured, shrink, skipped
             clients, ups = zip(*block, strict=True)
-            weights = np.array([self.weight(up) for up in ups], np.float64)
-            for weight, up in zip(weights.tolist(), ups, strict=True):
+            each = [self.weight(up) for up in ups]
+            for weight, up in zip(each, ups, strict=True):
                 examples += weight
                 if math.isfinite(up.loss):
                     measured += weight
                     loss += (up.loss - loss) * weight / measured
+            weights = np.array(each, np.float64)
             scalars = as_floats([(up.scalars, up.unit) for up in ups], self._form, shape)
             if self.wire == "paper":
                 picks = torch.stack([up.seeds for up in ups]).numpy().reshape(scalars.shape)
             else:
                 picks = shared.picks(draws, clients, shape, shares)
-            del block, ups, up  # gone before the next ones come
             taken = ~np.isnan(scalars[..., 0])
             scalars[~taken] = 0.0
             taken = taken.astype(np.float64)
@@ -215,6 +216,11 @@ class FedKSeed(Averaged):
                 total += np.bincount(picks.ravel(), terms.ravel(), self.seeds)
             shrink += float(weights @ decay**steps)
             skipped += int(taken.size - steps.sum())
+
+        left = iter(replies)
+        while block := list(islice(left, BLOCK)):
+            add(block)
+            del block
         if examples == 0:
             return state, {}
         shrink /= examples
@@ -287,10 +293,7 @@ class FedKSeed(Averaged):
         def reply(generator: np.random.Generator, examples: int) -> Steps:
             return Steps(seeds, drawn(generator, count, self._form), 1.0, examples, 0.0)
 
-        def held(state: Accumulators) -> dict[str, Tensor]:
-            return Levels.of(state.gains, state.grid).table()
-
-        return simulated(self, at, reply, held if thin else None)
+        return simulated(self, at, reply, (lambda state: Levels.of(state.gains, state.grid).table()) if thin else None)
 
     def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
         kept = at.trained_bytes  # Net.rebuild keeps a copy for the next visit
