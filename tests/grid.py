@@ -19,7 +19,7 @@ from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.local import OPEN
 from thinwire.federation.site import Site
-from thinwire.federation.site_run import told
+from thinwire.federation.site_run import run_settings
 from thinwire.federation.transport import Flower
 from thinwire.federation.worker import Worker
 from thinwire.model.net import Net
@@ -92,7 +92,7 @@ def federate(
         place, data = folder / "at" / name, silos.folder / "data" / f"{name}.jsonl"
         site = Site(name, str(data), str(place), "", hold_out=False, policy=str(policy), allow_model=True)
         workers.append(Worker(site))
-    grid = OneProcess(workers, told(run, tuple(clients), "0123456789abcdef"))
+    grid = OneProcess(workers, run_settings(run, tuple(clients), "0123456789abcdef"))
     net = net or assemble.net_of(run, remember=True)
     spool = folder / "spool"
     about = fingerprints(run, net)

@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spoken(*args: str | Path, text: str) -> Result:
-    """`thinwire chat` that is told `text` through a pipe."""
+    """`thinwire chat` that is given `text` through a pipe."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(text))
         return thinwire("chat", *args)

@@ -40,7 +40,6 @@ FLOORS = (
 LONG = {  # and why
     "methods/cgfed.py": "two directions, two stages of codecs and their costs",
     "methods/fedcybgd.py": "cycles, cuts and veils are the method; its coding is train/proxy.py",
-    "methods/fedkseed.py": "both forms of its wire, and a mean of thousands of replies at once",
     "wire/frame.py": "the format is frozen, and read as one",
 }
 MOST = 300  # lines of a module

@@ -1,4 +1,4 @@
-"""What trackers are told: the records' numbers, once each, and nothing of anybody's rows."""
+"""What trackers receive: the records' numbers, once each, and nothing of anybody's rows."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ EVAL = {"round": 3, "split": "heldout", "loss": 1.25, "accuracy": None, "samples
 
 
 class Listed:
-    """A tracker that keeps what it is told."""
+    """A tracker that keeps what it receives."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, dict[str, float]]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
         self.closed = 0
 
     def log(self, round: int, values: Mapping[str, float]) -> None:
-        self.told.append((round, dict(values)))
+        self.logged.append((round, dict(values)))
 
     def close(self) -> None:
         self.closed += 1
@@ -77,7 +77,7 @@ def test_all_trackers_and_the_watch_are_told_and_closed_also_after_a_stop() -> N
         stopped()
     assert inner.ends == 1
     for tracker in several:
-        assert tracker.told == [(3, of_round(ROUND)), (3, of_eval(EVAL))]
+        assert tracker.logged == [(3, of_round(ROUND)), (3, of_eval(EVAL))]
         assert tracker.closed == 1
 
 

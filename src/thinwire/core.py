@@ -100,15 +100,15 @@ class Method(BaseModel):
         raise NotImplementedError
 
     def broadcast(self, state: Any, server: Server, client_id: int, held: str | None) -> Any:
-        """What this client is told; `held` is the version that it says it has, None for a newcomer."""
+        """What this client receives; `held` is the version that it reports to hold, None for a newcomer."""
         raise NotImplementedError
 
     def client_update(self, down: Any, client: Client) -> Any:
-        """What the client does with it, and answers; raises StaleVersion if it cannot build on `down`."""
+        """The client's reply to it; raises StaleVersion if it cannot build on `down`."""
         raise NotImplementedError
 
     def aggregate(self, state: Any, server: Server, replies: Iterable[tuple[int, Any]]) -> tuple[Any, Metrics]:
-        """How the answers change the state; also called where no client answered."""
+        """How the replies change the state; also called where no client has replied."""
         raise NotImplementedError
 
     def materialise(self, state: Any, net: Net) -> None:
@@ -116,7 +116,7 @@ class Method(BaseModel):
         raise NotImplementedError
 
     def check(self, state: Any, client_id: int, up: Any) -> None:
-        """Raise Illegal if this client may not answer so. A bad reply drops the client for the round."""
+        """Raise Illegal if this client may not reply so. A bad reply drops the client for the round."""
 
     def reply_bytes(self, net: Net) -> int:
         """The most bytes that a reply's tensors take, longer are not read; by default twice the float32 weights."""

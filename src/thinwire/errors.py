@@ -13,6 +13,8 @@ Bytes from elsewhere have a tree of their own, in wire/errors.py: they cost a cl
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(ValueError):
     """What a user can mend; the message is one line that names it."""
@@ -20,6 +22,12 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """The run file, or what a command was given, is wrong; the message is one line that names it."""
+
+
+def first_wrong(error: Any) -> str:
+    """What a validation of pydantic's found first: where, and what; nothing of the value."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 class RunError(RuntimeError):

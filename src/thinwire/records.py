@@ -21,7 +21,7 @@ class Scale(NamedTuple):
     unit: str
     about: str
     form: str
-    derived: bool = False  # says what another score says
+    derived: bool = False  # holds what another score holds
 
 
 SCORES = {
@@ -57,6 +57,12 @@ def append(path: Path, record: Record) -> None:
 def read_records(path: Path) -> list[Record]:
     """The records of a file of lines, none where there is no file; a line that is none is left out."""
     return [record for _, record in lines(path) if isinstance(record, dict)]
+
+
+def visits(record: Record) -> list[Record]:
+    """The visits of a round's record, those that are whole: a file may have been changed by hand."""
+    found = record.get("clients")
+    return [v for v in found if isinstance(v, dict) and type(v.get("id")) is int] if isinstance(found, list) else []
 
 
 def rewind(path: Path, round: int, expected: int | None = None) -> list[str]:

@@ -1,6 +1,6 @@
-"""Experiment trackers: what a run records, told to TensorBoard, MLflow or Weights & Biases too, all on this machine.
+"""Experiment trackers: what a run records, sent to TensorBoard, MLflow or Weights & Biases too, all on this machine.
 
-One seam: a tracker takes numbers by name at a round. All are told the same, the lines of rounds.jsonl and evals.jsonl
+One seam: a tracker takes numbers by name at a round. All receive the same, the lines of rounds.jsonl and evals.jsonl
 flattened; nothing else of a run, and no row of anybody's data, reaches them. Each is imported where a run names it.
 """
 
@@ -26,12 +26,12 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing follows; what was told is on disk."""
+        """Nothing follows; what was logged is on disk."""
         ...
 
 
 class Trackers(Watch):
-    """Passes on what a run tells to another watch, and its numbers to trackers."""
+    """Passes on what a run reports to another watch, and its numbers to trackers."""
 
     def __init__(self, inner: Watch, trackers: Sequence[Tracker]) -> None:
         self.inner, self.trackers = inner, trackers
@@ -125,7 +125,7 @@ class MLflow:
     """A run in the store that MLFLOW_TRACKING_URI names, by default files in the folder `mlflow`."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        # its newer releases ask to be told that plain files are meant
+        # its newer releases want it stated that plain files are meant
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
@@ -170,6 +170,6 @@ class WandB:
 
 
 def parameters(run: Run) -> dict[str, Any]:
-    """What a tracker is told of the run file: the method and its fields, the model, the seed."""
+    """What a tracker receives of the run file: the method and its fields, the model, the seed."""
     fields = {f"method.{name}": value for name, value in run.method.model_dump(mode="json").items() if name != "name"}
     return {"method": method_name(run.method), "model": run.model.path, "seed": run.seed, "rounds": run.rounds} | fields

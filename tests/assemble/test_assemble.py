@@ -18,6 +18,7 @@ from thinwire.data.rows import Row
 from thinwire.keys import Key
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
+from thinwire.model.resolve import resolve
 from thinwire.runtime.course import Job, Watch
 
 KEY = Key.root(0)
@@ -370,6 +371,27 @@ def test_a_token_without_a_row_in_the_embedding_is_named(place: Path, tmp_path: 
     talk = assemble.dataset(data_of(place, template="chat", max_length=64), tiny_rows(1, closed=True), net.tokenizer)
     with pytest.raises(DataError, match=r"generation prompt: the token '<most>' has the number 260"):
         assemble.check_tokens(net, "m", talk)
+
+
+def test_a_run_looks_for_its_model_once_for_its_rows_and_once_for_its_net(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it has of clients, splits and public rows: each look at a hub name would ask the hub."""
+    found: list[str] = []
+
+    def counting(path: str) -> Path:
+        found.append(path)
+        return resolve(path)
+
+    for module in ("assemble.model", "model.load"):
+        monkeypatch.setattr(f"thinwire.{module}.resolve", counting)
+    rows = str(place / "rows.jsonl")
+    tree = {"model": {"path": str(tiny_folder(tmp_path / "model"))}, "method": {"name": "fedavg"}}
+    tree["data"] = {"path": rows, "clients": 5, "public": rows, "heldout": 0.2}
+    run, held = assemble.prepared(config.parse(tree, "here"))
+    assert found == [run.model.path]
+    assemble.begin(run, held).job(tmp_path / "run", Watch())
+    assert found == [run.model.path] * 2
 
 
 def test_a_method_that_a_model_cannot_have_is_refused_as_the_model_is_opened(place: Path, tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ class Hub:
         (place / "policy.toml").write_text(tomli_w.dumps(STRICTEST | own))
         return cls(place, tree, Worker(site))
 
-    def told(self, session: Any = SESSION, run: Any = 7, **sections: dict[str, Any]) -> str:
-        """What the site is told of a run; sections of the run file with other fields."""
+    def sent(self, session: Any = SESSION, run: Any = 7, **sections: dict[str, Any]) -> str:
+        """What the hub sends the site of a run; sections of the run file with other fields."""
         tree = {**self.tree, **{name: {**self.tree[name], **fields} for name, fields in sections.items()}}
         toml = config.parse(tree).to_toml() if "method" not in sections else tomli_w.dumps(tree)
         return json.dumps({"run": run, "sites": ["north"], "session": session, "toml": toml})
@@ -156,8 +156,8 @@ class Hub:
 
 def honest(hub: Hub) -> Verdict:
     """Without it a refusal of everything would look like a defence."""
-    error = hub.join(hub.told(), **hub.fingerprints())
-    error = error or hub.train(hub.told(), **hub.fingerprints())[0]
+    error = hub.join(hub.sent(), **hub.fingerprints())
+    error = error or hub.train(hub.sent(), **hub.fingerprints())[0]
     return Verdict("an honest hub is answered", True) if not error else Verdict.bad("an honest hub is refused", error)
 
 
@@ -166,10 +166,10 @@ def escape(hub: Hub) -> Verdict:
     about = hub.fingerprints()
     said = []
     for session in ("/../../../escape", "../../escape", "/", "..", "a/b", "\0", 7, None, ["x"]):
-        settings = hub.told(session)
+        settings = hub.sent(session)
         said.append(hub.join(settings, **about) or hub.train(settings, **about)[0])
-    said += [hub.join(hub.told(run=run), **about) for run in (-5, 1 << 40, "../../x", 1.5, None)]
-    said += [hub.join(hub.told(), transfer=name, **about) for name in ("../../../escape0", "", "A" * 16, "0" * 17)]
+    said += [hub.join(hub.sent(run=run), **about) for run in (-5, 1 << 40, "../../x", 1.5, None)]
+    said += [hub.join(hub.sent(), transfer=name, **about) for name in ("../../../escape0", "", "A" * 16, "0" * 17)]
     if strange := hub.outside():
         return Verdict.bad("writes outside the site's folder", strange)
     return Verdict("refused", True) if all(said) else Verdict.bad("an odd name is taken", said)
@@ -181,7 +181,7 @@ def predicate(hub: Hub) -> Verdict:
     for word in ("Miller", "Nobody"):
         data = {"prompt": JINJA.replace("%s", word), "answer": "{{ output }}", "template": "jinja"}
         before = hub.audited()
-        answer = hub.join(hub.told(data=data), **hub.fingerprints(**data))
+        answer = hub.join(hub.sent(data=data), **hub.fingerprints(**data))
         answers.append(re.sub('"[0-9a-f]{16}"', "the template's hash", answer))  # which is of what was asked
         lines.append(hub.audited() - before)
     if answers[0] != answers[1]:
@@ -224,7 +224,7 @@ def again(hub: Hub) -> Verdict:
     """One round asked again and again, each time under other directions."""
     about = hub.fingerprints()
     replies = {
-        body for key in range(12) if not (found := hub.train(hub.told(), key=key, **about))[0] for body in [found[1]]
+        body for key in range(12) if not (found := hub.train(hub.sent(), key=key, **about))[0] for body in [found[1]]
     }
     if len(replies) > 1:
         return Verdict.bad("each request gets another reply", len(replies))
@@ -235,14 +235,14 @@ def sessions(hub: Hub) -> Verdict:
     """New sessions without end, each with its folder."""
     about = hub.fingerprints()
     for i in range(12):
-        hub.train(hub.told(f"{i:016x}"), **about)
+        hub.train(hub.sent(f"{i:016x}"), **about)
     runs = len(list((hub.place / "site" / "runs").glob("*")))
     return Verdict("bounded", True) if runs <= 4 else Verdict.bad("a folder for each session, for good", runs)
 
 
 def steps(hub: Hub) -> Verdict:
     """More steps than anyone would take."""
-    settings = hub.told(method={"steps": 200_000_000})
+    settings = hub.sent(method={"steps": 200_000_000})
     return bounded(lambda: [hub.join(settings, **hub.fingerprints()), hub.train(settings, **hub.fingerprints())[0]][-1])
 
 
@@ -250,19 +250,19 @@ def loops(hub: Hub) -> Verdict:
     """A template that does not end."""
     data = {"prompt": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ input }}"}
     data |= {"answer": "{{ output }}", "template": "jinja"}
-    settings = hub.told(data=data)
+    settings = hub.sent(data=data)
     return bounded(lambda: hub.join(settings))
 
 
 def bombs(hub: Hub) -> Verdict:
     """Headers of nothing but empty lists, long ones and deep ones; settings that nest without end."""
     found = Verdict("refused", True)
-    hub.join(hub.told(), **hub.fingerprints())  # the model is loaded once, and that is nobody's attack
+    hub.join(hub.sent(), **hub.fingerprints())  # the model is loaded once, and that is nobody's attack
     for head in (b"\x90" * 900_000, b"\x91" * 900_000, b"\x80" * 900_000, b"\xdd\xff\xff\xff\xff" * 9):
         for packed in (head, msgpack.packb(["Hello", 7, 0, 0, None, []])[:-1] + b"\xdd\x00\x0d\xbb\xa0" + head):
             body = MAGIC + len(packed).to_bytes(4, "little") + packed
             frame = body + xxhash.xxh3_64_digest(body)[::-1]
-            found = bounded(lambda frame=frame: hub.ask("join", frame, hub.told())[0].get("error", ""), 2.0, 1 << 28)
+            found = bounded(lambda frame=frame: hub.ask("join", frame, hub.sent())[0].get("error", ""), 2.0, 1 << 28)
             if not found.good:
                 return found
     for settings in ("[" * 200_000, '{"toml": "a=' + "[" * 100_000 + '"}', "{}", "null", '{"toml": 3}', "\0"):
@@ -273,16 +273,16 @@ def bombs(hub: Hub) -> Verdict:
 
 
 def models(hub: Hub) -> Verdict:
-    """A site without a model of its own is told paths of its disk."""
+    """A site without a model of its own is given paths of its disk."""
     hub.worker.site = replace(hub.worker.site, model=None)
-    errors = {hub.join(hub.told(model={"path": path})) for path in ("/etc", "/nowhere/at/all", "/etc/passwd")}
+    errors = {hub.join(hub.sent(model={"path": path})) for path in ("/etc", "/nowhere/at/all", "/etc/passwd")}
     errors = {
         error.replace("/nowhere/at/all", "P").replace("/etc/passwd", "P").replace("/etc", "P") for error in errors
     }
     return (
         Verdict("the answers are alike", True)
         if len(errors) == 1
-        else Verdict.bad("answers tell what is there", errors)
+        else Verdict.bad("answers show what is there", errors)
     )
 
 
@@ -296,7 +296,7 @@ def tables(hub: Hub) -> Verdict:
     odd = (None, -1, 1 << 62, -(1 << 62), 1.5, "x", "", b"x", [], {}, True)
     for name in [*good, "settings"]:
         for value in odd:
-            table = {**good, "total": len(frame), "settings": hub.told(), name: value}
+            table = {**good, "total": len(frame), "settings": hub.sent(), name: value}
             for given in (table, {key: value for key, value in table.items() if key != name}):
                 answer, body = hub.worker.answer(given, frame)
                 if not isinstance(answer, dict) or len(body) > STRICTEST["max_bytes"]:
@@ -309,10 +309,10 @@ def tables(hub: Hub) -> Verdict:
 def forbidden(hub: Hub) -> Verdict:
     """What the policy does not allow: another method, evaluation, code."""
     about = hub.fingerprints()
-    said = [hub.join(hub.told(method={"name": "fedavg", "steps": 2}), **about)]
-    said.append(hub.join(hub.told(method={"path": "os:system"}), **about))
+    said = [hub.join(hub.sent(method={"name": "fedavg", "steps": 2}), **about)]
+    said.append(hub.join(hub.sent(method={"path": "os:system"}), **about))
     said.append(
-        hub.ask("evaluate", wire.encode(wire.Stale(None), run=7, client=0), hub.told(), **about)[0].get("error", "")
+        hub.ask("evaluate", wire.encode(wire.Stale(None), run=7, client=0), hub.sent(), **about)[0].get("error", "")
     )  # type: ignore[arg-type]
     return Verdict("refused", True) if all(said) else Verdict.bad("what the policy forbids is done", said)
 

@@ -57,7 +57,7 @@ class Result:
 
 
 def plain(record: Any, bytes_differ: bool = False) -> Any:
-    """A record without what differs from run to run: times and memory; bytes where a client was told all again."""
+    """A record without what differs from run to run: times and memory; bytes where a client was sent all again."""
     dropped = {"seconds", "peak_memory_bytes"} | ({"bytes_down", "bytes_up"} if bytes_differ else set())
     if isinstance(record, dict):
         return {key: plain(value, bytes_differ) for key, value in record.items() if key not in dropped}

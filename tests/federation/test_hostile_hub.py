@@ -20,7 +20,7 @@ from thinwire.core import Server
 from thinwire.federation import audit, worker
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.policy import task_of
-from thinwire.federation.site_run import told
+from thinwire.federation.site_run import run_settings
 from thinwire.federation.worker import FAILED, Site, Worker
 from thinwire.keys import Key
 from thinwire.runtime.payloads import Hello
@@ -55,13 +55,13 @@ class Attack:
 
     def about(self, run: config.Run, changes: dict[str, Any] | None = None) -> dict[str, Any]:
         """The settings and hashes as an honest hub has them, but for the changes."""
-        plain = told(run, ("north",), SESSION)
+        plain = run_settings(run, ("north",), SESSION)
         settings = json.dumps({**json.loads(plain), **(changes or {})})
         tiny = assemble.net_of(run.model_copy(update={"model": self.run().model}))
         return {"settings": settings, **fingerprints(run, tiny)}
 
     def frame(self, run: config.Run, round: int = 1, **changes: Any) -> bytes:
-        """What this round's client is told; `changes` are fields of the payload."""
+        """What this round's client receives; `changes` are fields of the payload."""
         net = assemble.net_of(run, remember=True)
         key, versions = Key.root(0), VersionStore(self.place / "hub")
         server = Server(net, key, round, 9, (0,), versions)
@@ -331,7 +331,7 @@ def test_what_would_take_all_memory_is_refused_before_any_is_taken(
     attack = Attack(silos, tmp_path, policy="")
     Path(attack.site.data).unlink()
     about = attack.about(attack.run())
-    about["settings"] = told(attack.run(**{"method": THIN, **fields}), ("north",), SESSION)
+    about["settings"] = run_settings(attack.run(**{"method": THIN, **fields}), ("north",), SESSION)
     assert says in str(attack.ask("join", about, attack.hello(attack.run())))
     assert attack.worker.run is not None
     assert not attack.worker.run.fingerprints  # no model was loaded

@@ -224,7 +224,7 @@ PYTHON = (
 
 
 @pytest.mark.parametrize(
-    ("said", "line"),
+    ("printed", "line"),
     [
         (
             FLOWER,
@@ -233,12 +233,12 @@ PYTHON = (
         (NGINX, "2026/11/29 [emerg] 7#7: bind() to 127.0.0.1:1 failed (98: Address already in use)"),
         (PYTHON, "ValueError: no such thing"),
         ("INFO: a\nINFO: b\n", "INFO: b"),
-        ("", "it said nothing"),
+        ("", "it printed nothing"),
     ],
 )
-def test_the_last_error_is_what_counts(said: str, line: str) -> None:
-    assert last_error(said).startswith(line)
-    assert "\n" not in last_error(said)
+def test_the_last_error_is_what_counts(printed: str, line: str) -> None:
+    assert last_error(printed).startswith(line)
+    assert "\n" not in last_error(printed)
 
 
 def test_a_node_that_ends_says_why_in_words(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from thinwire import assemble, config
 from thinwire.federation.policy import Policy
-from thinwire.federation.site_run import Visits, told
+from thinwire.federation.site_run import Visits, run_settings
 from thinwire.federation.spent import Spent
 from thinwire.federation.worker import Site
 from thinwire.model.errors import ModelError
@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_refused_as_the_net_is_opened_at_either_side(
     with pytest.raises(ModelError, match=f"^{line}"):
         assemble.net_of(run, remember=True)
     site = Site("north", "absent.jsonl", str(tmp_path), "", model=str(place / kind))
-    visits = Visits(site, Policy(), told(run, ("north",), "0" * 16), tmp_path, Spent(tmp_path))
+    visits = Visits(site, Policy(), run_settings(run, ("north",), "0" * 16), tmp_path, Spent(tmp_path))
     with pytest.raises(ModelError, match=f"^{line}") as caught:
         visits.load()
     assert "\n" not in str(caught.value)

@@ -28,10 +28,9 @@ from thinwire.federation import channel
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.policy import task_of
 from thinwire.federation.processes import Children, alive
-from thinwire.federation.progress import Notices, Progress, notices_of
 from thinwire.federation.site import Site
 from thinwire.federation.site_processes import SiteSide
-from thinwire.federation.site_run import told
+from thinwire.federation.site_run import run_settings
 from thinwire.federation.worker import Worker
 from thinwire.runtime.payloads import Hello
 
@@ -48,7 +47,7 @@ def test_a_visit_beyond_the_policy_s_seconds_is_ended_whatever_it_is_at(tmp_path
     files = {"policy": str(tmp_path / "policy.toml"), "model": str(silos.folder / "model")}
     site = Site("north", str(data), str(tmp_path / "site"), "", **files)
     side = SiteSide(site, "127.0.0.1:1", tmp_path / "north.key", tmp_path / "ca.crt")
-    children, settings = side.children, told(run, ("north",), "0" * 16)
+    children, settings = side.children, run_settings(run, ("north",), "0" * 16)
     hello = bytes(wire.encode(Hello(), run=assemble.identity(run), client=0))  # type: ignore[arg-type]
     table = {"action": "join", "transfer": "0" * 16, "offset": 0, "total": len(hello), "room": 1, "counted": 0}
     table |= fingerprints(run, assemble.net_of(run))
@@ -184,14 +183,3 @@ def test_a_relay_that_waits_for_its_worker_ends_with_flower_s_process(tmp_path: 
             while alive(relay):
                 assert time.monotonic() < until
                 time.sleep(0.1)
-
-
-def test_what_the_server_s_loop_notes_is_said_once(tmp_path: Path) -> None:
-    (tmp_path / "federation").mkdir()
-    Notices(notices_of(tmp_path)).add("of an earlier run")
-    said: list[str] = []
-    progress, notes = Progress(tmp_path, 3, said.append), Notices(notices_of(tmp_path))
-    for line in ("south has not joined: \x1b[2Jno\nrows", "south has not joined: \x1b[2Jno\nrows", "x" * 9000):
-        notes.add(line)
-        progress.tick()
-    assert said == ["south has not joined: [2Jno rows", "x" * 497 + "..."]

@@ -145,7 +145,7 @@ def test_one_clients_weights_are_the_rebuild_from_its_scalars(
     assert (local - rebuilt).norm() < 1e-6 * rebuilt.norm()
 
 
-def test_the_model_is_the_gains_on_the_grid_and_the_rest_is_told_later(net: Net, tmp_path: Path) -> None:
+def test_the_model_is_the_gains_on_the_grid_and_the_rest_is_sent_later(net: Net, tmp_path: Path) -> None:
     method = FedKSeed(seeds=64, steps=8, batch_size=4, lr=1e-4)
     federation = Federation(method, net, tmp_path, rounds=6)
     federation.step()
@@ -164,7 +164,7 @@ def test_the_model_is_the_gains_on_the_grid_and_the_rest_is_told_later(net: Net,
     assert torch.equal(weights(net), found)
 
 
-def test_who_returns_is_told_the_changes_and_who_lost_its_version_the_whole(net: Net, tmp_path: Path) -> None:
+def test_who_returns_is_sent_the_changes_and_who_lost_its_version_the_whole(net: Net, tmp_path: Path) -> None:
     """And all three have the bits that the server means."""
     method = FedKSeed(seeds=2048, steps=8, batch_size=4, lr=1e-4)
     federation = Federation(method, net, tmp_path, rounds=9)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,36 @@ def test_a_number_changed_in_the_progress_is_seen(tmp_path: Path) -> None:
         assert value_of(tmp_path) == 1
         file.write_text(whole)
     assert value_of(tmp_path) == 2
+
+
+HOSTILE = [
+    {"held": []}, {"held": {"x": "0"}}, {"held": {"1": 5}}, {"held": {"9" * 5000: "0"}}, {"bytes_down": "many"},
+    {"bytes_up": 1.5}, {"seconds": None}, {"seconds": float("nan")}, {"seconds": float("inf")}, {"round": True},
+    {"memory": [1]}, {"memory": {"-1": 2}}, {"evals": "2"}, {"versions": "0" * 32}, {"best": 1.5}, {"best_loss": "low"},
+    {"waited": None}, {"finished": 1}, {"more": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", HOSTILE, ids=str)
+def test_a_progress_of_other_types_is_damage_also_without_a_digest(tmp_path: Path, fields: dict[str, Any]) -> None:
+    fill(tmp_path, 2)
+    file = tmp_path / "round-000002" / "progress.json"
+    before = json.loads(file.read_text())
+    del before["digest"]
+    file.write_text(json.dumps(before | fields))
+    found = checkpoint.read(tmp_path, State)
+    assert found is not None
+    assert found.progress.round == 1
+    (reason,) = found.passed
+    assert reason.startswith(f"round 2: progress.json: {next(iter(fields))}")
+    assert "\n" not in reason
+    assert len(reason) < 250
+
+
+def test_a_progress_nested_beyond_all_depth_is_damage(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    (tmp_path / "round-000002" / "progress.json").write_text("[" * 100_000)
+    assert value_of(tmp_path) == 1
 
 
 def test_a_checkpoint_under_anothers_name_is_damage(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ lr = 1e-4
 
 
 class Notes(Watch):
-    """Keeps what people are told."""
+    """Keeps what is reported to people."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

@@ -24,8 +24,7 @@ from thinwire.model.net import Net
 from thinwire.runtime.endpoint import Action
 from thinwire.runtime.job import Job, Watch
 from thinwire.train.objective import keeps_apart
-from thinwire.wire import raw
-from thinwire.wire.frame import header_room
+from thinwire.wire.frame import absorb, header_room
 
 
 class Start(NamedTuple):
@@ -76,10 +75,7 @@ def fingerprints(job: Job) -> dict[str, str]:
             parts.append(f"{len(example.prompt)} {example.choice} ".encode())
             parts.append(array("q", example.prompt + example.answer).tobytes())
         rows.update(b"".join(parts))
-    for name in job.net.names:
-        tensor = job.net.base[name]
-        weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        weights.update(raw(tensor))
+    absorb(weights, ((name, job.net.base[name]) for name in job.net.names))
     return {"rows": rows.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
 
 

@@ -68,7 +68,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         )
     folder = resolve(model.path)
     net = Net.open(
-        str(folder),
+        folder,
         model.dtype,
         remember=remember,
         device=device_of(model.device),

@@ -46,7 +46,7 @@ def chat(
         classes = labels_of(folder) if task_of(folder) == "classification" else None
         if classes is None and task_of(folder) == "classification":
             raise config.ConfigError(f"{path}: the encoder has no head that names classes, so it answers nothing")
-        net = Net.open(str(folder), device=device, classes=classes)
+        net = Net.open(folder, device=device, classes=classes)
         _converse(net, data, classes, max_new_tokens, temperature)
 
 
@@ -99,8 +99,8 @@ def _row(template: AnyTemplate, line: str, answer: str, talk: Sequence[dict[str,
     from thinwire.data.templates import Chat, Jinja, answer_columns
 
     if isinstance(template, Chat):
-        said = [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
-        return Row({"messages": [*talk, *said]}, "input", 1)
+        turn = [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+        return Row({"messages": [*talk, *turn]}, "input", 1)
     answers = dict.fromkeys(answer_columns(template), answer)
     if isinstance(template, Jinja):
         return Row(answers | _shown(template, line), "input", 1)

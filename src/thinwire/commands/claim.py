@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from thinwire import __version__
+from thinwire.commands.terminal import echo
 
 if TYPE_CHECKING:
     from thinwire.config import Run
+
+
+@contextmanager
+def claimed(folder: Path, settings: Run, resume: bool, alone: bool = True) -> Iterator[bool]:
+    """Hold a run's folder, or where not `alone` share it; yields whether the run is complete, and is shown then."""
+    from thinwire.commands.show import print_summary
+    from thinwire.runtime.folder import ended, locked
+
+    check_place(folder, resume)
+    with locked(folder) if alone else nullcontext():
+        claim(folder, settings, resume)
+        if complete := ended(folder):
+            echo(f"{folder}: this run is complete")
+            print_summary(folder)
+        yield complete
 
 
 def check_place(folder: Path, resume: bool) -> None:
@@ -29,7 +46,6 @@ def claim(folder: Path, settings: Run, resume: bool) -> None:
     from thinwire import config
     from thinwire.runtime.folder import FILE
 
-    check_place(folder, resume)
     if not (folder / "run.toml").exists():
         if folder.exists() and {path.name for path in folder.iterdir()} - {FILE, "run.toml.part"}:
             raise config.ConfigError(f"{folder}: not empty, and not a run; choose another --out")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from thinwire.commands.terminal import Stopped, echo, one_line, settle
+from thinwire.commands.terminal import Stopped, echo, interrupt, one_line, settle, show_command
 
 RETRY = 2.0  # seconds between two attempts to reach a server
 TICK = 0.5  # seconds between two looks at the processes
@@ -92,8 +90,8 @@ def client(
         stack.enter_context(locked(folder))
         if (wrong := broken(folder / "audit.jsonl")) is not None:
             echo(f"thinwire: {wrong}", err=True)
-        signal.signal(signal.SIGTERM, _interrupt)
-        side = SiteSide(site, server, key, ca, show=_show)
+        signal.signal(signal.SIGTERM, interrupt)
+        side = SiteSide(site, server, key, ca, show=show_command)
         try:
             while waits:
                 time.sleep(RETRY)
@@ -114,11 +112,3 @@ def client(
             raise Stopped(f"{site.name}: stopped; it takes part again with the same command") from None
         finally:
             side.stop()
-
-
-def _show(command: Sequence[str]) -> None:
-    echo(f"$ {shlex.join(command)}")
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -163,10 +164,7 @@ def _print(
     )
     lost = [name for name in ("cut", "dropped") if any(getattr(each, name) for each in (*clients, *splits))]
     heads = ("rows", *lost, "tokens", "95 %", "max", "answer")
-    labels: dict[str, int] = {}
-    for client in clients:
-        for label, count in client.labels.items():
-            labels[label] = labels.get(label, 0) + count
+    labels = sum((Counter(client.labels) for client in clients), Counter[str]())
     shown = sorted(labels, key=lambda label: -labels[label])
     shown = shown if len(shown) <= COLUMNS else shown[: COLUMNS - 1]
     more = ["others"] if len(shown) < len(labels) else []

@@ -22,7 +22,7 @@ def estimate(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Say what a run will cost, from its file and its model's config alone: bytes, memory, operations, link time."""
+    """Estimate a run's costs from its file and its model's config alone: bytes, memory, operations, link time."""
     with one_line():
         settle()
         from thinwire import config
@@ -74,13 +74,13 @@ def show(found: Estimate) -> None:
 
 
 def verdict(run: Run, job: Job, folder: Path) -> str | None:
-    """The line that says whether a run's bytes were within the estimate; None for a method without one."""
+    """The line on whether a run's bytes were within the estimate; None for a method without one."""
     from thinwire.estimate import traffic
 
     at = traffic.expected(run, [len(rows) for rows in job.clients], dict(job.net.parameters()))
-    said = traffic.traffic(run.method, at)
+    expected = traffic.traffic(run.method, at)
     summary = json.loads((folder / "summary.json").read_text())
-    return None if said is None else traffic.verdict(said, summary["bytes_down"], summary["bytes_up"])
+    return None if expected is None else traffic.verdict(expected, summary["bytes_down"], summary["bytes_up"])
 
 
 def _time(seconds: float) -> str:

@@ -102,9 +102,10 @@ def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, 
     config.override(tree, [*overrides, _named(path / "model" if whole else path)])
     settings = config.parse(tree, "the command line")
     assemble.use_threads(settings)
-    if assemble.classes_of(settings, resolve(settings.model.path)) is not None:
+    folder = resolve(settings.model.path)
+    if assemble.classes_of(settings, folder) is not None:
         raise config.ConfigError(f"--tasks: {path} is a classifier, and the harness's tasks are for causal models")
-    net = Net.open(settings.model.path, settings.model.dtype, device=settings.model.device)
+    net = Net.open(folder, settings.model.dtype, device=settings.model.device)
     records = harness(net, names, settings.eval.batch_size, limit)
     if as_json:
         echo_json(records)

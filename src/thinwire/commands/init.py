@@ -70,7 +70,7 @@ def init(
             raise ConfigError(f"{file}: a run file ends in .toml")
         if not file.parent.is_dir():
             raise ConfigError(f"{file}: {file.parent} is not a folder")
-        lines, told = _placeholder() if data is None else _own(data)
+        lines, notes = _placeholder() if data is None else _own(data)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "run"
         text = FILE.format(file=file, name=_line("name", name), data="\n".join(lines))
         try:
@@ -79,7 +79,7 @@ def init(
         except FileExistsError:
             raise ConfigError(f"{file}: exists already; choose another name") from None
         echo(f"wrote {file}")
-        for line in told:
+        for line in notes:
             echo(f"  {line}")
         echo(f"look at it, then: thinwire data {file}")
 
@@ -107,22 +107,22 @@ def _own(data: str) -> tuple[list[str], list[str]]:
     rows = [row for held in clients.values() for row in held]
     found = propose(rows)
     lines = [_line("path", data)]
-    told = [f"{len(rows):,} rows, with the columns {', '.join(found.columns)}"]
+    notes = [f"{len(rows):,} rows, with the columns {', '.join(found.columns)}"]
     if folder:
         lines.append(_line("partition", "files", "a client a file"))
-        told.append(f"clients: the {len(clients)} files of {data}: {', '.join(clients)}")
+        notes.append(f"clients: the {len(clients)} files of {data}: {', '.join(clients)}")
     elif found.client is not None:
         lines.append(_line("partition", "column", "a client for each value of the column"))
         lines.append(_line("column", found.client))
-        told.append(f"clients: the values of {found.client}")
+        notes.append(f"clients: the values of {found.client}")
     else:
         count = max(1, min(CLIENTS, len(rows) // 2))
         lines.append(_line("partition", "iid", "dealt at random; or size, dirichlet, column, task"))
         lines.append(_line("clients", count))
-        told.append(f"clients: {count}, dealt at random, as no column seems to name them")
+        notes.append(f"clients: {count}, dealt at random, as no column seems to name them")
     shown, how = _template(found)
     lines += [*shown, _line("max_length", found.max_length, "tokens, prompt and answer together")]
-    return lines, [*told, *how]
+    return lines, [*notes, *how]
 
 
 def _template(found: Proposal) -> tuple[list[str], list[str]]:
@@ -130,14 +130,14 @@ def _template(found: Proposal) -> tuple[list[str], list[str]]:
         return [_line("template", found.template)], [f"template: {found.template}"]
     lines = ["# {column} stands for what is in the column; the loss is on the answer alone."]
     lines += [_line("prompt", found.prompt), _line("answer", found.answer)]
-    told = [f"prompt: {_quoted(found.prompt)}", f"answer: {_quoted(found.answer)}"]
+    notes = [f"prompt: {_quoted(found.prompt)}", f"answer: {_quoted(found.answer)}"]
     if found.choices is not None:
         lines.append(
             "# The answers are a closed set: they are scored against each other. Leave this out for free text."
         )
         lines.append(_line("choices", list(found.choices)))
-        told.append(f"choices: {', '.join(found.choices)}")
-    return lines, told
+        notes.append(f"choices: {', '.join(found.choices)}")
+    return lines, notes
 
 
 def _line(key: str, value: Any, comment: str = "") -> str:

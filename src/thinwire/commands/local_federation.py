@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.commands.claim import check_place, claim, record
+from thinwire.commands.claim import claimed, record
 from thinwire.commands.terminal import Overrides, Stopped, echo, one_line, settle
 
 
@@ -30,7 +30,6 @@ def local_federation(
         from thinwire.federation.processes import require_flower
         from thinwire.federation.progress import Progress
         from thinwire.federation.superlink import Ended, rounds_of
-        from thinwire.runtime.folder import ended, locked
 
         require_flower()
         os.umask(0o077)  # what lies below the run's folder is for its owner
@@ -42,12 +41,7 @@ def local_federation(
         if clients is not None and len(rows.clients) != clients:
             raise config.ConfigError(f"--clients: the data has {len(rows.clients)} clients, not {clients}")
         folder = out if out is not None else Path("runs") / settings.name
-        check_place(folder, resume)
-        stack.enter_context(locked(folder))
-        claim(folder, settings, resume)
-        if ended(folder):
-            echo(f"{folder}: this run is complete")
-            print_summary(folder)
+        if stack.enter_context(claimed(folder, settings, resume)):
             return
         record(folder, settings)
         local = Local(folder / "federation", named(settings, rows.clients), echo)
@@ -64,7 +58,7 @@ def local_federation(
         again = f"go on with: thinwire local-federation {file} --out {folder} --resume"
         try:
             who = ", ".join(local.names)
-            echo(f"a hub and {len(local.names)} sites are starting ({who}); what they say is in {folder}/federation")
+            echo(f"a hub and {len(local.names)} sites are starting ({who}); what they print is in {folder}/federation")
             local.start()
             local.follow(folder, settings, rows.splits, watch)
             progress.tick()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from thinwire.commands.claim import check_place, claim, record
-from thinwire.commands.terminal import Overrides, Stopped, cause, echo, one_line, settle
+from thinwire.commands.claim import claimed, record
+from thinwire.commands.terminal import Overrides, Stopped, cause, one_line, settle
 
 
 def run(
@@ -29,7 +28,6 @@ def run(
         from thinwire.commands.show import Live, print_summary
         from thinwire.data.statistics import remarks, shortened
         from thinwire.runtime.course import train
-        from thinwire.runtime.folder import ended, locked
         from thinwire.trackers import Trackers, check, trackers_of
         from thinwire.train import parallel
 
@@ -37,12 +35,8 @@ def run(
         check(settings)
         folder = out if out is not None else Path("runs") / settings.name
         rank = parallel.join()
-        check_place(folder, resume)
-        with locked(folder) if not rank else contextlib.nullcontext():
-            claim(folder, settings, resume)
-            if ended(folder):
-                echo(f"{folder}: this run is complete")
-                print_summary(folder)
+        with claimed(folder, settings, resume, alone=not rank) as complete:
+            if complete:
                 return
             again = shlex.join(["thinwire", "run", str(file), *(overrides or []), "--out", str(folder), "--resume"])
             if rank:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from thinwire.commands.claim import check_place, claim, record
-from thinwire.commands.terminal import Overrides, Stopped, echo, one_line, settle
+from thinwire.commands.claim import claimed, record
+from thinwire.commands.terminal import Overrides, Stopped, echo, interrupt, one_line, settle, show_command
 
 RISK = (
     "with --expose-control-api every machine that reaches this port, and holds the CA file that all sites hold, can "
@@ -57,38 +56,30 @@ def server(
         from thinwire.federation.progress import Progress
         from thinwire.federation.superlink import Ended, ServerSide, federation_of
         from thinwire.runtime.cohort import check_clients
-        from thinwire.runtime.folder import ended, locked
 
         settings = config.load(file, overrides or [])
         sites = federation_of(settings)
         check_clients(settings.cohort, len(sites))
         folder = out if out is not None else Path("runs") / settings.name
-        check_place(folder, resume)
-        stack.enter_context(locked(folder))
-        claim(folder, settings, resume)
-        if ended(folder):
-            echo(f"{folder}: this run is complete")
-            print_summary(folder)
+        if stack.enter_context(claimed(folder, settings, resume)):
             return
         splits = {name: str(Path(path).resolve()) for name, path in _splits(settings).items()}
         home = folder.resolve() / "federation"
         if expose:
-            side = ServerSide(home, keys, sites, host=host, port=port, show=_show)
+            side = ServerSide(home, keys, sites, host=host, port=port, show=show_command)
             start = None
+            echo(f"thinwire: {RISK}", err=True)
         else:
-            side = ServerSide(home, keys, sites, port=hub_port, show=_show)
+            side = ServerSide(home, keys, sites, port=hub_port, show=show_command)
             start = None if own_proxy else proxy.command(home / "proxy")
             if start is None and not own_proxy:
                 raise config.ConfigError(
                     "--listen: neither nginx nor caddy is installed here, and without a proxy Flower's control paths "
                     "would be open to all; install one, or run your own as the files say that --own-proxy writes"
                 )
-        if not expose:
             proxy.check(home, keys)
-        if hub_port is not None and not expose:
-            listening("127.0.0.1", hub_port, "--hub-port")
-        if expose:
-            echo(f"thinwire: {RISK}", err=True)
+            if hub_port is not None:
+                listening("127.0.0.1", hub_port, "--hub-port")
         record(folder, settings)
         if not expose:
             files = proxy.write(home / "proxy", keys, host, port, side.port)
@@ -96,7 +87,7 @@ def server(
                 echo(f"your proxy is to do what {files['nginx']} or {files['caddy']} says; the hub is {side.port}")
         front = proxy.Front(side.children, start) if start is not None else None
         progress = Progress(folder, settings.rounds, echo)
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"
 
         def tick() -> None:
@@ -107,7 +98,7 @@ def server(
         try:
             side.start()
             if front is not None:
-                _show(front.command)
+                show_command(front.command)
                 front.start()
             echo(f"sites join with: thinwire client --server HOST:{port} --data FILE --key KEY --ca ca.crt")
             side.prepare(folder, settings, splits)
@@ -126,11 +117,3 @@ def _splits(settings: Any) -> dict[str, str]:
     """The rows that the server scores itself: of files that the run names. What sites hold stays there."""
     named = {"heldout": settings.data.heldout, "heldout_tasks": settings.data.heldout_tasks}
     return {name: path for name, path in named.items() if isinstance(path, str)}
-
-
-def _show(command: Sequence[str]) -> None:
-    echo(f"$ {shlex.join(command)}")
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt

@@ -53,7 +53,7 @@ class Live(Watch):
             self.console.print(f"  going on from the last checkpoint in {folder}", soft_wrap=True)
 
     def remark(self, line: str | None) -> None:
-        """A line about the rows: how many were cut or left out, what a template does with them; None says nothing."""
+        """A line about the rows: how many were cut or left out, what a template does with them; None prints nothing."""
         if line is not None:
             self.console.print(f"  {line}", soft_wrap=True)
 

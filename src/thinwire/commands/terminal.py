@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -94,6 +95,16 @@ def cause(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def show_command(command: Sequence[str]) -> None:
+    """Print a command that is run."""
+    echo(f"$ {shlex.join(command)}")
+
+
+def interrupt(*_: Any) -> None:
+    """A handler of signals that does as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def settle() -> None:

@@ -41,14 +41,14 @@ def afford(plan: Plan, settings: Settings) -> None:
         plan.tree = merge(plan.tree, {"rounds": plan.rounds})
 
 
-def price(plan: Plan, out: Path, tell: Callable[[str], None]) -> None:
+def price(plan: Plan, out: Path, report: Callable[[str], None]) -> None:
     """Measure what the plan costs either side, or read what was measured; RuntimeError where its rounds fail."""
     if plan.name == "base" or plan.shuffled:
         return
     run, folder = plan.priced(), out / plan.name / "cost"
     plan.cost = measure.read(folder)
     if plan.cost is None:
-        tell(f"measuring {plan.name}: two rounds, with a process for either side")
+        report(f"measuring {plan.name}: two rounds, with a process for either side")
         cohort = first_cohort(run, 1 if run.data.pooled else clients_of(run))
         try:
             plan.cost = measure.measure(run, cohort, folder)

@@ -75,7 +75,7 @@ def check_models(made: Sequence[Plan]) -> None:
     for model in dict.fromkeys(plan.run_of(plan.seeds[0], None).model for plan in made):
         folder = resolve(model.path)
         classes = labels_of(folder) or ("one", "other")
-        empty, _, _ = load(model.path, empty=True, classes=None if task_of(folder, model.task) == "causal" else classes)
+        empty, _, _ = load(folder, empty=True, classes=None if task_of(folder, model.task) == "causal" else classes)
         model.view.trained(empty)
 
 

@@ -107,7 +107,7 @@ class Plan:
     shuffled: bool = False
     cost: Cost | None = None
     rounds: int | None = None  # that the budget buys; None where that is not known yet
-    note: str = ""  # what is to be said of them
+    note: str = ""  # a remark on them, for people
     most: int = 0  # rounds, whatever the budget buys: the run file's
     steps_of: int = 1  # clients whose steps a visit makes
     lr: float | None = None

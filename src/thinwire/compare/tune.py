@@ -29,21 +29,21 @@ def recall(made: Sequence[Plan], settings: Settings, out: Path) -> None:
             plan.lr = next(other.lr for other in made if other.name == plan.name and not other.shuffled)
 
 
-def execute(plan: Plan, others: Sequence[Plan], out: Path, tell: Callable[[str], None]) -> None:
+def execute(plan: Plan, others: Sequence[Plan], out: Path, report: Callable[[str], None]) -> None:
     """Tune, then run all seeds; raises RuntimeError with the run's last line where one fails."""
     if plan.shuffled:  # a control has the rate of what it controls
         twin = next(other for other in others if other.name == plan.name and not other.shuffled)
         plan.lr = twin.lr
     else:
-        tune(plan, out, tell)
+        tune(plan, out, report)
     for job in plan.final().values():
-        run(job, out, tell)
+        run(job, out, report)
 
 
-def tune(plan: Plan, out: Path, tell: Callable[[str], None]) -> None:
+def tune(plan: Plan, out: Path, report: Callable[[str], None]) -> None:
     """Find the best rate on the validation rows."""
     for lr, job in plan.tuning().items():
-        run(job, out, tell)
+        run(job, out, report)
         scores = json.loads((out / job.name / "summary.json").read_text())["final"]
         loss = next(row["loss"] for row in scores if row["split"] == "validation")
         plan.tuned[lr] = math.inf if loss is None else float(loss)
@@ -52,10 +52,10 @@ def tune(plan: Plan, out: Path, tell: Callable[[str], None]) -> None:
         plan.edge = plan.lr in (min(plan.tuned), max(plan.tuned)) and len(plan.tuned) > 1
         marks = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in plan.tuned.items())
         at = " (at the edge of the grid)" if plan.edge else ""
-        tell(f"{plan.name}: validation loss by lr {marks}; taken {plan.lr:g}{at}")
+        report(f"{plan.name}: validation loss by lr {marks}; taken {plan.lr:g}{at}")
 
 
-def run(job: Job, out: Path, tell: Callable[[str], None]) -> None:
+def run(job: Job, out: Path, report: Callable[[str], None]) -> None:
     """The job in a process of its own, or what is left of it."""
     folder = out / job.name
     if (folder / "summary.json").exists():
@@ -63,7 +63,7 @@ def run(job: Job, out: Path, tell: Callable[[str], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     file, log = folder.with_name(f"{folder.name}.toml"), folder.with_name(f"{folder.name}.log")
     file.write_text(job.run.to_toml(), encoding="utf-8")
-    tell(f"running {job.name}")
+    report(f"running {job.name}")
     command = [sys.executable, "-m", "thinwire.cli", "run", str(file), "--out", str(folder)]
     if (folder / "run.toml").exists():
         command.append("--resume")

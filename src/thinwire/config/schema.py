@@ -178,7 +178,7 @@ class Eval(_Section):
 
 
 class Track(_Section):
-    """Experiment trackers that are told the run's numbers, each on this machine: extras of their names."""
+    """Experiment trackers that receive the run's numbers, each on this machine: extras of their names."""
 
     to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     project: str = "thinwire"

@@ -1,4 +1,4 @@
-"""Bytes of coded differences of weights, told by the rate and the steps as measured in LOG.md."""
+"""Bytes of coded differences of weights, from the rate and the steps as measured in LOG.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def coded_bits(
 
     A weight moves by about lr sqrt(steps) under AdamW. In bfloat16 that took 0.50 bits at 4e-5, 0.56 at 4.5e-5 and 1.9
     at 3.2e-4 with stochastic rounding, and about 0.6 of it without (LOG.md): bits = 0.52 (move / 4.2e-5)^0.62, to
-    within a factor of two on either side. Each further bit of the dtype's mantissa is one more to tell.
+    within a factor of two on either side. Each further bit of the dtype's mantissa is one more to code.
     """
     whole = 8.0 * dtype.itemsize
     if optimiser != "adamw":
@@ -72,8 +72,8 @@ def differences(
             return Span(heads[0] - 40 * len(at.trained), heads[0] + 4 * slack), up
         if lossy is not None and not new and client in at.cohorts[round - 2]:
             return step(0), up
-        rounds = round - 1 if new else 1  # a newcomer is told all that has happened
-        # who was away is told the exact difference of two versions, whatever the codec
+        rounds = round - 1 if new else 1  # a newcomer is sent all that has happened
+        # who was away is sent the exact difference of two versions, whatever the codec
         return coded(heads[0], bits[0] / 2, bits[1] * rounds**0.5), up
 
     return frames

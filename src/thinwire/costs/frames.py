@@ -1,7 +1,7 @@
 """Bytes before a run: the frames that a method would send, encoded without their numbers.
 
 Frames of fixed size are exact. Where an entropy coder decides, a range is given: a server half that needs no weights is
-really run, on replies drawn at random; coded differences of weights are told by the rate and the steps.
+really run, on replies drawn at random; coded differences of weights are estimated by the rate and the steps.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,10 +31,7 @@ def draw(clients: Sequence[Description], title: str, max_length: int, path: Path
     rows, lengths = figure.subplots(1, 2, sharey=True, width_ratios=[5, 4])
     places = range(len(clients))
 
-    totals: dict[str, int] = {}
-    for client in clients:
-        for label, count in client.labels.items():
-            totals[label] = totals.get(label, 0) + count
+    totals = sum((Counter(client.labels) for client in clients), Counter[str]())
     common = sorted(totals, key=lambda label: (-totals[label], label))
     shown = common if len(common) <= len(COLOURS) else common[: len(COLOURS) - 1]
     colours = dict(zip(shown, COLOURS, strict=False))

@@ -82,10 +82,10 @@ def remarks(clients: Sequence[Dataset]) -> list[str]:
     return list(dict.fromkeys(note for data in clients for note in data.notes))
 
 
-def filled(data: Dataset, size: int = 8) -> tuple[int, float]:
+def filled(data: Dataset) -> tuple[int, float]:
     """Of a data set that is packed: the rows of a pass, and the share of their tokens that is not padding."""
     rows, seen = 0, 0
-    for batch in data.batches(Key.root(0), size):
+    for batch in data.batches(Key.root(0), 8):
         rows += len(batch.input_ids)
         seen += batch.examples
         if seen == len(data):

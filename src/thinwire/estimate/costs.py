@@ -22,14 +22,14 @@ from thinwire.runtime.cohort import check_clients
 
 LINKS = (1, 10, 100)  # Mbit/s
 READ = 1 << 26  # bytes of rows that are read to count them; more are not worth the time
-ANSWER = 32  # tokens of an answer, where nothing says how long answers are
+ANSWER = 32  # tokens of an answer, where nothing is known of their length
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a run will cost. Bytes a visit and in all; peak memory of either side; operations a visit.
 
-    `assumed` says what was taken for granted. None where a method says nothing of it.
+    `assumed`: what was taken for granted. None where a method does not give it.
     """
 
     method: str
@@ -42,7 +42,7 @@ class Estimate:
     traffic: Traffic | None
     client: Memory | None
     server: Memory | None
-    flops: float  # of a client's visit, the rounds' mean; NaN where the method does not say how many passes it makes
+    flops: float  # of a client's visit, the rounds' mean; NaN where the method does not give how many passes it makes
     assumed: list[str]
 
     def link_seconds(self, megabits: float) -> tuple[float, float] | None:

@@ -38,7 +38,7 @@ Factors = tuple[int, Sequence[str]]  # their rank, and beside which layers
 
 
 def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
-    """The run's model from its config alone; raises ModelError. `classes` says how many a fresh head tells apart."""
+    """The run's model from its config alone; raises ModelError. `classes`: how many a fresh head tells apart."""
     config, dtype = config_of(run.model.path), DTYPES[run.model.dtype]
     known = config.to_dict()
     task = task_in(known, run.model.path, run.model.task)

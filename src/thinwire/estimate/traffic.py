@@ -1,10 +1,9 @@
-"""Bytes before a run: the frames of all visits, as the method says that they would be."""
+"""Bytes before a run: the frames of all visits, as the method expects them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,25 +25,19 @@ class Traffic:
     visits: int
 
 
-class _NoNet:
-    """In place of a server's net: a half that asks it for anything cannot be run before the model is there."""
-
-
 def expected(run: Run, examples: Sequence[int | None], trained: Mapping[str, Tensor]) -> Expected:
     """What is known of a run's frames before it; `examples`: of each client, None where the rows are not at hand."""
-    key, clients, net = Key.root(run.seed), len(examples), _NoNet()
+    seats = Seats(Key.root(run.seed), run.rounds)  # without a net: a half that asks it for anything cannot be run yet
 
     def server(round: int, cohort: Sequence[int], versions: Versions) -> Server:
-        unopened: Any = net
-        return Server(unopened, key.fold("server", round), round, run.rounds, tuple(cohort), versions)
+        return replace(seats, versions=versions).server(round, cohort)
 
-    seats = Seats(key, run.rounds)
-    cohorts = [seats.cohort(run.cohort, clients, round) for round in range(1, run.rounds + 1)]
+    cohorts = [seats.cohort(run.cohort, len(examples), round) for round in range(1, run.rounds + 1)]
     return Expected(trained, assemble.identity(run), examples, cohorts, server)
 
 
 def traffic(method: Method, at: Expected) -> Traffic | None:
-    """What the run would send; None where the method does not say."""
+    """What the run would send; None where the method does not know."""
     frames = method.frames(at)
     if frames is None:
         return None
@@ -63,10 +56,10 @@ def traffic(method: Method, at: Expected) -> Traffic | None:
     return Traffic(first, later or first, (down, up), sum(map(len, at.cohorts)))
 
 
-def verdict(said: Traffic, down: int, up: int) -> str:
-    """Whether the bytes of a run that has ended are within what was said, and by how much they are not."""
+def verdict(estimated: Traffic, down: int, up: int) -> str:
+    """Whether the bytes of a run that has ended are within what was estimated, and by how much they are not."""
     parts = []
-    for name, span, count in (("down", said.total[0], down), ("up", said.total[1], up)):
+    for name, span, count in (("down", estimated.total[0], down), ("up", estimated.total[1], up)):
         if span.holds(count):
             parts.append(f"{name} hit" + ("" if span.exact else f" (range 1 to {span.most / max(1, span.least):.1f})"))
         else:

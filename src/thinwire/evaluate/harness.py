@@ -25,14 +25,11 @@ if TYPE_CHECKING:
     from thinwire.model.net import Net
 
 
-def harness(
-    net: Net, tasks: Sequence[str], batch_size: int = 8, limit: int | None = None, shots: int | None = None
-) -> list[dict[str, Any]]:
+def harness(net: Net, tasks: Sequence[str], batch_size: int = 8, limit: int | None = None) -> list[dict[str, Any]]:
     """A record for each task and group: task, rows, and the harness's metrics with their standard errors.
 
-    `tasks` are names or .yaml files; `limit` is of rows a task; `shots` are worked examples in the prompt, None: as the
-    task says. The global generators are as before afterwards. DataError: the harness is not installed, a task is
-    unknown, or it cannot be read or run.
+    `tasks` are names or .yaml files; `limit` is of rows a task. The global generators are as before afterwards.
+    DataError: the harness is not installed, a task is unknown, or it cannot be read or run.
     """
     if find_spec("lm_eval") is None:
         raise DataError('--tasks: needs lm-evaluation-harness: pip install "thinwire[lm-eval]"')
@@ -63,7 +60,6 @@ def harness(
                 model=model,
                 tasks=wanted,
                 task_manager=manager,
-                num_fewshot=shots,
                 limit=limit,
                 bootstrap_iters=0,
                 log_samples=False,

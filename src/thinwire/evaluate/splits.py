@@ -16,6 +16,8 @@ from thinwire.evaluate.loss import mean_loss
 from thinwire.evaluate.text import bleu, exact_match, generate, references, rouge_l
 from thinwire.model.net import Net
 
+FEW = 8  # rows that are answered at a time
+
 
 @dataclass(frozen=True)
 class Split:
@@ -61,15 +63,15 @@ def evaluate(net: Net, split: Split, batch_size: int = 8, max_new_tokens: int = 
 
 
 @torch.inference_mode()
-def answers(net: Net, dataset: Dataset, rows: int, max_new_tokens: int = 64, batch_size: int = 8) -> list[str]:
+def answers(net: Net, dataset: Dataset, rows: int, max_new_tokens: int = 64) -> list[str]:
     """The net's answers to the first `rows` examples: the likeliest of a closed set, else greedy text."""
     few = replace(dataset, examples=dataset.examples[:rows])
     if not few.examples:
         return []
     with _eval_mode(net.model):
         if few.candidates is None:
-            return generate(net.model, net.tokenizer, few, max_new_tokens, batch_size)
-        found, _ = predict(net.model, few, batch_size)
+            return generate(net.model, net.tokenizer, few, max_new_tokens, FEW)
+        found, _ = predict(net.model, few, FEW)
     names = few.choices or tuple(str(net.tokenizer.decode(list(tokens))).strip() for tokens in few.candidates)
     return [names[i] for i in found]
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from thinwire.errors import first_wrong
 from thinwire.federation.channel import Table
 from thinwire.federation.keys import NAME
 
@@ -23,7 +24,7 @@ Site = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
 class Refused(Exception):
-    """The site does not answer; the message, which the server is told, says why."""
+    """The site does not answer; the message, which the server receives, says why."""
 
 
 class Question(BaseModel):
@@ -49,17 +50,16 @@ class Question(BaseModel):
         try:
             return cls.model_validate(table)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            raise Refused(f"not a question: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]) from None
+            raise Refused(f"not a question: {first_wrong(error)}"[:200]) from None
 
     def hashes(self) -> dict[str, str]:
-        """What the server says its fingerprints are."""
+        """The fingerprints that the server sent."""
         found = {"base": self.base, "tokenizer": self.tokenizer, "prompt": self.prompt, "format": self.format}
         return {name: value for name, value in found.items() if value is not None}
 
 
-class Told(BaseModel):
-    """What the sites are told of a run: its number, its folder's session, its sites, and its file."""
+class RunSettings(BaseModel):
+    """What the sites receive of a run: its number, its folder's session, its sites, and its file."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -69,14 +69,13 @@ class Told(BaseModel):
     toml: str
 
     @classmethod
-    def of(cls, settings: str) -> tuple[Told, dict[str, Any]]:
-        """What the text says, and the tree of its run file; Refused for one that is none."""
+    def of(cls, settings: str) -> tuple[RunSettings, dict[str, Any]]:
+        """What the text holds, and the tree of its run file; Refused for one that is none."""
         try:
-            told = cls.model_validate_json(settings)
-            return told, tomllib.loads(told.toml)
+            found = cls.model_validate_json(settings)
+            return found, tomllib.loads(found.toml)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            raise Refused(f"not a run: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]) from None
+            raise Refused(f"not a run: {first_wrong(error)}"[:200]) from None
         except (ValueError, RecursionError) as error:
             raise Refused(f"not a run: {type(error).__name__} in its file") from None
 

@@ -78,14 +78,14 @@ def broken(path: Path) -> str | None:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            said = entry.get("before") if isinstance(entry, dict) else ""
+            named = entry.get("before") if isinstance(entry, dict) else ""
         except ValueError:
-            said = ""
-        if said != before and (said is not None or chained):
+            named = ""
+        if named != before and (named is not None or chained):
             return (
                 f"{path}:{number}: does not follow from the line before: lines were changed or removed, or one was cut"
             )
-        chained, before = chained or said is not None, _hash(line)
+        chained, before = chained or named is not None, _hash(line)
     return None
 
 

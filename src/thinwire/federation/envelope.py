@@ -1,4 +1,4 @@
-"""What a message of the engine carries: a piece of a frame as one opaque array, and a record that says which piece.
+"""What a message of the engine carries: a piece of a frame as one opaque array, and a record of which piece.
 
 Imports nothing of ours: a site's Flower process, which lives for one message, needs no more than this.
 """
@@ -15,7 +15,7 @@ Config = dict[str, str | int | float]
 
 
 def pack(piece: bytes, **config: str | int | float) -> RecordDict:
-    """The content of a message: a piece of a frame, and what is said of it."""
+    """The content of a message: a piece of a frame, and the values that describe it."""
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
     records: Any = {"about": ConfigRecord(dict(config))}

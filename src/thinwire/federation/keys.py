@@ -132,7 +132,7 @@ def _issued(own: x509.Certificate, root: x509.Certificate) -> bool:
 def register(name: str, public: str | Path, folder: Path, rows: int | None = None) -> Path:
     """Keep a site's public half, given as a file or as its line, under the site's name: sites/NAME.pub.
 
-    `rows`: how many it may say that it has trained on, in sites/NAME.rows; what is there stays where it is None.
+    `rows`: how many it may report to have trained on, in sites/NAME.rows; what is there stays where it is None.
     """
     _name(name)
     line = str(public)

@@ -30,12 +30,12 @@ max_batch = {1 << 40}
 
 
 class Local:
-    """Server and sites below one folder: `clients` are the sites' rows by name. `say` is given lines for people."""
+    """Server and sites below one folder: `clients` are the sites' rows by name. `report` is given lines for people."""
 
     def __init__(
-        self, home: Path, clients: Mapping[str, Sequence[Row]], say: Callable[[str], None] = lambda line: None
+        self, home: Path, clients: Mapping[str, Sequence[Row]], report: Callable[[str], None] = lambda line: None
     ) -> None:
-        self.say, self.home, self.names = say, home.resolve(), tuple(clients)
+        self.report, self.home, self.names = report, home.resolve(), tuple(clients)
         secrets = self.home / "keys"
         if not (secrets / "server.crt").exists():
             keys.make_server([], secrets)
@@ -78,7 +78,7 @@ class Local:
         def tick() -> None:
             for site in self.sites.values():
                 if (line := site.tick()) is not None:
-                    self.say(line)
+                    self.report(line)
             watch()
 
         self.server.follow(folder, tick)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from thinwire.config import ConfigError, Data, Run, method_name
 from thinwire.data.templates import NAMED
+from thinwire.errors import first_wrong
 from thinwire.methods import METHODS
 from thinwire.wire import Frame, Illegal, peek
 
@@ -63,8 +64,7 @@ class Policy(BaseModel):
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror or error}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise ConfigError(f"{path}: {first_wrong(error)}") from None
         except (ValueError, TypeError, RecursionError) as error:  # a date is no value of any field
             raise ConfigError(f"{path}: not TOML: {error}") from None
         if unknown := set(policy.methods) - set(METHODS):

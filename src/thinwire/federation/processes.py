@@ -37,10 +37,12 @@ LEVEL = re.compile(r"^(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL) *: *")
 ERROR = re.compile(r"^(ERROR|CRITICAL) *:|\[(emerg|alert|crit|error)\]|^Error: |^[A-Za-z_.]+(Error|Exception): ")
 WATCH = 1.0  # seconds between two looks at the parent
 GRACE = 8.0  # seconds that a process has to end by itself
+COMMAND = 300.0  # seconds that a command of Flower's has to end
+HEALTHY = 240.0  # seconds that a hub has to get well
 
 
 def require_flower() -> None:
-    """ConfigError that says what to install, without Flower."""
+    """ConfigError with what to install, without Flower."""
     try:
         import flwr  # noqa: F401
     except ImportError:
@@ -61,7 +63,7 @@ def free_port() -> int:
 
 
 class Children:
-    """Processes that end with this one: each is told so by the system where it is Linux, and by `stop`."""
+    """Processes that end with this one: each is signalled by the system where it is Linux, and by `stop`."""
 
     def __init__(self, home: Path, logs: Path) -> None:
         self.environment, self.logs = environment(home), logs
@@ -69,7 +71,7 @@ class Children:
         self.began: dict[str, int] = {}  # where in its log a process begins
 
     def start(self, name: str, command: Sequence[str | Path], **extra: str) -> subprocess.Popen[bytes]:
-        """Start a process under a name; what it says goes to NAME.log."""
+        """Start a process under a name; what it prints goes to NAME.log."""
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:
             self.began[name] = log.tell()
@@ -85,7 +87,7 @@ class Children:
         self.running[name] = process
         return process
 
-    def call(self, command: Sequence[str | Path], timeout: float = 300.0) -> str:
+    def call(self, command: Sequence[str | Path]) -> str:
         """Run a command to its end; RuntimeError with its last line if it fails."""
         done = subprocess.run(
             [str(part) for part in command],
@@ -93,16 +95,18 @@ class Children:
             text=True,
             env=self.environment,
             stdin=subprocess.DEVNULL,
-            timeout=timeout,
+            timeout=COMMAND,
             check=False,
         )
         if done.returncode:
-            said = (done.stderr + done.stdout).strip().splitlines()
-            raise RuntimeError(f"{Path(command[0]).name}: {said[-1] if said else f'exit status {done.returncode}'}")
+            printed = (done.stderr + done.stdout).strip().splitlines()
+            raise RuntimeError(
+                f"{Path(command[0]).name}: {printed[-1] if printed else f'exit status {done.returncode}'}"
+            )
         return done.stdout
 
     def why(self, name: str) -> str:
-        """What a process has said of its end since it was started: its last error, else its last line."""
+        """What a process has printed of its end since it was started: its last error, else its last line."""
         with (self.logs / f"{name}.log").open("rb") as log:
             log.seek(self.began.get(name, 0))
             return last_error(log.read().decode(errors="replace"))
@@ -124,15 +128,15 @@ class Children:
         self.running.clear()
 
 
-def last_error(said: str) -> str:
-    """The last error in what a process of Flower's, nginx or Python has said, in one line; without one the last line.
+def last_error(printed: str) -> str:
+    """The last error that a process of Flower's, nginx or Python has printed, in one line; without one the last line.
 
     Flower's errors go on over lines that have no level of their own.
     """
-    lines = [line for line in (COLOUR.sub("", line).strip() for line in said.splitlines()) if line]
+    lines = [line for line in (COLOUR.sub("", line).strip() for line in printed.splitlines()) if line]
     errors = [i for i, line in enumerate(lines) if ERROR.search(line)]
     if not errors:
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "it printed nothing"
     first = errors[-1]
     rest = takewhile(lambda line: not LEVEL.match(line), lines[first + 1 :]) if LEVEL.match(lines[first]) else ()
     return " ".join(LEVEL.sub("", line) for line in [lines[first], *rest] if "more information" not in line)[:400]
@@ -174,9 +178,9 @@ def alive(pid: int) -> bool:
     return True
 
 
-def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path, seconds: float = 240.0) -> str | None:
-    """Wait until a hub on loopback says that it is well; what is wrong where it does not, "" where it has ended."""
-    until, context = time.monotonic() + seconds, ssl.create_default_context(cafile=str(ca))
+def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path) -> str | None:
+    """Wait until a hub on loopback reports that it is well; what is wrong where it does not, "" where it has ended."""
+    until, context = time.monotonic() + HEALTHY, ssl.create_default_context(cafile=str(ca))
     while time.monotonic() < until:
         if process.poll() is not None:
             return ""
@@ -189,4 +193,4 @@ def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path, seconds:
             if isinstance(reason, ssl.SSLCertVerificationError):
                 return f"its certificate is not good for this machine's loopback ({reason.verify_message})"
         time.sleep(0.1)
-    return f"it does not answer within {seconds:g} seconds"
+    return f"it does not answer within {HEALTHY:g} seconds"

@@ -5,61 +5,67 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from thinwire.records import Record, read_records
+from thinwire.records import Record, lines
 from thinwire.runtime.round import shown
 
 MOST = 1 << 20  # bytes of a file of notices, which then begins anew
+LONGEST = 4000  # characters of a line
 
 
 class Progress:
-    """Says each round and evaluation of a folder once, as they come."""
+    """Reports each round and evaluation of a folder once, as they come."""
 
-    def __init__(self, folder: Path, rounds: int, say: Callable[[str], None]) -> None:
-        self.folder, self.rounds, self.say = folder, rounds, say
-        self.sizes = {"rounds.jsonl": 0, "evals.jsonl": 0}
-        self.said = {"rounds.jsonl": 0, "evals.jsonl": 0}
+    def __init__(self, folder: Path, rounds: int, report: Callable[[str], None]) -> None:
+        self.folder, self.rounds, self.report = folder, rounds, report
+        self.sizes = {"evals.jsonl": 0, "rounds.jsonl": 0}
+        self.counts = dict.fromkeys(self.sizes, 0)
         self.notices = Notices(notices_of(folder))
 
     def tick(self) -> None:
-        """Say what is new."""
+        """Report what is new; a record that is not as the loop writes it costs a line, whatever it holds."""
         for line in self.notices.new():
-            self.say(line)
-        for name, tell in (("evals.jsonl", self._evaluation), ("rounds.jsonl", self._round)):
+            self.report(line)
+        for name, line_of in (("evals.jsonl", self._evaluation), ("rounds.jsonl", self._round)):
             path = self.folder / name
             size = path.stat().st_size if path.exists() else 0
             if size == self.sizes[name]:
                 continue
-            records = read_records(path)
-            for record in records[self.said[name] :]:
-                tell(record)
-            self.sizes[name], self.said[name] = size, len(records)
+            found = [record for line, record in lines(path) if line.endswith(b"\n")]  # one without is being written
+            for number, record in enumerate(found[self.counts[name] :], self.counts[name] + 1):
+                try:
+                    text = line_of(record) if isinstance(record, dict) else f"{path}: record {number} is {record}"
+                except (LookupError, TypeError, ValueError, ArithmeticError):
+                    text = f"{path}: record {number} is not as it was written"
+                self.report(shown(text, LONGEST))
+            self.sizes[name], self.counts[name] = size, len(found)
 
-    def _round(self, record: Record) -> None:
+    def _round(self, record: Record) -> str:
         absent = [f"{c['name']} ({c['error']})" for c in record["clients"] if "error" in c]
         tail = f"; absent: {', '.join(absent)}" if absent else ""
         carried = f"{record['bytes_down']:,} bytes down, {record['bytes_up']:,} up"
-        self.say(f"round {record['round']} of {self.rounds}: {carried}, {record['seconds']:.1f} s{tail}")
+        return f"round {record['round']} of {self.rounds}: {carried}, {record['seconds']:.1f} s{tail}"
 
-    def _evaluation(self, record: Record) -> None:
-        right = record.get("accuracy")
+    def _evaluation(self, record: Record) -> str:
+        loss, right = record["loss"], record.get("accuracy")
         tail = "" if right is None else f", accuracy {right:.3f}"
-        self.say(f"after round {record['round']}: {record['split']} loss {record['loss']:.4f}{tail}")
+        found = "loss not finite" if loss is None else f"loss {loss:.4f}"
+        return f"after round {record['round']}: {record['split']} {found}{tail}"
 
 
 def notices_of(folder: Path) -> Path:
-    """The file of what the server's loop says of a run."""
+    """The file of what the server's loop reports of a run."""
     return folder / "federation" / "notices.txt"
 
 
 class Notices:
-    """Lines of one process that another prints, in a file between them; the same line is not said twice in a row."""
+    """Lines of one process that another prints, in a file between them; none is passed on twice in a row."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.read = path, path.stat().st_size if path.exists() else 0
         self.last = ""
 
     def add(self, line: str) -> None:
-        """Say something: one line, cut where it is long, of what can be printed."""
+        """Pass on one line, cut where it is long, of what can be printed."""
         line = shown(line, 500)
         if line == self.last:
             return

@@ -133,9 +133,9 @@ class Front:
         """Look after it; a line where it has died and was started again."""
         if self.children.running["proxy"].poll() is None:
             return None
-        said = self.children.why("proxy")
+        reason = self.children.why("proxy")
         self.quick = self.quick + 1 if time.monotonic() - self.began < QUICK else 0
         if self.quick == 2:
-            raise Ended(f"the proxy does not stay up: {said}")
+            raise Ended(f"the proxy does not stay up: {reason}")
         self.start()
-        return f"the proxy has ended, and is started again: {said}"
+        return f"the proxy has ended, and is started again: {reason}"

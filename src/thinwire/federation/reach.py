@@ -1,4 +1,4 @@
-"""Whether a server can be reached, and is who it says, before any of Flower's processes begins: reasons for people."""
+"""Whether a server can be reached, and is itself, before any of Flower's processes begins; reasons for people."""
 
 from __future__ import annotations
 

@@ -8,19 +8,23 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from thinwire import files
+from thinwire.errors import Damaged, first_wrong
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
+K = TypeVar("K")
 PUBLIC = "sites"  # the folder of the sites' public keys, NAME.pub each
 
 
 @dataclass(frozen=True)
 class Hub:
-    """What the server's process is told, in hub.json of the run's folder `federation`.
+    """What the server's process is given, in hub.json of the run's folder `federation`.
 
     `keys`: the folder that `thinwire keys` fills. `session`: of this run's folder, so that a run begun anew finds no
     memory of the old one at the sites. `splits`: name -> file of rows that the server scores.
@@ -37,9 +41,8 @@ class Hub:
 
     @classmethod
     def load(cls, folder: Path) -> Hub:
-        """The inverse of `write`."""
-        found = json.loads((folder / "federation" / "hub.json").read_text(encoding="utf-8"))
-        return cls(**{**found, "sites": tuple(found["sites"])})
+        """The inverse of `write`; Damaged for what it has not written."""
+        return read_json(cls, folder / "federation" / "hub.json")
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,26 @@ class Status:
     error: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Say so in status.json of the run's folder `federation`."""
+        """Write it to status.json of the run's folder `federation`."""
         files.write(folder / "federation" / "status.json", json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Status | None:
-        """What the file says, None where there is none."""
+        """What the file holds, None where there is none; Damaged for what was not written here."""
         path = folder / "federation" / "status.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else None
+        return read_json(cls, path) if path.exists() else None
+
+
+def read_json(kind: type[K], path: Path) -> K:
+    """A file of JSON as that type; Damaged for another."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        raise Damaged(f"{path}: not as it was written: {first_wrong(error)}") from None
 
 
 def serve(grid: Grid, folder: Path) -> None:
-    """Run the rounds that are left. What ends it is said in status.json, and the process then fails for Flower too."""
+    """Run the rounds that are left. What ends it stands in status.json, and the process then fails for Flower too."""
     from thinwire.federation.processes import end_with_parent
     from thinwire.federation.transport import NoQuorum
 
@@ -124,12 +135,12 @@ def _train(grid: Grid, folder: Path) -> None:
 
 def counted(folder: Path) -> dict[int, int]:
     """Client -> the last round up to the checkpoint in which a reply of it came."""
-    from thinwire.records import read_records
+    from thinwire.records import read_records, visits
     from thinwire.runtime import checkpoint
 
     ended = max(checkpoint.rounds(folder / "state"), default=0)
     records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]
-    return {visit["id"]: record["round"] for record in records for visit in record["clients"] if visit["bytes_up"]}
+    return {visit["id"]: record["round"] for record in records for visit in visits(record) if visit.get("bytes_up")}
 
 
 def public_keys(folder: Path) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from thinwire.federation.reach import Away, greet
 from thinwire.federation.site import Site
 
 FIRST, MOST = 5.0, 60.0  # seconds before a dead node is started again: at first, and at most
-KNOWN = {  # what Flower says, and what it means here
+KNOWN = {  # what Flower prints, and what it means here
     "[code: 2004]": "the server does not take this site's key: it is not registered there (thinwire keys register), "
     "or another node is connected with it, or was a minute ago",
 }
@@ -43,7 +43,7 @@ class SiteSide:
         self.folder.chmod(0o700)
         self.sockets = channel.folder(self.folder)
         self.site = replace(site, socket=str(self.sockets / "worker"))
-        self.lines: deque[str] = deque()  # to be said
+        self.lines: deque[str] = deque()  # to be reported
         self.notices = Notices(self.folder / "notices.txt")
         self.server, self.key, self.ca, self.show = server, key.resolve(), ca.resolve(), show
         self.children = Children(self.folder / "flwr", self.folder / "logs")
@@ -57,7 +57,7 @@ class SiteSide:
         self._node()
 
     def tick(self) -> str | None:
-        """Start what has died again; a line about it if there is anything to say.
+        """Start what has died again; a line about it if there is anything to report.
 
         The hub refuses a node whose predecessor it still takes for connected, for a minute: so with a growing pause.
         """
@@ -86,13 +86,13 @@ class SiteSide:
         shutil.rmtree(self.sockets, ignore_errors=True)
 
     def _why(self) -> str:
-        """Why the node has ended: what a handshake of our own finds, else what it has said, in words of ours."""
+        """Why the node has ended: what a handshake of our own finds, else what it has printed, in words of ours."""
         try:
             greet(self.server, self.ca)
         except (Away, ConfigError) as wrong:
             return str(wrong)
-        said = self.children.why("supernode")
-        return next((text for mark, text in KNOWN.items() if mark in said), said)
+        printed = self.children.why("supernode")
+        return next((text for mark, text in KNOWN.items() if mark in printed), printed)
 
     def _worker(self) -> None:
         command: list[str | Path] = [sys.executable, "-m", "thinwire.federation.worker", self.folder / "site.json"]

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire import assemble, config, memory, wire
+from thinwire import assemble, config, files, memory, wire
 from thinwire.config import method_name
 from thinwire.data import partition
 from thinwire.data.rows import Row
 from thinwire.data.source import read_file
 from thinwire.evaluate.clients import Evaluation
-from thinwire.federation.asked import Refused, Told
+from thinwire.federation.asked import Refused, RunSettings
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.spent import Replies, Spent, drop_old
 from thinwire.keys import Key
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 KEPT = 2  # rounds whose memory stays, as the server's checkpoints do
 
 
-def told(run: config.Run, sites: tuple[str, ...], session: str) -> str:
-    """What the sites are told of a run: its file without the server's paths, its id, its sites, and its session."""
+def run_settings(run: config.Run, sites: tuple[str, ...], session: str) -> str:
+    """What the sites receive of a run: its file without the server's paths, its id, its sites, and its session."""
     data: dict[str, Any] = {
         "path": "the site's own",
         "partition": "iid",
@@ -102,20 +102,18 @@ class Kept:
         return found
 
     def _write(self, newest: int, held: list[Any]) -> None:
-        partial = self.folder / "held.json.part"
-        partial.write_text(json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
-        partial.replace(self.folder / "held.json")
+        files.write(self.folder / "held.json", json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
 
 
 class Visits:
     """The client halves of one run at one site, in three steps: nothing is read before it has been allowed.
 
-    Made of what the server says alone; `load` takes the start model, `read` the site's rows.
+    Made of what the server sent alone; `load` takes the start model, `read` the site's rows.
     """
 
     def __init__(self, site: Site, policy: Policy, settings: str, folder: Path, spent: Spent) -> None:
         self.site, self.policy, self.spent = site, policy, spent
-        told, tree = Told.of(settings)
+        found, tree = RunSettings.of(settings)
         self.asked = hashlib.sha256(settings.encode()).hexdigest()
         method, model = tree.get("method"), tree.setdefault("model", {})
         if not isinstance(method, dict) or not isinstance(model, dict):
@@ -132,8 +130,8 @@ class Visits:
             raise Refused(f"{error}"[:200]) from None
         if site.model is None and not (site.allow_model or policy.model):
             raise Refused("this site names no start model, and does not take the server's word for one")
-        self.run, self.sites, self.name, self.ran = told.run, told.sites, told.folder, method_name(run.method)
-        self.folder, self.spool = folder / "runs" / told.folder, folder / "spool"
+        self.run, self.sites, self.name, self.ran = found.run, found.sites, found.folder, method_name(run.method)
+        self.folder, self.spool = folder / "runs" / found.folder, folder / "spool"
         self.key = Key.root(run.seed)
         self.replies, self.kept = Replies(self.folder / "replies"), Kept(self.folder)
         self.fingerprints: dict[str, str] = {}
@@ -175,7 +173,7 @@ class Visits:
             self.spent.asks(self.name, self.asked[:16], self.policy.max_runs)
 
     def read(self) -> None:
-        """Take the site's rows as the run file says; whatever that raises is the site's own to know."""
+        """Take the site's rows as the run file has it; whatever that raises is the site's own to know."""
         if self.data is not None:
             return
         run, site = self.settings, self.site

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import tomli_w
 
+from thinwire import files
 from thinwire.config import ConfigError, Run
 from thinwire.federation.keys import check_server, public_bytes
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
-from thinwire.federation.server_app import PUBLIC, Hub, Status
-from thinwire.federation.site_run import told
+from thinwire.federation.server_app import PUBLIC, Hub, Status, read_json
+from thinwire.federation.site_run import run_settings
 from thinwire.records import read_records
 
 APP = Path(__file__).parent.parent / "flower_app"
@@ -65,7 +66,7 @@ class ServerSide:
         (place / "app").mkdir(exist_ok=True)
         for file in (file for file in APP.iterdir() if file.is_file()):
             shutil.copyfile(file, place / "app" / file.name)
-        (place / "app" / "site.json").write_text(told(run, self.sites, session), encoding="utf-8")
+        (place / "app" / "site.json").write_text(run_settings(run, self.sites, session), encoding="utf-8")
 
     @property
     def ca(self) -> Path:
@@ -83,13 +84,13 @@ class ServerSide:
         self._superlink()
         self._superexec()
         known = self.home / "registered.json"
-        registered = json.loads(known.read_text()) if known.exists() else {}
+        registered = read_json(dict[str, str], known) if known.exists() else {}
         for site in self.sites:
             key = self.keys / PUBLIC / f"{site}.pub"
             if registered.get(site) != public_bytes(key).decode():
                 self._flwr("supernode", "register", key, CONNECTION, "--name", site)
                 registered[site] = public_bytes(key).decode()
-                known.write_text(json.dumps(registered))
+                files.write(known, json.dumps(registered))
 
     def begin(self, folder: Path) -> None:
         """Begin a Flower run of the app: it goes on from the folder's checkpoint where there is one."""

@@ -1,6 +1,6 @@
 """The transport on Flower's Grid: frames as opaque bytes, in pieces where they are large. None of its strategies.
 
-A message carries one piece of one frame: an array of bytes of a type of its own, and a record that says which piece.
+A message carries one piece of one frame: an array of bytes of a type of its own, and a record of which piece.
 A site answers each piece; the answer to the last one is the reply's first piece, and the others are asked for. Both
 sides keep a large frame in a file, so that no process holds more of it than a piece; and no more than AHEAD pieces of a
 client are on their way at a time, for the engine's hub holds them in memory.
@@ -71,14 +71,14 @@ class _Call:
 
 
 class Flower:
-    """Hands frames to the nodes of a Flower grid. `nodes()` says which node is which client now.
+    """Hands frames to the nodes of a Flower grid. `nodes()` has the node of each client now.
 
     `about` goes with every message: what sites compare at joining. `deadline` seconds after a round has begun its
     missing replies count as lost; fewer than `quorum` of them raise NoQuorum. A client without a node is waited for,
     `patience` seconds at most.
 
-    `counted` is client -> the last round whose reply came in time. Each frame tells its client, which takes its memory
-    as it was after that round: a reply that was lost leaves no trace, as if the client had been absent.
+    `counted` is client -> the last round whose reply came in time. Each frame carries it to its client, which takes
+    its memory as it was after that round: a reply that was lost leaves no trace, as if the client had been absent.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Flower:
     def _take(self, call: _Call, message: Message) -> None:
         if message.has_error():
             reason = shown(message.error.reason or "no reason", SHOWN)
-            call.error = f"the engine says: {reason} (code {message.error.code})"
+            call.error = f"the engine reports: {reason} (code {message.error.code})"
             return
         if message.metadata.src_node_id != call.node:
             raise ValueError(f"node {message.metadata.src_node_id} answers for client {call.client}")
@@ -284,7 +284,7 @@ class Flower:
         try:
             header = peek(frame)
         except WireError:
-            return Reply(call.client, frame, seconds)  # the round will say what is wrong
+            return Reply(call.client, frame, seconds)  # the round will report what is wrong
         if header.round != call.round:
             return Reply(call.client, None, seconds, f"Illegal: a replayed reply of round {header.round}")
         return Reply(call.client, frame, seconds)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FAILED = "its rows cannot be used, or its work with them failed; its own log says why"
 SPARE = 1 << 26  # bytes of the disk that stay free
-MOST = 300  # characters of an error that a server is told
+MOST = 300  # characters of an error that a server receives
 
 
 class Worker:
@@ -53,7 +53,7 @@ class Worker:
             self.audit.note("out", b"", "ended: no answer was given")
 
     def answer(self, table: Table, body: bytes) -> tuple[Table, bytes]:
-        """The answer to a question: see relay. Its `error` is for the server, and tells nothing of rows."""
+        """The answer to a question: see relay. Its `error` is for the server, and reveals nothing of rows."""
         from thinwire.wire import WireError
 
         try:
@@ -221,11 +221,11 @@ class Worker:
         run.read()
         try:
             return run.answer(action, frame, counted)
-        except WireError as error:  # of the frame: methods raise it for what they are told, before they look at rows
+        except WireError as error:  # of the frame: methods raise it for what they receive, before they look at rows
             raise Refused(f"{type(error).__name__}: {error}"[:MOST]) from None
 
     def _notice(self, action: str, error: Exception) -> None:
-        """Have the operator of this site read why it does not answer; what the server is told may say less."""
+        """Have the operator of this site read why it does not answer; what the server receives may hold less."""
         kind = "" if isinstance(error, Refused | ValueError) else f"{type(error).__name__}: "
         self.notices.add(f"{self.site.name}: does not {action}: {kind}{error}")
 

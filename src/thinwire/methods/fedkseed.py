@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -32,21 +33,9 @@ from thinwire.costs.frames import Expected, Frames, simulated
 from thinwire.costs.memory import Memory, Side, holding, probing
 from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.model.net import Net
-from thinwire.perturb import probe
+from thinwire.perturb import pool, probe
 from thinwire.perturb.directions import Directions, Law
-from thinwire.perturb.pool import (
-    TILTS,
-    Levels,
-    Pool,
-    Shares,
-    draws_key,
-    grid_of,
-    packed,
-    seed_probabilities,
-    seed_tilts,
-    shares_of,
-    tilted,
-)
+from thinwire.perturb.pool import TILTS, Levels, Pool, Shares
 from thinwire.perturb.scalars import as_floats, as_sent, check_picks, check_scalars, drawn
 from thinwire.perturb.spsa import shrink_of, walk
 from thinwire.train.local import Schedule, scheduled
@@ -135,36 +124,34 @@ class FedKSeed(Averaged):
     paper: ClassVar[str] = "Qin et al. 2024, arXiv:2312.06353"
 
     def init(self, server: Server) -> Accumulators:
-        pool = server.key.fold("directions").word()
+        key = server.key.fold("directions").word()
         zeros = torch.zeros(self.seeds, dtype=torch.float64)
         # The paper's history of each direction begins with one amplitude of 0.
-        return Accumulators(pool, zeros, 1.0, zeros.clone(), torch.ones_like(zeros))
+        return Accumulators(key, zeros, 1.0, zeros.clone(), torch.ones_like(zeros))
 
     def broadcast(self, state: Accumulators, server: Server, client_id: int, held: str | None) -> Gains:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        down = (state.pool, draws_key(server.key), lr, state.shrink)
+        down = (state.pool, pool.draws_key(server.key), lr, state.shrink)
         amplitudes = state.amplitude / state.visits
         if self.wire == "paper":
-            return Gains(*down, state.gains.float(), seed_probabilities(amplitudes).float() if self.pro else None)
+            return Gains(*down, state.gains.float(), pool.seed_probabilities(amplitudes).float() if self.pro else None)
         known = server.versions.get(held) if held is not None else None
-        levels, changes = Levels.of(state.gains, state.grid).encode(
-            known["levels"].numpy() if known is not None else None
-        )
+        levels, changes = Levels.of(state.gains, state.grid).encode(known)
         return Gains(
             *down,
             grid=state.grid,
             levels=levels,
             base=held if changes else None,
-            tilts=packed(seed_tilts(amplitudes).tobytes()) if self.pro else None,
+            tilts=pool.packed(pool.seed_tilts(amplitudes).tobytes()) if self.pro else None,
         )
 
     def client_update(self, down: Gains, client: Client) -> Steps:
         self.receive(down, client)
-        pool = self._pool(down.pool)
-        picks = pool.picks(down.draws, [client.id], (self.steps, self.queries), self._shares(down))[0]
+        shared = self._pool(down.pool)
+        picks = shared.picks(down.draws, [client.id], (self.steps, self.queries), self._shares(down))[0]
         scalars, loss = walk(
             client.net,
-            pool.directions,
+            shared.directions,
             picks,
             client.data.batches(client.key.fold("batches"), self.batch_size),
             lr=down.lr,
@@ -180,33 +167,39 @@ class FedKSeed(Averaged):
         return Steps(seeds, *as_sent(scalars.ravel(), self._form), len(client.data), loss)
 
     def check(self, state: Accumulators, client_id: int, up: Steps) -> None:
-        count, form = self.steps * self.queries, self._form
         if (up.seeds is None) == (self.wire == "paper"):
             raise Illegal("seeds travel in the paper's form, and in no other")
         if up.seeds is not None:
-            check_picks(up.seeds, count, self.seeds)
-        check_scalars(up.scalars, up.unit, form, (self.steps, self.queries))
+            check_picks(up.seeds, self.steps * self.queries, self.seeds)
+        check_scalars(up.scalars, up.unit, self._form, (self.steps, self.queries))
 
     def aggregate(
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
     ) -> tuple[Accumulators, Metrics]:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        pool, draws, decay = self._pool(state.pool), draws_key(server.key), shrink_of(lr, self.weight_decay)
-        shares = TILTS[seed_tilts(state.amplitude / state.visits)] if self.pro and self.wire == "thin" else None
-        gains, shrink = np.zeros(self.seeds), 0.0
+        shared, draws, decay = self._pool(state.pool), pool.draws_key(server.key), shrink_of(lr, self.weight_decay)
+        shares = TILTS[pool.seed_tilts(state.amplitude / state.visits)] if self.pro and self.wire == "thin" else None
+        shape, gains, shrink = (self.steps, self.queries), np.zeros(self.seeds), 0.0
         amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
-        examples, loss, measured, skipped = 0, 0.0, 0, 0
+        examples, loss, measured, skipped = 0.0, 0.0, 0.0, 0
         lengths: list[NDArray[np.float64]] = []  # of each reply's moves, and of the same weighted
 
-        def add(block: list[tuple[int, int, tuple[Tensor, float], Tensor | None]]) -> None:
+        def add(block: list[tuple[int, Steps]]) -> None:
             """All replies of a block in one go, in their order: one by one they would cost far more."""
-            nonlocal shrink, skipped
-            clients, each, sent, seeds = zip(*block, strict=True)
-            weights, scalars = np.array(each, np.float64), as_floats(sent, self._form, (self.steps, self.queries))
+            nonlocal examples, loss, measured, shrink, skipped
+            clients, ups = zip(*block, strict=True)
+            each = [self.weight(up) for up in ups]
+            for weight, up in zip(each, ups, strict=True):
+                examples += weight
+                if math.isfinite(up.loss):
+                    measured += weight
+                    loss += (up.loss - loss) * weight / measured
+            weights = np.array(each, np.float64)
+            scalars = as_floats([(up.scalars, up.unit) for up in ups], self._form, shape)
             if self.wire == "paper":
-                picks = torch.stack(seeds).numpy().reshape(scalars.shape)
+                picks = torch.stack([up.seeds for up in ups]).numpy().reshape(scalars.shape)
             else:
-                picks = pool.picks(draws, clients, (self.steps, self.queries), shares)
+                picks = shared.picks(draws, clients, shape, shares)
             taken = ~np.isnan(scalars[..., 0])
             scalars[~taken] = 0.0
             taken = taken.astype(np.float64)
@@ -214,29 +207,20 @@ class FedKSeed(Averaged):
             steps = taken.sum(axis=1)
             after = steps[:, None] - taken.cumsum(axis=1) if self.weight_decay else np.zeros(1)
             moves = ((lr / self.queries) * weights[:, None] * decay**after)[..., None] * scalars
-            sizes = np.minimum(np.abs(scalars), self.amplitude_clip)
+            clipped = np.minimum(np.abs(scalars), self.amplitude_clip)
             visited = np.broadcast_to(taken[..., None], picks.shape)
             if not state.grid:
                 long = np.sqrt(np.square(moves).sum(axis=(1, 2)))
                 lengths.append(np.stack([long / weights, long]))
-            for total, terms in ((gains, moves), (amplitude, sizes), (visits, visited)):
+            for total, terms in ((gains, moves), (amplitude, clipped), (visits, visited)):
                 total += np.bincount(picks.ravel(), terms.ravel(), self.seeds)
             shrink += float(weights @ decay**steps)
             skipped += int(taken.size - steps.sum())
 
-        block = []
-        for client_id, up in replies:
-            weight = up.examples if self.weighting == "examples" else 1
-            block.append((client_id, weight, (up.scalars, up.unit), up.seeds))
-            examples += weight
-            if math.isfinite(up.loss):
-                measured += weight
-                loss += (up.loss - loss) * weight / measured
-            if len(block) == BLOCK:
-                add(block)
-                block = []
-        if block:
+        left = iter(replies)
+        while block := list(islice(left, BLOCK)):
             add(block)
+            del block
         if examples == 0:
             return state, {}
         shrink /= examples
@@ -247,13 +231,11 @@ class FedKSeed(Averaged):
             gains = move.numpy()
         gains = shrink * state.gains.numpy() + gains
         touched = gains[gains != 0]
-        grid = grid_of(touched, state.grid, np.concatenate(lengths, axis=1) if lengths else None)
-        arrays = (torch.from_numpy(array) for array in (gains, amplitude, visits))
-        after = Accumulators(state.pool, next(arrays), state.shrink * shrink, next(arrays), next(arrays), grid)
-        after = replace(after, moments=moments)
-        if self.wire == "thin":
-            after = replace(after, version=server.versions.put(Levels.of(after.gains, grid).table()))
-        return after, {"loss": loss, "skipped": skipped, "directions": int(touched.size)}
+        grid = pool.grid_of(touched, state.grid, np.concatenate(lengths, axis=1) if lengths else None)
+        sums, sizes, counts = (torch.from_numpy(array) for array in (gains, amplitude, visits))
+        version = server.versions.put(Levels.of(sums, grid).table()) if self.wire == "thin" else None
+        state = Accumulators(state.pool, sums, state.shrink * shrink, sizes, counts, grid, version, moments)
+        return state, {"loss": loss, "skipped": skipped, "directions": int(touched.size)}
 
     def materialise(self, state: Accumulators, net: Net) -> None:
         gains = state.gains
@@ -293,9 +275,9 @@ class FedKSeed(Averaged):
 
     def _shares(self, down: Gains) -> Shares | None:
         """Pro's shares of the directions, none uniform: integers on the thin wire, floats in the paper's form."""
-        if not self.pro:
-            return None
-        return tilted(down.tilts, self.seeds) if self.wire == "thin" else shares_of(down.probabilities, self.seeds)
+        if self.wire == "paper":
+            return pool.shares_of(down.probabilities, self.seeds) if self.pro else None
+        return pool.tilted(down.tilts, self.seeds) if self.pro else None
 
     def fits(self, net: Net) -> None:
         probe.check(net, Directions(0, self.law, self.rank), self.together, self.name)
@@ -311,10 +293,7 @@ class FedKSeed(Averaged):
         def reply(generator: np.random.Generator, examples: int) -> Steps:
             return Steps(seeds, drawn(generator, count, self._form), 1.0, examples, 0.0)
 
-        def held(state: Accumulators) -> dict[str, Tensor]:
-            return Levels.of(state.gains, state.grid).table()
-
-        return simulated(self, at, reply, held if thin else None)
+        return simulated(self, at, reply, (lambda state: Levels.of(state.gains, state.grid).table()) if thin else None)
 
     def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
         kept = at.trained_bytes  # Net.rebuild keeps a copy for the next visit

@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    path: str,
+    path: str | Path,
     dtype: str = "float32",
     empty: bool = False,
     classes: Sequence[str] | None = None,
@@ -37,17 +37,17 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """The model, its tokenizer and its folder; if it is to be empty, its parameters have no memory (device meta).
 
-    `dtype` is float32, bfloat16 or float16. The model is in eval mode (no dropout), on the CPU unless it spans all GPUs
-    of the machine (`device` auto) or its linear layers are quantised to `bits`, 8 or 4 (on `device` then). It does not
-    build a key-value cache unless it generates, and uses fused attention where its architecture has it (the
-    default of transformers). The tokenizer has a pad token inside the model's vocabulary. With `classes` it is a
-    classifier of texts into these, whose head is drawn from `key` where the folder has none. ModelError: see
-    `resolve`; or the folder cannot be read, is quantised already, or its weights do not fill the model, have no place
-    in it or are no numbers; or nothing that quantises is installed.
+    `path` is for `resolve`, or the folder that it has found, a Path. `dtype` is float32, bfloat16 or float16. The model
+    is in eval mode (no dropout), on the CPU unless it spans all GPUs of the machine (`device` auto) or its linear
+    layers are quantised to `bits`, 8 or 4 (on `device` then). It does not build a key-value cache unless it generates,
+    and uses fused attention where its architecture has it (the default of transformers). The tokenizer has a pad token
+    inside the model's vocabulary. With `classes` it is a classifier of texts into these, whose head is drawn from `key`
+    where the folder has none. ModelError: see `resolve`; or the folder cannot be read, is quantised already, or its
+    weights do not fill the model, have no place in it or are no numbers; or nothing that quantises is installed.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")
-    folder = resolve(path)
+    folder = path if isinstance(path, Path) else resolve(path)
     with quiet():
         if empty:
             model = _hollow_model(folder, DTYPES[dtype], classes)
@@ -62,7 +62,7 @@ def load(
     if classes is None:
         settle_generation(model, tokenizer)
     else:
-        model.config.pad_token_id = tokenizer.pad_token_id  # where a text ends is told by it
+        model.config.pad_token_id = tokenizer.pad_token_id  # it marks where a text ends
         tokenizer.padding_side = "right"
     return model, tokenizer, folder
 
@@ -77,7 +77,7 @@ def _read_model(
         if "quantization_config" in json.loads((folder / "config.json").read_text()):
             raise ModelError(f"the model in {folder} is quantised already: float weights are wanted")
         with torch.random.fork_rng(devices=[]):  # a head that the folder lacks is first drawn by transformers
-            # Code that comes with a model is never run; said here so that nobody is asked on the terminal.
+            # Code that comes with a model is never run; passed here so that nobody is asked on the terminal.
             loaded: Any = auto.from_pretrained(
                 folder,
                 dtype=dtype,

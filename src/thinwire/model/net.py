@@ -80,7 +80,7 @@ class Net:
     @classmethod
     def open(
         cls,
-        path: str,
+        path: str | Path,
         dtype: str = "float32",
         trainable: Callable[[str], bool] | None = None,
         remember: bool = False,
@@ -92,7 +92,7 @@ class Net:
         bits: int | None = None,
         view_key: Key = _SEED_0,
     ) -> Net:
-        """Load the model at `path` (see load.resolve) onto `device` and wrap it. ModelError as there.
+        """Load the model at `path` (see load.load) onto `device` and wrap it. ModelError as there.
 
         Device auto: all GPUs of the machine, each with some layers. `bits`, 8 or 4: linear layers are quantised, for
         `view` to add what is trained, drawn from `view_key`.
@@ -112,7 +112,7 @@ class Net:
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
             raise ModelError(f"model.device: {device}: {first_line(error)}") from None
         if classes is None:
-            check_causal(model, path)
+            check_causal(model, str(path))
         try:
             net = cls(model, tokenizer, folder, trainable, remember, head_key, view)
             if net.base.starts_like(dict(net.parameters())):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from thinwire.model.net import Net
-from thinwire.wire.frame import raw
+from thinwire.wire.frame import absorb
 
 
 @torch.no_grad()
@@ -31,14 +32,7 @@ def change(net: Net) -> Tensor:
 def digest(net: Net) -> str:
     """A hash (16 hex digits) of a net as it was loaded: its start weights, and the frozen ones in memory."""
     found = hashlib.sha256()
-
-    def add(name: str, tensor: Tensor) -> None:
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(raw(tensor))
-
-    for name in sorted(net.names):
-        add(name, net.base[name])
-    for name, parameter in sorted(net.model.named_parameters()):
-        if not parameter.requires_grad and not parameter.is_meta:
-            add(name, parameter)
+    absorb(found, ((name, net.base[name]) for name in sorted(net.names)))
+    frozen = ((n, p) for n, p in net.model.named_parameters() if not p.requires_grad and not p.is_meta)
+    absorb(found, sorted(frozen, key=itemgetter(0)))
     return found.hexdigest()[:16]

@@ -23,7 +23,7 @@ HEADS = ["lm_head", "embed_out", "score", "classifier"]  # stay as they are in a
 
 
 def placed_on(device: str, bits: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What from_pretrained is told where the model is not simply read into the CPU's memory: it spans all GPUs, or its
+    """What from_pretrained is given where the model is not simply read into the CPU's memory: it spans all GPUs, or its
     linear layers are to be quantised. ModelError: bitsandbytes is not installed."""
     if bits is None:
         return {"device_map": "auto"} if device == "auto" else {}

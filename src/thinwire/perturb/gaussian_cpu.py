@@ -14,7 +14,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from thinwire.perturb.normal_table import quantiles
-from thinwire.perturb.philox import BLOCK, check_address, check_seeds
+from thinwire.perturb.philox import BLOCK, check_address, check_pairs
 from thinwire.streams import HALF, LOW, draw
 from thinwire.threads import TILE, share, threads_for
 
@@ -82,9 +82,13 @@ def _sweep(weight, out, start, key, pid, seeds, coefs, scale, table):
         position = stop
 
 
-def check_array(name: str, array: NDArray[np.float32]) -> None:
-    if array.dtype != np.float32 or array.ndim != 1 or not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be contiguous float32 of one dimension, got {array.dtype} {array.shape}")
+def check_arrays(weight: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """ValueError unless both are contiguous float32 [n]."""
+    for name, array in (("weight", weight), ("out", out)):
+        if array.dtype != np.float32 or array.ndim != 1 or not array.flags.c_contiguous:
+            raise ValueError(f"{name} must be contiguous float32 of one dimension, got {array.dtype} {array.shape}")
+    if weight.shape != out.shape:
+        raise ValueError(f"weight has {weight.size} elements but out has {out.size}")
 
 
 def accumulate(
@@ -102,17 +106,12 @@ def accumulate(
     """out = scale * weight + sum_k coefs[k] * z_{seeds[k]}, to the bit what `philox.accumulate` gives.
 
     weight, out: contiguous float32 [n]; out is weight itself or shares no memory with it. seeds: integers [k] below
-    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to
-    torch's, or to one where there is little to do. ValueError on anything else.
+    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to torch's, or to one where there is little
+    to do. ValueError on anything else.
     """
-    check_array("weight", weight)
-    check_array("out", out)
     check_address(run_key, pid, start)
-    seeds, coefs = check_seeds(seeds), np.ascontiguousarray(coefs, dtype=np.float32)
-    if weight.shape != out.shape:
-        raise ValueError(f"weight has {weight.size} elements but out has {out.size}")
-    if seeds.shape != coefs.shape:
-        raise ValueError(f"{seeds.size} seeds but coefficients of shape {coefs.shape}")
+    check_arrays(weight, out)
+    seeds, coefs = check_pairs(seeds, coefs)
     if seeds.size == 0:
         np.multiply(weight, np.float32(scale), out=out)
         return

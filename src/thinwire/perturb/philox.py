@@ -78,6 +78,14 @@ def check_seeds(seeds: ArrayLike) -> NDArray[np.uint64]:
     return np.ascontiguousarray(array, dtype=np.uint64)
 
 
+def check_pairs(seeds: ArrayLike, coefs: ArrayLike) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    """Seeds as uint64 [k], see check_seeds, and a coefficient for each, rounded to float32; ValueError otherwise."""
+    seeds, coefs = check_seeds(seeds), np.asarray(coefs, dtype=np.float32)
+    if seeds.shape != coefs.shape:
+        raise ValueError(f"{seeds.size} seeds but coefficients of shape {coefs.shape}")
+    return seeds, np.ascontiguousarray(coefs)
+
+
 def gaussian(run_key: int, seed: int, pid: int, start: int, count: int) -> NDArray[np.float32]:
     """Elements start .. start + count of direction `seed` for parameter `pid`: float32 [count].
 
@@ -111,9 +119,7 @@ def accumulate(
     The sum begins at +0.0 and runs in the given order; each product and each sum is rounded to float32, never fused.
     With no seeds nothing is added, so that weights of -0.0 survive an empty replay.
     """
-    seeds, coefs = check_seeds(seeds), np.asarray(coefs, dtype=np.float32)
-    if seeds.shape != coefs.shape:
-        raise ValueError(f"{seeds.size} seeds but coefficients of shape {coefs.shape}")
+    seeds, coefs = check_pairs(seeds, coefs)
     scaled = weight.copy() if scale == 1 else np.float32(scale) * weight
     if seeds.size == 0:
         return scaled

@@ -102,12 +102,11 @@ class Levels:
         """What is kept of them as a version."""
         return {"levels": torch.from_numpy(self.values)}
 
-    def encode(self, known: NDArray[np.int64] | None) -> tuple[bytes, bool]:
-        """The packed integers, and whether they are changes to the known ones: the shorter of the two."""
+    def encode(self, known: Mapping[str, Tensor] | None) -> tuple[bytes, bool]:
+        """The packed integers, and whether they are changes to those of a known version: the shorter of the two."""
         whole = packed(self.values.tobytes())
-        if known is not None and len(change := packed((self.values - known).tobytes())) < len(whole):
-            return change, True
-        return whole, False
+        change = whole if known is None else packed((self.values - known["levels"].numpy()).tobytes())
+        return (change, True) if len(change) < len(whole) else (whole, False)
 
 
 def grid_of(gains: NDArray[np.float64], grid: float, lengths: NDArray[np.float64] | None) -> float:

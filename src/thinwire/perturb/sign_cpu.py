@@ -18,8 +18,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from thinwire.perturb.gaussian_cpu import check_array
-from thinwire.perturb.philox import check_address, check_seeds, philox4x32
+from thinwire.perturb.gaussian_cpu import check_arrays
+from thinwire.perturb.philox import check_address, check_pairs, check_seeds, philox4x32
 from thinwire.streams import LOW, draw
 from thinwire.threads import TILE, share, threads_for
 
@@ -61,12 +61,20 @@ def signs(run_key: int, seed: int, pid: int, start: int, count: int) -> NDArray[
     return np.where(bits == 1, np.float32(1), np.float32(-1))
 
 
+def coefficients(
+    seeds: NDArray[np.uint64], coefs: NDArray[np.float32]
+) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    """The groups of the seeds, ascending, and the coefficient of each of their seeds: float32 [groups, 32]."""
+    groups, which = np.unique(seeds // GROUP, return_inverse=True)
+    table = np.zeros((groups.size, GROUP), np.float32)
+    np.add.at(table, (which, (seeds % GROUP).astype(np.int64)), coefs)
+    return groups, table
+
+
 def tables_of(seeds: NDArray[np.uint64], coefs: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
     """The groups of the seeds, ascending [g], and their sums T [g, 4, 256]; without groups that add nothing."""
-    groups, which = np.unique(seeds // GROUP, return_inverse=True)
-    by_bit = np.zeros((groups.size, GROUP), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        np.add.at(by_bit, (which, seeds % GROUP), coefs)
+        groups, by_bit = coefficients(seeds, coefs)
         # a sum of zeros changes no total, which begins at +0.0 and so is never -0.0
         some = by_bit.any(axis=1)
         terms = by_bit[some].reshape(-1, 4, 8)
@@ -94,9 +102,7 @@ def reference(
     T_3[byte 3]. With no seeds nothing is added, so that weights of -0.0 survive an empty replay.
     """
     check_address(run_key, pid, start)
-    seeds, coefs = check_seeds(seeds), np.asarray(coefs, dtype=np.float32)
-    if seeds.shape != coefs.shape:
-        raise ValueError(f"{seeds.size} seeds but coefficients of shape {coefs.shape}")
+    seeds, coefs = check_pairs(seeds, coefs)
     scaled = weight.copy() if scale == 1 else np.float32(scale) * weight
     if seeds.size == 0:
         return scaled
@@ -180,17 +186,12 @@ def accumulate(
     """out = scale * weight + sum_k coefs[k] * z_{seeds[k]}, to the bit what `reference` gives.
 
     weight, out: contiguous float32 [n]; out is weight itself or shares no memory with it. seeds: integers [k] below
-    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to
-    torch's, or to one where there is little to do. ValueError on anything else.
+    2^32; coefs: [k], rounded to float32, as is scale. `threads` defaults to torch's, or to one where there is little
+    to do. ValueError on anything else.
     """
-    check_array("weight", weight)
-    check_array("out", out)
     check_address(run_key, pid, start)
-    seeds, coefs = check_seeds(seeds), np.ascontiguousarray(coefs, dtype=np.float32)
-    if weight.shape != out.shape:
-        raise ValueError(f"weight has {weight.size} elements but out has {out.size}")
-    if seeds.shape != coefs.shape:
-        raise ValueError(f"{seeds.size} seeds but coefficients of shape {coefs.shape}")
+    check_arrays(weight, out)
+    seeds, coefs = check_pairs(seeds, coefs)
     if seeds.size == 0:
         np.multiply(weight, np.float32(scale), out=out)
         return

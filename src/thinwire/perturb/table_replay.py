@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from thinwire.perturb.matmul_replay import one_thread_each
 from thinwire.perturb.philox import check_address, check_seeds
-from thinwire.perturb.sign_cpu import BLOCK, GROUP, TILE_BLOCKS, signs
+from thinwire.perturb.sign_cpu import BLOCK, GROUP, TILE_BLOCKS, coefficients, signs
 from thinwire.streams import LOW, draw
 
 ROWS, COLUMNS = 512, 192
@@ -38,16 +38,6 @@ _15, _32 = np.uint64(15), np.uint64(32)
 _S1, _S2, _S3, _S4, _S5, _S6, _S7 = (np.uint64(4 * q) for q in range(1, FOURS))
 _T1, _T2, _T3, _T4, _T5, _T6, _T7 = (np.uint64(16 * q) for q in range(1, FOURS))
 _BIT = np.uint32(1)
-
-
-def coefficients(
-    seeds: NDArray[np.uint64], coefs: NDArray[np.float32]
-) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
-    """The groups of the seeds, ascending, and the coefficient of each of their seeds: float32 [groups, 32]."""
-    groups, which = np.unique(seeds // GROUP, return_inverse=True)
-    table = np.zeros((groups.size, GROUP), np.float32)
-    np.add.at(table, (which, (seeds % GROUP).astype(np.int64)), coefs)
-    return groups, table
 
 
 def reference(

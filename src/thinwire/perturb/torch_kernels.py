@@ -70,10 +70,7 @@ def check(
             f"out is {out.dtype} of {out.numel()} elements on {out.device}, "
             f"weight is {weight.dtype} of {weight.numel()} on {weight.device}"
         )
-    seeds, coefs = philox.check_seeds(seeds), np.ascontiguousarray(coefs, dtype=np.float32)
-    if seeds.shape != coefs.shape:
-        raise ValueError(f"{seeds.size} seeds but coefficients of shape {coefs.shape}")
-    return seeds, coefs
+    return philox.check_pairs(seeds, coefs)
 
 
 @cache

@@ -197,10 +197,10 @@ def _bars(title: str, parts: Sequence[str]) -> dict[str, Any]:
         "x": {"field": "value", "type": "quantitative", "title": title},
     }
     color = {"field": "part", "type": "nominal", "title": None, "scale": {"domain": list(parts)}}
-    told = [{"field": "run"}, {"field": "part"}, {"field": "value", "format": ",.0f"}]
+    tooltip = [{"field": "run"}, {"field": "part"}, {"field": "value", "format": ",.0f"}]
     return {
         "layer": [
-            {"mark": {"type": "bar"}, "encoding": {"color": color, "tooltip": told}},
+            {"mark": {"type": "bar"}, "encoding": {"color": color, "tooltip": tooltip}},
             {
                 "mark": {"type": "text", "align": "left", "dx": 4, "fontSize": 11},
                 "encoding": {"text": {"field": "text", "type": "nominal"}},

@@ -1,4 +1,4 @@
-"""What run folders say: settings, rounds, evaluations and totals, as they were recorded."""
+"""What run folders hold: settings, rounds, evaluations and totals, as they were recorded."""
 
 from __future__ import annotations
 

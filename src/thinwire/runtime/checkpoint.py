@@ -8,14 +8,21 @@ import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from thinwire import records, wire
-from thinwire.errors import Damaged
+from thinwire.errors import Damaged, first_wrong
 from thinwire.files import flush
 from thinwire.wire import LazyTensors, Spooled
 
 KEPT = 2
+Id = Annotated[str, Field(pattern="^[0-9]{1,18}$")]  # of a client
+
+
+# what a file that is not as it was written costs; a disk that does not answer is another matter
+DAMAGE = (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError, wire.WireError, Damaged)
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,16 @@ class Progress:
     `best`: the round of the best loss, `waited`: the evaluations since, where the run goes by them.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
     round: int
-    held: dict[str, str]
+    held: dict[Id, str]
     bytes_down: int
     bytes_up: int
     seconds: float
     peak_memory_bytes: int
     finished: bool = False
-    memory: dict[str, int] | None = None
+    memory: dict[Id, int] | None = None
     evals: int | None = None
     versions: list[str] | None = None
     best: int | None = None
@@ -91,7 +100,7 @@ def read(folder: Path, state: type, check: Callable[[Progress], None] = lambda p
             progress = _progress(folder, round)
             found = _in_memory(on_disk(folder, round, state))
             check(progress)
-        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, wire.WireError, Damaged) as error:
+        except DAMAGE as error:
             passed.append(f"round {round}: {_reason(error)}")
         else:
             return Found(found, progress, tuple(passed))
@@ -134,7 +143,10 @@ def _progress(folder: Path, round: int) -> Progress:
     digest = fields.pop("digest", None)  # older ones have none
     if digest is not None and digest != _digest(fields):
         raise Damaged("progress.json is not as it was written")
-    progress = Progress(**fields)
+    try:
+        progress = TypeAdapter(Progress).validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise Damaged(f"progress.json: {first_wrong(error)}"[:200]) from None
     if progress.round != round:
         raise Damaged(f"progress.json is of round {progress.round}")
     return progress

@@ -11,7 +11,7 @@ import torch
 
 from thinwire.aggregate.mean import Metrics
 from thinwire.errors import RunError
-from thinwire.records import Record
+from thinwire.records import Record, visits
 from thinwire.runtime.round import Round, Visit
 
 
@@ -40,8 +40,8 @@ def first_examples(rounds: Sequence[Record]) -> dict[int, int]:
     """Client -> the examples of its first reply that counted."""
     first: dict[int, int] = {}
     for record in rounds:
-        for visit in record["clients"]:
-            if visit.get("examples") is not None:
+        for visit in visits(record):
+            if type(visit.get("examples")) is int:
                 first.setdefault(visit["id"], visit["examples"])
     return first
 

@@ -82,7 +82,7 @@ RoundFunction = Callable[[Method, Any, Round], tuple[Any, Metrics]]  # a round o
 def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
     """One round of the server, and the only place where bytes are counted.
 
-    `at.visits` then has one record a client of the cohort, `at.held` the versions that the clients said they hold.
+    `at.visits` then has one record a client of the cohort, `at.held` the versions that the clients reported to hold.
     """
 
     def frame_for(client: int, held: str | None) -> Frame:
@@ -192,7 +192,7 @@ def _is_stale(frame: Frame, max_header: int) -> bool:
     try:
         return wire.peek(frame, max_header).kind == Stale.__name__
     except WireError:
-        return False  # decoding it will say what is wrong
+        return False  # decoding it will report what is wrong
 
 
 def _remove(frame: Frame) -> None:

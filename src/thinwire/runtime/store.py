@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from thinwire.errors import Damaged
 from thinwire.files import whole
-from thinwire.wire import LazyTensors, raw
+from thinwire.wire import LazyTensors
+from thinwire.wire.frame import absorb
 from thinwire.wire.payload import Spec
 
 # of a safetensors file, as far as they can travel
@@ -41,10 +43,7 @@ DTYPES = {
 def version_of(tensors: Mapping[str, Tensor]) -> str:
     """The content hash (32 hex digits of sha256) of named tensors, whatever their order."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(raw(tensor))
+    absorb(digest, ((name, tensors[name]) for name in sorted(tensors)))
     return digest.hexdigest()[:32]
 
 
@@ -230,9 +229,7 @@ def files_by_round(folder: Path) -> list[tuple[int, Path]]:
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """Of names, specs and elements; against accidents, and faster than any disk."""
     digest = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
-        digest.update(raw(tensors[name]))
+    absorb(digest, sorted(tensors.items(), key=itemgetter(0)))
     return digest.hexdigest()
 
 

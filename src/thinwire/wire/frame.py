@@ -183,6 +183,13 @@ def raw(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
+def absorb(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Have a hash take in named tensors: name, dtype, shape and elements of each."""
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(raw(tensor))
+
+
 def _packed(payload: Any, run: int, round: int, client: int, held: str | None) -> tuple[bytes, int]:
     """The header, and the bytes of all tensors."""
     entries: list[Any] = []
