@@ -1,0 +1,70 @@
+"""A part of a model's own parameters: norms and biases (BitFit, Ben Zaken et al., 2022), a few layers, the head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from thinwire.model.views.view import Adapted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from thinwire.keys import Key
+
+
+class Filter(BaseModel):
+    """The parameters in whose name a word between dots is, or ends with _ and, one of `parts`; case does not matter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    forward_share: ClassVar[float] = 2 / 3  # the gradient of most weights falls away
+    factors: ClassVar[None] = None
+    float32: ClassVar[bool] = False
+    trains: ClassVar[str] = "{} parameters of the model's own"
+
+    kind: Literal["filter"] = "filter"
+    parts: tuple[str, ...] = Field(("norm", "layernorm", "ln", "bias"), min_length=1)
+
+    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+        """Freeze the others. ModelError: a part that no name has."""
+        chosen = {id(parameter) for _, parameter in self._chosen(model)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+
+    def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
+        """Nothing is read."""
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Nothing follows."""
+
+    def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+        """Those whose name has a part."""
+        return {name: tuple(parameter.shape) for name, parameter in self._chosen(model)}
+
+    def adapted(self, model: PreTrainedModel) -> dict[str, Adapted]:
+        """None."""
+        return {}
+
+    def export(self, model: PreTrainedModel, folder: Path) -> None:
+        """Nothing stands apart."""
+
+    def _chosen(self, model: PreTrainedModel) -> Iterable[tuple[str, nn.Parameter]]:
+        from thinwire.model.errors import ModelError
+
+        found = {name: parameter for name, parameter in model.named_parameters() if self._has(name)}
+        if not found:
+            known = sorted({part for name, _ in model.named_parameters() for part in name.split(".")[-2:]})
+            wanted = " or ".join(self.parts)
+            raise ModelError(f"model.view.parts: no parameter is called {wanted}; there are: {', '.join(known)}")
+        return found.items()
+
+    def _has(self, name: str) -> bool:
+        ends = "|".join(map(re.escape, self.parts))
+        return any(re.fullmatch(rf"(.*[_\W])?({ends})(_?\d+)?", part, re.IGNORECASE) for part in name.split("."))
