@@ -7,11 +7,15 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from thinwire import files
+from thinwire.errors import Damaged, first_wrong
 
 Record = dict[str, Any]
+K = TypeVar("K")
 
 
 class Scale(NamedTuple):
@@ -112,3 +116,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def read_json(kind: type[K], path: Path) -> K:
+    """A file of JSON as that type; Damaged for another."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        raise Damaged(f"{path}: not as it was written: {first_wrong(error)}") from None

@@ -8,17 +8,14 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from thinwire import files
-from thinwire.errors import Damaged, first_wrong
+from thinwire.records import read_json
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-K = TypeVar("K")
 PUBLIC = "sites"  # the folder of the sites' public keys, NAME.pub each
 
 
@@ -62,14 +59,6 @@ class Status:
         """What the file holds, None where there is none; Damaged for what was not written here."""
         path = folder / "federation" / "status.json"
         return read_json(cls, path) if path.exists() else None
-
-
-def read_json(kind: type[K], path: Path) -> K:
-    """A file of JSON as that type; Damaged for another."""
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
-    except ValidationError as error:
-        raise Damaged(f"{path}: not as it was written: {first_wrong(error)}") from None
 
 
 def serve(grid: Grid, folder: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import MutableMapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from thinwire.federation.asked import Refused, RunSettings
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.spent import Replies, Spent, drop_old
 from thinwire.keys import Key
+from thinwire.records import read_json
 from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
@@ -54,6 +55,14 @@ def run_settings(run: config.Run, sites: tuple[str, ...], session: str) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Holding:
+    """`newest`: the last round that was answered; `held`: (round, the version then held), ascending."""
+
+    newest: int
+    held: tuple[tuple[int, str | None], ...]
+
+
 class Kept:
     """What a site's client keeps between rounds: its memory, and which version it held after which round."""
 
@@ -63,7 +72,7 @@ class Kept:
     @property
     def newest(self) -> int:
         """The last round that the site has answered; 0 before any."""
-        return int(self._read()["newest"])
+        return self._read().newest
 
     def of(self, client: int, round: int) -> ClientMemory:
         """The memory before a round."""
@@ -76,32 +85,30 @@ class Kept:
 
     def held(self, client: int, round: int) -> str | None:
         """The version that the client held before a round."""
-        before = [version for number, version in self._read()["held"] if number < round]
+        before = [version for number, version in self._read().held if number < round]
         return before[-1] if before else None
 
     def hold(self, round: int, version: str | None) -> None:
         """The site has answered in that round, and the client then holds the version."""
-        before = [entry for entry in self._read()["held"] if entry[0] < round]
-        self._write(round, [*before, [round, version]])
+        before = [entry for entry in self._read().held if entry[0] < round]
+        self._write(round, [*before, (round, version)])
 
     def rewind(self, round: int) -> None:
         """Forget what came after that round."""
         for number, file in files_by_round(self.folder / "memory"):
             if number > round:
                 file.unlink()
-        self._write(self.newest, [entry for entry in self._read()["held"] if entry[0] <= round])
+        self._write(self.newest, [entry for entry in self._read().held if entry[0] <= round])
 
     def prune(self, oldest: int) -> None:
         """See ClientMemory.prune."""
         ClientMemory.prune(self.folder / "memory", oldest)
 
-    def _read(self) -> dict[str, Any]:
-        """`newest`, and `held`: [round, the version then held], ascending."""
+    def _read(self) -> Holding:
         file = self.folder / "held.json"
-        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"newest": 0, "held": []}
-        return found
+        return read_json(Holding, file) if file.exists() else Holding(0, ())
 
-    def _write(self, newest: int, held: list[Any]) -> None:
+    def _write(self, newest: int, held: list[tuple[int, str | None]]) -> None:
         files.write(self.folder / "held.json", json.dumps({"newest": newest, "held": held[-KEPT - 1 :]}))
 
 

@@ -5,34 +5,51 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from thinwire import files
+from thinwire.errors import Damaged
 from thinwire.federation.asked import Refused
 from thinwire.files import flush
+from thinwire.records import read_json
 from thinwire.wire import Frame, Illegal, Spooled
 from thinwire.wire.frame import SPOOL_ABOVE
+
+LOST = "this site's record of what it has answered is damaged, and it answers nothing without it"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Of a run: the hashes of its run files; for each action how many rounds were answered, and which was the last."""
+
+    files: tuple[str, ...]
+    rounds: dict[str, tuple[int, int]]
 
 
 class Spent:
     """How much of a site's budget is gone: spent.json, which outlives the folders of runs.
 
-    A run has the hashes of its run files, and for each action how many rounds were answered and which was the last.
+    `damaged`: why it cannot be read. What was answered is then not known, so nothing is: Refused.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "spent.json"
-        self.runs: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.damaged: str | None = None
+        self.runs: dict[str, Entry] = {}
+        try:
+            self.runs = read_json(dict[str, Entry], self.path) if self.path.exists() else {}
+        except Damaged as error:
+            self.damaged = str(error)
 
     def asks(self, run: str, settings: str, most: int) -> None:
         """A run file, by its hash, is about to be worked with; Refused where `most` were already."""
-        known = self.runs.get(run, {"files": [], "rounds": {}})
-        if settings in known["files"]:
+        known = self._known(run)
+        if settings in known.files:
             return
-        if sum(len(other["files"]) for other in self.runs.values()) >= most:
+        if sum(len(other.files) for other in self.runs.values()) >= most:
             raise Refused(f"this site's policy does not allow more than {most} run files")
-        self._write(run, {**known, "files": [*known["files"], settings]})
+        self._write(run, replace(known, files=(*known.files, settings)))
 
     def admit(self, run: str, action: str, round: int, most: int, floor: int = 0) -> None:
         """Illegal for a round that was answered, or lies before one that was or `floor`, and beyond `most` answers."""
@@ -49,18 +66,22 @@ class Spent:
 
     def add(self, run: str, action: str, round: int) -> None:
         """A round is being answered."""
-        known = self.runs.get(run, {"files": [], "rounds": {}})
+        known = self._known(run)
         count, _ = self.of(run, action)
-        self._write(run, {**known, "rounds": {**known["rounds"], action: [count + 1, round]}})
+        self._write(run, replace(known, rounds={**known.rounds, action: (count + 1, round)}))
 
     def of(self, run: str, action: str) -> tuple[int, int]:
         """How many rounds of a run were answered, and the last of them; 0, 0 at first."""
-        count, newest = self.runs.get(run, {}).get("rounds", {}).get(action, (0, 0))
-        return count, newest
+        return self._known(run).rounds.get(action, (0, 0))
 
-    def _write(self, run: str, entry: dict[str, Any]) -> None:
+    def _known(self, run: str) -> Entry:
+        if self.damaged is not None:
+            raise Refused(LOST)
+        return self.runs.get(run, Entry((), {}))
+
+    def _write(self, run: str, entry: Entry) -> None:
         self.runs = {**self.runs, run: entry}
-        files.write(self.path, json.dumps(self.runs))
+        files.write(self.path, json.dumps({name: asdict(known) for name, known in self.runs.items()}))
 
 
 class Replies:

@@ -15,9 +15,9 @@ from thinwire import files
 from thinwire.config import ConfigError, Run
 from thinwire.federation.keys import check_server, public_bytes
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
-from thinwire.federation.server_app import PUBLIC, Hub, Status, read_json
+from thinwire.federation.server_app import PUBLIC, Hub, Status
 from thinwire.federation.site_run import run_settings
-from thinwire.records import read_records
+from thinwire.records import read_json, read_records
 
 APP = Path(__file__).parent.parent / "flower_app"
 CONNECTION = "hub"

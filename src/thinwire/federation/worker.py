@@ -42,6 +42,8 @@ class Worker:
         self.policy = Policy.load(Path(site.policy) if site.policy else None)
         self.audit, self.spent = Audit(self.folder / "audit.jsonl"), Spent(self.folder)
         self.notices = Notices(self.folder / "notices.txt")
+        if self.spent.damaged is not None:
+            self.notices.add(f"{site.name}: does not answer: {self.spent.damaged}; put it back from a copy")
         self.spool = self.folder / "spool"
         shutil.rmtree(self.spool, ignore_errors=True)
         self.spool.mkdir(parents=True)
