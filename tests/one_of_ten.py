@@ -32,6 +32,7 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
+from thinwire.methods.onebit import OneBit
 from thinwire.model.net import Net
 from thinwire.model.views import Lora
 from thinwire.train.versions import coded
@@ -50,8 +51,9 @@ METHODS: dict[str, Method] = {
     "gradualdiff lowrank": GradualDiff(**FIRST, lr=3e-3, codec="lowrank", rank=4),
     "fedcybgd": FedCyBGD(**FIRST, lr=1e-2, blocks=2, common=0),
     "cgfed": CGFed(**FIRST, lr=1e-2, ratio=16),
+    "onebit": OneBit(**FIRST, lr=1e-2),
 }
-ON_FACTORS = {"fedit", "cgfed"}
+ON_FACTORS = {"fedit", "cgfed", "onebit"}
 Forge = Callable[["Federation", Any], Any]
 
 
@@ -92,6 +94,10 @@ def changed(federation: Federation, up: Any, hand: Callable[[Tensor], Tensor]) -
             else:
                 changes[name], _ = method._lossy(method.code(), old, update, up.key, i)
         return dataclasses.replace(up, changes=changes)
+    if isinstance(method, OneBit):
+        code = method.code.code()
+        update = hand(code.decode(bytes(up.change.tolist()), state.numbers.shape, 0))
+        return dataclasses.replace(up, change=to_tensor(code.encode(update, 0)))
     weights = {n: new(state.weights[n], hand(t.float() - state.weights[n].float())) for n, t in up.weights.items()}
     return dataclasses.replace(up, weights=weights)
 
