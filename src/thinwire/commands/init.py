@@ -44,6 +44,8 @@ name = "fedavg"                    # what is trained travels whole: a few MB a c
 lr = 5e-4                          # without [model.lora], rather 2e-5
 steps = 12                         # of a client in a round
 batch_size = 8
+# name = "onebit"                  # 15 kB for a client and round, and in our runs about what LoRA factors learn: with
+# lr = 4.5e-3                      # [model.view] kind = "tied" in place of [model.lora]; docs/onebit.md has a file
 # name = "fedkseed"                # all parameters for about 1 kB a client and round; learns far more slowly. Leave
 #                                  # [model.lora] out, and lr, steps and batch_size to their defaults at first
 

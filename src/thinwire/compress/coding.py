@@ -21,6 +21,7 @@ class Coding(BaseModel):
     ratio: float = Field(1.0, gt=0, le=1)  # of sketch: its numbers to those coded
     block: PositiveInt | None = None  # numbers that share a scale; sign 1024, blocks 128, ternary and topk more
     part: float = Field(1.0, gt=0, le=1)  # of the coordinates, each round another, the same for all
+    carry: float = Field(1.0, ge=0, le=1)  # of what the code has lost, the share that is added to what comes next
 
     @model_validator(mode="after")
     def _known(self) -> Coding:

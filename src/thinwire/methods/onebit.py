@@ -29,7 +29,7 @@ from thinwire.compress.catalogue import Plain, TensorCode, sizes
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.coding import AnyCoding, Coding
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
-from thinwire.compress.feedback import DEBT, debt_of, encode_with_debt, on_grid
+from thinwire.compress.feedback import DEBT, carried, debt_of, encode_with_debt, on_grid
 from thinwire.core import Client, Server, StaleVersion
 from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.model.net import Net
@@ -126,7 +126,7 @@ class OneBit(FirstOrder):
         learnt = torch.cat([(w.detach().cpu() - b).flatten() for w, b in zip(local.weights, before, strict=True)])
         if not torch.isfinite(learnt).all():
             raise Illegal("the update is not finite")
-        code, debt = self.code.code(), debt_of(client.memory, learnt)
+        code, debt = self.code.code(), carried(debt_of(client.memory, learnt), self.code.carry)
         if self.code.plain:
             data = code.encode((numbers + learnt).float(), down.key)
         else:
@@ -160,9 +160,10 @@ class OneBit(FirstOrder):
             numbers, owed = (state.numbers + move.double()).float(), state.owed
             data = code.encode(numbers, key)
         else:
-            data, sent, _ = encode_with_debt(code, move, state.owed, key)
+            owed = carried(state.owed, self.down.carry)
+            data, sent, _ = encode_with_debt(code, move, owed, key)
             numbers = self._moved(state.numbers, sent)
-            owed = on_grid(state.numbers) + on_grid(move) + state.owed - on_grid(numbers)
+            owed = on_grid(state.numbers) + on_grid(move) + owed - on_grid(numbers)
         version = server.versions.put({NUMBERS: numbers})
         changes, keys = {**state.changes, state.version: to_tensor(data)}, [*state.keys, key]
         if len(changes) < len(keys) or version in changes:  # the numbers are where they have been before
