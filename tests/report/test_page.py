@@ -38,7 +38,8 @@ def data_of(html: str) -> Any:
 
 def test_the_data_behind_each_plot_is_in_the_page(page: Path) -> None:
     plots = data_of(page.read_text())["plots"]
-    assert set(plots) == {"heldout-loss", "heldout-accuracy", "training-loss", "bytes", "memory", "clients"}
+    assert set(plots) == {"heldout-loss", "heldout-accuracy", "front", "training-loss", "bytes", "memory", "clients"}
+    assert [row["value"] for row in plots["front"]["rows"]] == [0.4] * 4
     row = next(row for row in plots["heldout-loss"]["rows"] if row["round"] == 4)
     assert row == {"run": "fedavg, seed 0", "group": "fedavg", "round": 4, "bytes": 6400, "seconds": 10.0, "value": 0.4}
     for plot in plots.values():

@@ -70,6 +70,10 @@
       if (log) made.layer[0].encoding.x2 = { datum: 1 };
       x.axis = bytes(log);
       made.height = 18 * rows.length + 8 * new Set(rows.map((row) => row.run)).size;
+    } else if (plot.kind === "front") {
+      x.scale = { type: "log", nice: false, padding: 24 };
+      x.axis = bytes(true);
+      made.height = 320;
     } else {
       x.field = state.x;
       x.title = titles[state.x];

@@ -39,7 +39,7 @@ def render(runs: Sequence[Recorded]) -> str:
         lines=lines,
         plots=found,
         many=len(runs) > 1,
-        curves=any(plot.kind != "bar" for plot in found),
+        curves=any(plot.kind in ("curve", "clients") for plot in found),
         runs=runs,
         answers=answers(runs),
         dropped=[

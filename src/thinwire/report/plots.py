@@ -19,7 +19,7 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure. `kind`: curve (x and y can be toggled), bar (x can) or clients (a curve of one run at a time)."""
+    """A figure. `kind`: curve (x and y can be toggled), bar (x can), clients (a curve of one run at a time), front."""
 
     name: str
     title: str
@@ -34,7 +34,11 @@ def plots(runs: Sequence[Recorded]) -> list[Plot]:
     """All plots that the runs have records for."""
     groups = list(dict.fromkeys(run.group for run in runs))
     found = [plot for split in _splits(runs) for score in MEASURED if (plot := _score(runs, groups, split, score))]
-    found += [plot for plot in (_training(runs, groups), _bytes(runs), _memory(runs), _clients(runs)) if plot]
+    found += [
+        plot
+        for plot in (_front(runs, groups), _training(runs, groups), _bytes(runs), _memory(runs), _clients(runs))
+        if plot
+    ]
     return found
 
 
@@ -60,6 +64,48 @@ def _score(runs: Sequence[Recorded], groups: Sequence[str], split: str, score: s
         f"{about} A line a run, a point an evaluation. Unit: {unit}.",
         "curve",
         _columns(f"{name} ({unit})"),
+        rows,
+        spec,
+    )
+
+
+def _front(runs: Sequence[Recorded], groups: Sequence[str]) -> Plot | None:
+    """Where there are several runs."""
+    rows = []
+    for run in runs:
+        losses = [
+            v for row in run.evals if row.get("split") == "heldout" and (v := number(row.get("loss"))) is not None
+        ]
+        visits = [c.get("bytes_down", 0) + c.get("bytes_up", 0) for r in run.rounds[-1:] for c in r["clients"]]
+        if losses and any(visits):
+            sent = sum(visits) / len(visits)
+            rows.append({"run": run.label, "group": run.group, "bytes": sent, "value": min(losses)})
+    if len(rows) < 2:
+        return None
+    named = {"field": "group", "type": "nominal", "title": None, "sort": list(groups)}
+    ranged = {"domain": list(groups), "range": [SHAPES[i % 8] for i in range(len(groups))]}
+    spec = {
+        "mark": {"type": "point", "filled": True, "size": 70},
+        "encoding": {
+            "x": {"field": "bytes", "type": "quantitative", "title": "bytes of a visit, both ways"},
+            "y": {
+                "field": "value",
+                "type": "quantitative",
+                "title": "best held-out loss (nats a token)",
+                "scale": {"zero": False, "padding": 16},
+            },
+            "color": {**named, "scale": {"domain": list(groups)}},
+            "shape": {**named, "scale": ranged},
+            "tooltip": [{"field": "run"}, {"field": "bytes", "format": ","}, {"field": "value", "format": ".5"}],
+        },
+    }
+    return Plot(
+        "front",
+        "Loss against bytes",
+        "A point a run: its best held-out loss, against the mean bytes of a client's visit in its last round, both "
+        "ways, in powers of ten. Lower and further to the left is better. Units: nats a token, bytes.",
+        "front",
+        (("run", "run"), ("bytes", "bytes of a visit, both ways"), ("value", "best held-out loss (nats a token)")),
         rows,
         spec,
     )
