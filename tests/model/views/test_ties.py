@@ -12,26 +12,40 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.model.views.ties import BLOCK, CHUNK, PARTS, Ties
+from thinwire.model.views.ties import CHUNK, PARTS, Ties
 from thinwire.model.views.ties_cpu import STEP, TILE
 from thinwire.perturb.philox import philox4x32
 from thinwire.streams import words
 
 KEY, STREAM = 0xFEDCBA9876543210, 2**40 + 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = (0, 1, 31, 33, STEP - 1, STEP, STEP + 1, 1001, TILE - 1, TILE, TILE + 1, 3 * TILE + 77)
-NUMBERS = (1, 7, 32_768, 115_200)
+SIZES = (
+    0,
+    1,
+    31,
+    33,
+    *(n * size + more for n in (4, 8) for size in (STEP, TILE) for more in (-1, 0, 1)),
+    1001,
+    24 * TILE + 77,
+)
+NUMBERS = (1, 7, 32_768, 65_536, 115_200)
 any_size = st.integers(0, 300) | st.integers(0, 4 * TILE)
-any_numbers = st.integers(1, 100) | st.sampled_from(NUMBERS) | st.integers(1, 2**24)
+any_numbers = (
+    st.integers(1, 100) | st.sampled_from((*NUMBERS, *(2**power for power in range(25)))) | st.integers(1, 2**24)
+)
 any_word = st.integers(0, 2**64 - 1)
 
 
 def mapped(key: int, stream: int, count: int, numbers: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The law, from the plain generator."""
-    counter = np.zeros(((count + 3) // 4, 4), np.uint32)
+    halves = numbers in {2**power for power in range(16)}
+    counter = np.zeros((count // 4 + 1, 4), np.uint32)
     counter[:, 0], counter[:, 2], counter[:, 3] = np.arange(len(counter)), stream & 0xFFFFFFFF, stream >> 32
-    drawn = philox4x32(counter, [key & 0xFFFFFFFF, key >> 32]).reshape(-1)[:count]
-    index = (drawn.astype(np.uint64) >> np.uint64(1)) * np.uint64(numbers) >> np.uint64(31)
+    drawn = philox4x32(counter, [key & 0xFFFFFFFF, key >> 32]).reshape(-1)
+    if halves:
+        drawn = np.stack([drawn % 2**16, drawn // 2**16], axis=1).reshape(-1)
+    drawn = drawn[:count]
+    index = (drawn.astype(np.uint64) >> np.uint64(1)) * np.uint64(numbers) >> np.uint64(15 if halves else 31)
     return index.astype(np.int64), np.where(drawn % 2 == 0, 1, -1).astype(np.float32)
 
 
@@ -69,24 +83,41 @@ def test_the_map_is_the_law(count: int, numbers: int) -> None:
     np.testing.assert_array_equal(sign, expected_sign)
 
 
-def test_the_map_is_of_the_words_of_a_stream() -> None:
-    drawn = words(KEY, [STREAM], 51).view("<u4")[0, :101].tolist()
-    index, sign = Ties(KEY, 32_768).signed(STREAM, 101)
-    assert index.tolist() == [((word >> 1) * 32_768) >> 31 for word in drawn]
-    assert sign.tolist() == [-1 if word & 1 else 1 for word in drawn]
+@pytest.mark.parametrize("numbers", [1, 2, 3, 1024, 32_767, 32_768, 32_769, 65_536, 115_200])
+def test_the_map_is_of_the_words_of_a_stream(numbers: int) -> None:
+    """Powers of two up to 2^15 take 16 bits an entry, from the lower end of each word; the others take 32."""
+    width = 16 if numbers in (1, 2, 1024, 32_768) else 32
+    drawn = [
+        int(word) >> shift & (1 << width) - 1 for word in words(KEY, [STREAM], 51)[0] for shift in range(0, 64, width)
+    ]
+    index, sign = Ties(KEY, numbers).signed(STREAM, 101)
+    assert index.tolist() == [((word >> 1) * numbers) >> (width - 1) for word in drawn[:101]]
+    assert sign.tolist() == [-1 if word & 1 else 1 for word in drawn[:101]]
 
 
-def test_golden_maps_never_change() -> None:
+@pytest.mark.parametrize(
+    ("numbers", "first", "digest"),
+    [
+        (
+            32_768,
+            [27045, 24028, 10382, 7814, 20599, 7372, 1730, 4935],
+            "2cd2ef8987dae621f49449ce019809322426b7412c635d05682646fd055ee46e",
+        ),
+        (
+            115_200,
+            [84474, 27473, 25918, 17349, 47379, 114029, 68642, 2657],
+            "b4d70e67c3266e4d3aa1467c791ff44613a938cc5161d242dcebbbf06f26c3fa",
+        ),
+    ],
+)
+def test_golden_maps_never_change(numbers: int, first: list[int], digest: str) -> None:
     """A change of any of these orphans every recorded run."""
-    index, sign = Ties(0x0123456789ABCDEF, 32_768).signed(42, 100_000)
-    assert index[:8].tolist() == [24028, 7814, 7372, 4935, 13476, 32435, 19524, 755]
-    assert (
-        hashlib.sha256(index.astype("<i4").tobytes() + sign.astype("<f4").tobytes()).hexdigest()
-        == "e9e0792db5afeee1d682fc7c8cb12374a5357dd3e76b05e96a965e807e24d101"
-    )
+    index, sign = Ties(0x0123456789ABCDEF, numbers).signed(42, 100_000)
+    assert index[:8].tolist() == first
+    assert hashlib.sha256(index.astype("<i4").tobytes() + sign.astype("<f4").tobytes()).hexdigest() == digest
 
 
-@pytest.mark.parametrize("numbers", [1, 7, 1000])
+@pytest.mark.parametrize("numbers", [1, 7, 8, 1000, 1024, 4096])
 def test_indices_are_uniform_and_signs_balanced(numbers: int) -> None:
     count = 1 << 18
     index, sign = Ties(KEY, numbers).signed(3, count)
@@ -203,7 +234,7 @@ def test_any_size_is_collected(
 
 
 @pytest.mark.parametrize(
-    ("count", "numbers"), [(3 * BLOCK * CHUNK + 1234, 115_200), (1_000_001, 7), (1_200_003, 32_768), (5, 3)]
+    ("count", "numbers"), [(12 * CHUNK + 1234, 115_200), (1_000_001, 7), (1_200_003, 32_768), (5, 3)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, count: int, numbers: int) -> None:

@@ -3,19 +3,22 @@
 It is frozen: a change here orphans every recorded run. Entry i, in row-major order, of the tensor with the stream s, in
 a run with the 64-bit key r:
 
-    block   = i // 4
+    B       = 16 if d is a power of two and at most 2^15, else 32
+    block   = i B div 128
     key     = (r mod 2^32, r div 2^32)
     counter = (block, 0, s mod 2^32, s div 2^32)
-    w       = word i mod 4 of philox4x32(counter, key)
-    index   = (w div 2) d div 2^31
+    w       = word i mod (128 / B) of philox4x32(counter, key), in words of B bits: of 32 bits the lower 16 come first
+    index   = (w div 2) d div 2^(B - 1)
     sign    = +1 if w is even, else -1
 
-so w is the i-th 32-bit word of `thinwire.streams.words`. Both passes draw it anew as they go, and hold no map.
+so w is the i-th word of B bits of `thinwire.streams.words`, little-endian, and where B is 16, index is the upper log2 d
+bits of it. Both passes draw it anew as they go, and hold no map.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +29,10 @@ from thinwire.model.views import ties_cpu
 from thinwire.streams import words
 from thinwire.threads import share, threads_for
 
-BLOCK = 4
-"""Entries drawn from one block of four 32-bit words."""
+BLOCK = 16
+"""Bytes of a block of the generator."""
+HALF = 1 << 15
+"""Of up to so many numbers, where they are a power of two, index and sign take 16 bits."""
 CHUNK = 1 << 16
 """Blocks that a thread takes at a time in `spread`."""
 PARTS = 16
@@ -57,12 +62,22 @@ class Ties:
         if not 0 <= self.key < 1 << 64:
             raise ValueError(f"key {self.key} has not 64 bits")
 
+    @property
+    def word(self) -> np.dtype[Any]:
+        """What an entry takes of the stream."""
+        return np.dtype(np.uint16 if self.numbers <= HALF and self.numbers.bit_count() == 1 else np.uint32)
+
+    @property
+    def per_block(self) -> int:
+        """Entries drawn from one block."""
+        return BLOCK // self.word.itemsize
+
     def signed(self, stream: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The map of a tensor of `count` entries as a whole, for small ones: index and sign, +1 or -1."""
         self._check(stream, count)
-        drawn = words(self.key, [stream], (count + 1) // 2).view("<u4")[0, :count]
-        index = (drawn >> np.uint32(1)).astype(np.uint64) * np.uint64(self.numbers) >> np.uint64(31)
-        return index.astype(np.int32), np.where(drawn & np.uint32(1), np.float32(-1), np.float32(1))
+        drawn = words(self.key, [stream], 2 * -(-count // self.per_block)).view(self.word)[0, :count]
+        index = (drawn >> 1).astype(np.uint64) * np.uint64(self.numbers) >> np.uint64(8 * drawn.itemsize - 1)
+        return index.astype(np.int32), np.where(drawn & 1, np.float32(-1), np.float32(1))
 
     def spread(
         self, theta: Tensor, stream: int, start: Tensor, out: Tensor, scale: float = 1.0, *, threads: int | None = None
@@ -85,15 +100,14 @@ class Ties:
             out.detach().copy_(near)
             return
         source, target, table = _bits(start), _bits(out), (theta.detach().cpu() * np.float32(scale).item()).numpy()
-        # numba compiles once more for every further type, and mixes uint64 and int64 into float64
-        key, place = np.uint64(self.key), np.uint64(stream)
+        key, place, numbers, per = *self._drawn(stream), self.per_block
 
         def sweep(low: int, high: int) -> None:
-            piece = slice(BLOCK * low, BLOCK * high)
-            ties_cpu.spread(table, key, place, np.uint64(low), source[piece], target[piece])
+            piece = slice(per * low, per * high)
+            ties_cpu.spread(table, key, place, np.uint64(low), numbers, source[piece], target[piece])
 
         threads = threads_for(source.size, 1) if threads is None else threads
-        share(sweep, 0, -(-source.size // BLOCK), threads, CHUNK)
+        share(sweep, 0, -(-source.size // per), threads, CHUNK)
 
     def collect(
         self, gradient: Tensor, stream: int, into: Tensor, scale: float = 1.0, *, threads: int | None = None
@@ -110,19 +124,24 @@ class Ties:
         source = _bits(near.float() if near.dtype == torch.float16 else near)
         # a part's sums are made and added up in the time of some d entries, so it has eight times as many or is alone
         parts = max(1, min(PARTS, size // (8 * self.numbers)))
-        width = max(1, -(-size // BLOCK // parts))
+        key, place, numbers, per = *self._drawn(stream), self.per_block
+        width = max(1, -(-size // per // parts))
         totals = np.zeros((parts, self.numbers), np.float64)
-        key, place = np.uint64(self.key), np.uint64(stream)
 
         def sweep(low: int, high: int) -> None:
             for first in range(low, high, width):
-                piece = source[BLOCK * first : BLOCK * min(first + width, high)]
-                ties_cpu.collect(piece, key, place, np.uint64(first), totals[first // width])
+                piece = source[per * first : per * min(first + width, high)]
+                ties_cpu.collect(piece, key, place, np.uint64(first), numbers, totals[first // width])
 
-        share(sweep, 0, -(-size // BLOCK), threads_for(size, 1) if threads is None else threads, width)
+        share(sweep, 0, -(-size // per), threads_for(size, 1) if threads is None else threads, width)
         for more in totals[1:]:
             totals[0] += more
         into.detach().copy_(into.detach().cpu().double() + torch.from_numpy(totals[0]) * scale)
+
+    def _drawn(self, stream: int) -> tuple[np.uint64, np.uint64, NDArray[Any]]:
+        """What the kernels draw a map from: key, stream, and numbers of the kind of word that an entry takes."""
+        # numba compiles once more for every further type, and mixes uint64 and int64 into float64
+        return np.uint64(self.key), np.uint64(stream), np.array([self.numbers], self.word)
 
     def _check(self, stream: int, count: int, *tensors: Tensor) -> None:
         if not 0 <= stream < 1 << 64:

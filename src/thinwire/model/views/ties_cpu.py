@@ -7,7 +7,7 @@ any, as there is no fast-math, no fused multiply-add, and one order of sums a nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,17 @@ LANES = 8
 """Blocks in one vector, a word of each in 64 bits."""
 SETS = 4
 """Vectors of blocks at a time: one alone leaves the CPU waiting for its multiplications."""
-WIDTH = 4 * LANES
-STEP = SETS * WIDTH
-"""Entries at a time."""
+STEP = SETS * LANES
+"""Blocks at a time."""
 TILE = 16 * STEP
 
 _1, _16, _32, _64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
-_LANES, _WORDS = ir.VectorType(_64, LANES), ir.VectorType(_32, WIDTH)
-_FLOATS, _SHORT = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(_16, WIDTH)
-_HALVES = ir.VectorType(_16, 2 * WIDTH)
+_LANES = ir.VectorType(_64, LANES)
+
+
+def _like(vector: ir.Value, element: ir.Type) -> ir.VectorType:
+    """As many lanes of another type."""
+    return ir.VectorType(element, vector.type.count)
 
 
 def _all(vector: ir.VectorType, value: int) -> ir.Constant:
@@ -38,16 +40,19 @@ def _all(vector: ir.VectorType, value: int) -> ir.Constant:
     return ir.Constant(vector, [ir.Constant(vector.element, value)] * vector.count)
 
 
-def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """A 64-bit number in every lane."""
-    first = builder.insert_element(ir.Constant(_LANES, ir.Undefined), value, _32(0))
-    return builder.shuffle_vector(first, ir.Constant(_LANES, ir.Undefined), _all(ir.VectorType(_32, LANES), 0))
+def _splat(builder: ir.IRBuilder, value: ir.Value, vector: ir.VectorType = _LANES) -> ir.Value:
+    """A number in every lane."""
+    rest = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(rest, value, _32(0))
+    return builder.shuffle_vector(first, rest, _all(ir.VectorType(_32, vector.count), 0))
 
 
-class _Generator:
-    """Philox4x32-10 of Random123, as `thinwire.streams.words`, for LANES blocks a vector."""
+class _Map:
+    """Index and sign of entry after entry, from Philox4x32-10 of Random123 for LANES blocks a vector."""
 
-    def __init__(self, builder: ir.IRBuilder, key: ir.Value, stream: ir.Value, block: ir.Value) -> None:
+    def __init__(
+        self, builder: ir.IRBuilder, key: ir.Value, stream: ir.Value, block: ir.Value, numbers: ir.Value
+    ) -> None:
         self.builder, self.block = builder, block
         self.low, self.half = _all(_LANES, 0xFFFFFFFF), _all(_LANES, 32)
         halves = builder.and_(key, _64(0xFFFFFFFF)), builder.lshr(key, _64(32))
@@ -59,12 +64,21 @@ class _Generator:
             [_splat(builder, builder.add(half, _64(turn * weyl))) for half, weyl in zip(halves, WEYL, strict=True)]
             for turn in range(ROUNDS)
         ]
+        self.bits = numbers.type.width
+        """Of the word that an entry takes: 16, and then the numbers are a power of two, or 32."""
+        self.width = LANES * 128 // self.bits
+        """Entries in the blocks of a vector."""
+        if self.bits == 16:
+            shift = builder.sub(_32(16), builder.cttz(builder.zext(numbers, _32), _1(0)))
+            self.scale = _splat(builder, shift, ir.VectorType(_32, self.width))
+        else:
+            self.scale = _splat(builder, builder.zext(numbers, _64), ir.VectorType(_64, 2 * LANES))
 
-    def words(self, entry: ir.Value) -> list[list[ir.Value]]:
-        """SETS times the four words of LANES blocks, from that of an entry on; their upper halves hold rubbish."""
+    def words(self, after: ir.Value) -> list[ir.Value]:
+        """SETS times the words of LANES blocks, so many after the first, in the order of the stream, two a lane."""
         b, states = self.builder, []
         for number in range(SETS):
-            first = b.add(b.add(self.block, b.lshr(entry, _64(2))), _64(LANES * number))
+            first = b.add(b.add(self.block, after), _64(LANES * number))
             counters = b.add(_splat(b, first), ir.Constant(_LANES, [_64(lane) for lane in range(LANES)]))
             states.append([counters, _all(_LANES, 0), *self.stream])
         for k0, k1 in self.keys:
@@ -79,82 +93,85 @@ class _Generator:
                     b.xor(b.xor(b.lshr(product0, self.half), x[3]), k1),
                     product0,
                 )
-        return states
+        return [self._in_order(four) for four in states]
+
+    def _in_order(self, four: Sequence[ir.Value]) -> ir.Value:
+        """The words of each block together; the upper halves of the lanes hold rubbish before."""
+        b, lanes = self.builder, ir.VectorType(_32, 2 * LANES)
+        turns = [_32(i // 2 + LANES * (i % 2)) for i in range(2 * LANES)]
+        lower = ir.Constant(lanes, [_32(2 * turn.constant) for turn in turns])
+        halves = [b.bitcast(word, lanes) for word in four]
+        left, right = (b.bitcast(b.shuffle_vector(halves[i], halves[i + 1], lower), _LANES) for i in (0, 2))
+        return b.shuffle_vector(left, right, ir.Constant(lanes, turns))
+
+    def entries(self, after: ir.Value) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
+        """SETS times the place of the first of `width` entries, their indices, and their signs as the sign bit."""
+        b, place = self.builder, self.builder.mul(after, _64(128 // self.bits))
+        entries = ir.VectorType(_32, self.width)
+        for number, pairs in enumerate(self.words(after)):
+            if self.bits == 16:
+                words = b.zext(b.bitcast(pairs, ir.VectorType(_16, self.width)), entries)
+                index = b.lshr(words, self.scale)
+            else:
+                half, last = _all(pairs.type, 32), _all(pairs.type, 0xFFFFFFFE)
+                even, odd = (b.lshr(b.mul(b.and_(x, last), self.scale), half) for x in (pairs, b.lshr(pairs, half)))
+                words, index = (b.bitcast(x, entries) for x in (pairs, b.or_(even, b.shl(odd, half))))
+            yield b.add(place, _64(self.width * number)), index, b.shl(words, _all(entries, 31))
 
 
-def _product(builder: ir.IRBuilder, word: ir.Value, factor: ir.Value) -> ir.Value:
-    """The upper half of factor times the word without its last bit; both are of 32 bits."""
-    return builder.lshr(builder.mul(builder.and_(word, _all(_LANES, 0xFFFFFFFE)), factor), _all(_LANES, 32))
-
-
-def _sign(builder: ir.IRBuilder, word: ir.Value) -> ir.Value:
-    """The sign bit of a float32 where the word is odd."""
-    return builder.shl(builder.and_(word, _all(_LANES, 1)), _all(_LANES, 31))
-
-
-def _in_order(builder: ir.IRBuilder, four: Sequence[ir.Value]) -> ir.Value:
-    """What belongs to the four words of each block, in the order of the entries: 32 bits each."""
-    left, right = (builder.or_(four[i], builder.shl(four[i + 1], _all(_LANES, 32))) for i in (0, 2))
-    turns = [_32(i // 2 + LANES * (i % 2)) for i in range(2 * LANES)]
-    pairs = builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(_32, 2 * LANES), turns))
-    return builder.bitcast(pairs, _WORDS)
+def _gather(builder: ir.IRBuilder, array: Any, index: ir.Value) -> ir.Value:
+    """The bits of the float32 at each index."""
+    found, places, mask = (_like(index, t) for t in (_32, ir.PointerType(_32), _1))
+    pointers = builder.gep(array.data, [index], source_etype=_32)
+    pointers.type = places  # llvmlite takes it for a single one
+    kind = ir.FunctionType(found, [places, _32, mask, found])
+    gather = cgutils.get_or_insert_function(
+        builder.module, kind, f"llvm.masked.gather.v{found.count}i32.v{found.count}p0"
+    )
+    return builder.call(gather, [pointers, _32(4), _all(mask, 1), ir.Constant(found, ir.Undefined)])
 
 
 def _place(builder: ir.IRBuilder, array: Any, entry: ir.Value, vector: ir.VectorType) -> ir.Value:
     return builder.bitcast(builder.gep(array.data, [entry]), vector.as_pointer())
 
 
-def _load(builder: ir.IRBuilder, array: Any, entry: ir.Value, short: bool) -> ir.Value:
-    """The bits of WIDTH float32, or of as many bfloat16 made float32."""
+def _load(builder: ir.IRBuilder, array: Any, entry: ir.Value, like: ir.Value, short: bool) -> ir.Value:
+    """The bits of as many float32, or of bfloat16 made float32."""
     if not short:
-        return builder.load(_place(builder, array, entry, _WORDS), align=4)
-    bits = builder.load(_place(builder, array, entry, _SHORT), align=2)
-    return builder.shl(builder.zext(bits, _WORDS), _all(_WORDS, 16))
+        return builder.load(_place(builder, array, entry, like.type), align=4)
+    bits = builder.load(_place(builder, array, entry, _like(like, _16)), align=2)
+    return builder.shl(builder.zext(bits, like.type), _all(like.type, 16))
 
 
 def _bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Rounded to the nearest, ties to even: bits, 16 each."""
-    bits = builder.bitcast(value, _WORDS)
-    last = builder.and_(builder.lshr(bits, _all(_WORDS, 16)), _all(_WORDS, 1))
-    near = builder.add(builder.add(bits, _all(_WORDS, 0x7FFF)), last)
+    bits = builder.bitcast(value, _like(value, _32))
+    whole, one = _all(bits.type, 16), _all(bits.type, 1)
+    near = builder.add(builder.add(bits, _all(bits.type, 0x7FFF)), builder.and_(builder.lshr(bits, whole), one))
     nan = builder.fcmp_unordered("uno", value, value)
-    halves = builder.bitcast(builder.select(nan, _all(_WORDS, 0x7FC00000), near), _HALVES)
-    upper = ir.Constant(ir.VectorType(_32, WIDTH), [_32(2 * i + 1) for i in range(WIDTH)])
-    return builder.shuffle_vector(halves, ir.Constant(_HALVES, ir.Undefined), upper)
+    upper = builder.lshr(builder.select(nan, _all(bits.type, 0x7FC00000), near), whole)
+    return builder.trunc(upper, _like(bits, _16))
 
 
 @intrinsic
-def _spread(typing, table, key, stream, block, start, out):
+def _spread(typing, table, key, stream, block, numbers, start, out):
     """out = start + a number of the table for each entry; of all whole STEPs."""
     short = start.dtype.bitwidth == 16
 
     def generate(context, b, signature, arguments):
-        table, start, out = (context.make_array(signature.args[i])(context, b, arguments[i]) for i in (0, 4, 5))
-        generator = _Generator(b, *arguments[1:4])
-        numbers, size = (b.extract_value(array.shape, 0) for array in (table, start))
-        # four times an index is how far its number lies behind the first
-        factor = _splat(b, b.and_(b.shl(numbers, _64(2)), _64(0xFFFFFFFF)))
-        base = _splat(b, b.ptrtoint(table.data, _64))
-        found, pointers, mask = (ir.VectorType(t, LANES) for t in (_32, ir.PointerType(_32), _1))
-        kind = ir.FunctionType(found, [pointers, _32, mask, found])
-        gather = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.gather.v{LANES}i32.v{LANES}p0")
-
-        def value(word: ir.Value) -> ir.Value:
-            far = b.and_(_product(b, word, factor), _all(_LANES, 0xFFFFFFFC))
-            places = b.inttoptr(b.add(base, far), pointers)
-            bits = b.call(gather, [places, _32(4), _all(mask, 1), ir.Constant(found, ir.Undefined)])
-            return b.xor(b.zext(bits, _LANES), _sign(b, word))
-
-        with cgutils.for_range_slice(b, _64(0), size, _64(STEP)) as (entry, _):
-            for number, four in enumerate(generator.words(entry)):
-                here = b.add(entry, _64(WIDTH * number))
-                moved = b.bitcast(_in_order(b, [value(word) for word in four]), _FLOATS)
-                total = b.fadd(b.bitcast(_load(b, start, here, short), _FLOATS), moved)
-                bits = _bfloat16(b, total) if short else b.bitcast(total, _WORDS)
+        table, start, out = (context.make_array(signature.args[i])(context, b, arguments[i]) for i in (0, 5, 6))
+        drawn = _Map(b, *arguments[1:5])
+        blocks = b.udiv(b.extract_value(start.shape, 0), _64(128 // drawn.bits))
+        with cgutils.for_range_slice(b, _64(0), blocks, _64(STEP)) as (after, _):
+            for here, index, sign in drawn.entries(after):
+                floats = _like(index, ir.FloatType())
+                moved = b.bitcast(b.xor(_gather(b, table, index), sign), floats)
+                total = b.fadd(b.bitcast(_load(b, start, here, index, short), floats), moved)
+                bits = _bfloat16(b, total) if short else b.bitcast(total, index.type)
                 b.store(bits, _place(b, out, here, bits.type), align=2 if short else 4)
         return context.get_dummy_value()
 
-    return types.void(table, key, stream, block, start, out), generate
+    return types.void(table, key, stream, block, numbers, start, out), generate
 
 
 @intrinsic
@@ -164,55 +181,55 @@ def _sign_and_place(typing, gradient, key, stream, block, numbers, index, value)
 
     def generate(context, b, signature, arguments):
         gradient, index, value = (context.make_array(signature.args[i])(context, b, arguments[i]) for i in (0, 5, 6))
-        generator, size = _Generator(b, *arguments[1:4]), b.extract_value(index.shape, 0)
-        factor = _splat(b, b.and_(arguments[4], _64(0xFFFFFFFF)))
-        with cgutils.for_range_slice(b, _64(0), size, _64(STEP)) as (entry, _):
-            for number, four in enumerate(generator.words(entry)):
-                here = b.add(entry, _64(WIDTH * number))
-                signs = _in_order(b, [_sign(b, word) for word in four])
-                signed = b.bitcast(b.xor(_load(b, gradient, here, short), signs), _FLOATS)
-                b.store(
-                    _in_order(b, [_product(b, word, factor) for word in four]), _place(b, index, here, _WORDS), align=4
-                )
-                b.store(signed, _place(b, value, here, _FLOATS), align=4)
+        drawn = _Map(b, *arguments[1:5])
+        blocks = b.udiv(b.extract_value(index.shape, 0), _64(128 // drawn.bits))
+        with cgutils.for_range_slice(b, _64(0), blocks, _64(STEP)) as (after, _):
+            for here, found, sign in drawn.entries(after):
+                signed = b.xor(_load(b, gradient, here, found, short), sign)
+                b.store(found, _place(b, index, here, found.type), align=4)
+                b.store(signed, _place(b, value, here, found.type), align=4)
         return context.get_dummy_value()
 
     return types.void(gradient, key, stream, block, numbers, index, value), generate
 
 
 @njit(nogil=True, cache=True)
-def spread(table, key, stream, block, start, out):
+def spread(table, key, stream, block, numbers, start, out):
     """out = start + a number of the table, or minus it, for each entry; the first one is the first of a block.
 
-    table: float32 [d]; start, out: bits of float32, uint32, or of bfloat16, uint16, in the same memory or apart.
+    table: float32 [d]; numbers: d alone in an array of uint16 or uint32, as are the words that entries take; start,
+    out: bits of float32, uint32, or of bfloat16, uint16, in the same memory or apart.
     """
-    whole = start.size // STEP * STEP
+    per = 16 // numbers.itemsize
+    whole = start.size // (per * STEP) * (per * STEP)
     rest = start.size - whole
-    _spread(table, key, stream, block, start[:whole], out[:whole])  # type: ignore[call-arg]
+    _spread(table, key, stream, block, numbers[0], start[:whole], out[:whole])  # type: ignore[call-arg]
     if rest:
-        few = np.zeros(STEP, start.dtype)
+        few = np.zeros(per * STEP, start.dtype)
         for e in range(rest):
             few[e] = start[whole + e]
-        _spread(table, key, stream, block + np.uint64(whole // 4), few, few)
+        _spread(table, key, stream, block + np.uint64(whole // per), numbers[0], few, few)
         for e in range(rest):
             out[whole + e] = few[e]
 
 
 @njit(nogil=True, cache=True)
-def collect(gradient, key, stream, block, total):
+def collect(gradient, key, stream, block, numbers, total):
     """total[index] += sign gradient, in order; the first entry is the first one of a block.
 
-    gradient: bits of float32, uint32, or of bfloat16, uint16; total: float64 [d].
+    gradient: bits of float32, uint32, or of bfloat16, uint16; numbers: as in `spread`; total: float64 [d].
     """
-    index, value, last = np.empty(TILE, np.uint32), np.empty(TILE, np.float32), np.zeros(TILE, gradient.dtype)
-    numbers = np.uint64(total.size)
-    for here in range(0, gradient.size, TILE):
-        size = min(TILE, gradient.size - here)
+    per = 16 // numbers.itemsize
+    tile = per * TILE
+    index, value, last = np.empty(tile, np.uint32), np.empty(tile, np.float32), np.zeros(tile, gradient.dtype)
+    for here in range(0, gradient.size, tile):
+        size = min(tile, gradient.size - here)
         piece = gradient[here : here + size]
-        if size < TILE:
+        if size < tile:
             for e in range(size):
                 last[e] = piece[e]
             piece = last
-        _sign_and_place(piece, key, stream, block + np.uint64(here // 4), numbers, index, value)  # type: ignore[call-arg]
+        first = block + np.uint64(here // per)
+        _sign_and_place(piece, key, stream, first, numbers[0], index, value)  # type: ignore[call-arg]
         for e in range(size):
             total[index[e]] += value[e]
