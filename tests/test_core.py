@@ -62,7 +62,8 @@ class Differences(Method):
         return Vector({"w": state.weights["w"] - old["w"]}, held)
 
     def client_update(self, down: Vector, client: Client) -> Answer:
-        if client.id == self.forgets and client.memory.get("rounds", torch.zeros(1)).item() == 2:
+        forgets = client.id == self.forgets and client.memory.get("rounds", torch.zeros(1)).item() == 2
+        if forgets and down.version is not None:  # what it writes into its memory before that is not kept
             client.held = None
             client.memory["rounds"] = torch.full((1,), 9.0)
             raise StaleVersion

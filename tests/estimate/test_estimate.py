@@ -81,7 +81,7 @@ def test_factors_have_the_names_and_shapes_of_a_view(tmp_path: Path) -> None:
     run = run.model_copy(update={"model": run.model.model_copy(update={"lora": Lora(rank=3), "view": Lora(rank=3)})})
     net: Net = assemble.net_of(run)
     assert {n: p.shape for n, p in net.parameters()} == {n: t.shape for n, t in sketch(run).trained.items()}
-    frozen, whole = one_pass(sketch(run), 2, 40, 8, run.model.lora), one_pass(sketch(run), 2, 40, 8)
+    frozen, whole = one_pass(sketch(run), 2, 40, 8, run.model.view.factors), one_pass(sketch(run), 2, 40, 8)
     assert frozen.kept < whole.kept
 
 

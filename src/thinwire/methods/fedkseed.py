@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -184,20 +183,13 @@ class FedKSeed(Averaged):
         examples, loss, measured, skipped = 0.0, 0.0, 0.0, 0
         lengths: list[NDArray[np.float64]] = []  # of each reply's moves, and of the same weighted
 
-        def add(block: list[tuple[int, Steps]]) -> None:
+        def add(block: list[tuple[int, float, tuple[Tensor, float], Tensor | None]]) -> None:
             """All replies of a block in one go, in their order: one by one they would cost far more."""
-            nonlocal examples, loss, measured, shrink, skipped
-            clients, ups = zip(*block, strict=True)
-            each = [self.weight(up) for up in ups]
-            for weight, up in zip(each, ups, strict=True):
-                examples += weight
-                if math.isfinite(up.loss):
-                    measured += weight
-                    loss += (up.loss - loss) * weight / measured
-            weights = np.array(each, np.float64)
-            scalars = as_floats([(up.scalars, up.unit) for up in ups], self._form, shape)
+            nonlocal shrink, skipped
+            clients, each, sent, seeds = zip(*block, strict=True)
+            weights, scalars = np.array(each, np.float64), as_floats(sent, self._form, shape)
             if self.wire == "paper":
-                picks = torch.stack([up.seeds for up in ups]).numpy().reshape(scalars.shape)
+                picks = torch.stack(seeds).numpy().reshape(scalars.shape)
             else:
                 picks = shared.picks(draws, clients, shape, shares)
             taken = ~np.isnan(scalars[..., 0])
@@ -217,14 +209,22 @@ class FedKSeed(Averaged):
             shrink += float(weights @ decay**steps)
             skipped += int(taken.size - steps.sum())
 
-        left = iter(replies)
-        while block := list(islice(left, BLOCK)):
+        block = []
+        for client_id, up in replies:
+            weight = self.weight(up)
+            block.append((client_id, weight, (up.scalars, up.unit), up.seeds))  # no reply is held itself
+            examples += weight
+            if math.isfinite(up.loss):
+                measured += weight
+                loss += (up.loss - loss) * weight / measured
+            if len(block) == BLOCK:
+                add(block)
+                block = []
+        if block:
             add(block)
-            del block
         if examples == 0:
             return state, {}
-        shrink /= examples
-        gains /= examples
+        shrink, gains = shrink / examples, gains / examples
         moments = state.moments
         if not self.server_step.plain:
             move, moments = self.server_step(state.moments or {}, "gains", torch.from_numpy(gains))
