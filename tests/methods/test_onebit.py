@@ -12,7 +12,9 @@ import torch
 from federation import Federation
 from rows import MODELS, ROWS, tiny_net
 
+from thinwire import wire
 from thinwire.compress.codecs.blocks import Blocks
+from thinwire.compress.entropy.packing import to_tensor
 from thinwire.compress.feedback import DEBT, on_grid
 from thinwire.config.schema import Model
 from thinwire.core import StaleVersion
@@ -20,6 +22,7 @@ from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.onebit import MISSED, NUMBERS, OneBit
 from thinwire.model.net import Net
 from thinwire.wire import Illegal
+from thinwire.wire.legal import LARGEST
 
 METHOD = ROWS["onebit"].method
 assert isinstance(METHOD, OneBit)
@@ -131,6 +134,15 @@ def test_a_version_that_is_not_held_is_stale(net: Net, tmp_path: Path) -> None:
         METHOD.receive(replace(down, base="f" * 32), federation.client(0, 3))
 
 
+def test_a_version_of_other_numbers_is_stale(net: Net, tmp_path: Path) -> None:
+    federation = Federation(METHOD, net, tmp_path).run(2)
+    down = METHOD.broadcast(federation.state, federation.server(3, (0,)), 0, federation.held[0])
+    for other in ({NUMBERS: torch.zeros(7)}, {"weights": torch.zeros(500)}):
+        client = federation.client(0, 3)
+        with pytest.raises(StaleVersion):
+            METHOD.receive(replace(down, base=client.versions.put(other)), client)
+
+
 Change = Callable[[Any], dict[str, Any]]
 WRONG: dict[str, Change] = {
     "changes without keys": lambda down: {"keys": []},
@@ -142,6 +154,9 @@ WRONG: dict[str, Change] = {
     "a change of floats": lambda down: {"changes": {"0": down.changes["0"].float()}},
     "a scale that is not finite": lambda down: {"changes": {"0": torch.full_like(down.changes["0"], 0xFF)}},
     "levels that are cut": lambda down: {"levels": torch.zeros(7, dtype=torch.uint8)},
+    "a change beyond all": lambda down: {
+        "changes": {"0": to_tensor(Blocks(1, 1024).encode(torch.full((500,), 1e30), 0))}
+    },
     "another change": lambda down: {"changes": {"0": down.changes["0"] ^ 1}},
 }
 
@@ -166,3 +181,19 @@ def test_a_round_in_which_nothing_changes_keeps_the_version(net: Net, tmp_path: 
     client = federation.client(0, 4)
     METHOD.receive(down, client)
     assert client.held == state.version
+
+
+def test_the_largest_that_is_legal_for_ever_ends_no_run(net: Net, tmp_path: Path) -> None:
+    """One client says the most that it may in every round; what all hold stays finite, and the rounds go on."""
+    most = Blocks(1, 1024).encode(torch.full((500,), 5.9e4), 0)
+
+    def tamper(client: int, frame: wire.Frame) -> wire.Frame:
+        header = wire.peek(frame)
+        up = replace(wire.decode(METHOD.Up, frame), change=to_tensor(most))
+        return frame if client else wire.encode(up, run=header.run, round=header.round, client=0, held=header.held)
+
+    federation = Federation(METHOD, net, tmp_path, rounds=20, tamper=tamper).run()
+    assert all(visit.error is None for at in federation.history for visit in at.visits.values())
+    assert torch.isfinite(federation.state.numbers).all()
+    assert torch.isfinite(federation.state.owed).all()
+    assert federation.state.numbers.abs().max() <= LARGEST * 1.01

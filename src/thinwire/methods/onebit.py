@@ -188,9 +188,10 @@ class OneBit(FirstOrder):
             numbers = _decoded(self._levels, down.levels, (size,), 0)
         elif down.base is None:
             numbers = torch.zeros(size)
-        elif (known := client.versions.get(down.base)) is None:
-            raise StaleVersion
         else:
+            known = client.versions.get(down.base)
+            if known is None or NUMBERS not in known or known[NUMBERS].shape != (size,):
+                raise StaleVersion
             numbers = known[NUMBERS]
         for change, key in zip(down.changes.values(), down.keys, strict=True):
             numbers = self._moved(numbers, _decoded(self.down.code(), change, (size,), key))
@@ -235,7 +236,8 @@ class OneBit(FirstOrder):
         """The numbers after a change, on the levels that they travel in: the same at all ends."""
         if self.down.plain:
             return sent
-        moved = (on_grid(numbers) + on_grid(sent)).float()
+        # whatever many legal replies add up to, or a hub makes up, they stay numbers
+        moved = (on_grid(numbers) + on_grid(sent)).float().clamp_(-LARGEST, LARGEST)
         return LEVELS.decode(LEVELS.encode(moved, 0), moved.shape, 0)
 
 
