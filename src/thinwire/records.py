@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from thinwire import files
 from thinwire.errors import Damaged, first_wrong
 
@@ -120,6 +118,8 @@ def finite(value: Any) -> Any:
 
 def read_json(kind: type[K], path: Path) -> K:
     """A file of JSON as that type; Damaged for another."""
+    from pydantic import TypeAdapter, ValidationError  # not for `thinwire --help`
+
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
