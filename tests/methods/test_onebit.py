@@ -184,7 +184,7 @@ def test_a_round_in_which_nothing_changes_keeps_the_version(net: Net, tmp_path: 
 
 
 def test_the_largest_that_is_legal_for_ever_ends_no_run(net: Net, tmp_path: Path) -> None:
-    """One client says the most that it may in every round; what all hold stays finite, and the rounds go on."""
+    """One client sends the most that it may in every round; what all hold stays finite, and the rounds go on."""
     most = Blocks(1, 1024).encode(torch.full((500,), 5.9e4), 0)
 
     def tamper(client: int, frame: wire.Frame) -> wire.Frame:

@@ -58,7 +58,7 @@ def of(net: Net, change: Tensor, run: Run, classes: Sequence[str] | None, bits: 
     """What is to be kept of a run's net that has `change` as its numbers, whatever it loses in so many `bits`."""
     numbers.fill(net, torch.zeros(net.size))
     model, dtype, seed, shown = run.model.path, run.model.dtype, run.seed, run.data.model_dump_json(include=SHOWN)
-    view = json.dumps(net.view.model_dump(mode="json"))  # type: ignore[attr-defined]
+    view = net.view.model_dump_json()
     settings = (model, digest(net), dtype, view, seed, shown, None if classes is None else list(classes))
     for block in BLOCKS:
         code = Blocks(bits or 8, block)

@@ -37,6 +37,9 @@ class View(Protocol):
     def forward_share(self) -> float:
         """Of the passes of a step on all weights, the share that a step on this view takes."""
 
+    def model_dump_json(self) -> str:
+        """The table as JSON."""
+
     @property
     def trains(self) -> str:
         """What is trained, for people; {} stands for how many there are."""
