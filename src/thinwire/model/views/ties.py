@@ -99,7 +99,9 @@ class Ties:
             self.spread(theta, stream, near, near, scale, threads=threads)
             out.detach().copy_(near)
             return
-        source, target, table = _bits(start), _bits(out), (theta.detach().cpu() * np.float32(scale).item()).numpy()
+        near = theta.detach().cpu().contiguous()
+        source, target = _bits(start), _bits(out)
+        table = (near if scale == 1 else near * np.float32(scale).item()).numpy()
         key, place, numbers, per = *self._drawn(stream), self.per_block
 
         def sweep(low: int, high: int) -> None:
@@ -125,6 +127,10 @@ class Ties:
         # a part's sums are made and added up in the time of some d entries, so it has eight times as many or is alone
         parts = max(1, min(PARTS, size // (8 * self.numbers)))
         key, place, numbers, per = *self._drawn(stream), self.per_block
+        # a pass over all numbers would be most of the work
+        if size < self.numbers // 8 and into.device.type == "cpu" and into.is_contiguous():
+            ties_cpu.collect_few(source, key, place, np.uint64(0), numbers, into.detach().numpy(), float(scale))
+            return
         width = max(1, -(-size // per // parts))
         totals = np.zeros((parts, self.numbers), np.float64)
 

@@ -233,3 +233,33 @@ def collect(gradient, key, stream, block, numbers, total):
         _sign_and_place(piece, key, stream, first, numbers[0], index, value)  # type: ignore[call-arg]
         for e in range(size):
             total[index[e]] += value[e]
+
+
+@njit(nogil=True, cache=True)
+def collect_few(gradient, key, stream, block, numbers, into, scale):
+    """into[index] += scale sum of sign gradient: as `collect`, of far fewer entries than numbers; into: float32 [d].
+
+    Sums are float64 and rounded once into `into`, where an entry is: no pass over the numbers.
+    """
+    count = gradient.size
+    per = 16 // numbers.itemsize
+    size = -(-count // (per * STEP)) * per * STEP
+    index, value, padded = np.empty(size, np.uint32), np.empty(size, np.float32), np.zeros(size, gradient.dtype)
+    for e in range(count):
+        padded[e] = gradient[e]
+    _sign_and_place(padded, key, stream, block, numbers[0], index, value)  # type: ignore[call-arg]
+    slots = 16
+    while slots < 2 * count:
+        slots *= 2
+    held, totals = np.full(slots, -1, np.int64), np.zeros(slots)
+    for e in range(count):
+        found = np.int64(index[e])
+        slot = found * 2654435761 & (slots - 1)
+        while held[slot] != found and held[slot] >= 0:
+            slot = slot + 1 & (slots - 1)
+        held[slot] = found
+        totals[slot] += value[e]
+    for slot in range(slots):
+        found = held[slot]
+        if found >= 0:
+            into[found] = np.float32(np.float64(into[found]) + totals[slot] * scale)
