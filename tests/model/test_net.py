@@ -25,6 +25,10 @@ from transformers import (
 from thinwire.model.errors import ModelError
 from thinwire.model.load import load
 from thinwire.model.net import Net
+from thinwire.model.numbers import digest
+from thinwire.model.views import View
+from thinwire.model.views.lora import Lora
+from thinwire.model.views.tied import Tied
 
 SPECIAL = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 
@@ -339,3 +343,16 @@ def test_a_hollow_net_is_the_net_without_memory(make: Callable[[], PreTrainedMod
     assert hollow.names == whole.names
     for name in whole.names:
         assert torch.equal(hollow.base[name], whole.base[name]), name
+
+
+@pytest.mark.parametrize(
+    "view", [Lora(targets=("q_proj",)), Tied(numbers=64, rank=2), Tied(numbers=64, over="weights")]
+)
+def test_a_hollow_net_under_a_view_has_what_the_view_adds(view: View, tmp_path: Path) -> None:
+    tiny_folder(tmp_path)
+    whole, hollow = (Net.open(str(tmp_path), view=view, hollow=empty) for empty in (False, True))
+    assert hollow.names == whole.names
+    assert hollow.size == whole.size
+    assert not any(p.is_meta for _, p in hollow.parameters())
+    assert sum(p.is_meta for p in hollow.model.parameters()) == len(list(load(tmp_path, empty=True)[0].parameters()))
+    assert digest(hollow) == digest(whole)

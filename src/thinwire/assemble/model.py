@@ -61,7 +61,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
     ModelError: there is no such model, or the method cannot train it.
     """
     model = run.model
-    if hollow and model.view.kind != "full":
+    if hollow and run.method.hollow and model.view.kind != "full":
         name = config.method_name(run.method)
         raise ModelError(
             f"model.{'lora' if model.lora else 'view'}: a client of {name} has no weights in memory to train a view of"

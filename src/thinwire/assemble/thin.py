@@ -10,12 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from thinwire import files, wire
+from thinwire.assemble.model import classes_of
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.config import Data, Run
@@ -74,6 +76,11 @@ def write(path: Path, thin: Thin) -> int:
     assert isinstance(frame, bytes)
     files.write(path, frame)
     return len(frame)
+
+
+def carry(run: Run, net: Net, state: Any, folder: Path) -> None:
+    """What a state of few numbers is worth, as model.thin in the folder; the net may be hollow."""
+    write(folder / "model.thin", of(net, state.numbers, run, classes_of(run, net.folder)))
 
 
 def read(path: Path) -> Thin:

@@ -29,7 +29,7 @@ def local_federation(
         from thinwire.federation.local import Local, named
         from thinwire.federation.processes import require_flower
         from thinwire.federation.progress import Progress
-        from thinwire.federation.superlink import Ended, rounds_of
+        from thinwire.federation.superlink import Ended, check_model, rounds_of
 
         require_flower()
         os.umask(0o077)  # what lies below the run's folder is for its owner
@@ -40,6 +40,7 @@ def local_federation(
         settings, rows = assemble.prepared(settings)
         if clients is not None and len(rows.clients) != clients:
             raise config.ConfigError(f"--clients: the data has {len(rows.clients)} clients, not {clients}")
+        check_model(settings, rows.splits)
         folder = out if out is not None else Path("runs") / settings.name
         if stack.enter_context(claimed(folder, settings, resume)):
             return

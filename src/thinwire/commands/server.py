@@ -54,12 +54,13 @@ def server(
         from thinwire.commands.show import print_summary
         from thinwire.federation import proxy
         from thinwire.federation.progress import Progress
-        from thinwire.federation.superlink import Ended, ServerSide, federation_of
+        from thinwire.federation.superlink import Ended, ServerSide, check_model, federation_of
         from thinwire.runtime.cohort import check_clients
 
         settings = config.load(file, overrides or [])
         sites = federation_of(settings)
         check_clients(settings.cohort, len(sites))
+        check_model(settings, _splits(settings))
         folder = out if out is not None else Path("runs") / settings.name
         if stack.enter_context(claimed(folder, settings, resume)):
             return

@@ -153,7 +153,11 @@ def print_summary(folder: Path, note: str | None = None) -> None:
     )
     if note is not None:
         console.print(note, soft_wrap=True)
-    console.print(f"the model is in {folder / 'model'}", soft_wrap=True)
+    model, thin = folder / "model", folder / "model.thin"
+    if thin.exists() and not model.exists():
+        console.print(f"what was learnt is in {thin}; thinwire merge makes it and its base a model", soft_wrap=True)
+    else:
+        console.print(f"the model is in {model}", soft_wrap=True)
 
 
 def _many(count: int, thing: str) -> str:

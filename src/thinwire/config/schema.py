@@ -192,6 +192,8 @@ class Federation(_Section):
     Frames beyond `chunk_bytes` travel in pieces. With `evaluate` each site scores the weights on its held-out rows
     too; in one process each client does, on its own rows.
     `max_examples`: that a site may claim, and so count in a mean, where it was not registered with a number of its own.
+    Without `model` the server has no weights in memory, where the method can do without: it scores nothing itself, and
+    the run ends with model.thin, which a machine that can hold the model makes one of.
     """
 
     sites: tuple[str, ...] = ()
@@ -201,6 +203,7 @@ class Federation(_Section):
     chunk_bytes: int = Field(3 << 24, ge=1 << 10, le=1 << 30)
     evaluate: bool = False
     max_examples: PositiveInt | None = None
+    model: bool = True
 
     @field_validator("sites")
     @classmethod

@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,7 @@ def serve(grid: Grid, folder: Path) -> None:
 
 def _train(grid: Grid, folder: Path) -> None:
     from thinwire import assemble, config, memory
+    from thinwire.assemble import thin
     from thinwire.data.source import read_file
     from thinwire.federation.fingerprint import fingerprints
     from thinwire.federation.keys import caps_of
@@ -95,9 +97,11 @@ def _train(grid: Grid, folder: Path) -> None:
     hub, run = Hub.load(folder), config.load(folder / "run.toml")
     federation = run.federation or config.Federation()
     rows = assemble.Rows({}, {name: read_file(path) for name, path in hub.splits.items()})
-    start = assemble.begin(run, rows)
+    start = assemble.begin(run, rows, hollow=not federation.model)
     memory.trim()  # loading has left as much again as the model
     job = start.job(folder, Watch())
+    if not federation.model:
+        job = replace(job, carry=partial(thin.carry, run, start.net))
     keys = public_keys(Path(hub.keys))
     spool = folder / "spool"
     transport = Flower(

@@ -6,13 +6,13 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tomli_w
 
 from thinwire import files
-from thinwire.config import ConfigError, Run
+from thinwire.config import ConfigError, Run, method_name
 from thinwire.federation.keys import check_server, public_bytes
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
 from thinwire.federation.server_app import PUBLIC, Hub, Status
@@ -184,3 +184,16 @@ def federation_of(run: Run) -> tuple[str, ...]:
     if run.federation is None or not run.federation.sites:
         raise ConfigError('federation.sites: missing; it names the run\'s clients, such as ["north", "south"]')
     return run.federation.sites
+
+
+def check_model(run: Run, splits: Iterable[str]) -> None:
+    """ConfigError where the server is to have no weights in memory, and the run has a use for them there."""
+    if run.federation is None or run.federation.model:
+        return
+    where = "federation.model: without weights in memory the server"
+    if run.method.needs_weights:
+        raise ConfigError(f"{where} cannot do its part of {method_name(run.method)}, which needs them")
+    for name in splits:
+        raise ConfigError(f"{where} can score no rows, such as those of {name}; see federation.evaluate")
+    if run.data.public is not None or run.eval.prompts:
+        raise ConfigError(f"{where} has no use for data.public and eval.prompts")

@@ -100,6 +100,7 @@ class OneBit(FirstOrder):
 
     Down, Up, State = Step, Learnt, Numbers
     paper: ClassVar[str] = "error feedback at both ends: Tang et al. 2019, arXiv:1905.05957"
+    needs_weights: ClassVar[bool] = False
 
     def init(self, server: Server) -> Numbers:
         start = torch.zeros(server.net.size)

@@ -97,28 +97,29 @@ class Net:
         Device auto: all GPUs of the machine, each with some layers. `bits`, 8 or 4: linear layers are quantised, for
         `view` to add what is trained, drawn from `view_key`.
 
-        A `hollow` net has names, shapes, config, tokenizer and base, and no weights in memory: for a client half that
-        builds a smaller model of its own; they are those of the whole model, whatever the view. With `classes` it is a
-        classifier, see load.load.
+        A `hollow` net has names, shapes, config, tokenizer and base, and in memory only what its view adds: for a
+        client half that builds a smaller model of its own, and for a server half that works without weights. With
+        `classes` it is a classifier, see load.load.
         """
         head_key = None if classes is None else head_key  # a causal model's head is in its files, or it is no model
         model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits)
-        if hollow:
-            return cls(model, tokenizer, folder, head_key=head_key, view=view)
         view.adapt(model, view_key)
-        try:
-            if device != "auto" and bits is None:
-                model.to(device)  # type: ignore[arg-type]
-        except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
-            raise ModelError(f"model.device: {device}: {first_line(error)}") from None
-        if classes is None:
-            check_causal(model, str(path))
+        if not hollow:
+            try:
+                if device != "auto" and bits is None:
+                    model.to(device)  # type: ignore[arg-type]
+            except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
+                raise ModelError(f"model.device: {device}: {first_line(error)}") from None
+            if classes is None:
+                check_causal(model, str(path))
         try:
             net = cls(model, tokenizer, folder, trainable, remember, head_key, view)
-            if net.base.starts_like(dict(net.parameters())):
+            if hollow or net.base.starts_like(dict(net.parameters())):
                 return net
         except ModelError:
-            pass  # the model did load, so its files only spell or shape the tensors otherwise, or lack what was added
+            if any(p.is_meta for p in model.parameters() if p.requires_grad):
+                raise
+            # the model did load, so its files only spell or shape the tensors otherwise, or lack what was added
         # Some architectures fuse, split or rename what their files hold (mixtures of experts): write the
         # trainable start weights once more, under the model's own names, into a folder that goes with the net.
         spooled = spool(model)

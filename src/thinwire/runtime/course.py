@@ -157,8 +157,9 @@ class Course:
     def score(self) -> list[Record]:
         """Evaluate; what this process itself has measured."""
         job, round = self.job, self.progress.round
-        job.method.materialise(self.state, job.net)
-        own = job.evaluate()
+        if job.carry is None:
+            job.method.materialise(self.state, job.net)
+        own = job.evaluate() if job.carry is None else []
         server = self.seats.server(round, range(len(job.names)))
         rows = own + (self.survey(self.state, server, self.held) if self.survey is not None else [])
         for row in rows:
@@ -205,7 +206,8 @@ class Course:
         job, now = self.job, self.progress
         chosen = now.round if job.keep == "last" or now.best is None else now.best
         state = self.state if chosen == now.round else checkpoint.kept(self.states, chosen, job.method.State)
-        job.method.materialise(state, job.net)
+        if job.carry is None:
+            job.method.materialise(state, job.net)
         evals = read_records(self.evals)
         summary = {
             "rounds": now.round,
@@ -217,9 +219,12 @@ class Course:
             "model_bytes": job.net.nbytes,
             "first": [row for row in evals if row["round"] == 0],
             "final": [row for row in evals if row["round"] == chosen],
-            "sha256": job.net.state_sha256(),
+            "sha256": job.net.state_sha256() if job.carry is None else None,
         }
-        job.net.save(job.folder / "model", job.card(summary) if job.card is not None else None)
+        if job.carry is None:
+            job.net.save(job.folder / "model", job.card(summary) if job.card is not None else None)
+        else:
+            job.carry(state, job.folder)
         shutil.rmtree(self.spool)
         files.write(job.folder / "summary.json", records.dumps(summary, indent=2) + "\n")
         return summary

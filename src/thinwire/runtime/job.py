@@ -50,7 +50,8 @@ class Job:
 
     `stop` is called after each evaluation with where the run stands (`round`, the `best` round and its
     `best_loss`, and how many evaluations it has `waited` for a better one); true ends it. `keep`: whose weights
-    `model/` has at the end, those of the last round or of the best. The loss is that of the first split.
+    `model/` has at the end, those of the last round or of the best. The loss is that of the first split. `carry` is for
+    a net without weights, which nothing is scored on: at the end it writes what the state is worth into the folder.
     """
 
     method: Method
@@ -78,3 +79,4 @@ class Job:
     seen: Callable[[int, int, Any], None] | None = None  # given each reply that counts: round, client, what it is
     stop: Callable[[Record], bool] | None = None
     keep: Literal["last", "best"] = "last"
+    carry: Callable[[Any, Path], None] | None = None

@@ -81,7 +81,8 @@ def add(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str],
     read and that is not called.
     """
     chosen = chosen_layers(model, rank, targets)
-    check_called(model, chosen)
+    if model.device.type != "meta":  # where there are no weights no pass is made, by which it is seen
+        check_called(model, chosen)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in chosen.items():
@@ -89,8 +90,9 @@ def add(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str],
         weight = layer.weight
         dtype = weight.dtype if weight.is_floating_point() else model.dtype  # a quantised one
         uniform = torch.from_numpy(2 * key.fold(name).uniform(rank * taken) - 1).view(rank, taken)
-        left = (uniform / math.sqrt(taken)).to(weight.device, dtype)
-        right = torch.zeros((given, rank), dtype=dtype, device=weight.device)
+        device = "cpu" if weight.is_meta else weight.device  # they are there where a model's weights are not
+        left = (uniform / math.sqrt(taken)).to(device, dtype)
+        right = torch.zeros((given, rank), dtype=dtype, device=device)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, Factored(layer, left, right, alpha / rank).eval())
     for parameter in head_of(model).values():

@@ -33,7 +33,7 @@ class Tying(nn.Module):
     def __init__(self, numbers: int, key: Key, followers: Mapping[str, nn.Parameter], kept: bool) -> None:
         super().__init__()
         first = next(iter(followers.values()))
-        self.numbers = nn.Parameter(torch.zeros(numbers, device=first.device))
+        self.numbers = nn.Parameter(torch.zeros(numbers, device="cpu" if first.is_meta else first.device))
         self.ties = Ties(key.fold("ties").word(), numbers)
         self.followers = dict(followers)  # a plain table: they are the model's own, and found under their own names
         self.base: Mapping[str, Tensor] = {n: p.detach().clone() for n, p in followers.items()} if kept else {}
