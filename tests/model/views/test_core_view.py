@@ -21,7 +21,7 @@ from thinwire.methods.fedkseed import FedKSeed
 from thinwire.model.errors import ModelError
 from thinwire.model.load import load
 from thinwire.model.net import Net
-from thinwire.model.views import Core
+from thinwire.model.views import Core, factors
 from thinwire.model.views.factors import VIEW, Factored, merged
 from thinwire.train.local import Rule, train_locally
 
@@ -50,8 +50,7 @@ def layers(net: Net) -> dict[str, Factored]:
 
 def weights(layer: Factored) -> tuple[Tensor, Tensor, Tensor]:
     """V, C and U in float64."""
-    assert layer.lora_C is not None
-    v, c, u = (side["default"].weight.detach().double() for side in (layer.lora_A, layer.lora_C, layer.lora_B))
+    v, u, c = (factor.weight.detach().double() for factor in layer.factors)
     return v, c, u
 
 
@@ -148,8 +147,6 @@ def test_a_unit_of_the_core_moves_outputs_alike_whatever_the_layers_size(taken: 
     """Outputs of inputs of mean square 1: c alpha for entries +-c of the whole core, alpha / rank for one of 1."""
     model: Any = nn.Module()
     model.config, model.dtype, model.proj = GPT2Config(), torch.float32, nn.Linear(taken, given, bias=False)
-    from thinwire.model.views import factors
-
     generator = torch.Generator().manual_seed(0)
     model.forward = lambda input_ids: model.proj(torch.zeros(1, taken))
     with pytest.MonkeyPatch.context() as patch:
@@ -217,7 +214,7 @@ def test_a_saved_view_is_a_plain_model_and_an_adapter_for_peft(tmp_path: Path, d
     torch.testing.assert_close(logits(plain), found, atol=close, rtol=0)
     adapted = peft.PeftModel.from_pretrained(start, tmp_path / "saved" / "adapter")
     assert sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n) == sum(
-        side["default"].weight.numel() for layer in layers(net).values() for side in (layer.lora_A, layer.lora_B)
+        factor.weight.numel() for layer in layers(net).values() for factor in layer.factors[:2]
     )
     torch.testing.assert_close(logits(adapted), found, atol=close, rtol=0)
 

@@ -55,29 +55,34 @@ class Factored(nn.Module):
         """The layer's own."""
         return self.base_layer.bias
 
+    @property
+    def factors(self) -> list[Any]:
+        """The modules that hold A, B and, with a core, C."""
+        return [held[ADAPTER] for held in (self.lora_A, self.lora_B, self.lora_C) if held is not None]
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         found: Tensor = self.base_layer(x)
-        left: Any = self.lora_A[ADAPTER]
-        inner: Tensor = left(x.to(left.weight.dtype))
-        if self.lora_C is not None:
-            inner = self.lora_C[ADAPTER](inner)
-        beside: Tensor = self.lora_B[ADAPTER](inner) * self.scale
+        left, right, *core = self.factors
+        inner = left(x.to(left.weight.dtype))
+        for square in core:
+            inner = square(inner)
+        beside: Tensor = right(inner) * self.scale
         return (found + beside).to(found.dtype)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The two matrices whose product it adds, scaled: A and B, or with a core A and B C; in float32 on a CPU."""
-        left, right, *core = (
-            factor[ADAPTER].weight.detach() for factor in (self.lora_A, self.lora_B, self.lora_C) if factor is not None
-        )
+        left, right, *core = (factor.weight.detach() for factor in self.factors)
         if left.device.type == "cpu":
             left, right = left.float(), right.float()
-        return left, right @ core[0].to(right.dtype) if core else right
+        for square in core:
+            right = right @ square.to(right.dtype)
+        return left, right
 
     def delta(self) -> Tensor:
         """scale B A, or B C A, in the shape of the layer's weight and the factors' dtype."""
         left, right = self.pair()
-        dtype, product = self.lora_A[ADAPTER].weight.dtype, right @ left
+        dtype, product = self.factors[0].weight.dtype, right @ left
         return ((product.T if isinstance(self.base_layer, Conv1D) else product) * self.scale).to(dtype)
 
 
@@ -209,8 +214,7 @@ def save(model: PreTrainedModel, settings: Mapping[str, Any], folder: Path) -> N
     layers, kept = _factored(model), head_of(model)
     found = {name: parameter.detach() for name, parameter in kept.items()}
     for name, layer in layers.items():
-        dtype = layer.lora_A[ADAPTER].weight.dtype
-        left, right = (factor.to(dtype) for factor in layer.pair())
+        left, right = (factor.to(layer.factors[0].weight.dtype) for factor in layer.pair())
         found |= {f"{name}.lora_A.weight": left, f"{name}.lora_B.weight": right}
     config = {
         **settings,
