@@ -53,7 +53,7 @@ ROWS = {
     "fedkseed-paper-pro": Row(FedKSeed(**SEEDS, wire="paper", pro=True), 594, 117, 3.16),
     "fedkseed-gaussian": Row(FedKSeed(**SEEDS, law="gaussian", together=True), 97, 100, 4.35),
     "fedkseed-lowrank": Row(FedKSeed(**SEEDS, law="lowrank", rank=2, queries=2, scalars="float32"), 97, 148, 5.11),
-    "fedkseed-tied-law": Row(FedKSeed(**SEEDS, law="tied"), 97, 100, 0.0),
+    "fedkseed-tied-law": Row(FedKSeed(**SEEDS, law="tied"), 97, 100, 3.84),
     "gradualdiff": Row(GradualDiff(lr=3e-3, steps=4, batch_size=4), about(90_196), about(88_173), 12.50),
     "gradualdiff-shared": Row(
         GradualDiff(lr=3e-3, steps=4, batch_size=4, start="shared", rounding="nearest", server="momentum"),
