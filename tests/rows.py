@@ -42,6 +42,7 @@ ROWS = {
     "fedavg-sgd": Row(
         FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), 108_395, 108_397, 13.06
     ),
+    "fedavg-core": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_300, 1_302, 1.53),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
     "fedit-kept": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, moments="kept", schedule="linear"), 4_096, 4_098, 1.00),
     "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
@@ -52,6 +53,7 @@ ROWS = {
     "fedkseed-paper-pro": Row(FedKSeed(**SEEDS, wire="paper", pro=True), 594, 117, 3.16),
     "fedkseed-gaussian": Row(FedKSeed(**SEEDS, law="gaussian", together=True), 97, 100, 4.35),
     "fedkseed-lowrank": Row(FedKSeed(**SEEDS, law="lowrank", rank=2, queries=2, scalars="float32"), 97, 148, 5.11),
+    "fedkseed-tied-law": Row(FedKSeed(**SEEDS, law="tied"), 97, 100, 3.84),
     "gradualdiff": Row(GradualDiff(lr=3e-3, steps=4, batch_size=4), about(90_196), about(88_173), 12.50),
     "gradualdiff-shared": Row(
         GradualDiff(lr=3e-3, steps=4, batch_size=4, start="shared", rounding="nearest", server="momentum"),
@@ -122,6 +124,7 @@ ROWS = {
         2.83,
     ),
     "onebit": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant"), 83, 141, 0.81),
+    "onebit-core": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant"), 83, 110, 1.28),
     "onebit-lora": Row(
         OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="blocks", bits=2), moments="fresh", warmup=2),
         83,
@@ -148,12 +151,14 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
     **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain"], "tied factors"),
     "onebit-weights": "tied weights",
+    **dict.fromkeys(["fedavg-core", "onebit-core"], "core"),
 }
 TARGETS = ["q_proj", "v_proj"]
 MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but for the path
     "whole": {},
     "bfloat16": {"dtype": "bfloat16"},
     "lora": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
+    "core": {"view": {"kind": "core", "rank": 8, "alpha": 8.0, "targets": TARGETS}},
     "tied factors": {"view": {"kind": "tied", "numbers": 500, "targets": TARGETS}},
     "tied weights": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 500, "over": "weights"}},
 }

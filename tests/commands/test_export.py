@@ -21,13 +21,14 @@ from thinwire.model.net import Net
 VIEWS: dict[str, dict[str, Any]] = {
     "tied": {"kind": "tied", "numbers": 3000, "targets": ["q_proj", "v_proj"]},
     "weights": {"kind": "tied", "numbers": 3000, "over": "weights"},
+    "core": {"kind": "core", "rank": 8, "targets": ["q_proj", "v_proj"]},
     "lora": {"kind": "lora", "rank": 1, "targets": ["q_proj", "v_proj"]},
 }
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs that have ended, beside the model and the rows."""
+    """Runs that have ended, beside the model and the rows."""
     place = tmp_path_factory.mktemp("export")
     tiny_folder(place / "model")
     write_jsonl(place / "rows.jsonl", tiny_rows(80, closed=True))

@@ -19,6 +19,7 @@ from thinwire.methods.fedavg import Weights
 from thinwire.runtime.course import Watch, train
 
 TIED: dict[str, Any] = {"kind": "tied", "numbers": 3000, "targets": ["q_proj", "v_proj"]}
+CORE: dict[str, Any] = {"kind": "core", "rank": 4, "targets": ["q_proj", "v_proj"]}
 EXACT: dict[str, dict[str, Any]] = {
     "fedavg": {"method": {"name": "fedavg", "steps": 1}},
     "fedit": {
@@ -26,6 +27,7 @@ EXACT: dict[str, dict[str, Any]] = {
         "model": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}},
     },
     "fedavg on a tied view": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": TIED}},
+    "fedavg on cores": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": CORE}},
     "onebit": {"method": {"name": "onebit", "steps": 1}, "model": {"view": TIED}},
     "onebit over all weights": {
         "method": {"name": "onebit", "steps": 1, "code_down": {"name": "blocks", "bits": 4}},
@@ -53,6 +55,7 @@ AROUND: dict[str, dict[str, Any]] = {
 RANGE: dict[str, dict[str, Any]] = {
     "fedkseed": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30}},
     "fedkseed, pro": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30, "pro": True}},
+    "fedkseed, tied": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30, "law": "tied"}},
     "onebit, ternary": {
         "method": {"name": "onebit", "steps": 1, "code": {"name": "ternary", "part": 0.5}},
         "model": {"view": TIED},
@@ -134,6 +137,14 @@ def test_a_classifiers_frames_are_known_too(place: Path, tmp_path: Path, lora: A
     assert (said.traffic.total[0].least, said.traffic.total[1].least) == bytes_of(settled, tmp_path / "run")
     assert said.trained == sum(p.numel() for _, p in assemble.net_of(settled).parameters())
     assert said.flops > 0
+
+
+@pytest.mark.parametrize("view", [TIED, CORE], ids=lambda view: view["kind"])
+def test_what_stands_beside_layers_and_is_not_trained_is_counted(place: Path, view: Any) -> None:
+    run = run_of(place, {"method": {"name": "fedavg", "steps": 1}, "model": {"view": view}})
+    said, net = estimate(run), assemble.net_of(assemble.prepared(run)[0])
+    assert said.trained == net.size
+    assert said.parameters == sum(p.numel() for p in net.model.parameters())
 
 
 @pytest.mark.parametrize("name", RANGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from thinwire.model.meta import hollow
 from thinwire.model.quantised import HEADS
 from thinwire.model.resolve import PACKAGED, resolve
 from thinwire.model.views.factors import check_called, chosen_layers, head_of
+from thinwire.model.views.factors import shapes as beside_layers
 from thinwire.perturb.probe import check_read
 from thinwire.train.objective import cross_entropies
 
@@ -58,7 +60,8 @@ def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
     kept = torch.float32 if view.float32 else dtype
     trained = {name: torch.empty(shape, dtype=kept, device="meta") for name, shape in shapes.items()}
     own = {name for name, _ in model.named_parameters()}
-    whole += sum(tensor.numel() for name, tensor in trained.items() if name not in own) * dtype.itemsize
+    beside = {} if view.factors is None else beside_layers(model, *view.factors)  # follow what is trained, or stay
+    whole += sum(math.prod(shape) for name, shape in (beside | shapes).items() if name not in own) * dtype.itemsize
     written = trained.values() if view.factors is not None else model.parameters()  # one by one, as they are trained
     largest = max(tensor.numel() for tensor in written) * dtype.itemsize
     return Sketch(trained, whole, largest, config, dtype, task, adapted=view.factors is not None)

@@ -33,7 +33,7 @@ from thinwire.costs.memory import Memory, Side, holding, probing
 from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.model.net import Net
 from thinwire.perturb import pool, probe
-from thinwire.perturb.directions import Directions, Law
+from thinwire.perturb.directions import Directions, PoolLaw
 from thinwire.perturb.pool import TILTS, Levels, Pool, Shares
 from thinwire.perturb.scalars import as_floats, as_sent, check_picks, check_scalars, drawn
 from thinwire.perturb.spsa import shrink_of, walk
@@ -108,7 +108,7 @@ class FedKSeed(Averaged):
     lr: float = Field(1e-5, gt=0, le=100)
     schedule: Schedule = "constant"
     eps: float = Field(5e-4, gt=0, le=100)
-    law: Law = "sign"  # of the directions; gaussian is the paper's
+    law: PoolLaw = "sign"  # of the directions; gaussian is the paper's, tied is rebuilt in one pass
     rank: int = Field(1, ge=1, le=1024)  # of a matrix's direction, with law = "lowrank"
     queries: PositiveInt = 1  # directions a step
     together: bool = False  # all sides of a step's probes in one forward pass: faster on small batches, more memory
@@ -271,7 +271,7 @@ class FedKSeed(Averaged):
         return "float32" if self.wire == "paper" else self.scalars
 
     def _pool(self, key: int) -> Pool:
-        return Pool(Directions(key, self.law, self.rank), self.seeds)
+        return Pool(Directions(key, self.law, self.rank, self.seeds), self.seeds)
 
     def _shares(self, down: Gains) -> Shares | None:
         """Pro's shares of the directions, none uniform: integers on the thin wire, floats in the paper's form."""
@@ -280,7 +280,7 @@ class FedKSeed(Averaged):
         return pool.tilted(down.tilts, self.seeds) if self.pro else None
 
     def fits(self, net: Net) -> None:
-        probe.check(net, Directions(0, self.law, self.rank), self.together, self.name)
+        probe.check(net, self._pool(0).directions, self.together, self.name)
 
     def work(self, round: int) -> Work:
         rows, sides = 2 * self.queries * self.steps * self.batch_size, 2 * self.queries if self.together else 1

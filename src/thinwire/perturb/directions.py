@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.perturb import gaussian_cpu, matmul_replay, philox, sign_cpu, table_replay, torch_kernels
+from thinwire.model.views.ties import Ties
+from thinwire.perturb import gaussian_cpu, matmul_replay, philox, sign_cpu, table_replay, tied, torch_kernels
 
 TILE = 1 << 20
 """Elements of the float32 copy through which weights pass that the kernel cannot take as they are."""
@@ -22,6 +23,8 @@ TILE = 1 << 20
 Law = Literal["gaussian", "sign", "lowrank"]
 """gaussian: independent normal elements. sign: independent signs. lowrank: for a matrix of m x n (of a tensor with more
 dimensions, the last one against all others) A B^T / sqrt(r), A [m, r] and B [n, r] of signs; signs for a vector."""
+PoolLaw = Literal["gaussian", "sign", "lowrank", "tied"]
+"""Also tied, for a pool of a size that is known: each entry belongs to one direction alone, see the module."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -30,20 +33,25 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Directions:
     """The finite pool of directions of a run: z_s for every seed s in [0, 2^32), one array for each parameter name.
 
+    By the law tied the seeds are those below `size`, at most 2^24.
+
     `key` is the 64-bit run key. Element e of a direction belongs to the e-th element of the parameter in row-major
     order, whatever the strides of the tensor that holds it. gaussian and sign give the same bits on a CPU and on a GPU.
     """
 
     key: int
-    law: Law = "gaussian"
+    law: PoolLaw = "gaussian"
     rank: int = 1
+    size: int = 0
 
     def __post_init__(self) -> None:
-        if self.law not in get_args(Law):
-            raise ValueError(f"unknown law {self.law!r}; known: {', '.join(get_args(Law))}")
+        if self.law not in get_args(PoolLaw):
+            raise ValueError(f"unknown law {self.law!r}; known: {', '.join(get_args(PoolLaw))}")
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}, less than 1")
         philox.check_address(self.key, 0, 0)
+        if self.law == "tied":
+            Ties(self.key, self.size)  # refuses a size that is none
 
     def apply(
         self,
@@ -85,6 +93,9 @@ class Directions:
             raise ValueError(f"{name}: {seeds.size} seeds but coefs of shape {coefs.shape}")
 
         source, target = weight.detach(), out.detach()
+        if self.law == "tied":
+            tied.accumulate(Ties(self.key, self.size), source, target, _stream(name), seeds, coefs, scale)
+            return out
         if self.law == "lowrank" and weight.dim() > 1 and weight.numel():
             self._multiply(source, target, name, seeds, coefs, scale)
             return out
@@ -120,6 +131,9 @@ class Directions:
         if self.law == "lowrank" and len(shape) > 1 and 0 not in shape:
             left, right = self.factors(name, shape, [seed])
             return (left[0] @ right[0].T / math.sqrt(self.rank)).view(tuple(shape))
+        if self.law == "tied":
+            ties = Ties(self.key, self.size)
+            return torch.from_numpy(tied.direction(ties, _stream(name), math.prod(shape), seed)).view(tuple(shape))
         draw = philox.gaussian if self.law == "gaussian" else sign_cpu.signs
         return torch.from_numpy(draw(self.key, seed, philox.parameter_id(name), 0, math.prod(shape))).view(tuple(shape))
 
@@ -240,6 +254,11 @@ class Directions:
         else:
             kernel = gaussian_cpu if self.law == "gaussian" else sign_cpu
             kernel.accumulate(weight, out, self.key, pid, seeds, coefs, scale, start)
+
+
+def _stream(name: str) -> int:
+    """The stream of the law tied, where no other law draws."""
+    return philox.parameter_id(f"{name}#ties")
 
 
 def _kernels(device: torch.device) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from thinwire.model.views.core import Core as Core
 from thinwire.model.views.filter import Filter as Filter
 from thinwire.model.views.full import Full as Full
 from thinwire.model.views.lora import Lora as Lora
@@ -13,4 +14,4 @@ from thinwire.model.views.tied import Tied as Tied
 from thinwire.model.views.view import Adapted as Adapted
 from thinwire.model.views.view import View as View
 
-AnyView = Annotated[Filter | Full | Lora | Tied, Field(discriminator="kind")]
+AnyView = Annotated[Core | Filter | Full | Lora | Tied, Field(discriminator="kind")]

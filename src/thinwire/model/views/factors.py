@@ -1,4 +1,4 @@
-"""Factors beside the linear layers of a model, for the LoRA view: as peft has them, names and arithmetic, without it.
+"""Factors beside the linear layers of a model, for views: as peft has LoRA's, names and arithmetic, without it.
 
 `import peft` imports bitsandbytes wherever that is installed, quantised or not, with what it has to complain of.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -26,18 +27,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "default"  # peft's name of an only adapter
+LORA, VIEW = "model.lora", "model.view"  # the run file's tables of settings, for messages
 # Where kernels are installed, theirs take the weights of `out_proj`, and nothing in a pass on a CPU shows it.
 KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 
 
 class Factored(nn.Module):
-    """A linear layer with factors beside it: layer(x) + scale B A x."""
+    """A linear layer with factors beside it: layer(x) + scale B A x, or with a core between them scale B C A x."""
 
-    def __init__(self, layer: nn.Linear | Conv1D, left: Tensor, right: Tensor, scale: float) -> None:
-        """left: A [rank, in], right: B [out, rank]."""
+    def __init__(
+        self, layer: nn.Linear | Conv1D, left: Tensor, right: Tensor, scale: float, core: Tensor | None = None
+    ) -> None:
+        """left: A [rank, in], right: B [out, rank], core: C [rank, rank]."""
         super().__init__()
         self.base_layer, self.scale = layer, scale
         self.lora_A, self.lora_B = (nn.ModuleDict({ADAPTER: _linear(factor)}) for factor in (left, right))
+        self.lora_C = None if core is None else nn.ModuleDict({ADAPTER: _linear(core)})
         self.in_features, self.out_features = left.shape[1], right.shape[0]
 
     @property
@@ -51,24 +56,33 @@ class Factored(nn.Module):
         return self.base_layer.bias
 
     @property
-    def factors(self) -> tuple[Any, Any]:
-        """The modules that hold A and B."""
-        return self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+    def factors(self) -> list[Any]:
+        """The modules that hold A, B and, with a core, C."""
+        return [held[ADAPTER] for held in (self.lora_A, self.lora_B, self.lora_C) if held is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         found: Tensor = self.base_layer(x)
-        left, right = self.factors
-        beside: Tensor = right(left(x.to(left.weight.dtype))) * self.scale
+        left, right, *core = self.factors
+        inner = left(x.to(left.weight.dtype))
+        for square in core:
+            inner = square(inner)
+        beside: Tensor = right(inner) * self.scale
         return (found + beside).to(found.dtype)
 
-    def delta(self) -> Tensor:
-        """scale B A in the shape of the layer's weight and the factors' dtype; computed in float32 on a CPU."""
-        left, right = (factor.weight.detach() for factor in self.factors)
-        dtype = left.dtype
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The two matrices whose product it adds, scaled: A and B, or with a core A and B C; in float32 on a CPU."""
+        left, right, *core = (factor.weight.detach() for factor in self.factors)
         if left.device.type == "cpu":
             left, right = left.float(), right.float()
-        product: Tensor = right @ left
+        for square in core:
+            right = right @ square.to(right.dtype)
+        return left, right
+
+    def delta(self) -> Tensor:
+        """scale B A, or B C A, in the shape of the layer's weight and the factors' dtype."""
+        left, right = self.pair()
+        dtype, product = self.factors[0].weight.dtype, right @ left
         return ((product.T if isinstance(self.base_layer, Conv1D) else product) * self.scale).to(dtype)
 
 
@@ -80,23 +94,28 @@ def add(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str],
     ModelError: a target that is no layer's name, a rank above the smaller side of a layer, a layer whose weights are
     read and that is not called.
     """
-    chosen = chosen_layers(model, rank, targets)
-    if model.device.type != "meta":  # where there are no weights no pass is made, by which it is seen
-        check_called(model, chosen)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name, layer in chosen.items():
-        taken, given = _sides(layer)
-        weight = layer.weight
-        dtype = weight.dtype if weight.is_floating_point() else model.dtype  # a quantised one
+
+    def drawn(name: str, taken: int, given: int) -> list[Tensor]:
         uniform = torch.from_numpy(2 * key.fold(name).uniform(rank * taken) - 1).view(rank, taken)
-        device = "cpu" if weight.is_meta else weight.device  # they are there where a model's weights are not
-        left = (uniform / math.sqrt(taken)).to(device, dtype)
-        right = torch.zeros((given, rank), dtype=dtype, device=device)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, Factored(layer, left, right, alpha / rank).eval())
-    for parameter in head_of(model).values():
-        parameter.requires_grad_(True)
+        return [uniform / math.sqrt(taken), torch.zeros((given, rank))]
+
+    _put(model, rank, alpha, targets, drawn)
+
+
+def add_cores(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], key: Key) -> None:
+    """As `add`, but A and B stay as they are drawn, and C between them is trained, which is 0.
+
+    Signs drawn from `key`, of A over sqrt(in). ModelError as `add`, of the table model.view.
+    """
+
+    def drawn(name: str, taken: int, given: int) -> list[Tensor]:
+        left, right = (_signs(key.fold(name, side), n, m) for side, n, m in (("A", rank, taken), ("B", given, rank)))
+        return [left / math.sqrt(taken), right, torch.zeros((rank, rank))]
+
+    _put(model, rank, alpha, targets, drawn, VIEW)
+    for layer in _factored(model).values():
+        for side in (layer.lora_A, layer.lora_B):
+            side.requires_grad_(False)
 
 
 def shapes(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -105,7 +124,13 @@ def shapes(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[st
     for name, layer in chosen_layers(model, rank, targets).items():
         taken, given = _sides(layer)
         found |= {f"{name}.lora_A.{ADAPTER}.weight": (rank, taken), f"{name}.lora_B.{ADAPTER}.weight": (given, rank)}
-    return found | {name: tuple(parameter.shape) for name, parameter in head_of(model).items()}
+    return found | _head_shapes(model)
+
+
+def core_shapes(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The same of `add_cores`."""
+    chosen = chosen_layers(model, rank, targets, VIEW)
+    return {f"{name}.lora_C.{ADAPTER}.weight": (rank, rank) for name in chosen} | _head_shapes(model)
 
 
 def places(model: PreTrainedModel) -> dict[str, Adapted]:
@@ -117,34 +142,39 @@ def places(model: PreTrainedModel) -> dict[str, Adapted]:
     }
 
 
-def chosen_layers(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
-    """The layers that get factors, by name; ModelError as `add`. The model may be without memory for its weights."""
+def chosen_layers(
+    model: PreTrainedModel, rank: int, targets: Sequence[str], table: str = LORA
+) -> dict[str, nn.Linear | Conv1D]:
+    """The layers that get factors, by name; the model may be without memory for its weights.
+
+    ModelError as `add`, of the run file's `table`.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     for target in targets:
         if not any(_meant(name, target) for name in layers):
             known = sorted({name.rpartition(".")[2] for name in layers})
-            raise ModelError(f"model.lora.targets: no linear layer is called {target}; there are: {', '.join(known)}")
+            raise ModelError(f"{table}.targets: no linear layer is called {target}; there are: {', '.join(known)}")
     chosen = {name: layer for name, layer in layers.items() if any(_meant(name, target) for target in targets)}
     for name, layer in chosen.items():
         if rank > min(_sides(layer)):
             shape = " x ".join(map(str, layer.weight.shape))
-            raise ModelError(f"model.lora.rank: {rank} is more than {name} has, which is {shape}")
+            raise ModelError(f"{table}.rank: {rank} is more than {name} has, which is {shape}")
         if model.config.model_type in KERNELS and name.endswith(".out_proj"):
-            raise _not_called(model, name)
+            raise _not_called(model, name, table)
     return chosen
 
 
-def check_called(model: PreTrainedModel, chosen: Iterable[str]) -> None:
+def check_called(model: PreTrainedModel, chosen: Iterable[str], table: str = LORA) -> None:
     """Raise ModelError for a chosen layer whose weights the model's forward pass reads without calling the layer."""
     around = {name.rpartition(".")[0] for name in reads_of(model)[0]}
     for name in chosen:
         if name in around:
-            raise _not_called(model, name)
+            raise _not_called(model, name, table)
 
 
-def _not_called(model: PreTrainedModel, name: str) -> ModelError:
+def _not_called(model: PreTrainedModel, name: str, table: str) -> ModelError:
     return ModelError(
-        f"model.lora.targets: {type(model).__name__} reads the weights of {name} and does not call the layer, so that "
+        f"{table}.targets: {type(model).__name__} reads the weights of {name} and does not call the layer, so that "
         "factors beside it would do nothing; choose other layers"
     )
 
@@ -160,7 +190,7 @@ def merged(model: PreTrainedModel) -> dict[str, Tensor]:
     within = tuple(f"{name}." for name in quantised)
     state = {}
     for name, tensor in model.state_dict().items():
-        if ".lora_A." in name or ".lora_B." in name:
+        if any(f".lora_{side}." in name for side in "ABC"):
             continue
         if name.startswith(within) and not name.endswith((".weight", ".bias")):
             continue  # scales of a quantised weight
@@ -184,8 +214,8 @@ def save(model: PreTrainedModel, settings: Mapping[str, Any], folder: Path) -> N
     layers, kept = _factored(model), head_of(model)
     found = {name: parameter.detach() for name, parameter in kept.items()}
     for name, layer in layers.items():
-        left, right = layer.factors
-        found |= {f"{name}.lora_A.weight": left.weight.detach(), f"{name}.lora_B.weight": right.weight.detach()}
+        left, right = (factor.to(layer.factors[0].weight.dtype) for factor in layer.pair())
+        found |= {f"{name}.lora_A.weight": left, f"{name}.lora_B.weight": right}
     config = {
         **settings,
         "peft_type": "LORA",
@@ -208,6 +238,42 @@ def head_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     if not classifier.is_classifier(model):
         return {}
     return {name: p for name, p in model.named_parameters() if classifier.of_head(model, name)}
+
+
+def _head_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in head_of(model).items()}
+
+
+def _put(
+    model: PreTrainedModel,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    drawn: Callable[[str, int, int], Iterable[Tensor]],
+    table: str = LORA,
+) -> None:
+    """Freeze all but a classifier's head, and put beside each layer what is drawn for its name and its sides."""
+    chosen = chosen_layers(model, rank, targets, table)
+    if model.device.type != "meta":  # where there are no weights no pass is made, by which it is seen
+        check_called(model, chosen, table)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, layer in chosen.items():
+        weight = layer.weight
+        dtype = weight.dtype if weight.is_floating_point() else model.dtype  # a quantised one
+        device = "cpu" if weight.is_meta else weight.device  # they are there where a model's weights are not
+        left, right, *core = (factor.to(device, dtype) for factor in drawn(name, *_sides(layer)))
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, Factored(layer, left, right, alpha / rank, *core).eval())
+    for parameter in head_of(model).values():
+        parameter.requires_grad_(True)
+
+
+def _signs(key: Key, rows: int, columns: int) -> Tensor:
+    """+1 and -1 in float32, a bit each."""
+    words = key.words(-(-rows * columns // 64))
+    bits = np.unpackbits(words.view(np.uint8), count=rows * columns, bitorder="little")
+    return torch.from_numpy(np.where(bits, np.float32(1), np.float32(-1))).view(rows, columns)
 
 
 def _meant(name: str, target: str) -> bool:
