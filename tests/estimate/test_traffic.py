@@ -25,6 +25,10 @@ EXACT: dict[str, dict[str, Any]] = {
         "method": {"name": "fedavg", "steps": 1},
         "model": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}},
     },
+    "fedavg, a factor of which stays": {
+        "method": {"name": "fedavg", "steps": 1},
+        "model": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"], "keep": ["*.B"]}},
+    },
     "fedavg on a tied view": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": TIED}},
     "onebit": {"method": {"name": "onebit", "steps": 1}, "model": {"view": TIED}},
     "onebit over all weights": {

@@ -22,6 +22,7 @@ from thinwire.model.start import Base, spool, tied
 from thinwire.model.tokens_and_generation import quiet
 from thinwire.model.trial import check_causal, positions
 from thinwire.model.views import Adapted, Full, View
+from thinwire.model.views.keep import kept
 from thinwire.wire.frame import raw
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Net:
 
     Its contents are undefined when borrowed. Every write is in place, and reaches the trainable parameters
     only: frozen ones stay as they were loaded, unless `write` is given their names, and so do buffers.
+
+    What its view keeps at the clients is trained too, and is `personal`: no name, number or byte of it is among those
+    that all share, which are `names`, `parameters` and `size`.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Net:
                 if not any(trainable(alias) for alias in names[name]):
                     parameter.requires_grad_(False)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.personal = {name: self._parameters.pop(name) for name in kept([*self._parameters], view.keep)}
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self._written: dict[str, nn.Parameter] = {}  # frozen ones
         if not self._parameters:
@@ -115,7 +120,7 @@ class Net:
             check_causal(model, str(path))
         try:
             net = cls(model, tokenizer, folder, trainable, remember, head_key, view)
-            if net.base.starts_like(dict(net.parameters())):
+            if net.base.starts_like(dict(net.trained())):
                 return net
         except ModelError:
             pass  # the model did load, so its files only spell or shape the tensors otherwise, or lack what was added
@@ -182,6 +187,11 @@ class Net:
         self._wake()
         return iter(self._parameters.items())
 
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all that a client trains: those of `parameters`, then its personal ones."""
+        yield from self.parameters()
+        yield from self.personal.items()
+
     def adapted(self) -> dict[str, Adapted]:
         """The layers with factors beside them, by name: their frozen weights, which `base` and `write` reach too."""
         return self.view.adapted(self._model)
@@ -204,7 +214,7 @@ class Net:
     @torch.no_grad()
     def reset(self) -> None:
         """Weights := base, tensor by tensor, in place."""
-        for name, parameter in (*self.parameters(), *self._written.items()):
+        for name, parameter in (*self.trained(), *self._written.items()):
             parameter.copy_(self.base[name])
 
     @torch.no_grad()

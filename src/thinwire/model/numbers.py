@@ -32,7 +32,7 @@ def change(net: Net) -> Tensor:
 def digest(net: Net) -> str:
     """A hash (16 hex digits) of a net as it was loaded: its start weights, and the frozen ones in memory."""
     found = hashlib.sha256()
-    absorb(found, ((name, net.base[name]) for name in sorted(net.names)))
+    absorb(found, ((name, net.base[name]) for name in sorted([*net.names, *net.personal])))
     frozen = ((n, p) for n, p in net.model.named_parameters() if not p.requires_grad and not p.is_meta)
     absorb(found, sorted(frozen, key=itemgetter(0)))
     return found.hexdigest()[:16]

@@ -10,10 +10,11 @@ which one backward pass gives for all of them at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from thinwire.errors import ConfigError
 from thinwire.model.views.view import Adapted
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Tied(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     float32: ClassVar[bool] = True
+    keep: ClassVar[tuple[str, ...]] = ()
 
     kind: Literal["tied"] = "tied"
     numbers: int = Field(115200, ge=1, le=1 << 24)
@@ -40,6 +42,13 @@ class Tied(BaseModel):
     rank: PositiveInt = 4
     alpha: PositiveFloat = 8.0
     targets: tuple[str, ...] = Field(LAYERS, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "keep" in fields:
+            raise ConfigError("model.view.keep: the numbers of a tied view have no parts, so none can stay at a client")
+        return fields
 
     # what is done is in `factors` and `ties`, which import torch: a run file is read without them
     @property
