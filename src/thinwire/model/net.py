@@ -110,14 +110,35 @@ class Net:
         model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits)
         if hollow:
             return cls(model, tokenizer, folder, head_key=head_key, view=view)
+        place = None if device == "auto" or bits is not None else device
+        return cls.over(model, tokenizer, folder, str(path), view, view_key, place, head_key, trainable, remember)
+
+    @classmethod
+    def over(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        name: str,
+        view: View = _FULL,
+        view_key: Key = _SEED_0,
+        device: str | None = None,
+        head_key: Key | None = None,
+        trainable: Callable[[str], bool] | None = None,
+        remember: bool = False,
+    ) -> Net:
+        """Adapt a model that is in memory as load.load gave it, in place, and wrap it. ModelError as `open`.
+
+        `name`: the model's, for people. `device`: where it goes, None: it stays where it is.
+        """
         view.adapt(model, view_key)
         try:
-            if device != "auto" and bits is None:
+            if device is not None:
                 model.to(device)  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
             raise ModelError(f"model.device: {device}: {first_line(error)}") from None
-        if classes is None:
-            check_causal(model, str(path))
+        if not classifier.is_classifier(model):
+            check_causal(model, name)
         try:
             net = cls(model, tokenizer, folder, trainable, remember, head_key, view)
             if net.base.starts_like(dict(net.trained())):
