@@ -249,4 +249,3 @@ def test_a_size_that_is_only_claimed_is_never_made(name: str, place: Path, monke
     with pytest.raises(ModelError, match="does not have the"):
         thin_file.opened(place / "claimed.thin")
     (place / "claimed.thin").unlink()
-

@@ -20,9 +20,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from thinwire import files, wire
+from thinwire.assemble.rows import template_of
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.config import Data, Run
+from thinwire.errors import UserError
 from thinwire.keys import Key
 from thinwire.model import numbers
 from thinwire.model.errors import ModelError, first_line
@@ -148,7 +150,8 @@ class Shelf:
         for i, path in enumerate(paths):
             if any(path.resolve() == other.resolve() for other in paths[:i]):
                 raise ModelError(f"{path}: the file is there twice")
-        files = [(path, thin, _view(path, thin), data_of(path, thin)) for path, thin in zip(paths, map(read, paths))]
+        found = [(path, read(path)) for path in paths]
+        files = [(path, thin, _view(path, thin), data_of(path, thin)) for path, thin in found]
         first = files[0][1]
         for path, thin, *_ in files:
             for what, mine, its in (("dtype", thin.dtype, first.dtype), ("classes", thin.classes, first.classes)):
@@ -216,9 +219,12 @@ def data_of(path: Path, thin: Thin) -> Data:
         fields = json.loads(thin.shown)
         if not isinstance(fields, dict) or not set(fields) <= SHOWN:
             raise ValueError("other fields")
-        return Data.model_validate({**fields, "path": "none"})
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: its settings of prompts are none of this version's ({first_line(error)})") from None
+        data = Data.model_validate({**fields, "path": "none"})
+        template_of(data, thin.classes is not None)  # refuses what is none
+        return data
+    except (ValueError, RecursionError, UserError) as error:
+        why = first_line(error)[:200]
+        raise ModelError(f"{path}: its settings of prompts are none of this version's ({why})") from None
 
 
 def _view(path: Path, thin: Thin) -> View:

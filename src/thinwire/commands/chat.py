@@ -89,7 +89,8 @@ def _switch(paths: Sequence[Path], base: str | None, device: str, max_new_tokens
 
 def _list(paths: Mapping[str, Path], now: str) -> None:
     """The names that `/use` knows, that of who answers marked."""
-    for name, about in ({name: str(path) for name, path in paths.items()} | {"base": "no file: the model alone"}).items():
+    known: dict[str, object] = {**paths, "base": "no file: the model alone"}
+    for name, about in known.items():
         echo(f"{'*' if name == now else ' '} {name}: {about}", err=True)
 
 
