@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from test_cli import Result, refused, thinwire
-from tiny import BOS, CHOICES, tiny_folder
+from tiny import BOS, CHOICES, tiny_folder, tiny_rows, write_jsonl
 
 from thinwire import wire
 from thinwire.assemble import thin as thin_file
@@ -120,6 +120,17 @@ def test_a_talk_switches_between_them(place: Path) -> None:
     assert [note for note in notes if note.endswith("answers")] == [
         f"thinwire: {name} answers" for name in ("mill", "base", "ward")
     ]
+
+
+def test_each_is_scored_on_a_line_of_its_own(place: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", tiny_rows(8, closed=True))
+    rows, files = f"data.path={tmp_path / 'rows.jsonl'}", [place / f"{name}.thin" for name in ("ward", "weights")]
+    alone = [thinwire("eval", file, rows) for file in files]
+    found = thinwire("eval", *files, rows)
+    assert (found.code, found.err) == (0, "")
+    lines = [f"{file.stem}: {line}" for file, one in zip(files, alone, strict=True) for line in one.out.splitlines()]
+    assert found.out.splitlines() == lines
+    assert list(json.loads(thinwire("eval", *files, rows, "--json").out)) == ["ward", "weights"]
 
 
 def test_names_are_stems_made_unique(place: Path, tmp_path: Path) -> None:
