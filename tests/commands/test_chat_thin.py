@@ -147,12 +147,14 @@ def test_files_that_do_not_go_together_are_refused_before_the_talk(place: Path, 
     thin_file.write(tmp_path / "elsewhere.thin", make(other, view, seed))
     thin_file.write(tmp_path / "float.thin", make(place / "model", view, seed, dtype="float32"))
     thin_file.write(tmp_path / "classes.thin", replace(thin_file.read(ward), classes=["a", "b"]))
+    thin_file.write(tmp_path / "short.thin", replace(thin_file.read(ward), levels=None, numbers=torch.zeros(2999)))
     (tmp_path / "cut.thin").write_bytes(ward.read_bytes()[:-9])
     for second, why in (
         (tmp_path / "elsewhere.thin", f"{tmp_path}/elsewhere.thin: it is of another base model"),
         (tmp_path / "float.thin", "another dtype than"),
         (tmp_path / "classes.thin", "another classes than"),
         (tmp_path / "cut.thin", f"{tmp_path}/cut.thin: no thin file"),
+        (tmp_path / "short.thin", "does not have the 3,000 numbers of its view"),
         (tmp_path / "none.thin", f"{tmp_path}/none.thin: No such file"),
         (ward, f"{ward}: the file is there twice"),
         (tmp_path, f"{tmp_path}: Is a directory"),

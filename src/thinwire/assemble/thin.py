@@ -172,17 +172,18 @@ class Shelf:
                 last = len(nets) == len(views) - 1
                 own = model if last else _beside(model)
                 try:
-                    _check_size(path, thin, view, own)
+                    _check_size(path, thin, _count(view, own))
                     to = None if device == "auto" else device
                     net = Net.over(own, tokenizer, folder, place.as_posix(), view, key.fold(view.kind), to, head)
                 except ModelError as error:
-                    raise error if str(path) in str(error) else ModelError(f"{path}: {error}") from None
+                    why = str(error).removeprefix(f"{path}: ")
+                    raise ModelError(f"{path}: {why:.300}") from None
                 nets[which] = net, digest(net)
             net, mine = nets[which]
             if mine != thin.base:
-                raise ModelError(
-                    f"{path}: it is of another base model: {thin.base} ({thin.model:.200}), and {where} is {mine}"
-                )
+                its = f"{thin.base:.16} ({thin.model:.200})"
+                raise ModelError(f"{path}: it is of another base model: {its}, and {where:.200} is {mine}")
+            _check_size(path, thin, net.size)
             _numbers(path, thin, net.size)  # refused now, and not in the middle of a talk
             self._files[_unused(path.stem, [BASE, *self._files])] = _Kept(path, thin, data, net)
         self.names = list(self._files)
@@ -242,14 +243,19 @@ def _beside(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _unused(stem: str, taken: Sequence[str]) -> str:
-    return next(name for name in (stem, *(f"{stem}-{i}" for i in itertools.count(2))) if name not in taken)
+    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
-def _check_size(path: Path, thin: Thin, view: View, model: PreTrainedModel) -> None:
-    """ModelError unless the file has as many numbers as its view would make of a model: before it makes them."""
+def _count(view: View, model: PreTrainedModel) -> int:
+    """How many numbers the view would make of a model, without making them."""
     shapes = view.trained(model)
     stays = kept(shapes, view.keep)
-    count = sum(math.prod(shape) for name, shape in shapes.items() if name not in stays)
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in stays)
+
+
+def _check_size(path: Path, thin: Thin, count: int) -> None:
+    """ModelError unless the file has so many numbers."""
     try:
         if thin.levels is not None:
             fits = Blocks(thin.bits, thin.block).size(count) == thin.levels.numel()
