@@ -104,13 +104,16 @@ def test_each_file_computes_what_it_does_alone_and_the_base_is_untouched(
     assert len({logits.numpy().tobytes() for logits in map(torch.Tensor.float, alone.values())}) == len(FILES)
 
 
-def test_a_talk_switches_between_them(place: Path) -> None:
-    ward, mill = place / "ward.thin", place / "mill.thin"
-    line = "amber birch\n"
-    alone = [spoken(path, text=line).out for path in (ward, mill)]
-    base = spoken(ward, text="/use base\n" + line).out
+def test_a_talk_switches_between_them(place: Path, tmp_path: Path) -> None:
+    ward, mill = tmp_path / "ward.thin", tmp_path / "mill.thin"
+    spoken_to = json.dumps({"prompt": "{input}: it was", "answer": " {output}"})
+    for file, name in ((ward, "weights"), (mill, "ward")):
+        thin_file.write(file, replace(thin_file.read(place / f"{name}.thin"), shown=spoken_to))
+    line, short = "amber birch\n", "--max-new-tokens=4"
+    alone = [spoken(path, short, text=line).out for path in (ward, mill)]
+    base = spoken(ward, short, text="/use base\n" + line).out
     text = f"{line}/use mill\n{line}/use base\n{line}/use nobody\n/use\n/use ward\n{line}"
-    found = spoken(ward, mill, text=text)
+    found = spoken(ward, mill, short, text=text)
     assert found.code == 0
     assert found.out == alone[0] + alone[1] + base + alone[0]
     assert len({*alone, base}) > 1

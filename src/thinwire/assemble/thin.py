@@ -158,7 +158,10 @@ class Shelf:
                 if mine != its:
                     raise ModelError(f"{path}: another {what} than {paths[0]}, and one base is loaded for all of them")
         where, head = base or first.model, Key.root(first.seed).fold("head") if first.classes is not None else None
-        place = resolve(where)
+        try:
+            place = resolve(where)
+        except OSError as error:  # a name that no file may have
+            raise ModelError(f"{paths[0]}: {where:.200}: {error.strerror}") from None
         model, tokenizer, folder = load(place.as_posix(), first.dtype, False, first.classes, head, device)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         views = list(dict.fromkeys((thin.view, thin.seed) for _, thin, *_ in files))
