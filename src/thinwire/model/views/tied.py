@@ -10,9 +10,9 @@ which one backward pass gives for all of them at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 from thinwire.errors import ConfigError
 from thinwire.model.views.view import Adapted
@@ -34,7 +34,6 @@ class Tied(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     float32: ClassVar[bool] = True
-    keep: ClassVar[tuple[str, ...]] = ()
 
     kind: Literal["tied"] = "tied"
     numbers: int = Field(115200, ge=1, le=1 << 24)
@@ -42,13 +41,14 @@ class Tied(BaseModel):
     rank: PositiveInt = 4
     alpha: PositiveFloat = 8.0
     targets: tuple[str, ...] = Field(LAYERS, min_length=1)
+    keep: tuple[str, ...] = Field((), exclude=True)  # nothing: numbers have no parts
 
-    @model_validator(mode="before")
+    @field_validator("keep")
     @classmethod
-    def _whole(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and "keep" in fields:
+    def _whole(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
             raise ConfigError("model.view.keep: the numbers of a tied view have no parts, so none can stay at a client")
-        return fields
+        return value
 
     # what is done is in `factors` and `ties`, which import torch: a run file is read without them
     @property
