@@ -45,6 +45,7 @@ ROWS = {
     "fedavg-core": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_300, 1_302, 1.53),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
     "fedit-kept": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, moments="kept", schedule="linear"), 4_096, 4_098, 1.00),
+    "fedavg-keep": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 2_324, 2_326, 2.84),
     "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
     "fedkseed-lora": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.55),
     "fedkseed-pro": Row(FedKSeed(**SEEDS, pro=True), 116, 100, 3.69),
@@ -131,6 +132,7 @@ ROWS = {
         315,
         0.83,
     ),
+    "onebit-keep": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant"), 83, 142, 2.42),
     "onebit-weights": Row(
         OneBit(lr=3e-3, steps=4, batch_size=4, code_down=Coding(name="ternary", density=0.3)), 83, 141, 10.72
     ),
@@ -152,6 +154,7 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain"], "tied factors"),
     "onebit-weights": "tied weights",
     **dict.fromkeys(["fedavg-core", "onebit-core"], "core"),
+    **dict.fromkeys(["fedavg-keep", "onebit-keep"], "lora keep"),
 }
 TARGETS = ["q_proj", "v_proj"]
 MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but for the path
@@ -159,6 +162,7 @@ MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but f
     "bfloat16": {"dtype": "bfloat16"},
     "lora": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
     "core": {"view": {"kind": "core", "rank": 8, "alpha": 8.0, "targets": TARGETS}},
+    "lora keep": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS, "keep": ["*.B"]}},
     "tied factors": {"view": {"kind": "tied", "numbers": 500, "targets": TARGETS}},
     "tied weights": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 500, "over": "weights"}},
 }

@@ -94,6 +94,7 @@ class Method(BaseModel):
     paper: ClassVar[str] = ""
     hollow: ClassVar[bool] = False  # the client half needs the net's names, config and base, and not its weights
     needs_weights: ClassVar[bool] = True  # whether the server half needs more than those of the net before the end
+    keeps: ClassVar[bool] = False  # its client half trains what a view keeps at the clients too
     versions_each: ClassVar[int] = 0  # versions of their own that the server keeps for each client
 
     def init(self, server: Server) -> Any:

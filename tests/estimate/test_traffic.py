@@ -26,6 +26,10 @@ EXACT: dict[str, dict[str, Any]] = {
         "method": {"name": "fedavg", "steps": 1},
         "model": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}},
     },
+    "fedavg, a factor of which stays": {
+        "method": {"name": "fedavg", "steps": 1},
+        "model": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"], "keep": ["*.B"]}},
+    },
     "fedavg on a tied view": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": TIED}},
     "fedavg on cores": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": CORE}},
     "onebit": {"method": {"name": "onebit", "steps": 1}, "model": {"view": TIED}},

@@ -75,7 +75,7 @@ def fingerprints(job: Job) -> dict[str, str]:
             parts.append(f"{len(example.prompt)} {example.choice} ".encode())
             parts.append(array("q", example.prompt + example.answer).tobytes())
         rows.update(b"".join(parts))
-    absorb(weights, ((name, job.net.base[name]) for name in job.net.names))
+    absorb(weights, ((name, job.net.base[name]) for name, _ in job.net.trained()))
     return {"rows": rows.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
 
 

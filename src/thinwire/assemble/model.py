@@ -66,6 +66,8 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         raise ModelError(
             f"model.{'lora' if model.lora else 'view'}: a client of {name} has no weights in memory to train a view of"
         )
+    if model.view.keep and not run.method.keeps:
+        raise ModelError(f"model.view.keep: {config.method_name(run.method)} trains nothing that stays at its clients")
     folder = resolve(model.path)
     net = Net.open(
         folder,

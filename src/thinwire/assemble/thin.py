@@ -6,11 +6,14 @@ leaves them, take a byte each; others are there as they are, or in fewer bits at
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -18,19 +21,32 @@ from torch import Tensor
 
 from thinwire import files, wire
 from thinwire.assemble.model import classes_of
+from thinwire.assemble.rows import template_of
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.config import Data, Run
+from thinwire.errors import UserError
 from thinwire.keys import Key
 from thinwire.model import numbers
 from thinwire.model.errors import ModelError, first_line
+from thinwire.model.load import load
 from thinwire.model.net import Net
 from thinwire.model.numbers import digest
 from thinwire.model.resolve import resolve
 from thinwire.model.views import AnyView, View
+from thinwire.model.views.keep import kept
+from thinwire.wire import Spooled
+from thinwire.wire.frame import SPOOL_ABOVE
+from thinwire.wire.legal import LARGEST
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCKS = (1024, 128, 512, 2048, 4096, 256, 64)  # that share a scale, in methods' settings: tried in turn
-LARGEST = 1 << 32  # bytes of a file
+MOST = 1 << 32  # bytes of a file
+TEXT = 1 << 18  # characters of its settings
+CLASSES = 1 << 14
+BASE = "base"  # in place of a file's name
 SHOWN = {"template", "prompt", "answer", "choices", "words", "max_length", "loss"}  # fields of [data] about prompts
 
 
@@ -84,15 +100,31 @@ def carry(run: Run, net: Net, state: Any, folder: Path) -> None:
 
 
 def read(path: Path) -> Thin:
-    """What is in the file; ModelError for one that is none."""
+    """What is in the file; ModelError for one that is none, or whose parts contradict each other.
+
+    Nothing of the size that a header claims is allocated before the file is seen to have so much.
+    """
     try:
-        if path.stat().st_size > LARGEST:
+        size = path.stat().st_size
+        if size > MOST:
             raise ModelError(f"{path}: longer than any thin file")
-        return wire.decode(Thin, path.read_bytes(), LARGEST)
+        frame = Spooled(path, size) if size > SPOOL_ABOVE else path.read_bytes()
+        thin = wire.decode(Thin, frame, MOST)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
     except wire.WireError as error:
         raise ModelError(f"{path}: no thin file ({error})") from None
+    classes = thin.classes
+    wrong = {
+        "it has levels and numbers, or neither": (thin.levels is None) == (thin.numbers is None),
+        "its seed is negative": thin.seed < 0,
+        "its settings are longer than any run's": max(map(len, (thin.view, thin.shown, thin.model))) > TEXT,
+        f"its classes are not 2 to {CLASSES:,} different ones": classes is not None
+        and not 2 <= len(set(classes)) == len(classes) <= CLASSES,
+    }
+    for why in (why for why, found in wrong.items() if found):
+        raise ModelError(f"{path}: {why}")
+    return thin
 
 
 def opened(path: Path, base: str | None = None, device: str = "cpu") -> tuple[Net, Thin]:
@@ -100,27 +132,95 @@ def opened(path: Path, base: str | None = None, device: str = "cpu") -> tuple[Ne
 
     ModelError: no such file or model, or the numbers are of another one.
     """
-    thin = read(path)
-    try:
-        view: View = TypeAdapter(AnyView).validate_json(thin.view)
-    except ValidationError:
-        raise ModelError(f"{path}: its view is none of this version's") from None
-    key = Key.root(thin.seed)
-    net = Net.open(
-        resolve(base or thin.model).as_posix(),
-        thin.dtype,
-        device=device,
-        view=view,
-        view_key=key.fold(view.kind),
-        classes=thin.classes,
-        head_key=key.fold("head"),
-    )
-    if (mine := digest(net)) != thin.base:
-        raise ModelError(
-            f"{path}: it is of another base model: {thin.base} ({thin.model}), and {base or thin.model} is {mine}"
-        )
-    numbers.fill(net, _numbers(path, thin, net.size))
-    return net, thin
+    shelf = Shelf([path], base, device)
+    return shelf.use(shelf.names[0])
+
+
+@dataclass(frozen=True)
+class _Kept:
+    path: Path
+    thin: Thin
+    data: Data
+    net: Net
+
+
+class Shelf:
+    """Thin files over one base model, which is in memory once, with the numbers of one file or of none in it.
+
+    `names`: of the files, in their order: their stems, and a number after those that are there before. Files of one
+    view share a net; each other view has modules of its own over the same weights.
+    """
+
+    def __init__(self, paths: Sequence[Path], base: str | None = None, device: str = "cpu") -> None:
+        """ModelError: a file is none or is there twice, or is of another base, dtype or set of classes."""
+        for i, path in enumerate(paths):
+            if any(path.resolve() == other.resolve() for other in paths[:i]):
+                raise ModelError(f"{path}: the file is there twice")
+        found = [(path, read(path)) for path in paths]
+        files = [(path, thin, _view(path, thin), data_of(path, thin)) for path, thin in found]
+        first = files[0][1]
+        for path, thin, *_ in files:
+            for what, mine, its in (("dtype", thin.dtype, first.dtype), ("classes", thin.classes, first.classes)):
+                if mine != its:
+                    raise ModelError(f"{path}: another {what} than {paths[0]}, and one base is loaded for all of them")
+        where, head = base or first.model, Key.root(first.seed).fold("head") if first.classes is not None else None
+        try:
+            place = resolve(where)
+        except OSError as error:  # a name that no file may have
+            raise ModelError(f"{paths[0]}: {where:.200}: {error.strerror}") from None
+        model, tokenizer, folder = load(place.as_posix(), first.dtype, False, first.classes, head, device)
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        views = list(dict.fromkeys((thin.view, thin.seed) for _, thin, *_ in files))
+        nets: dict[tuple[str, int], tuple[Net, str]] = {}
+        self._files: dict[str, _Kept] = {}
+        for path, thin, view, data in files:
+            which, key = (thin.view, thin.seed), Key.root(thin.seed)
+            if which not in nets:
+                for parameter, was in trained:
+                    parameter.requires_grad_(was)
+                last = len(nets) == len(views) - 1
+                own = model if last else _beside(model)
+                try:
+                    _check_size(path, thin, _count(view, own))
+                    to = None if device == "auto" else device
+                    net = Net.over(own, tokenizer, folder, place.as_posix(), view, key.fold(view.kind), to, head)
+                except ModelError as error:
+                    why = str(error).removeprefix(f"{path}: ")
+                    raise ModelError(f"{path}: {why:.300}") from None
+                nets[which] = net, digest(net)
+            net, mine = nets[which]
+            if mine != thin.base:
+                its = f"{thin.base:.16} ({thin.model:.200})"
+                raise ModelError(f"{path}: it is of another base model: {its}, and {where:.200} is {mine}")
+            _check_size(path, thin, net.size)
+            _numbers(path, thin, net.size)  # refused now, and not in the middle of a talk
+            self._files[_unused(path.stem, [BASE, *self._files])] = _Kept(path, thin, data, net)
+        self.names = list(self._files)
+        self._last = self.names[0]
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Of the files, by name."""
+        return {name: file.path for name, file in self._files.items()}
+
+    @property
+    def data(self) -> Data:
+        """How rows are shown, as the last file that was used has it."""
+        return self._files[self._last].data
+
+    def use(self, name: str) -> tuple[Net, Thin]:
+        """Put a file's numbers in place, or for BASE none: the base's weights are then what they were, to the bit.
+
+        What a file says beside them stays that of the last one where it is BASE. KeyError: no such name.
+        """
+        before, file = self._files[self._last].net, self._files[self._last if name == BASE else name]
+        if name == BASE or file.net is not before:  # whose weights another view reads too
+            before.reset()
+            before.view.refresh(before.model)
+        if name != BASE:
+            numbers.fill(file.net, _numbers(file.path, file.thin, file.net.size))
+            self._last = name
+        return file.net, file.thin
 
 
 def data_of(path: Path, thin: Thin) -> Data:
@@ -129,18 +229,62 @@ def data_of(path: Path, thin: Thin) -> Data:
         fields = json.loads(thin.shown)
         if not isinstance(fields, dict) or not set(fields) <= SHOWN:
             raise ValueError("other fields")
-        return Data.model_validate({**fields, "path": "none"})
+        data = Data.model_validate({**fields, "path": "none"})
+        template_of(data, thin.classes is not None)  # refuses what is none
+        return data
+    except (ValueError, RecursionError, UserError) as error:
+        why = first_line(error)[:200]
+        raise ModelError(f"{path}: its settings of prompts are none of this version's ({why})") from None
+
+
+def _view(path: Path, thin: Thin) -> View:
+    try:
+        view: View = TypeAdapter(AnyView).validate_json(thin.view)
+    except ValidationError:
+        raise ModelError(f"{path}: its view is none of this version's") from None
+    return view
+
+
+def _beside(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model in modules of its own, over the same weights."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _unused(stem: str, taken: Sequence[str]) -> str:
+    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
+def _count(view: View, model: PreTrainedModel) -> int:
+    """How many numbers the view would make of a model, without making them."""
+    shapes = view.trained(model)
+    stays = kept(shapes, view.keep)
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in stays)
+
+
+def _check_size(path: Path, thin: Thin, count: int) -> None:
+    """ModelError unless the file has so many numbers."""
+    try:
+        if thin.levels is not None:
+            fits = Blocks(thin.bits, thin.block).size(count) == thin.levels.numel()
+        else:
+            fits = thin.numbers is not None and thin.numbers.shape == (count,)
     except ValueError as error:
-        raise ModelError(f"{path}: its settings of prompts are none of this version's ({first_line(error)})") from None
+        raise ModelError(f"{path}: {error}") from None
+    if not fits:
+        raise ModelError(f"{path}: it does not have the {count:,} numbers of its view")
 
 
 def _numbers(path: Path, thin: Thin, count: int) -> Tensor:
     try:
         if thin.levels is not None:
-            return Blocks(thin.bits, thin.block).decode(to_bytes(thin.levels), (count,), 0)
+            found = Blocks(thin.bits, thin.block).decode(to_bytes(thin.levels), (count,), 0)
+        else:
+            assert thin.numbers is not None
+            found = thin.numbers
     except ValueError as error:
         raise ModelError(f"{path}: {error}") from None
-    found = thin.numbers
-    if found is None or found.dtype != torch.float32 or found.shape != (count,) or not torch.isfinite(found).all():
-        raise ModelError(f"{path}: it does not have the {count:,} numbers of its view")
+    if found.dtype != torch.float32 or not bool((found.abs() <= LARGEST).all()):
+        raise ModelError(f"{path}: a number of it is beyond {LARGEST:g} or not finite")
     return found

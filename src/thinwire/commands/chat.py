@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 
 
 def chat(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, a Hugging Face folder, a thin file.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="A run's folder, a Hugging Face folder, thin files of one base.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     device: Annotated[str, typer.Option(help="As torch calls it, such as cuda:0.")] = "cpu",
-    base: Annotated[str | None, typer.Option(help="The model that a thin file is of, where it is elsewhere.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that thin files are of, where it is elsewhere.")] = None,
 ) -> None:
-    """Talk to the model of a run: each line is a question, an empty end of input leaves. Also reads from a pipe."""
+    """Talk to the model of a run: each line is a question, an empty end of input leaves. Also reads from a pipe.
+
+    Of thin files the first answers; `/use NAME` goes on with another, `/use base` with the model that they are of.
+    """
     with one_line():
         settle()
         from thinwire import config
@@ -36,8 +41,9 @@ def chat(
         from thinwire.model.net import Net
         from thinwire.model.resolve import resolve
 
-        if path.is_file():
-            _converse(*_thin(path, base, device), max_new_tokens, temperature)
+        path = paths[0]
+        if path.is_file() or len(paths) > 1:
+            _switch(paths, base, device, max_new_tokens, temperature)
             return
         data = config.load(path / "run.toml").data if (path / "run.toml").exists() else None
         if data is not None and not (path / "model").is_dir():
@@ -47,36 +53,64 @@ def chat(
         if classes is None and task_of(folder) == "classification":
             raise config.ConfigError(f"{path}: the encoder has no head that names classes, so it answers nothing")
         net = Net.open(folder, device=device, classes=classes)
-        _converse(net, data, classes, max_new_tokens, temperature)
+        answer = _answerer(net, data, classes, max_new_tokens, temperature)
+        for line in _lines():
+            answer(line)
 
 
-def _thin(path: Path, base: str | None, device: str) -> tuple[Net, Data, Sequence[str] | None]:
-    """The model of a thin file, how its run showed rows, and a classifier's classes."""
+def _switch(paths: Sequence[Path], base: str | None, device: str, max_new_tokens: int, temperature: float) -> None:
+    """Talk to thin files over one base model. A switch begins a new talk; what is no answer goes to stderr."""
     from thinwire.assemble import thin
 
-    net, found = thin.opened(path, base, device)
-    return net, thin.data_of(path, found), found.classes
+    shelf = thin.Shelf(paths, base, device)
+
+    def using(name: str) -> Callable[[str], None]:
+        net, found = shelf.use(name)
+        return _answerer(net, shelf.data, found.classes, max_new_tokens, temperature)
+
+    now = shelf.names[0]
+    answer = using(now)
+    known = [*shelf.names, thin.BASE]
+    if len(paths) > 1:
+        _list(shelf.paths, now)
+    for line in _lines("Ctrl-D leaves. /use NAME answers with another file, /use base without any."):
+        word, _, name = line.partition(" ")
+        if word != "/use":
+            answer(line)
+        elif not name.strip():
+            _list(shelf.paths, now)
+        elif name.strip() not in known:
+            echo(f"thinwire: no file is called {name.strip()}; there are: {', '.join(known)}", err=True)
+        else:
+            now = name.strip()
+            answer = using(now)
+            echo(f"thinwire: {now} answers", err=True)
 
 
-def _converse(
+def _list(paths: Mapping[str, Path], now: str) -> None:
+    """The names that `/use` knows, that of who answers marked."""
+    known: dict[str, object] = {**paths, "base": "no file: the model alone"}
+    for name, about in known.items():
+        echo(f"{'*' if name == now else ' '} {name}: {about}", err=True)
+
+
+def _answerer(
     net: Net, data: Data | None, classes: Sequence[str] | None, max_new_tokens: int, temperature: float
-) -> None:
+) -> Callable[[str], None]:
+    """What answers a line: with one of a closed set, or in the model's own words."""
     choices = classes or (data.choices if data is not None else None)
     if choices is not None:
-        answer = _chooser(net, data, choices, classes is not None)
-    else:
-        answer = _talker(net, data, max_new_tokens, temperature)
-    for line in _lines():
-        answer(line)
+        return _chooser(net, data, choices, classes is not None)
+    return _talker(net, data, max_new_tokens, temperature)
 
 
-def _lines() -> Iterator[str]:
+def _lines(hint: str = "Ctrl-D leaves.") -> Iterator[str]:
     """The lines of the standard input that are not blank, asked for where a person types them."""
     shown = sys.stdin.isatty() and sys.stdout.isatty()
     if shown:
         import readline  # noqa: F401 - its import makes input() one that edits
 
-        typer.echo("Ctrl-D leaves.")
+        typer.echo(hint)
     while True:
         try:
             line = input("> ") if shown else sys.stdin.readline()

@@ -14,18 +14,17 @@ from thinwire.commands.terminal import Overrides, echo, echo_json, one_line, set
 if TYPE_CHECKING:
     from thinwire.assemble import Rows
     from thinwire.config import Run
-    from thinwire.model.net import Net
 
 
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, a Hugging Face folder, a thin file.")],
     overrides: Overrides = None,
-    base: Annotated[str | None, typer.Option(help="The model that a thin file is of, where it is elsewhere.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that thin files are of, where it is elsewhere.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness instead: names or .yaml files.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of rows, for each of --tasks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Evaluate a run on its held-out rows, or any Hugging Face folder on data.path=FILE."""
+    """Evaluate a run on its held-out rows; a Hugging Face folder, or thin files of one base, on data.path=FILE."""
     with one_line():
         settle()
         if tasks is not None:
@@ -35,10 +34,10 @@ def evaluate(
         from thinwire.commands.show import print_scores
         from thinwire.keys import Key
 
-        net = None
         if path.is_file():
-            settings, rows, net = _thin(path, base, overrides or [])
-        elif (path / "run.toml").exists():
+            _thin(path, base, overrides or [], as_json)
+            return
+        if (path / "run.toml").exists():
             if not (path / "model").is_dir():
                 raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
             settings = config.load(path / "run.toml", [*(overrides or []), _named(path / "model")])
@@ -54,7 +53,7 @@ def evaluate(
         else:
             raise config.ConfigError(f"{path}: neither a folder nor a file")
         assemble.use_threads(settings)
-        net = net or assemble.net_of(settings)
+        net = assemble.net_of(settings)
         scores = assemble.scorer(settings, net, assemble.splits_of(settings, rows, net))()
         if as_json:
             echo_json(scores)
@@ -72,17 +71,28 @@ def _all_of(settings: Run) -> Rows:
     return assemble.Rows(rows.clients, {"data": next(iter(rows.clients.values()))} | rows.splits)
 
 
-def _thin(path: Path, base: str | None, overrides: Sequence[str]) -> tuple[Run, Rows, Net]:
-    """How to score the model of a thin file on data.path=FILE, shown as its run showed rows."""
-    from thinwire import config
+def _thin(path: Path, base: str | None, words: Sequence[str], as_json: bool) -> None:
+    """Print the scores of thin files on data.path=FILE, shown as their runs showed rows; a word without = is a file."""
+    from thinwire import assemble, config
     from thinwire.assemble import thin
+    from thinwire.commands.show import print_scores
 
-    net, found = thin.opened(path, base)
-    thin.data_of(path, found)  # refuses settings that are none
-    tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": json.loads(found.shown)}
-    config.override(tree, overrides)
-    settings = config.parse(tree, "the command line")
-    return settings, _all_of(settings), net
+    overrides = [word for word in words if "=" in word]
+    shelf = thin.Shelf([path, *(Path(word) for word in words if "=" not in word)], base)
+    found: dict[str, Any] = {}
+    for name in shelf.names:
+        net, file = shelf.use(name)
+        tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": json.loads(file.shown)}
+        config.override(tree, overrides)
+        settings = config.parse(tree, "the command line")
+        assemble.use_threads(settings)
+        splits = assemble.splits_of(settings, _all_of(settings), net)
+        found[name] = assemble.scorer(settings, net, splits)()
+        if not as_json:
+            shown = f"{name}: " if len(shelf.names) > 1 else ""
+            print_scores([{**record, "split": f"{shown}{record['split']}"} for record in found[name]])
+    if as_json:
+        echo_json(found if len(found) > 1 else found[shelf.names[0]])
 
 
 def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, as_json: bool) -> None:

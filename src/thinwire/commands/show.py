@@ -46,6 +46,8 @@ class Live(Watch):
         self.console.print(f"{run.name}: {method_name(run.method)} on {run.model.path}", soft_wrap=True)
         what = run.model.view.trains.format(number(net.size))
         self.console.print(f"  {what} are trained, over {_many(run.rounds, 'round')}")
+        if stays := run.model.view.keep:
+            self.console.print(f"  beside them what is called {', '.join(stays)}, which stays at each client")
         who = f": {_listed(list(rows.clients))}" if run.data.partition == "files" else ""
         many = _many(len(rows.clients), "client")
         self.console.print(f"  {_many(held, 'row')} stay where they are, with {many}{who}", soft_wrap=bool(who))

@@ -74,6 +74,9 @@ class Model(_Section):
         if isinstance(self.view, Full | Lora):  # as run files have them since before there were views
             found.pop("view", None)
             (found.get("lora") or {}).pop("kind", None)
+        for table in (found.get("lora"), found.get("view")):
+            if table is not None and not table.get("keep", True):  # a run without is the one that it was before
+                del table["keep"]
         return found
 
 

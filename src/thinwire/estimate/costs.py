@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +18,7 @@ from thinwire.data.errors import DataError
 from thinwire.estimate.sketch import one_pass, sketch
 from thinwire.estimate.traffic import Traffic, expected, traffic
 from thinwire.keys import Key
+from thinwire.model.views.keep import kept
 from thinwire.runtime.cohort import check_clients
 
 LINKS = (1, 10, 100)  # Mbit/s
@@ -72,6 +73,8 @@ def estimate(run: Run) -> Estimate:
     if held is not None:
         check_clients(run.cohort, len(examples))
     model = sketch(run, partial(classes_in, run, held, assumed))
+    stays = kept(model.trained, run.model.view.keep)
+    shared = replace(model, trained={name: t for name, t in model.trained.items() if name not in stays})
     method, length = run.method, run.data.max_length
     work = method.work(1)
     assumed.append(f"batches of {work.batch} rows of {length} tokens, the most that data.max_length allows")
@@ -94,9 +97,9 @@ def estimate(run: Run) -> Estimate:
         clients=len(examples),
         rounds=run.rounds,
         batch=(work.batch, length),
-        traffic=traffic(method, expected(run, examples, model.trained)),
+        traffic=traffic(method, expected(run, examples, shared.trained)),
         client=method.memory(model, forward, "client"),
-        server=method.memory(model, forward, "server"),
+        server=method.memory(shared, forward, "server"),
         flops=forward.flops / at_once * passes,
         assumed=assumed,
     )

@@ -138,6 +138,7 @@ class FedCyBGD(Exact):
     Down, Up, State = Proxy, Block, Relay
     paper: ClassVar[str] = "Wang, Wang and Tang 2024, arXiv:2406.11187"
     hollow: ClassVar[bool] = True
+    keeps: ClassVar[bool] = False
     versions_each: ClassVar[int] = 1
 
     def init(self, server: Server) -> Relay:

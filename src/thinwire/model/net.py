@@ -22,6 +22,7 @@ from thinwire.model.start import Base, spool, tied
 from thinwire.model.tokens_and_generation import quiet
 from thinwire.model.trial import check_causal, positions
 from thinwire.model.views import Adapted, Full, View
+from thinwire.model.views.keep import kept
 from thinwire.wire.frame import raw
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Net:
 
     Its contents are undefined when borrowed. Every write is in place, and reaches the trainable parameters
     only: frozen ones stay as they were loaded, unless `write` is given their names, and so do buffers.
+
+    What its view keeps at the clients is trained too, and is `personal`: no name, number or byte of it is among those
+    that all share, which are `names`, `parameters` and `size`.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Net:
                 if not any(trainable(alias) for alias in names[name]):
                     parameter.requires_grad_(False)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.personal = {name: self._parameters.pop(name) for name in kept([*self._parameters], view.keep)}
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self._written: dict[str, nn.Parameter] = {}  # frozen ones
         if not self._parameters:
@@ -103,18 +108,39 @@ class Net:
         """
         head_key = None if classes is None else head_key  # a causal model's head is in its files, or it is no model
         model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits)
+        to = None if hollow or device == "auto" or bits is not None else device
+        return cls.over(model, tokenizer, folder, str(path), view, view_key, to, head_key, trainable, remember, hollow)
+
+    @classmethod
+    def over(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        name: str,
+        view: View = _FULL,
+        view_key: Key = _SEED_0,
+        device: str | None = None,
+        head_key: Key | None = None,
+        trainable: Callable[[str], bool] | None = None,
+        remember: bool = False,
+        hollow: bool = False,
+    ) -> Net:
+        """Adapt a model that is as load.load gave it, in place, and wrap it. ModelError as `open`.
+
+        `name`: the model's, for people. `device`: where it goes, None: it stays where it is.
+        """
         view.adapt(model, view_key)
-        if not hollow:
-            try:
-                if device != "auto" and bits is None:
-                    model.to(device)  # type: ignore[arg-type]
-            except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
-                raise ModelError(f"model.device: {device}: {first_line(error)}") from None
-            if classes is None:
-                check_causal(model, str(path))
+        try:
+            if device is not None:
+                model.to(device)  # type: ignore[arg-type]
+        except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
+            raise ModelError(f"model.device: {device}: {first_line(error)}") from None
+        if not hollow and not classifier.is_classifier(model):
+            check_causal(model, name)
         try:
             net = cls(model, tokenizer, folder, trainable, remember, head_key, view)
-            if hollow or net.base.starts_like(dict(net.parameters())):
+            if hollow or net.base.starts_like(dict(net.trained())):
                 return net
         except ModelError:
             if any(p.is_meta for p in model.parameters() if p.requires_grad):
@@ -183,6 +209,11 @@ class Net:
         self._wake()
         return iter(self._parameters.items())
 
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all that a client trains: those of `parameters`, then its personal ones."""
+        yield from self.parameters()
+        yield from self.personal.items()
+
     def adapted(self) -> dict[str, Adapted]:
         """The layers with factors beside them, by name: their frozen weights, which `base` and `write` reach too."""
         return self.view.adapted(self._model)
@@ -205,7 +236,7 @@ class Net:
     @torch.no_grad()
     def reset(self) -> None:
         """Weights := base, tensor by tensor, in place."""
-        for name, parameter in (*self.parameters(), *self._written.items()):
+        for name, parameter in (*self.trained(), *self._written.items()):
             parameter.copy_(self.base[name])
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ def change(net: Net) -> Tensor:
 def digest(net: Net) -> str:
     """A hash (16 hex digits) of a net as it was loaded: its start weights, and the frozen ones; hollow or not."""
     found = hashlib.sha256()
-    absorb(found, ((name, net.base[name]) for name in sorted(net.names)))
+    absorb(found, ((name, net.base[name]) for name in sorted([*net.names, *net.personal])))
     frozen = sorted(((n, p) for n, p in net.model.named_parameters() if not p.requires_grad), key=itemgetter(0))
     absorb(found, ((n, net.base[n] if p.is_meta else p) for n, p in frozen))
     return found.hexdigest()[:16]

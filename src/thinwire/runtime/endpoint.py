@@ -8,6 +8,7 @@ from typing import Any
 
 from thinwire import wire
 from thinwire.core import Client, Method, StaleVersion
+from thinwire.model.personal import at_home
 from thinwire.privacy.released import check_released
 from thinwire.runtime.payloads import Ready
 from thinwire.runtime.seats import Seats
@@ -53,7 +54,8 @@ ACTIONS: Mapping[str, Action] = {"join": join, "train": serve}
 class Endpoint:
     """The clients of a run at one place. `done(client)` is called when a client has answered, its memory kept.
 
-    The actions in PASSING leave no trace: a client is then as it will be when the next round begins.
+    The actions in PASSING leave no trace: a client is then as it will be when the next round begins. In all of them the
+    net has the client's own personal parameters.
     """
 
     PASSING = ("join", "evaluate")
@@ -72,7 +74,8 @@ class Endpoint:
         """The reply of the client that the frame is for; raises WireError for a frame that it cannot use."""
         header, passing = wire.peek(frame), action in self.PASSING
         client = self.seats.client(header.client, header.round + passing)
-        reply = self.actions[action](self.method, frame, client, self.spool)
+        with at_home(client.net, client.memory, remember=not passing):
+            reply = self.actions[action](self.method, frame, client, self.spool)
         if not passing:
             if self.seats.memories is not None:
                 self.seats.memories.commit(client.memory, client.id)

@@ -96,6 +96,8 @@ class OnFactors(FirstOrder):
         return found, total / taken if taken else math.nan, self.steps - taken
 
     def fits(self, net: Net) -> None:
+        if net.personal and self.encode == "gradient":
+            raise ModelError("model.view.keep: goes with increments or states; no step is taken to a gradient")
         others = [name for name in net.names if ".lora_" not in name]
         if len(others) == len(net.names):
             raise ModelError(f"model.lora: missing; {self.name} codes the factors of a LoRA view")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -16,6 +17,8 @@ from thinwire.train.local import Adjust, Kept, Local, Moments, Optimiser, Rule, 
 
 class FirstOrder(Averaged):
     """Local steps on what the net trains, or on some parameters of a model."""
+
+    keeps: ClassVar[bool] = True
 
     name: str
     lr: float = Field(2e-5, gt=0, le=100)
@@ -41,11 +44,15 @@ class FirstOrder(Averaged):
     ) -> Local:
         """The local steps on the client's net, or on the `names` of a model's parameters, in place; see train_locally.
 
-        `names` are those that its moments are kept under, one a parameter.
+        `names` are those that its moments are kept under, one a parameter. Of the net its personal parameters are
+        trained with the others; the weights of the result are those of the others.
         """
+        shared = None
         if parameters is None:
-            names, parameters = client.net.names, [p for _, p in client.net.parameters()]
-        return train_locally(
+            shared = len(client.net.names)
+            trained = dict(client.net.trained())
+            names, parameters = tuple(trained), list(trained.values())
+        local = train_locally(
             model if model is not None else client.net.model,
             parameters,
             client.data.batches(client.key.fold("batches"), self.batch_size),
@@ -55,6 +62,7 @@ class FirstOrder(Averaged):
             keep=keep,
             kept=Kept(client.memory, names) if self.moments == "kept" else None,
         )
+        return local._replace(weights=local.weights[:shared])
 
     def work(self, round: int) -> Work:
         return Work(self.steps, 3 * self.steps * self.batch_size, self.batch_size)

@@ -43,6 +43,7 @@ class Core(BaseModel):
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
     )
+    keep: tuple[str, ...] = ()  # patterns of names of what stays at each client
 
     # what is done is in the module `factors`, which imports torch: a run file is read without it
     @property

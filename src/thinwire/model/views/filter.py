@@ -31,6 +31,7 @@ class Filter(BaseModel):
 
     kind: Literal["filter"] = "filter"
     parts: tuple[str, ...] = Field(("norm", "layernorm", "ln", "bias"), min_length=1)
+    keep: tuple[str, ...] = ()  # patterns of names, such as *.B, of what stays at each client
 
     def adapt(self, model: PreTrainedModel, key: Key) -> None:
         """Freeze the others. ModelError: a part that no name has."""

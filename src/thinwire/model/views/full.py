@@ -25,6 +25,7 @@ class Full(BaseModel):
     forward_share: ClassVar[float] = 1.0
 
     kind: Literal["full"] = "full"
+    keep: tuple[str, ...] = ()  # patterns of names, such as *.B, of what stays at each client
     trains: ClassVar[str] = "all {} parameters"
     factors: ClassVar[None] = None
     float32: ClassVar[bool] = False

@@ -34,6 +34,7 @@ class Lora(BaseModel):
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
     targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    keep: tuple[str, ...] = ()  # patterns of names, such as *.B, of what stays at each client
 
     # what is done is in the module `factors`, which imports torch: a run file is read without it
     @property

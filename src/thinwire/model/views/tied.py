@@ -12,8 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
+from thinwire.errors import ConfigError
 from thinwire.model.views.view import Adapted
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ class Tied(BaseModel):
     rank: PositiveInt = 4
     alpha: PositiveFloat = 8.0
     targets: tuple[str, ...] = Field(LAYERS, min_length=1)
+    keep: tuple[str, ...] = Field((), exclude=True)  # nothing: numbers have no parts
+
+    @field_validator("keep")
+    @classmethod
+    def _whole(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            raise ConfigError("model.view.keep: the numbers of a tied view have no parts, so none can stay at a client")
+        return value
 
     # what is done is in `factors` and `ties`, which import torch: a run file is read without them
     @property

@@ -51,9 +51,13 @@ class Tying(nn.Module):
         numbers = self()
         if self._seen is not None and torch.equal(numbers, self._seen):
             return
+        moved = bool(numbers.any())
         self._seen = None  # if this is interrupted, nothing half-new passes for whole
         for stream, (name, parameter) in enumerate(self.followers.items()):
-            self.ties.spread(numbers, stream, self.base[name], parameter.data)
+            if moved:
+                self.ties.spread(numbers, stream, self.base[name], parameter.data)
+            else:
+                parameter.data.copy_(self.base[name])  # to the bit: a sum would lose the sign of a zero
         self._seen = numbers
 
     def _gatherer(self, stream: int) -> Any:

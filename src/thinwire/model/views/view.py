@@ -37,6 +37,10 @@ class View(Protocol):
     def forward_share(self) -> float:
         """Of the passes of a step on all weights, the share that a step on this view takes."""
 
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """Patterns of the names of what is trained at the clients and stays there, see keep.kept."""
+
     def model_dump_json(self) -> str:
         """The table as JSON."""
 
