@@ -15,10 +15,13 @@ from thinwire.core import Method
 from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
+from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
+from thinwire.methods.flora import FLora
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.methods.onebit import OneBit
+from thinwire.methods.rolora import RoLora
 from thinwire.methods.tgap import Tgap
 from thinwire.model.net import Net
 
@@ -44,6 +47,11 @@ ROWS = {
     ),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
     "fedit-kept": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, moments="kept", schedule="linear"), 4_096, 4_098, 1.00),
+    "ffa": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 0, 0, 1.0),
+    "rolora": Row(RoLora(lr=1e-2, steps=4, batch_size=4), 0, 0, 1.0),
+    "fedex": Row(FedEx(lr=1e-2, steps=4, batch_size=4), 0, 0, 1.0),
+    "flora": Row(FLora(lr=1e-2, steps=4, batch_size=4), 0, 0, 1.0),
+    "flora-ranks": Row(FLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 1}), 0, 0, 1.0),
     "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
     "fedkseed-lora": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.55),
     "fedkseed-pro": Row(FedKSeed(**SEEDS, pro=True), 116, 100, 3.69),
@@ -148,12 +156,17 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
     **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain"], "tied factors"),
     "onebit-weights": "tied weights",
+    "ffa": "lora of B",
+    "rolora": "lora",
+    **dict.fromkeys(["fedex", "flora", "flora-ranks"], "lora on weights that change"),
 }
 TARGETS = ["q_proj", "v_proj"]
 MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but for the path
     "whole": {},
     "bfloat16": {"dtype": "bfloat16"},
     "lora": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
+    "lora of B": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS, "freeze_a": True}},
+    "lora on weights that change": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
     "tied factors": {"view": {"kind": "tied", "numbers": 500, "targets": TARGETS}},
     "tied weights": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 500, "over": "weights"}},
 }

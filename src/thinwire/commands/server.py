@@ -60,6 +60,7 @@ def server(
         settings = config.load(file, overrides or [])
         sites = federation_of(settings)
         check_clients(settings.cohort, len(sites))
+        settings.method.check_clients(len(sites))
         folder = out if out is not None else Path("runs") / settings.name
         if stack.enter_context(claimed(folder, settings, resume)):
             return

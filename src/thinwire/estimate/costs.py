@@ -71,6 +71,7 @@ def estimate(run: Run) -> Estimate:
     examples = examples_of(run, held, assumed)
     if held is not None:
         check_clients(run.cohort, len(examples))
+        run.method.check_clients(len(examples))
     model = sketch(run, partial(classes_in, run, held, assumed))
     method, length = run.method, run.data.max_length
     work = method.work(1)

@@ -13,10 +13,13 @@ PLACES = {
     "cgfed": "thinwire.methods.cgfed:CGFed",
     "fedavg": "thinwire.methods.fedavg:FedAvg",
     "fedcybgd": "thinwire.methods.fedcybgd:FedCyBGD",
+    "fedex": "thinwire.methods.fedex:FedEx",
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
     "fedzo": "thinwire.methods.fedzo:FedZO",
+    "flora": "thinwire.methods.flora:FLora",
     "gradualdiff": "thinwire.methods.gradualdiff:GradualDiff",
     "onebit": "thinwire.methods.onebit:OneBit",
+    "rolora": "thinwire.methods.rolora:RoLora",
     "tgap": "thinwire.methods.tgap:Tgap",
 }
 
