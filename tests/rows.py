@@ -18,10 +18,13 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
+from thinwire.methods.flexlora import FlexLora
 from thinwire.methods.flora import FLora
 from thinwire.methods.gradualdiff import GradualDiff
+from thinwire.methods.hetlora import HetLora
 from thinwire.methods.onebit import OneBit
 from thinwire.methods.rolora import RoLora
+from thinwire.methods.slora import SLora
 from thinwire.methods.tgap import Tgap
 from thinwire.model.net import Net
 
@@ -52,6 +55,9 @@ ROWS = {
     "fedex": Row(FedEx(lr=1e-2, steps=4, batch_size=4), 0, 0, 1.0),
     "flora": Row(FLora(lr=1e-2, steps=4, batch_size=4), 0, 0, 1.0),
     "flora-ranks": Row(FLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 1}), 0, 0, 1.0),
+    "flexlora": Row(FlexLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 3}), 0, 0, 1.0),
+    "hetlora": Row(HetLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 3}, keep=0.7), 0, 0, 1.0),
+    "slora": Row(SLora(lr=1e-2, steps=4, batch_size=4), 0, 0, 1.0),
     "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
     "fedkseed-lora": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.55),
     "fedkseed-pro": Row(FedKSeed(**SEEDS, pro=True), 116, 100, 3.69),
@@ -157,8 +163,8 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain"], "tied factors"),
     "onebit-weights": "tied weights",
     "ffa": "lora of B",
-    "rolora": "lora",
-    **dict.fromkeys(["fedex", "flora", "flora-ranks"], "lora on weights that change"),
+    **dict.fromkeys(["flexlora", "hetlora", "rolora"], "lora"),
+    **dict.fromkeys(["fedex", "flora", "flora-ranks", "slora"], "lora on weights that change"),
 }
 TARGETS = ["q_proj", "v_proj"]
 MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but for the path

@@ -122,10 +122,9 @@ def test_a_version_that_is_not_held_is_stale_and_a_way_that_leads_elsewhere_is_r
         "negative": {"rounds": -1},
         "other names": {"weights": {"x": torch.zeros(1)}},
     }
-    for name, change in wrong.items():
+    for change in wrong.values():
         with pytest.raises(Illegal):
             method.receive(replace(down, **change), client)
-            pytest.fail(name)
 
 
 def test_low_precision_loses_only_the_rounding_of_the_base(tmp_path: Path) -> None:
@@ -160,5 +159,5 @@ def test_a_net_without_factors_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"server_step": "momentum"}, {"moments": "kept"}, {"server_step": {"lr": 0.5}}])
 def test_what_does_not_go_with_products_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="server_step: |moments: |server_step"):
+    with pytest.raises(ValueError, match=r"(server_step|moments): "):
         FedEx.model_validate(wrong)

@@ -89,7 +89,6 @@ def norm(pair: Pair) -> float:
     return max(0.0, float(((left @ left.T) * (right @ right.T)).sum())) ** 0.5
 
 
-def empty(pair: Pair, rank: int) -> Pair:
-    """The pair with rows of zeros up to that rank: the same product."""
-    more = rank - pair.left.shape[0]
-    return Pair(*(torch.cat([rows, rows.new_zeros(more, rows.shape[1])]) for rows in pair))
+def joined(pair: Pair, other: Pair) -> Pair:
+    """The rows of both: the sum of their products, in float64."""
+    return Pair(*(torch.cat(sides) for sides in zip(pair.double(), other.double(), strict=True)))

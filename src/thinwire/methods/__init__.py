@@ -16,10 +16,13 @@ PLACES = {
     "fedex": "thinwire.methods.fedex:FedEx",
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
     "fedzo": "thinwire.methods.fedzo:FedZO",
+    "flexlora": "thinwire.methods.flexlora:FlexLora",
     "flora": "thinwire.methods.flora:FLora",
     "gradualdiff": "thinwire.methods.gradualdiff:GradualDiff",
+    "hetlora": "thinwire.methods.hetlora:HetLora",
     "onebit": "thinwire.methods.onebit:OneBit",
     "rolora": "thinwire.methods.rolora:RoLora",
+    "slora": "thinwire.methods.slora:SLora",
     "tgap": "thinwire.methods.tgap:Tgap",
 }
 

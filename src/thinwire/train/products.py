@@ -47,17 +47,7 @@ class OnProducts(FirstOrder):
         return self
 
     def fits(self, net: Net) -> None:
-        layers = net.adapted()
-        if not layers:
-            raise ModelError(f"model.lora: missing; {self.name} works with the factors of a LoRA view")
-        factors = {name for place in layers.values() for name in (place.left, place.right)}
-        if not factors <= set(net.names):
-            raise ModelError(f"model.lora: {self.name} trains both factors of a LoRA view, and here one is not trained")
-        if others := [name for name in net.names if name not in factors]:
-            raise ModelError(
-                f"model.lora: {self.name} works with factors alone, and a classifier's view trains its head too: "
-                f"{others[0]}"
-            )
+        check_view(net, self.name)
 
 
 class Ranked(OnProducts):
@@ -84,6 +74,20 @@ class Ranked(OnProducts):
         if unknown := [client for client in self.ranks if client >= clients]:
             there = f"are {clients} clients, 0 to {clients - 1}" if clients > 1 else "is one client, 0"
             raise ConfigError(f"method.ranks: no client {', '.join(map(str, unknown))}: there {there}")
+
+
+def check_view(net: Net, method: str) -> None:
+    """ModelError unless what the net trains are both factors of a LoRA view, and nothing else."""
+    layers = net.adapted()
+    if not layers:
+        raise ModelError(f"model.lora: missing; {method} works with the factors of a LoRA view")
+    factors = {name for place in layers.values() for name in (place.left, place.right)}
+    if not factors <= set(net.names):
+        raise ModelError(f"model.lora: {method} trains both factors of a LoRA view, and here one is not trained")
+    if others := [name for name in net.names if name not in factors]:
+        raise ModelError(
+            f"model.lora: {method} works with factors alone, and a classifier's view trains its head too: {others[0]}"
+        )
 
 
 def places(names: Iterable[str]) -> dict[str, Places]:
@@ -145,6 +149,23 @@ def cut(weights: Tensors, rank: int) -> dict[str, Tensor]:
     return {
         name: (tensor[:rank] if LEFT in name else tensor[:, :rank]).contiguous() for name, tensor in weights.items()
     }
+
+
+def padded(weights: Tensors, like: Tensors) -> dict[str, Tensor]:
+    """The inverse of `cut`: with zeros beyond, in the shapes of `like`; Illegal where it is longer, or not its own."""
+    if set(weights) != set(like):
+        raise Illegal("the names of the factors are not the model's")
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        whole = torch.zeros_like(like[name], device=tensor.device)
+        side = 0 if LEFT in name else 1
+        if tensor.dim() != 2 or tensor.shape[side] > whole.shape[side] or tensor.dtype != whole.dtype:
+            raise Illegal(f"{name} is {tensor.dtype} {list(tensor.shape)}, beyond {list(whole.shape)}")
+        if tensor.shape[1 - side] != whole.shape[1 - side]:
+            raise Illegal(f"{name} is {list(tensor.shape)}, not of {list(whole.shape)}")
+        whole.narrow(side, 0, tensor.shape[side]).copy_(tensor)
+        found[name] = whole
+    return found
 
 
 def check_factors(like: Tensors, weights: Tensors, scale: float = 1.0) -> None:
