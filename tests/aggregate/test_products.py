@@ -77,9 +77,8 @@ def test_the_mean_of_equally_many_rows() -> None:
 
 
 def test_a_stack_keeps_every_reply_and_what_they_report() -> None:
-    updates = [
-        (i, Update({"a": torch.full((i + 1, 2), float(i))}, i + 1.0, loss=float(i), skipped=i)) for i in range(3)
-    ]
+    rows = [torch.full((i + 1, 2), float(i)) for i in range(3)]
+    updates = [(i, Update({"a": rows[i]}, i + 1.0, loss=float(i), skipped=i)) for i in range(3)]
     found, metrics = Stack()(iter(updates))
     assert found["a"].tolist() == [[0.0] * 2] + [[1.0] * 2] * 2 + [[2.0] * 2] * 3
     assert metrics == {"loss": pytest.approx((0 + 2 * 1 + 3 * 2) / 6), "skipped": 3}

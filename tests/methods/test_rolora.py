@@ -40,15 +40,11 @@ def test_one_factor_moves_and_the_mean_is_exact(net: Net, tmp_path: Path) -> Non
             moves, stays = (place.right, place.left) if still == "A" else (place.left, place.right)
             assert torch.equal(after[stays], before[stays])
             assert not torch.equal(after[moves], before[moves])
-            exact = sum(
-                federation.sizes[c]
-                / 36
-                * (
-                    up.weights.get(place.right, after[place.right]).double()
-                    @ up.weights.get(place.left, after[place.left]).double()
-                )
-                for c, up in federation.ups.items()
-            )
+            exact = torch.zeros(1, dtype=torch.float64)
+            for client, up in federation.ups.items():
+                one = {**after, **up.weights}
+                product = one[place.right].double() @ one[place.left].double()
+                exact = exact + federation.sizes[client] / 36 * product
             found = after[place.right].double() @ after[place.left].double()
             assert (found - exact).norm() <= 1e-6 * exact.norm()
     assert all(p.grad is None for p in net.model.parameters())
@@ -75,12 +71,9 @@ def test_who_was_there_is_sent_the_half_that_moved(net: Net, tmp_path: Path) -> 
     for wrong in ({"turn": "C"}, {"version": "f" * 32}, {"weights": {n: t[1:] for n, t in down.weights.items()}}):
         with pytest.raises(Illegal):
             method.receive(replace(down, **wrong), federation.client(0, 3))
-    with pytest.raises(Illegal):  # the other factor's turn
-        method.check(
-            federation.state,
-            0,
-            replace(federation.ups[0], weights=method.broadcast(federation.state, server, 1, None).weights),
-        )
+    other = method.broadcast(federation.state, server, 1, None).weights  # not the factor whose turn it is
+    with pytest.raises(Illegal):
+        method.check(federation.state, 0, replace(federation.ups[0], weights=other))
 
 
 def test_a_net_without_both_factors_is_refused(folder: Path) -> None:
@@ -96,10 +89,8 @@ def test_ffa_trains_b_alone_and_is_exact(folder: Path, net: Net, tmp_path: Path)
     for place in frozen.adapted().values():
         left = frozen.model.get_parameter(place.left).detach()
         assert torch.equal(left, net.base[place.left])  # as the view with both draws it, from the same key
-        exact = sum(
-            federation.sizes[c] / 36 * (up.weights[place.right].double() @ left.double())
-            for c, up in federation.ups.items()
-        )
+        parts = [federation.sizes[c] / 36 * up.weights[place.right].double() for c, up in federation.ups.items()]
+        exact = torch.stack(parts).sum(0) @ left.double()
         found = federation.state.weights[place.right].double() @ left.double()
         assert (found - exact).norm() <= 1e-6 * exact.norm()
 

@@ -20,9 +20,11 @@ from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.aggregate.products import Pair, weighed
 from thinwire.core import Client, Server
 from thinwire.costs.frames import VERSION, Expected, Frames
+from thinwire.costs.memory import Memory, Side
+from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.net import Net
 from thinwire.train.local import scheduled
-from thinwire.train.merged import Merged, Way, begun, check_merges, expected, fill_merged, follow, merged, way
+from thinwire.train.merged import Merged, Way, begun, check_merges, expected, fill_merged, follow, memory, merged, way
 from thinwire.train.products import OnProducts, check_factors, named, pairs, rank_of, rows, shares
 from thinwire.train.weights import Trained, fill, fill_checked
 from thinwire.wire.legal import check_rate
@@ -99,9 +101,6 @@ class FedEx(OnProducts):
         super().fits(net)
         check_merges(net)
 
-    def reply_bytes(self, net: Net) -> int:
-        return 2 * net.nbytes + 256 * len(net.names) + (1 << 16)
-
     def frames(self, at: Expected) -> Frames | None:
         return expected(
             at,
@@ -109,3 +108,6 @@ class FedEx(OnProducts):
             lambda way: Exact(at.trained, way.weights, way.base, VERSION, way.stacks, way.rounds, 0.0),
             lambda client, examples: Trained(at.trained, examples, 0.0, 0),
         )
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        return memory(at, forward, side, self.optimiser, self.recompute)

@@ -19,9 +19,11 @@ from torch import Tensor
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.core import Client, Server
 from thinwire.costs.frames import VERSION, Expected, Frames
+from thinwire.costs.memory import Memory, Side
+from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.net import Net
 from thinwire.train.local import scheduled
-from thinwire.train.merged import Merged, Way, begun, check_merges, expected, fill_merged, follow, merged, way
+from thinwire.train.merged import Merged, Way, begun, check_merges, expected, fill_merged, follow, memory, merged, way
 from thinwire.train.products import Ranked, check_factors, cut, fresh, pairs, rank_of, rows, shares
 from thinwire.train.weights import Trained, fill
 from thinwire.wire.legal import check_rate
@@ -98,3 +100,6 @@ class FLora(Ranked):
             lambda way: Merge(way.weights, way.base, VERSION, way.stacks, way.rounds, 0.0),
             lambda client, examples: Trained(cut(at.trained, self.rank_of(client, most)), examples, 0.0, 0),
         )
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        return memory(at, forward, side, self.optimiser, self.recompute)

@@ -117,6 +117,13 @@ class SLora(FirstOrder):
         else:
             fill_checked(net, down.factors)
 
+    def reply_bytes(self, net: Net) -> int:
+        masked = 0
+        for place in net.adapted().values():
+            factors = net.base[place.left].numel() + net.base[place.right].numel()
+            masked += self._count(net.base[place.weight].numel(), factors)
+        return 8 * max(net.size, masked) + 256 * len(net.names) + (1 << 16)
+
     def fits(self, net: Net) -> None:
         check_view(net, self.name)
         check_merges(net)

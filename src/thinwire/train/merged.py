@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from thinwire.aggregate.products import Pair, added
 from thinwire.core import Client, StaleVersion, Versions
 from thinwire.costs.frames import VERSION, Expected, Frames, Span
+from thinwire.costs.memory import Memory, Side, averaging, training
+from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.train.products import places
@@ -200,6 +202,15 @@ def expected(at: Expected, rows: Sequence[int], down: Callable[[Way], Any], up: 
         return Span(there, there), Span(min(ends), max(ends))
 
     return frames
+
+
+def memory(at: Sketch, forward: Pass, side: Side, optimiser: str, recompute: bool) -> Memory:
+    """The peak of a side that holds the merged weights beside the net's, and the next ones while they come about."""
+    weights, _ = _expected(at.trained, [])
+    copies = 2 * nbytes(weights.values())
+    if side == "client":
+        return training(at, forward, optimiser, recompute, copies)
+    return averaging(at, "plain", copies)
 
 
 def _expected(trained: Tensors, rows: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
