@@ -144,12 +144,15 @@ def follow(way: Way, version: str, client: Client) -> None:
         if held is None or set(held) != {layer.weight for layer in layers.values()}:
             raise StaleVersion
         weights = dict(held)
-    if not 0 <= way.rounds <= len(way.stacks):
+    if not 0 <= way.rounds <= (0 if way.weights else len(way.stacks)):
         raise Illegal(f"{way.rounds} rounds of {len(way.stacks)} tensors")
     for stack in _rounds(way.stacks, way.rounds):
         for name, layer in layers.items():
-            if f"{name}/weight" in stack:
-                weights[layer.weight] = stack[f"{name}/weight"]
+            whole = stack.get(f"{name}/weight")
+            if whole is not None:
+                if whole.shape != weights[layer.weight].shape:
+                    raise Illegal(f"{layer.weight} is {list(whole.shape)}, not {list(weights[layer.weight].shape)}")
+                weights[layer.weight] = whole
                 continue
             try:
                 pair, shares = Pair(stack[f"{name}/left"], stack[f"{name}/right"]), stack[SHARES]

@@ -57,7 +57,7 @@ class Ranked(OnProducts):
     step moves: it computes as the view does, and sends and is sent less.
     """
 
-    ranks: dict[NonNegativeInt, PositiveInt] = Field({}, validate_default=False)  # client -> rank
+    ranks: dict[NonNegativeInt, PositiveInt] = Field({})  # client -> rank
 
     def rank_of(self, client: int, most: int) -> int:
         """A client's rank; `most` is the view's."""
