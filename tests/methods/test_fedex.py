@@ -84,7 +84,12 @@ def test_who_returns_who_was_away_and_who_is_new_hold_the_same_bits(name: str, n
         seen = set()
         for client in (0, 1, 3):
             down = method.broadcast(federation.state, server, client, federation.held.get(client))
-            method.receive(down, federation.client(client, last + 1))
+            try:
+                method.receive(down, federation.client(client, last + 1))
+            except StaleVersion:  # of versions this federation keeps three
+                assert client == 1
+                down = method.broadcast(federation.state, server, client, None)
+                method.receive(down, federation.client(client, last + 1))
             seen.add(net.state_sha256())
         method.materialise(federation.state, net)
         assert seen == {net.state_sha256()}

@@ -29,6 +29,7 @@ from thinwire.wire import Illegal
 
 Tensors = Mapping[str, Tensor]
 SHARES = "shares"
+MISSED = 7  # rounds that a peer may be behind: of its own versions it keeps eight
 
 
 class Layer(NamedTuple):
@@ -126,6 +127,8 @@ def merged(history: History, net: Net, versions: Versions, products: Mapping[str
 
 def way(history: History, held: str | None) -> Way:
     """What a peer is sent that holds this version, None: the start; the shorter of the rounds missed and of all."""
+    if held is not None and held != history.version and held not in history.bases[-MISSED:]:
+        held = None  # as one who is new
     known = held or history.start
     if known == history.version:
         return Way({}, held, {}, 0)
@@ -193,6 +196,8 @@ def expected(at: Expected, rows: Sequence[int], down: Callable[[Way], Any], up: 
 
     def way(round: int, last: int | None) -> Way:
         """For who was there last in that round (None: never), and so holds what it began with."""
+        if last is not None and round - last > MISSED:
+            last = None
         missed = rounds[0 if last is None else last - 1 : round - 1]
         if sum(nbytes(stack.values()) for stack in missed) > most:
             return Way(weights, None, {}, 0)
