@@ -5,6 +5,7 @@ Factors lie rank first: left [rank, in], right [rank, out], and stand for the ma
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def weighed(rows: Tensor, shares: Tensor, clients: int) -> Tensor:
 def norm(pair: Pair) -> float:
     """The Frobenius norm of the product, which is not formed: |right^T left|^2 = trace(left left^T right right^T)."""
     left, right = pair.double()
-    return max(0.0, float(((left @ left.T) * (right @ right.T)).sum())) ** 0.5
+    return math.sqrt(max(0.0, float(((left @ left.T) * (right @ right.T)).sum())))
 
 
 def joined(pair: Pair, other: Pair) -> Pair:
