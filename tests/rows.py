@@ -57,7 +57,7 @@ ROWS = {
     "flora-ranks": Row(FLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 1}), 75, 4_131, 0.89),
     "flexlora": Row(FlexLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 3}), 4_099, 4_098, 2.28),
     "hetlora": Row(HetLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 3}, keep=0.7), 4_097, 4_098, 1.37),
-    "slora": Row(SLora(lr=1e-2, steps=4, batch_size=4), 3_854, 3_848, 2.53),
+    "slora": Row(SLora(lr=1e-2, steps=4, batch_size=4), 4_104, 4_098, 2.53),
     "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
     "fedkseed-lora": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.55),
     "fedkseed-pro": Row(FedKSeed(**SEEDS, pro=True), 116, 100, 3.69),

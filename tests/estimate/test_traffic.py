@@ -21,7 +21,7 @@ from thinwire.runtime.course import Watch, train
 LORA: dict[str, Any] = {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}
 ON_FACTORS: dict[str, dict[str, Any]] = {  # how a method on the view of LORA is set
     "rolora": {},
-    "fedex": {},
+    "fedex": {"lr": 1e-2, "steps": 3},  # after one small step nothing is lacking, and nothing of the base is sent
     "flora": {"ranks": {"1": 1}},
     "flexlora": {"ranks": {"1": 1}},
     "slora": {"first": 0.5},

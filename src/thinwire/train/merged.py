@@ -186,7 +186,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def expected(at: Expected, rows: Sequence[int], down: Callable[[Way], Any], up: Callable[[int, int], Any]) -> Frames:
-    """The frames before a run, where all reply: as long as they will be, to the byte.
+    """The frames before a run where all reply and each round moves the weights: as long as they will be, to the byte.
 
     `rows`: how many each round's stacks have; `down` makes the broadcast that holds a way, `up` the reply of a client
     with so many examples.
