@@ -61,6 +61,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(_type(inner) for inner in get_args(annotation)))
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
+    if origin is dict:
+        return "table of {} to {}".format(*map(_type, get_args(annotation)))
     if annotation is NoneType:
         return "nothing"
     return getattr(annotation, "__name__", str(annotation)).replace("|", "\\|")

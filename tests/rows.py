@@ -15,10 +15,16 @@ from thinwire.core import Method
 from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
+from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
+from thinwire.methods.flexlora import FlexLora
+from thinwire.methods.flora import FLora
 from thinwire.methods.gradualdiff import GradualDiff
+from thinwire.methods.hetlora import HetLora
 from thinwire.methods.onebit import OneBit
+from thinwire.methods.rolora import RoLora
+from thinwire.methods.slora import SLora
 from thinwire.methods.tgap import Tgap
 from thinwire.model.net import Net
 
@@ -46,6 +52,14 @@ ROWS = {
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
     "fedit-kept": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, moments="kept", schedule="linear"), 4_096, 4_098, 1.00),
     "fedavg-keep": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 2_324, 2_326, 2.84),
+    "ffa": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_812, 1_814, 0.83),
+    "rolora": Row(RoLora(lr=1e-2, steps=4, batch_size=4), 4_130, 1_847, 1.11),
+    "fedex": Row(FedEx(lr=1e-2, steps=4, batch_size=4), 4_132, 4_131, 2.86),
+    "flora": Row(FLora(lr=1e-2, steps=4, batch_size=4), 75, 4_131, 1.12),
+    "flora-ranks": Row(FLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 1}), 75, 4_131, 0.89),
+    "flexlora": Row(FlexLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 3}), 4_099, 4_098, 2.28),
+    "hetlora": Row(HetLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 3}, keep=0.7), 4_097, 4_098, 1.37),
+    "slora": Row(SLora(lr=1e-2, steps=4, batch_size=4), 4_104, 4_098, 2.53),
     "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
     "fedkseed-lora": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.55),
     "fedkseed-pro": Row(FedKSeed(**SEEDS, pro=True), 116, 100, 3.69),
@@ -155,6 +169,9 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     "onebit-weights": "tied weights",
     **dict.fromkeys(["fedavg-core", "onebit-core"], "core"),
     **dict.fromkeys(["fedavg-keep", "onebit-keep"], "lora keep"),
+    "ffa": "lora of B",
+    **dict.fromkeys(["flexlora", "hetlora", "rolora"], "lora"),
+    **dict.fromkeys(["fedex", "flora", "flora-ranks", "slora"], "lora on weights that change"),
 }
 TARGETS = ["q_proj", "v_proj"]
 MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but for the path
@@ -163,6 +180,8 @@ MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but f
     "lora": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
     "core": {"view": {"kind": "core", "rank": 8, "alpha": 8.0, "targets": TARGETS}},
     "lora keep": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS, "keep": ["*.B"]}},
+    "lora of B": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS, "freeze_a": True}},
+    "lora on weights that change": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
     "tied factors": {"view": {"kind": "tied", "numbers": 500, "targets": TARGETS}},
     "tied weights": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 500, "over": "weights"}},
 }

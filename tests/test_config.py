@@ -126,7 +126,7 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["model.view={}"], "model.view.kind: missing; known: core, filter, full, lora, tied"),
         (["model.view.kind=lora", "model.view.rank=0"], "model.view.rank: must be greater than 0, got 0"),
         (["model.view.kind=full", "model.view.rank=4"], "model.view.rank: unknown field; known: keep, kind"),
-        (["model.lora.rnk=4"], "model.lora.rnk: unknown field (did you mean rank?); known: alpha, keep, kind, rank, "),
+        (["model.lora.rnk=4"], "model.lora.rnk: unknown field (did you mean rank?); known: alpha, freeze_a, keep, "),
         (["model.view.kind=full", "model.lora.rank=4"], "model.lora: is short for [model.view] with kind = "),
         (["model.view.kind=full", "model.bits=4"], "model: bits needs [model.lora]"),
         (["cohort.kind=some"], "cohort.kind: 'some' is not one of 'all', 'uniform', 'cyclic'"),

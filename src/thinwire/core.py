@@ -95,6 +95,7 @@ class Method(BaseModel):
     hollow: ClassVar[bool] = False  # the client half needs the net's names, config and base, and not its weights
     needs_weights: ClassVar[bool] = True  # whether the server half needs more than those of the net before the end
     keeps: ClassVar[bool] = False  # its client half trains what a view keeps at the clients too
+    moves_base: ClassVar[bool] = False  # weights that the view freezes end as others too
     versions_each: ClassVar[int] = 0  # versions of their own that the server keeps for each client
 
     def init(self, server: Server) -> Any:
@@ -138,6 +139,9 @@ class Method(BaseModel):
 
     def fits(self, net: Net) -> None:
         """Raise ModelError for a net that this method cannot train; asked at either side before anything runs."""
+
+    def check_clients(self, clients: int) -> None:
+        """Raise ConfigError where its fields name a client that is not among so many; asked before anything runs."""
 
     def work(self, round: int) -> Work:
         """What a visit of this round computes; by default the fields `steps` and `batch_size`, where there are any."""

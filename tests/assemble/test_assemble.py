@@ -403,3 +403,11 @@ def test_a_method_that_a_model_cannot_have_is_refused_as_the_model_is_opened(pla
         with pytest.raises(ModelError, match=rf"method: {name} perturbs"):
             assemble.net_of(config.parse(tree | {"method": {"name": name}}, "here"))
     assert assemble.net_of(config.parse(tree | {"method": {"name": "fedavg"}}, "here")).names
+
+
+def test_ranks_of_clients_that_are_not_there_are_refused_before_a_model_is_opened(place: Path) -> None:
+    data = {"path": str(place / "rows.jsonl"), "clients": 3}
+    method = {"name": "flora", "ranks": {"2": 2, "3": 2}}
+    tree = {"model": {"path": str(place / "model")}, "data": data, "method": method}
+    with pytest.raises(ConfigError, match=r"^method\.ranks: no client 3: there are 3 clients, 0 to 2$"):
+        assemble.prepared(config.parse(tree))

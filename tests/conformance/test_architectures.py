@@ -15,9 +15,11 @@ from thinwire.core import Method
 from thinwire.evaluate.loss import mean_loss
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
+from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
+from thinwire.methods.slora import SLora
 from thinwire.model.net import Net
 from thinwire.model.views import Full, Lora, View
 
@@ -49,12 +51,15 @@ BLOCKS: dict[str, Any] = {"blocks": 3, "drop": 0.34, "spared": (0, 0)}
 METHODS: dict[str, Method] = {
     "fedavg": FedAvg(**LOCAL),
     "fedit": FedAvg(**(LOCAL | {"lr": 1e-2})),
+    "fedex": FedEx(**(LOCAL | {"lr": 1e-2})),
+    "slora": SLora(**(LOCAL | {"lr": 1e-2})),
     "fedkseed": FedKSeed(**PROBES),
     "fedkseed-lowrank": FedKSeed(**PROBES, law="lowrank", queries=2, together=True),
     "fedzo": FedZO(**PROBES),
     "gradualdiff": GradualDiff(**LOCAL),
     "fedcybgd": FedCyBGD(**LOCAL, **BLOCKS, prune=0.5),
 }
+ON_FACTORS = {"fedit", "fedex", "slora"}
 CANNOT_NARROW = {"gpt-neox"}  # query, key and value lie in one another: layers are dropped, or kept whole
 
 
@@ -76,7 +81,7 @@ def test_a_method_trains_an_architecture(name: str, made: tuple[str, Path], tmp_
     architecture, folder = made
     method = METHODS[name]
     view: View = Full()
-    if name == "fedit":
+    if name in ON_FACTORS:
         targets = ARCHITECTURES[architecture][2]
         view = Lora(rank=4, alpha=8.0, targets=tuple(targets))
     if name == "fedcybgd" and architecture in CANNOT_NARROW:

@@ -18,6 +18,14 @@ from thinwire.estimate.traffic import Traffic, verdict
 from thinwire.methods.fedavg import Weights
 from thinwire.runtime.course import Watch, train
 
+LORA: dict[str, Any] = {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}
+ON_FACTORS: dict[str, dict[str, Any]] = {  # how a method on the view of LORA is set
+    "rolora": {},
+    "fedex": {"lr": 1e-2, "steps": 3},  # after one small step nothing is lacking, and nothing of the base is sent
+    "flora": {"ranks": {"1": 1}},
+    "flexlora": {"ranks": {"1": 1}},
+    "slora": {"first": 0.5},
+}
 TIED: dict[str, Any] = {"kind": "tied", "numbers": 3000, "targets": ["q_proj", "v_proj"]}
 CORE: dict[str, Any] = {"kind": "core", "rank": 4, "targets": ["q_proj", "v_proj"]}
 EXACT: dict[str, dict[str, Any]] = {
@@ -30,6 +38,11 @@ EXACT: dict[str, dict[str, Any]] = {
         "method": {"name": "fedavg", "steps": 1},
         "model": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"], "keep": ["*.B"]}},
     },
+    "ffa-lora": {
+        "method": {"name": "fedavg", "steps": 1},
+        "model": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"], "freeze_a": True}},
+    },
+    **{name: {"method": {"name": name, "steps": 1, **fields}, "model": LORA} for name, fields in ON_FACTORS.items()},
     "fedavg on a tied view": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": TIED}},
     "fedavg on cores": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": CORE}},
     "onebit": {"method": {"name": "onebit", "steps": 1}, "model": {"view": TIED}},
@@ -64,6 +77,7 @@ RANGE: dict[str, dict[str, Any]] = {
         "method": {"name": "onebit", "steps": 1, "code": {"name": "ternary", "part": 0.5}},
         "model": {"view": TIED},
     },
+    "hetlora": {"method": {"name": "hetlora", "steps": 1, "ranks": {"1": 1}, "keep": 0.7}, "model": LORA},
     "gradualdiff": {"method": {"name": "gradualdiff", "lr": 1e-4, "steps": 2, "dtype": "bfloat16"}},
     "gradualdiff, shared": {"method": {"name": "gradualdiff", "lr": 1e-3, "steps": 2, "start": "shared"}},
     **{

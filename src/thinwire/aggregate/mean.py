@@ -35,6 +35,25 @@ class Counted(NamedTuple):
     metrics: Mapping[str, float]
 
 
+class Reports:
+    """What replies report beside their updates: the weighted mean of their losses, and the steps skipped."""
+
+    def __init__(self) -> None:
+        self.loss, self.measured, self.skipped = 0.0, 0.0, 0
+
+    def add(self, update: Update) -> None:
+        """One more."""
+        if math.isfinite(update.loss):
+            self.measured += update.weight
+            self.loss += (update.loss - self.loss) * update.weight / self.measured
+        self.skipped += update.skipped
+
+    @property
+    def metrics(self) -> Metrics:
+        """For the run's records."""
+        return {"loss": self.loss, "skipped": self.skipped}
+
+
 class Mean(BaseModel):
     """m += (u - m) n_i / n: one client's tensor in memory at a time. A tensor's mean is over those that hold it."""
 
@@ -47,7 +66,7 @@ class Mean(BaseModel):
         """The mean of the updates, float32, by name, and their mean loss and skipped steps; nothing without updates."""
         mean: dict[str, Tensor] = {}
         totals: dict[str, float] = {}
-        loss, measured, skipped = 0.0, 0.0, 0
+        reports = Reports()
         for _, update in updates:
             for name, tensor in update.tensors.items():
                 totals[name] = totals.get(name, 0) + update.weight
@@ -55,8 +74,5 @@ class Mean(BaseModel):
                     mean[name].lerp_(tensor.float(), update.weight / totals[name])
                 else:
                     mean[name] = tensor.to(torch.float32, copy=True)
-            if math.isfinite(update.loss):
-                measured += update.weight
-                loss += (update.loss - loss) * update.weight / measured
-            skipped += update.skipped
-        return mean, {"loss": loss, "skipped": skipped} if mean else {}
+            reports.add(update)
+        return mean, reports.metrics if mean else {}

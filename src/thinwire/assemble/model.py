@@ -41,11 +41,12 @@ def classes_of(run: Run, folder: Path) -> tuple[str, ...] | None:
 def settled(run: Run, rows: Rows) -> Run:
     """The run with the classes of a fresh classifier found in the clients' rows, unless it lists them itself.
 
-    ConfigError for a cohort of clients that have no rows.
+    ConfigError for a cohort, or a field of the method, of clients that have no rows.
     """
     if not rows.clients:  # a server of a federation has nobody's rows
         return run
     check_clients(run.cohort, len(rows.clients))
+    run.method.check_clients(len(rows.clients))
     folder = resolve(run.model.path)
     fresh = task_of(folder, run.model.task) == "classification" and labels_of(folder) is None
     if not fresh or run.data.choices is not None:

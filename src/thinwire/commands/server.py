@@ -61,6 +61,7 @@ def server(
         sites = federation_of(settings)
         check_clients(settings.cohort, len(sites))
         check_model(settings, _splits(settings))
+        settings.method.check_clients(len(sites))
         folder = out if out is not None else Path("runs") / settings.name
         if stack.enter_context(claimed(folder, settings, resume)):
             return

@@ -72,6 +72,7 @@ def estimate(run: Run) -> Estimate:
     examples = examples_of(run, held, assumed)
     if held is not None:
         check_clients(run.cohort, len(examples))
+        run.method.check_clients(len(examples))
     model = sketch(run, partial(classes_in, run, held, assumed))
     stays = kept(model.trained, run.model.view.keep)
     shared = replace(model, trained={name: t for name, t in model.trained.items() if name not in stays})

@@ -13,10 +13,16 @@ PLACES = {
     "cgfed": "thinwire.methods.cgfed:CGFed",
     "fedavg": "thinwire.methods.fedavg:FedAvg",
     "fedcybgd": "thinwire.methods.fedcybgd:FedCyBGD",
+    "fedex": "thinwire.methods.fedex:FedEx",
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
     "fedzo": "thinwire.methods.fedzo:FedZO",
+    "flexlora": "thinwire.methods.flexlora:FlexLora",
+    "flora": "thinwire.methods.flora:FLora",
     "gradualdiff": "thinwire.methods.gradualdiff:GradualDiff",
+    "hetlora": "thinwire.methods.hetlora:HetLora",
     "onebit": "thinwire.methods.onebit:OneBit",
+    "rolora": "thinwire.methods.rolora:RoLora",
+    "slora": "thinwire.methods.slora:SLora",
     "tgap": "thinwire.methods.tgap:Tgap",
 }
 

@@ -65,6 +65,8 @@ def _type(annotation: Any) -> str:
         return " | ".join(json.dumps(value) for value in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
         return " | ".join(_type(inner) for inner in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return "{{{}: {}}}".format(*map(_type, get_args(annotation)))
     if annotation is NoneType:
         return "None"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)

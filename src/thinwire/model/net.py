@@ -294,6 +294,8 @@ class Net:
         try:
             with quiet(), whole_folder(target, replace=True) as fresh:
                 plain(self.model).save_pretrained(fresh, state_dict=self.view.export(self.model, fresh))
+                if any(not torch.equal(p, self.base[name]) for name, p in self._written.items()):
+                    shutil.rmtree(fresh / "adapter", ignore_errors=True)  # it would be for weights that are no more
                 self.tokenizer.save_pretrained(fresh)
                 if card is not None:
                     (fresh / "README.md").write_text(card, encoding="utf-8")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from thinwire.model.net import Net
 from thinwire.wire import Illegal
@@ -49,3 +50,17 @@ def fill(net: Net, weights: Mapping[str, Tensor]) -> None:
     """Copy named weights into the net's parameters."""
     for name, parameter in net.parameters():
         parameter.copy_(weights[name])
+
+
+@contextlib.contextmanager
+def alone(net: Net, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """For a while these parameters require a gradient, frozen ones too, and no others: none is left with one."""
+    chosen, before = {id(p) for p in parameters}, [(p, p.requires_grad) for p in net.model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
+            parameter.grad = None

@@ -7,9 +7,9 @@ trains A and B, and sends no more than these.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_serializer
 
 from thinwire.model.views.view import Adapted
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class Lora(BaseModel):
-    """Factors of `rank` beside every linear layer whose name ends in one of `targets`, scaled by alpha / rank."""
+    """Factors of `rank` beside every linear layer whose name ends in one of `targets`, scaled by alpha / rank.
+
+    `freeze_a`: A stays as the run's seed draws it, and B alone is trained (FFA-LoRA, Sun et al. 2024,
+    arXiv:2403.12313): the mean of the factors is then the factor of the mean product, and half as much travels.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trains: ClassVar[str] = "{} LoRA factors"
@@ -35,6 +39,14 @@ class Lora(BaseModel):
     alpha: PositiveFloat = 16.0
     targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
     keep: tuple[str, ...] = ()  # patterns of names, such as *.B, of what stays at each client
+    freeze_a: bool = False
+
+    @model_serializer(mode="wrap")
+    def _short(self, plain: Any) -> dict[str, Any]:
+        found: dict[str, Any] = plain(self)
+        if not self.freeze_a:
+            del found["freeze_a"]  # a run without it is the one that it was before there was this field
+        return found
 
     # what is done is in the module `factors`, which imports torch: a run file is read without it
     @property
@@ -47,6 +59,9 @@ class Lora(BaseModel):
         from thinwire.model.views import factors
 
         factors.add(model, self.rank, self.alpha, self.targets, key)
+        if self.freeze_a:
+            for place in factors.places(model).values():
+                model.get_parameter(place.left).requires_grad_(False)
 
     def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
         """Nothing is read."""
@@ -58,7 +73,8 @@ class Lora(BaseModel):
         """The factors, and a classifier's head."""
         from thinwire.model.views import factors
 
-        return factors.shapes(model, self.rank, self.targets)
+        found = factors.shapes(model, self.rank, self.targets)
+        return {name: shape for name, shape in found.items() if not (self.freeze_a and ".lora_A." in name)}
 
     def adapted(self, model: PreTrainedModel) -> dict[str, Adapted]:
         """Each layer that has factors."""

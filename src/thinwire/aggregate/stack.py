@@ -1,0 +1,28 @@
+"""All updates kept, one below another: for a server that needs each client's factors, not their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from thinwire.aggregate.mean import Mean, Metrics, Reports, Update
+
+
+class Stack(Mean):
+    """The updates' tensors along their first dimension, in the order in which they are counted, in their dtypes."""
+
+    kind: Literal["stack"] = "stack"  # type: ignore[assignment]
+    keeps_all: ClassVar[bool] = True
+
+    def __call__(self, updates: Iterable[tuple[int, Update]]) -> tuple[dict[str, Tensor], Metrics]:
+        """[sum of the updates' rows, ...] by name, and the updates' mean loss and skipped steps."""
+        parts: dict[str, list[Tensor]] = {}
+        reports = Reports()
+        for _, update in updates:
+            for name, tensor in update.tensors.items():
+                parts.setdefault(name, []).append(tensor.detach().clone())
+            reports.add(update)
+        return {name: torch.cat(rows) for name, rows in parts.items()}, reports.metrics if parts else {}
