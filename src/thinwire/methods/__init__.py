@@ -15,6 +15,8 @@ PLACES = {
     "fedcybgd": "thinwire.methods.fedcybgd:FedCyBGD",
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
     "fedzo": "thinwire.methods.fedzo:FedZO",
+    "feedsign": "thinwire.methods.feedsign:FeedSign",
+    "ferret": "thinwire.methods.ferret:Ferret",
     "gradualdiff": "thinwire.methods.gradualdiff:GradualDiff",
     "onebit": "thinwire.methods.onebit:OneBit",
     "tgap": "thinwire.methods.tgap:Tgap",
