@@ -58,7 +58,7 @@ class Votes:
 
 @dataclass(frozen=True)
 class Ballot:
-    """A client's signs, in the same form, 1: the loss rises along z; `silent`, 1: there is none. Examples, mean loss."""
+    """A client's signs in the same form, 1: the loss rises along z; `silent`, 1: no sign. Examples, mean loss."""
 
     bits: Tensor = field(metadata={"release": True})
     silent: Tensor | None = field(metadata={"release": True})
@@ -117,9 +117,7 @@ class FeedSign(Method):
     def check(self, state: Run, client_id: int, up: Ballot) -> None:
         unpacked(up.bits, up.silent, self.steps)
 
-    def aggregate(
-        self, state: Run, server: Server, replies: Iterable[tuple[int, Ballot]]
-    ) -> tuple[Run, Metrics]:
+    def aggregate(self, state: Run, server: Server, replies: Iterable[tuple[int, Ballot]]) -> tuple[Run, Metrics]:
         total, voters, silent, losses = np.zeros(self.steps, np.int64), 0, 0, []
         for _, up in replies:
             signs = unpacked(up.bits, up.silent, self.steps)
@@ -172,15 +170,17 @@ class FeedSign(Method):
             found = torch.empty(-(-count // 8), dtype=torch.uint8)
             return found, found if twice else None
 
+        def votes(round: int, client: int, first: int) -> list[int]:
+            """The lengths of all votes from a round on: without ties, and with them where they are to be expected."""
+            count, base = self.steps * (round - first), VERSION if first > 1 else None
+            tied = any(len(cohort) % 2 == 0 for cohort in at.cohorts[first - 1 : round - 1])
+            downs = (Votes(1 << 63, count, *bits(count, ties), base) for ties in {False, tied})
+            return [at.length(down, round, client) for down in downs]
+
         def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
             last = max((n for n in range(1, round) if client in at.cohorts[n - 1]), default=1)
             begins = {last, 1} if round - last > REMEMBERED else {last}  # who was away for long receives all votes
-            held, there = at.examples[client], []
-            for first in begins:
-                count, base = self.steps * (round - first), VERSION if first > 1 else None
-                tied = any(len(cohort) % 2 == 0 for cohort in at.cohorts[first - 1 : round - 1])
-                for ties in {False, tied}:
-                    there.append(at.length(Votes(1 << 63, count, *bits(count, ties), base), round, client))
+            there, held = [length for first in begins for length in votes(round, client, first)], at.examples[client]
             mine = VERSION if round > 1 else None
             counts = (1, 65535) if held is None else (held,)
             back = [at.length(Ballot(*bits(self.steps, False), n, 0.0), round, client, mine) for n in counts]
