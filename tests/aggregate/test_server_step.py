@@ -98,8 +98,8 @@ def test_the_mean_is_over_those_that_hold_a_tensor() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name, cls in METHODS.items() if issubclass(cls, Averaged)))
-def test_it_moves_every_method(name: str, tmp_path: Path) -> None:
-    """Of those that take a mean. Momentum of 0 with rate 1 ends where the mean is; half the rate ends elsewhere; the state travels with it."""
+def test_it_moves_every_method_that_takes_a_mean(name: str, tmp_path: Path) -> None:
+    """Momentum of 0 with rate 1 ends where the mean is; half the rate ends elsewhere; the state travels with it."""
     if name in ("cgfed", "tgap"):
         tiny_net(tmp_path / "model")
         view = Lora(rank=4, alpha=8.0, targets=("q_proj",))

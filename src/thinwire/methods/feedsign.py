@@ -17,7 +17,7 @@ which were ties, only where there are any.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -118,10 +118,12 @@ class FeedSign(Method):
         unpacked(up.bits, up.silent, self.steps)
 
     def aggregate(self, state: Run, server: Server, replies: Iterable[tuple[int, Ballot]]) -> tuple[Run, Metrics]:
-        total, voters, silent, losses = np.zeros(self.steps, np.int64), 0, 0, []
+        total, voters, silent = np.zeros(self.steps, np.int64), 0, 0
+        losses: list[float] = []
         for _, up in replies:
             signs = unpacked(up.bits, up.silent, self.steps)
-            total, voters, silent = total + signs, voters + 1, silent + int((signs == 0).sum())
+            total += signs
+            voters, silent = voters + 1, silent + int((signs == 0).sum())
             losses += [up.loss] if math.isfinite(up.loss) else []
         if not voters:
             return state, {}
@@ -140,7 +142,9 @@ class FeedSign(Method):
     def _receive(self, down: Votes, client: Client) -> int:
         """Fill the client's net; how many votes have made it."""
         check_keys(down.pool)
-        known = client.versions.get(down.base) if down.base is not None else {VOTES: torch.zeros(0, dtype=torch.int8)}
+        known: Mapping[str, Tensor] | None = {VOTES: torch.zeros(0, dtype=torch.int8)}
+        if down.base is not None:
+            known = client.versions.get(down.base)
         if known is None or VOTES not in known:
             raise StaleVersion
         if not 0 <= down.count <= MOST:
