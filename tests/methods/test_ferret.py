@@ -204,7 +204,7 @@ def test_a_broadcast_that_is_none_is_refused(net: Net, tmp_path: Path) -> None:
         with pytest.raises(wire.Illegal):
             method.receive(dataclasses.replace(down, **change), federation.client(0, 1))
     with pytest.raises(wire.Illegal, match="bounds"):
-        method.receive(dataclasses.replace(down, levels=integers.pack(np.full(100, 2)), grid=6e4),
+        method.receive(dataclasses.replace(down, levels=integers.pack(np.full(100, 3)), grid=6e4),
                        federation.client(0, 1))  # fmt: skip
 
 
@@ -218,3 +218,14 @@ def test_one_reply_does_not_set_the_grid(net: Net, tmp_path: Path) -> None:
         server = Federation(method, net, tmp_path).server(1, range(4))
         grids.append(method.aggregate(state, server, iter(replies))[0].grid)
     assert grids[0] < grids[1] < 8 * grids[0]
+
+
+def test_the_largest_that_is_legal_for_ever_ends_no_run(net: Net, tmp_path: Path) -> None:
+    method = Ferret(**(SMALL | {"steps": 1}), server_step={"kind": "plain", "lr": 10.0})
+    federation = Federation(method, net, tmp_path, sizes=(8,))
+    state, most = federation.state, Coordinates(torch.ones(60, dtype=torch.float16), 6e4, 8, 0.5, 0)
+    for round in range(1, 4):
+        method.check(state, 0, most)
+        state, _ = method.aggregate(state, federation.server(round, (0,)), iter([(0, most)]))
+        method.receive(method.broadcast(state, federation.server(round + 1, (0,)), 0, None), federation.client(0, 1))
+    assert state.gains.abs().max() == 6e4

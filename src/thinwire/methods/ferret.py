@@ -164,7 +164,8 @@ class Ferret(FirstOrder):
         move = torch.zeros_like(state.gains)
         move[torch.from_numpy(tensors * self.seeds + seeds)] = torch.from_numpy(found / counts[tensors])
         move, moments = self.server_step(state.moments or {}, "gains", move)
-        gains = state.gains + move
+        # whatever many legal replies add up to, clients take what it makes
+        gains = (state.gains + move).clamp(-LARGEST, LARGEST)
         lengths = np.stack([own, own * [each.weight for each in counted]])
         touched = gains[gains != 0].numpy()
         grid = pool.grid_of(touched, state.grid, lengths)
@@ -180,7 +181,7 @@ class Ferret(FirstOrder):
         check_rate(down.lr)
         check_keys(down.pool, down.draws)
         gains = pool.received(client, down.levels, down.base, down.grid, len(client.net.names) * self.seeds)
-        if not (gains.abs() <= LARGEST).all():
+        if not (gains.abs() <= 2 * LARGEST).all():  # the bound's nearest multiple of the grid is beyond it
             raise Illegal("gains are beyond their bounds, or not finite")
         self._pool(down.pool).rebuild(client.net, gains.view(-1, self.seeds))
 
