@@ -133,9 +133,9 @@ def test_one_bit_travels_as_one_bit(net: Net, tmp_path: Path) -> None:
     assert [sizes[64][i] - sizes[8][i] for i in (0, 1)] == [7, 7]
 
 
-def test_the_estimate_is_exact_where_an_odd_number_votes(net: Net, tmp_path: Path) -> None:
-    """Client 1 misses a round, and then receives both of those that it has no votes of."""
-    method, cohorts = FeedSign(**SMALL, steps=5), [(0, 1, 2), (0,), (0, 1, 2)]
+def test_the_estimate_is_of_the_bytes_without_and_with_signs_that_are_none(net: Net, tmp_path: Path) -> None:
+    """Client 1 misses a round, and then receives the votes of both."""
+    method, cohorts, met = FeedSign(**SMALL, steps=5), [(0, 1, 2), (0,), (0, 1, 2)], set()
     federation = Federation(method, net, tmp_path, rounds=3)
     frames = method.frames(Expected({}, 1, federation.sizes, cohorts, federation.server))  # type: ignore[arg-type]
     assert frames is not None
@@ -143,9 +143,11 @@ def test_the_estimate_is_exact_where_an_odd_number_votes(net: Net, tmp_path: Pat
         at = federation.step(cohort)
         for id in cohort:
             down, up = frames(round, id, round == 1)
-            assert down.exact
-            assert up.exact
-            assert (down.least, up.least) == (at.visits[id].bytes_down, at.visits[id].bytes_up)
+            assert at.visits[id].bytes_down in (down.least, down.most)
+            assert at.visits[id].bytes_up in (up.least, up.most)
+            assert down.exact == (round == 1)
+            met.add(at.visits[id].bytes_up == up.least)
+    assert True in met
 
 
 def test_whoever_comes_holds_the_same_bits(net: Net, tmp_path: Path) -> None:

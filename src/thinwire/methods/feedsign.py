@@ -17,7 +17,7 @@ which were ties, only where there are any.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -170,24 +170,22 @@ class FeedSign(Method):
         return spsa.work(self.steps, 1, self.batch_size, self.together)
 
     def frames(self, at: Expected) -> Frames | None:
-        def bits(count: int, twice: bool) -> tuple[Tensor, Tensor | None]:
+        def bits(count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+            """Signs without any that is none, and with."""
             found = torch.empty(-(-count // 8), dtype=torch.uint8)
-            return found, found if twice else None
-
-        def votes(round: int, client: int, first: int) -> list[int]:
-            """The lengths of all votes from a round on: without ties, and with them where they are to be expected."""
-            count, base = self.steps * (round - first), VERSION if first > 1 else None
-            tied = any(len(cohort) % 2 == 0 for cohort in at.cohorts[first - 1 : round - 1])
-            downs = (Votes(1 << 63, count, *bits(count, ties), base) for ties in {False, tied})
-            return [at.length(down, round, client) for down in downs]
+            yield found, None
+            if count:
+                yield found, found
 
         def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
             last = max((n for n in range(1, round) if client in at.cohorts[n - 1]), default=1)
-            begins = {last, 1} if round - last > REMEMBERED else {last}  # who was away for long receives all votes
-            there, held = [length for first in begins for length in votes(round, client, first)], at.examples[client]
-            mine = VERSION if round > 1 else None
-            counts = (1, 65535) if held is None else (held,)
-            back = [at.length(Ballot(*bits(self.steps, False), n, 0.0), round, client, mine) for n in counts]
+            held, there = at.examples[client], list[int]()
+            for first in {last, 1} if round - last > REMEMBERED else {last}:  # who was away for long receives all votes
+                count, base = self.steps * (round - first), VERSION if first > 1 else None
+                there += [at.length(Votes(1 << 63, count, *two, base), round, client) for two in bits(count)]
+            counts, mine = (1, 65535) if held is None else (held,), VERSION if round > 1 else None
+            ballots = [Ballot(*two, examples, 0.0) for two in bits(self.steps) for examples in counts]
+            back = [at.length(ballot, round, client, mine) for ballot in ballots]
             return Span(min(there), max(there)), Span(min(back), max(back))
 
         return frames
