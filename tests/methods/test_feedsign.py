@@ -223,4 +223,4 @@ def test_a_broadcast_that_is_none_is_refused(net: Net, tmp_path: Path) -> None:
             method.receive(dataclasses.replace(down, **change), federation.client(0, 3))
     for field in ({"steps": 0}, {"seeds": 0}, {"lr": 0}, {"weighting": "examples"}):
         with pytest.raises(ValueError, match=next(iter(field))):
-            FeedSign(**field)  # type: ignore[arg-type]
+            FeedSign(**field)

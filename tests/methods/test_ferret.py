@@ -169,7 +169,7 @@ def test_fewer_coordinates_than_tensors_is_one_line_before_anything_runs(net: Ne
     Ferret(coordinates=len(net.names)).fits(net)
     for field in ({"seeds": 0}, {"coordinates": 0}, {"law": "tied"}, {"rank": 0}):
         with pytest.raises(ValueError, match=next(iter(field))):
-            Ferret(**field)  # type: ignore[arg-type]
+            Ferret(**field)
 
 
 @pytest.mark.parametrize(

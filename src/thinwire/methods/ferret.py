@@ -227,7 +227,7 @@ class Ferret(FirstOrder):
             enough = np.clip(middle * weights, 1, self.seeds).sum() >= total
             low, high = (low, middle) if enough else (middle, high)
         shares = np.clip(low * weights, 1, self.seeds)
-        counts = shares.astype(np.int64)
+        counts: NDArray[np.int64] = shares.astype(np.int64)
         first = np.argsort(np.where(counts < self.seeds, counts - shares, 1.0), kind="stable")
         counts[first[: total - int(counts.sum())]] += 1
         return counts
