@@ -31,6 +31,7 @@ from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
+from thinwire.methods.ferret import Ferret
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.methods.onebit import OneBit
 from thinwire.model.net import Net
@@ -52,6 +53,7 @@ METHODS: dict[str, Method] = {
     "fedcybgd": FedCyBGD(**FIRST, lr=1e-2, blocks=2, common=0),
     "cgfed": CGFed(**FIRST, lr=1e-2, ratio=16),
     "onebit": OneBit(**FIRST, lr=1e-2),
+    "ferret": Ferret(**FIRST, lr=1e-2, coordinates=256),
 }
 ON_FACTORS = {"fedit", "cgfed", "onebit"}
 Forge = Callable[["Federation", Any], Any]
@@ -94,6 +96,10 @@ def changed(federation: Federation, up: Any, hand: Callable[[Tensor], Tensor]) -
             else:
                 changes[name], _ = method._lossy(method.code(), old, update, up.key, i)
         return dataclasses.replace(up, changes=changes)
+    if isinstance(method, Ferret):
+        update = hand(up.coordinates.double() * up.unit)
+        unit = float(update.abs().max())
+        return dataclasses.replace(up, coordinates=(update / unit).half(), unit=unit)
     if isinstance(method, OneBit):
         code = method.code.code()
         update = hand(code.decode(bytes(up.change.tolist()), state.numbers.shape, 0))

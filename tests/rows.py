@@ -18,6 +18,8 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
+from thinwire.methods.feedsign import FeedSign
+from thinwire.methods.ferret import Ferret
 from thinwire.methods.flexlora import FlexLora
 from thinwire.methods.flora import FLora
 from thinwire.methods.gradualdiff import GradualDiff
@@ -68,6 +70,8 @@ ROWS = {
     "fedkseed-paper-pro": Row(FedKSeed(**SEEDS, wire="paper", pro=True), 594, 117, 3.16),
     "fedkseed-gaussian": Row(FedKSeed(**SEEDS, law="gaussian", together=True), 97, 100, 4.35),
     "fedkseed-lowrank": Row(FedKSeed(**SEEDS, law="lowrank", rank=2, queries=2, scalars="float32"), 97, 148, 5.11),
+    "fedkseed-shared": Row(FedKSeed(**SEEDS, shared=True, weighting="uniform"), 97, 100, 4.46),
+    "fedkseed-baffle": Row(FedKSeed(**(SEEDS | {"steps": 1, "queries": 8}), shared=True, sides=1), 97, 100, 0.65),
     "fedkseed-tied-law": Row(FedKSeed(**SEEDS, law="tied"), 97, 100, 3.84),
     "gradualdiff": Row(GradualDiff(lr=3e-3, steps=4, batch_size=4), about(90_196), about(88_173), 12.50),
     "gradualdiff-shared": Row(
@@ -155,6 +159,11 @@ ROWS = {
     ),
     "onebit-plain": Row(OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="none")), 83, 2_078, 0.78),
     "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
+    "feedsign": Row(FeedSign(lr=2e-3, eps=1e-3, steps=4, batch_size=4), 43, 44, 1.26),
+    "ferret": Row(Ferret(lr=1e-2, steps=4, batch_size=4, coordinates=256), 107, 604, 5.69),
+    "ferret-lowrank": Row(
+        Ferret(lr=1e-2, steps=4, batch_size=4, seeds=16, coordinates=4096, law="lowrank"), 104, 732, 3.47
+    ),
     "fedzo": Row(FedZO(**(SEEDS | {"seeds": 1 << 32})), 108_411, 108_397, 4.86),
 }
 

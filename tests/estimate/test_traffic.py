@@ -73,6 +73,8 @@ RANGE: dict[str, dict[str, Any]] = {
     "fedkseed": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30}},
     "fedkseed, pro": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30, "pro": True}},
     "fedkseed, tied": {"method": {"name": "fedkseed", "lr": 1e-5, "seeds": 512, "steps": 30, "law": "tied"}},
+    "feedsign": {"method": {"name": "feedsign", "steps": 20}},
+    "ferret": {"method": {"name": "ferret", "lr": 1e-3, "steps": 1, "seeds": 50, "coordinates": 300}},
     "onebit, ternary": {
         "method": {"name": "onebit", "steps": 1, "code": {"name": "ternary", "part": 0.5}},
         "model": {"view": TIED},

@@ -498,3 +498,85 @@ def test_one_reply_does_not_set_the_grid(net: Net, tmp_path: Path) -> None:
     loud = Federation(method, net, tmp_path / "b", sizes=(8, 8, 8, 8), tamper=shout).run(1)
     assert loud.history[0].visits[1].error is None  # legal: it counts, but its size is not the grid's
     assert honest.state.grid < loud.state.grid < 8 * honest.state.grid
+
+
+def union(federation: Federation) -> Any:
+    """The rows of all clients in one batch."""
+    first = federation.data[0]
+    return collate([e for data in federation.data for e in data.examples], first.pad, first.candidates)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_shared_directions_are_a_central_step_on_the_union_of_the_rows(sides: Any, net: Net, tmp_path: Path) -> None:
+    """DeComFL and, one-sided, BAFFLE: of equal batches, what the clients' scalars average to is the union's."""
+    method = FedKSeed(
+        seeds=512, steps=1, queries=3, batch_size=8, lr=1e-3, eps=1e-3, shared=True, sides=sides, scalars="float32"
+    )
+    federation = Federation(method, net, tmp_path, sizes=(8, 8, 8), rounds=1)
+    key = draws_key(federation.server(1, (0, 1, 2)).key)
+    drawn = Pool(Directions(0), 512).picks(key, [0], (1, 3))[0, 0]
+    net.reset()
+    directions, expected = Directions(federation.state.pool, method.law), torch.zeros(512, dtype=torch.float64)
+    start, batch = [p.detach().clone() for _, p in net.parameters()], union(federation)
+
+    def central(step: float, j: int) -> float:
+        with torch.no_grad():
+            for (name, parameter), w in zip(net.parameters(), start, strict=True):
+                parameter.copy_(w + step * directions.direction(name, w.shape, j))
+            return float(loss(net.model, batch))
+
+    for j in drawn.tolist():
+        high, low = central(1e-3, j), central(-1e-3 if sides == 2 else 0.0, j)
+        expected[j] += 1e-3 / 3 * (high - low) / (sides * 1e-3)
+    net.forget()
+    federation.step()
+    assert federation.state.gains.count_nonzero() == len({*drawn.tolist()})
+    assert (federation.state.gains - expected).norm() < 2e-2 * expected.norm()  # of losses in float32
+    apart = Federation(method.model_copy(update={"shared": False}), net, tmp_path / "apart", sizes=(8, 8, 8)).run(1)
+    assert apart.state.gains.count_nonzero() > 2 * len({*drawn.tolist()})
+
+
+def test_all_clients_that_share_draw_the_same_and_in_each_round_others(net: Net, tmp_path: Path) -> None:
+    method, seen = FedKSeed(seeds=4096, steps=4, batch_size=4, shared=True, wire="paper"), []
+
+    def watch(client: int, frame: wire.Frame) -> wire.Frame:
+        seen.append(wire.decode(Steps, frame).seeds.tolist())
+        return frame
+
+    Federation(method, net, tmp_path, rounds=2, tamper=watch).run()
+    assert seen[0] == seen[1] == seen[2] != seen[3]
+    assert seen[3] == seen[4] == seen[5]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_one_sided_differences_measure_where_they_begin_once_a_step(
+    together: bool, net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = FedKSeed(
+        seeds=64, steps=1, queries=3, batch_size=4, eps=1e-2, sides=1, together=together, scalars="float32"
+    )
+    federation = Federation(method, net, tmp_path, sizes=(8,), rounds=1)
+    passes, real = [], Probe._passes
+
+    def watched(self: Probe, measure: Any, batch: Any, steps: list[tuple[int, float]]) -> Any:
+        passes.append([step for _, step in steps])
+        return real(self, measure, batch, steps)
+
+    monkeypatch.setattr(Probe, "_passes", watched)
+    server, client = federation.server(1, (0,)), federation.client(0, 1)
+    up = method.client_update(method.broadcast(federation.state, server, 0, None), client)
+    assert passes == [[1e-2, 1e-2, 1e-2, 0.0]]
+    drawn = picks(method, draws_key(server.key), [0])[0, 0]
+    net.reset()
+    batch = next(client.data.batches(client.key.fold("batches"), 4))
+    with torch.no_grad():
+        here = float(loss(net.model, batch))
+    oracle = Oracle(net, method, federation.state.pool)
+    start = weights(net)
+    for j, g in zip(drawn.tolist(), up.scalars.tolist(), strict=True):
+        oracle.fill(start + 1e-2 * oracle.z[j])
+        with torch.no_grad():
+            assert g == pytest.approx((float(loss(net.model, batch)) - here) / 1e-2, abs=2e-3)
+    net.forget()
+    assert method.work(1).rows == 4 * 4
+    assert FedKSeed(steps=1, queries=3, batch_size=4).work(1).rows == 6 * 4

@@ -16,6 +16,8 @@ PLACES = {
     "fedex": "thinwire.methods.fedex:FedEx",
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
     "fedzo": "thinwire.methods.fedzo:FedZO",
+    "feedsign": "thinwire.methods.feedsign:FeedSign",
+    "ferret": "thinwire.methods.ferret:Ferret",
     "flexlora": "thinwire.methods.flexlora:FlexLora",
     "flora": "thinwire.methods.flora:FLora",
     "gradualdiff": "thinwire.methods.gradualdiff:GradualDiff",

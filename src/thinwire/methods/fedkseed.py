@@ -6,6 +6,10 @@ forward passes and moves w by -lr g z_j; with n queries it draws n directions an
 A accumulates lr times g and not g, so that lr may change from round to round. s is the product of the steps' weight
 decays, 1 without: decay is applied once a step, in training and in rebuild alike.
 
+shared=True: all clients of a round draw the same directions, as in DeComFL (Li et al., 2024, arXiv:2405.15861): their
+scalars are averaged before they move anything. sides=1: g = (L(w + eps z) - L(w)) / eps; both, and one step of many
+queries, are BAFFLE (Feng et al., 2023, arXiv:2301.12195).
+
 What travels, in the paper's form: down A (float32) and with Pro the probabilities of the K directions; up one pair
 (direction, g) a step. In the thin form: down A in whole multiples of a grid that is fixed for the run, to a client that
 holds an earlier version only the changes; up the scalars alone, for which directions a client draws follows from a key
@@ -27,7 +31,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from thinwire.aggregate.mean import Metrics
-from thinwire.core import Averaged, Client, Server, StaleVersion
+from thinwire.core import Averaged, Client, Server
 from thinwire.costs.frames import Expected, Frames, simulated
 from thinwire.costs.memory import Memory, Side, holding, probing
 from thinwire.costs.sketch import Pass, Sketch, Work
@@ -36,7 +40,7 @@ from thinwire.perturb import pool, probe
 from thinwire.perturb.directions import Directions, PoolLaw
 from thinwire.perturb.pool import TILTS, Levels, Pool, Shares
 from thinwire.perturb.scalars import as_floats, as_sent, check_picks, check_scalars, drawn
-from thinwire.perturb.spsa import shrink_of, walk
+from thinwire.perturb.spsa import shrink_of, walk, work
 from thinwire.train.local import Schedule, scheduled
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST as LARGEST_GAIN
@@ -111,6 +115,8 @@ class FedKSeed(Averaged):
     law: PoolLaw = "sign"  # of the directions; gaussian is the paper's, tied is rebuilt in one pass
     rank: int = Field(1, ge=1, le=1024)  # of a matrix's direction, with law = "lowrank"
     queries: PositiveInt = 1  # directions a step
+    sides: Literal[1, 2] = 2  # of a direction that are measured; 1: and the loss where they begin, once a step
+    shared: bool = False  # all clients of a round draw the same directions
     together: bool = False  # all sides of a step's probes in one forward pass: faster on small batches, more memory
     weight_decay: NonNegativeFloat = 0.0
     steps: PositiveInt = 200
@@ -146,11 +152,12 @@ class FedKSeed(Averaged):
 
     def client_update(self, down: Gains, client: Client) -> Steps:
         self.receive(down, client)
-        shared = self._pool(down.pool)
-        picks = shared.picks(down.draws, [client.id], (self.steps, self.queries), self._shares(down))[0]
+        known = self._pool(down.pool)
+        stream = [0 if self.shared else client.id]
+        picks = known.picks(down.draws, stream, (self.steps, self.queries), self._shares(down))[0]
         scalars, loss = walk(
             client.net,
-            shared.directions,
+            known.directions,
             picks,
             client.data.batches(client.key.fold("batches"), self.batch_size),
             lr=down.lr,
@@ -161,6 +168,7 @@ class FedKSeed(Averaged):
             # end, when its unit is known. Nobody would see the last move: the server makes it from the scalars.
             applied=lambda found: found.astype(np.float16) if self._form == "float16" else found,
             last=False,
+            sides=self.sides,
         )
         seeds = torch.from_numpy(picks.ravel().astype(np.int32)) if self.wire == "paper" else None
         return Steps(seeds, *as_sent(scalars.ravel(), self._form), len(client.data), loss)
@@ -176,7 +184,7 @@ class FedKSeed(Averaged):
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
     ) -> tuple[Accumulators, Metrics]:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        shared, draws, decay = self._pool(state.pool), pool.draws_key(server.key), shrink_of(lr, self.weight_decay)
+        known, draws, decay = self._pool(state.pool), pool.draws_key(server.key), shrink_of(lr, self.weight_decay)
         shares = TILTS[pool.seed_tilts(state.amplitude / state.visits)] if self.pro and self.wire == "thin" else None
         shape, gains, shrink = (self.steps, self.queries), np.zeros(self.seeds), 0.0
         amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
@@ -191,7 +199,7 @@ class FedKSeed(Averaged):
             if self.wire == "paper":
                 picks = torch.stack(seeds).numpy().reshape(scalars.shape)
             else:
-                picks = shared.picks(draws, clients, shape, shares)
+                picks = known.picks(draws, [0] * len(clients) if self.shared else clients, shape, shares)
             taken = ~np.isnan(scalars[..., 0])
             scalars[~taken] = 0.0
             taken = taken.astype(np.float64)
@@ -254,14 +262,7 @@ class FedKSeed(Averaged):
             if gains is None or gains.dtype != torch.float32 or gains.shape != (self.seeds,):
                 raise Illegal(f"gains are not float32 [{self.seeds}]")
         else:
-            known = client.versions.get(down.base) if down.base is not None else None
-            if down.base is not None and known is None:
-                raise StaleVersion
-            levels = Levels.decode(down.levels, self.seeds, known)
-            if not abs(down.grid) < math.inf:
-                raise Illegal(f"the grid of the gains is {down.grid}")
-            client.held = client.versions.put(levels.table())
-            gains = torch.from_numpy(levels.values * down.grid).float()
+            gains = pool.received(client, down.levels, down.base, down.grid, self.seeds)
         if not (gains.abs() <= LARGEST_GAIN).all() or not abs(down.shrink) <= 1:
             raise Illegal("gains or shrink are beyond their bounds, or not finite")
         self._pool(down.pool).rebuild(client.net, gains, down.shrink)
@@ -283,8 +284,7 @@ class FedKSeed(Averaged):
         probe.check(net, self._pool(0).directions, self.together, self.name)
 
     def work(self, round: int) -> Work:
-        rows, sides = 2 * self.queries * self.steps * self.batch_size, 2 * self.queries if self.together else 1
-        return Work(self.steps, rows, self.batch_size, sides, probes=True)
+        return work(self.steps, self.queries, self.batch_size, self.together, self.sides)
 
     def frames(self, at: Expected) -> Frames | None:
         count, thin = self.steps * self.queries, self.wire == "thin"

@@ -25,7 +25,7 @@ from thinwire.model.net import Net
 from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.pool import Pool
-from thinwire.perturb.spsa import shrink_of, walk
+from thinwire.perturb.spsa import shrink_of, walk, work
 from thinwire.train.local import Schedule, scheduled
 from thinwire.train.weights import Trained, check_weights, fill, fill_checked
 from thinwire.wire.legal import check_keys, check_rate
@@ -112,8 +112,7 @@ class FedZO(Averaged):
         probe.check(net, Directions(0, self.law, self.rank), self.together, self.name)
 
     def work(self, round: int) -> Work:
-        rows, sides = 2 * self.queries * self.steps * self.batch_size, 2 * self.queries if self.together else 1
-        return Work(self.steps, rows, self.batch_size, sides, probes=True)
+        return work(self.steps, self.queries, self.batch_size, self.together)
 
     def frames(self, at: Expected) -> Frames | None:
         down = Start(at.trained, 1 << 63, 1 << 63, 0.0)

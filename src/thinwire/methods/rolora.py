@@ -61,6 +61,7 @@ class RoLora(FirstOrder):
 
     Down, Up, State = Turn, Trained, Turns
     paper: ClassVar[str] = "Chen et al. 2024, arXiv:2409.02346"
+    keeps: ClassVar[bool] = False
 
     def init(self, server: Server) -> Turns:
         weights = {name: server.net.base[name] for name in server.net.names}

@@ -59,6 +59,7 @@ class SLora(FirstOrder):
 
     Down, Up, State = Stage, Trained, Stage
     paper: ClassVar[str] = "Babakniya et al. 2023, arXiv:2308.06522"
+    keeps: ClassVar[bool] = False
 
     def init(self, server: Server) -> Stage:
         net, key = server.net, server.key.fold("mask").word()

@@ -137,11 +137,6 @@ class Directions:
         draw = philox.gaussian if self.law == "gaussian" else sign_cpu.signs
         return torch.from_numpy(draw(self.key, seed, philox.parameter_id(name), 0, math.prod(shape))).view(tuple(shape))
 
-    def project(self, x: Tensor, name: str, seeds: Sequence[int]) -> NDArray[np.float64]:
-        """z_s . x of a tensor for each seed: float64 [seeds], products in float32, summed in float64."""
-        flat = x.detach().float().cpu()
-        return np.array([float((self.direction(name, x.shape, s) * flat).double().sum()) for s in seeds], np.float64)
-
     def factors(
         self, name: str, shape: Sequence[int], seeds: Sequence[int], out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thinwire import streams
 from thinwire.compress.entropy import integers
+from thinwire.core import Client, StaleVersion
 from thinwire.keys import Key, reduced, uniform
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
@@ -53,16 +54,15 @@ class Pool:
     def rebuild(self, net: Net, gains: Tensor, shrink: float = 1.0) -> None:
         """weights := shrink w0 - sum_j gains_j z_j in the order of j, whatever the history; a gain of 0 costs nothing.
 
-        gains: float32 [size].
+        gains: float32 [size], or [parameters, size] where each of the net's, in their order, has its own.
         """
         token = hashlib.sha256(f"fedkseed {self.directions} {shrink!r} ".encode() + bytes(raw(gains))).digest()
-        coefs = -gains.numpy().astype(np.float64)
-        touched: NDArray[np.int64] = np.flatnonzero(coefs)
+        rows = np.broadcast_to(-gains.numpy().astype(np.float64), (len(net.names), self.size))
 
         def build() -> None:
-            for name, parameter in net.parameters():
-                base = net.base[name]
-                self.directions.apply(base, name, touched, coefs[touched], scale=shrink, out=parameter.data)
+            for (name, parameter), coefs in zip(net.parameters(), rows, strict=True):
+                touched = np.flatnonzero(coefs)
+                self.directions.apply(net.base[name], name, touched, coefs[touched], scale=shrink, out=parameter.data)
 
         net.rebuild(token, build)
 
@@ -107,6 +107,21 @@ class Levels:
         whole = packed(self.values.tobytes())
         change = whole if known is None else packed((self.values - known["levels"].numpy()).tobytes())
         return (change, True) if len(change) < len(whole) else (whole, False)
+
+
+def received(client: Client, sent: bytes | None, base: str | None, grid: float, count: int) -> Tensor:
+    """The numbers that levels off the wire mean, float32 [count], whose version the client then holds.
+
+    Illegal where they are none; StaleVersion where they are changes to what this client does not have.
+    """
+    known = client.versions.get(base) if base is not None else None
+    if base is not None and (known is None or "levels" not in known or known["levels"].shape != (count,)):
+        raise StaleVersion
+    levels = Levels.decode(sent, count, known)
+    if not abs(grid) < math.inf:
+        raise Illegal(f"the grid of the gains is {grid}")
+    client.held = client.versions.put(levels.table())
+    return torch.from_numpy(levels.values * grid).float()
 
 
 def grid_of(gains: NDArray[np.float64], grid: float, lengths: NDArray[np.float64] | None) -> float:

@@ -71,22 +71,30 @@ class Probe:
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def losses(self, batch: Batch, seeds: Sequence[int], eps: float) -> list[tuple[float, float]]:
-        """(L(w + eps z), L(w - eps z)) for direction z of each seed; not finite where the model's loss is not."""
-        found = [value for part in self._passes(losses, batch, seeds, eps) for value in part.tolist()]
+    def losses(self, batch: Batch, seeds: Sequence[int], eps: float, sides: int = 2) -> list[tuple[float, float]]:
+        """(L(w + eps z), L(w - eps z)) for direction z of each seed; not finite where the model's loss is not.
+
+        sides=1: (L(w + eps z), L(w)), the latter measured once.
+        """
+        steps = [(seed, sign * eps) for seed in seeds for sign in (1, -1)]
+        if sides == 1:
+            steps = [*((seed, eps) for seed in seeds), (seeds[0], 0.0)]
+        found = [value for part in self._passes(losses, batch, steps) for value in part.tolist()]
+        if sides == 1:
+            return [(plus, found[-1]) for plus in found[:-1]]
         return list(zip(found[::2], found[1::2], strict=True))
 
     def pairs(self, batch: Batch, seeds: Sequence[int], eps: float) -> Tensor:
         """The same of each example, as train.objective.example_losses has it: float64 [seeds, 2, examples]."""
-        parts = self._passes(example_losses, batch, seeds, eps)
+        steps = [(seed, sign * eps) for seed in seeds for sign in (1, -1)]
+        parts = self._passes(example_losses, batch, steps)
         return torch.cat([part.double().cpu() for part in parts]).view(len(seeds), 2, batch.examples)
 
     @torch.no_grad()
     def _passes(
-        self, measure: Callable[[Any, Batch, int], Tensor], batch: Batch, seeds: Sequence[int], eps: float
+        self, measure: Callable[[Any, Batch, int], Tensor], batch: Batch, steps: list[tuple[int, float]]
     ) -> list[Tensor]:
-        """What is measured of each side of each direction in turn, [sides, ...] for the sides of one pass."""
-        steps = [(seed, sign * eps) for seed in seeds for sign in (1, -1)]
+        """What is measured at each (seed, step) in turn, [sides, ...] for the sides of one pass."""
         self._rows = len(batch.input_ids)
         found: list[Tensor] = []
         for group in [steps] if self.together else [[step] for step in steps]:

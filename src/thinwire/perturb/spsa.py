@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from thinwire.costs.sketch import Work
 from thinwire.data.batch import Batch
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
@@ -30,9 +31,11 @@ def walk(
     together: bool = False,
     applied: Callable[[NDArray[np.float32]], NDArray[np.floating]] = lambda found: found,
     last: bool = True,
+    sides: int = 2,
 ) -> tuple[NDArray[np.float32], float]:
     """One step a row of picks [steps, queries]: w := shrink w - lr mean_q g_q z_q, g from two losses on a batch.
 
+    sides=2: g = (L(w + eps z) - L(w - eps z)) / (2 eps); sides=1: (L(w + eps z) - L(w)) / eps, L(w) once a step.
     Returns the scalars as `applied` made them of what was found, float32 [steps, queries], NaN throughout a step that
     was skipped since a loss was not finite or a scalar beyond LARGEST; and the mean loss of the steps taken, NaN
     without any. last=False leaves the last move out, for whom only the scalars matter.
@@ -43,10 +46,10 @@ def walk(
         for step, batch in enumerate(islice(batches, len(picks))):
             pairs = np.zeros((picks.shape[1], 2))
             if len(mine := picks[step, rank::size]):
-                pairs[rank::size] = probe.losses(batch, mine.tolist(), eps)
+                pairs[rank::size] = probe.losses(batch, mine.tolist(), eps, sides)
             pairs = parallel.summed(torch.from_numpy(pairs)).numpy()
             with np.errstate(invalid="ignore"):
-                found = ((pairs[:, 0] - pairs[:, 1]) / (2 * eps)).astype(np.float32)
+                found = ((pairs[:, 0] - pairs[:, 1]) / (sides * eps)).astype(np.float32)
             if not (np.abs(found) <= LARGEST).all():
                 continue
             scalars[step] = applied(found)
@@ -67,3 +70,9 @@ def move(
 def shrink_of(lr: float, weight_decay: float) -> float:
     """What one step leaves of the weights; rounded as it is applied, or the roundings would add up."""
     return float(np.float32(1.0 - lr * weight_decay))
+
+
+def work(steps: int, queries: int, batch: int, together: bool, sides: int = 2) -> Work:
+    """What a visit of such steps computes."""
+    passes = 2 * queries if sides == 2 else queries + 1
+    return Work(steps, passes * steps * batch, batch, passes if together else 1, probes=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -36,6 +36,7 @@ class Places(NamedTuple):
 class OnProducts(FirstOrder):
     """Local steps on both factors of a LoRA view; the server has all clients' factors, and no mean of them."""
 
+    keeps: ClassVar[bool] = False
     aggregation: Stack = Stack()
 
     @model_validator(mode="after")
