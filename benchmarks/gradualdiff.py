@@ -48,9 +48,8 @@ class Again:
     def exchange(self, frames: Iterable[tuple[int, wire.Frame]], action: str = "train") -> Iterator[Reply]:
         """One reply at a time."""
         for client, frame in frames:
-            header = wire.peek(frame)
-            if isinstance(frame, wire.Spooled):
-                frame.remove()
+            header = frame.header()
+            frame.remove()
             yield Reply(client, wire.encode(self.up, run=1, round=header.round, client=client, spool=self.folder))
 
 

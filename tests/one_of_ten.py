@@ -144,7 +144,7 @@ def begun(
     def tamper(client: int, frame: Frame) -> Frame:
         if forge is None or client != ONE:
             return frame
-        header = wire.peek(frame)
+        header = frame.header()
         up = forge(federation, wire.decode(method.Up, frame))
         return wire.encode(up, run=header.run, round=header.round, client=client, held=header.held)
 

@@ -18,7 +18,7 @@ from thinwire.keys import Key
 from thinwire.runtime import course
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.round import Reply
-from thinwire.wire import Frame, Spooled, peek
+from thinwire.wire import Frame
 
 SITES = ("north", "south", "west")
 SIZES = (12, 8, 16)
@@ -102,8 +102,8 @@ def in_process(silos: Silos, run: config.Run, folder: Path, monkeypatch: pytest.
 
 def note(frames: Frames, frame: Frame, direction: str) -> None:
     """Add a frame to those that passed."""
-    content = frame.path.read_bytes() if isinstance(frame, Spooled) else frame
-    header = peek(frame)
+    content = bytes(frame)
+    header = frame.header()
     seen = frames.setdefault((header.round, header.client, direction), [])
     seen.append((len(content), hashlib.sha256(content).hexdigest()))
 

@@ -115,8 +115,7 @@ class Hub:
         """The error with which the site answers to being asked to join; empty where it is ready."""
         from thinwire.runtime.payloads import Hello
 
-        frame = wire.encode(Hello(), run=run, round=0, client=0)
-        assert isinstance(frame, bytes)
+        frame = bytes(wire.encode(Hello(), run=run, round=0, client=0))
         return str(self.ask("join", frame, settings, **table)[0].get("error", ""))
 
     def train(
@@ -130,8 +129,7 @@ class Hub:
         run = config.parse(self.tree)
         server = Server(None, Key.root(key), round, 10, (0,), VersionStore(self.place / "hub"))  # type: ignore[arg-type]
         down = run.method.broadcast(run.method.init(server), server, 0, None)
-        frame = wire.encode(down, run=7, round=round, client=0)
-        assert isinstance(frame, bytes)
+        frame = bytes(wire.encode(down, run=7, round=round, client=0))
         answer, body = self.ask("train", frame, settings, **table)
         return str(answer.get("error", "")), body
 
@@ -291,8 +289,7 @@ def tables(hub: Hub) -> Verdict:
     from thinwire.runtime.payloads import Hello
 
     good = {"transfer": SESSION, "offset": 0, "total": 9, "room": ROOM, "action": "join", "counted": 0}
-    frame = wire.encode(Hello(), run=7, round=0, client=0)
-    assert isinstance(frame, bytes)
+    frame = bytes(wire.encode(Hello(), run=7, round=0, client=0))
     odd = (None, -1, 1 << 62, -(1 << 62), 1.5, "x", "", b"x", [], {}, True)
     for name in [*good, "settings"]:
         for value in odd:
@@ -311,9 +308,8 @@ def forbidden(hub: Hub) -> Verdict:
     about = hub.fingerprints()
     said = [hub.join(hub.sent(method={"name": "fedavg", "steps": 2}), **about)]
     said.append(hub.join(hub.sent(method={"path": "os:system"}), **about))
-    said.append(
-        hub.ask("evaluate", wire.encode(wire.Stale(None), run=7, client=0), hub.sent(), **about)[0].get("error", "")
-    )  # type: ignore[arg-type]
+    stale = bytes(wire.encode(wire.Stale(None), run=7, client=0))
+    said.append(hub.ask("evaluate", stale, hub.sent(), **about)[0].get("error", ""))
     return Verdict("refused", True) if all(said) else Verdict.bad("what the policy forbids is done", said)
 
 

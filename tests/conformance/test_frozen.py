@@ -37,8 +37,7 @@ def processor() -> str:
 
 def digest(frame: wire.Frame) -> str:
     """The first half of a frame's sha256."""
-    assert isinstance(frame, bytes)
-    return hashlib.sha256(frame).hexdigest()[:32]
+    return hashlib.sha256(bytes(frame)).hexdigest()[:32]
 
 
 def digests(method: Method, net: Net, folder: Path) -> dict[str, list[str]]:

@@ -67,10 +67,10 @@ class Attack:
         server = Server(net, key, round, 9, (0,), versions)
         down = run.method.broadcast(run.method.init(server), server, 0, None)
         down = type(down)(**{**vars(down), **changes})
-        return bytes(wire.encode(down, run=assemble.identity(run), round=round, client=0))  # type: ignore[arg-type]
+        return bytes(wire.encode(down, run=assemble.identity(run), round=round, client=0))
 
     def hello(self, run: config.Run) -> bytes:
-        return bytes(wire.encode(Hello(), run=assemble.identity(run), client=0))  # type: ignore[arg-type]
+        return bytes(wire.encode(Hello(), run=assemble.identity(run), client=0))
 
     def ask(self, action: str, about: dict[str, Any], frame: bytes, table: dict[str, Any] | None = None) -> str | bytes:
         """Put one whole frame to the worker."""
@@ -94,7 +94,7 @@ def test_an_honest_hub_is_answered_and_every_line_follows_from_the_last(attack: 
     assert attack.ask("join", attack.about(run), attack.hello(run)) != FAILED
     reply = attack.ask("train", attack.about(run), attack.frame(run))
     assert isinstance(reply, bytes)
-    assert wire.peek(reply).kind == "Steps"
+    assert wire.Frame(reply).header().kind == "Steps"
     lines = attack.lines()
     assert [(line["direction"], line["verdict"], line["template"]) for line in lines] == [
         ("in", "passed", "plain"),

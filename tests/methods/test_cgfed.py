@@ -284,7 +284,7 @@ def test_bad_codes_are_dropped(damage: str, net: Net, file: Path, tmp_path: Path
     def tamper(client: int, frame: wire.Frame) -> wire.Frame:
         if client != 1:
             return frame
-        header, up = wire.peek(frame), wire.decode(Coded, frame)
+        header, up = frame.header(), wire.decode(Coded, frame)
         code = up.code.clone()
         if damage == "scale":
             code[:4] = torch.tensor([0, 0, 128, 127], dtype=torch.uint8)  # infinity

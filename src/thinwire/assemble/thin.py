@@ -72,8 +72,7 @@ def of(net: Net, change: Tensor, run: Run, classes: Sequence[str] | None, bits: 
 
 def write(path: Path, thin: Thin) -> int:
     """Write the file, whole or not at all; its bytes."""
-    frame = wire.encode(thin)
-    assert isinstance(frame, bytes)
+    frame = bytes(wire.encode(thin))
     files.write(path, frame)
     return len(frame)
 
@@ -88,7 +87,7 @@ def read(path: Path) -> Thin:
     try:
         if path.stat().st_size > LARGEST:
             raise ModelError(f"{path}: longer than any thin file")
-        return wire.decode(Thin, path.read_bytes(), LARGEST)
+        return wire.decode(Thin, wire.Frame(path.read_bytes()), LARGEST)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
     except wire.WireError as error:
