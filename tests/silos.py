@@ -109,7 +109,7 @@ def note(frames: Frames, frame: Frame, direction: str) -> None:
 
 
 def audited(local: Local, run: config.Run) -> Frames:
-    """The frames of a run's training that the sites' logs tell of."""
+    """The frames of a run's training that are in the sites' logs."""
     frames: Frames = {}
     for name in local.names:
         for line in (local.place(name) / "audit.jsonl").read_text().splitlines():

@@ -29,7 +29,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Net:
 
 @dataclass(frozen=True)
 class Vector:
-    """Global weights of a toy: version None says that they are whole, else they add to that version."""
+    """Global weights of a toy: version None marks them as whole, else they add to that version."""
 
     weights: Mapping[str, Tensor]
     version: str | None = None
@@ -198,7 +198,7 @@ def test_segments_of_cohorts() -> None:
     assert all(len(cohort) == 2 for cohort in picked[6:])
 
 
-def test_receive_fills_a_clients_net_and_says_so_where_a_method_has_none(net: Net, tmp_path: Path) -> None:
+def test_receive_fills_a_clients_net_and_reports_it_where_a_method_has_none(net: Net, tmp_path: Path) -> None:
     class Seen(Differences):
         def receive(self, down: Vector, client: Client) -> None:
             with torch.no_grad():

@@ -2,7 +2,7 @@
 
 The numbers stand in frozen.json, by processor, for a product's rounding depends on it. `python
 tests/conformance/test_frozen.py` writes those of this machine: only where a row is new, or its bytes are meant to be
-others, which the change log then says.
+others, which is then in the change log.
 """
 
 from __future__ import annotations

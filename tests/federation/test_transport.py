@@ -190,9 +190,9 @@ def late(reply: Message, frame: bytes, about: dict[str, Any]) -> None:
     ],
 )
 def test_a_foreign_replayed_or_late_reply_counts_as_absent(
-    tamper: Tamper, says: str, silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tamper: Tamper, reason: str, silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert says in damaged(silos, tmp_path / "there", tamper, deadline=2.0)
+    assert reason in damaged(silos, tmp_path / "there", tamper, deadline=2.0)
     assert state_of(tmp_path / "there") == absent_run(silos, tmp_path / "here", monkeypatch)
 
 
@@ -272,11 +272,11 @@ def test_a_worker_refuses_frames_that_are_not_for_it(silos: Silos, tmp_path: Pat
         ('code = ["no.such:Class"]\nmethods = []', "does not allow the method fedkseed"),
     ],
 )
-def test_the_site_s_policy_is_kept(policy: str, says: str, silos: Silos, tmp_path: Path) -> None:
+def test_the_site_s_policy_is_kept(policy: str, reason: str, silos: Silos, tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     file.write_text(OPEN + policy)
     job, _, _ = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run", policy=file)
-    with pytest.raises(NoQuorum, match=says):
+    with pytest.raises(NoQuorum, match=reason):
         course.train(job)
 
 
@@ -305,24 +305,24 @@ def test_a_site_that_cannot_take_part_is_out_alone(trouble: str, silos: Silos, t
     job, grid, transport = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run")
     site = grid.workers[1].site
     if trouble == "name":
-        site, says = replace(site, name="zurich"), "zurich is not one of the run's sites: north, south, west"
+        site, reason = replace(site, name="zurich"), "zurich is not one of the run's sites: north, south, west"
     elif trouble == "policy":
         (tmp_path / "closed.toml").write_text('methods = ["fedavg"]')
-        site, says = replace(site, policy=str(tmp_path / "closed.toml")), "does not allow the method fedkseed"
+        site, reason = replace(site, policy=str(tmp_path / "closed.toml")), "does not allow the method fedkseed"
     elif trouble == "rows":
         (tmp_path / "rows.jsonl").write_text('{"text": "no column"}\n')
-        site, says = replace(site, data=str(tmp_path / "rows.jsonl")), "its rows cannot be used"
+        site, reason = replace(site, data=str(tmp_path / "rows.jsonl")), "its rows cannot be used"
     else:
         tiny_folder(tmp_path / "other", seed=5)
-        site, says = replace(site, model=str(tmp_path / "other")), "base model: the server's is"
+        site, reason = replace(site, model=str(tmp_path / "other")), "base model: the server's is"
     grid.workers[1] = Worker(site)
     absent = join(transport, job.run, 3, job.names, 2)
     assert list(absent) == ["south"]
-    assert says in absent["south"]
+    assert reason in absent["south"]
     course.train(job)
     errors = [error for *_, error in visits(tmp_path / "run")[0]]
     assert errors[::2] == [None, None]
-    assert says in str(errors[1])
+    assert reason in str(errors[1])
     with pytest.raises(NoQuorum, match=r"2 of 3 sites have joined, 3 must; south: "):
         join(transport, job.run, 3, job.names, 3)
 

@@ -1,7 +1,7 @@
 """Two rounds of a run with a process for the server and one for each visit of a client: what each side costs.
 
 In a run one process does both sides' work, so its peak memory is nobody's. Here each side has its own, and the memory
-is what DESIGN says: after the imports and the model's loading the peak is reset; the peak then, less what the imports
+is as in DESIGN: after the imports and the model's loading the peak is reset; the peak then, less what the imports
 took. The first round is a newcomer's; bytes and seconds of the second are those of one that returns.
 """
 

@@ -127,7 +127,7 @@ def examples_of(run: Run, held: Rows | None, assumed: list[str]) -> list[int | N
 
 
 def classes_in(run: Run, held: Rows | None, assumed: list[str]) -> int:
-    """How many classes a fresh head of a classifier would tell apart."""
+    """How many classes a fresh head of a classifier would distinguish."""
     if run.data.choices is not None:
         return len(run.data.choices)
     if held is not None:

@@ -16,7 +16,7 @@ from thinwire.errors import first_wrong
 from thinwire.methods import METHODS
 from thinwire.wire import Frame, Illegal
 
-EMPTY = ("Ready", "Stale")  # kinds that say nothing of a site's rows
+EMPTY = ("Ready", "Stale")  # kinds that reveal nothing of a site's rows
 LEAST = Annotated[int, Field(ge=2)]
 
 

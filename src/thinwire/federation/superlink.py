@@ -27,7 +27,7 @@ TRIES = 5  # Flower runs in a row that die within the same round
 
 
 class Ended(RuntimeError):
-    """The run did not come to its end; the message says why."""
+    """The run did not come to its end; the message is the reason."""
 
 
 class ServerSide:

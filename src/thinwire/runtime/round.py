@@ -60,7 +60,7 @@ class Round:
     """Where a round takes place: what it runs on, and what it leaves behind.
 
     `caps`: client -> the most examples that a reply of it may claim, where that is known. `examples`: client -> the
-    number that its first reply gave, which no later one can raise: it says how much a client counts. `seen` is given
+    number that its first reply gave, which no later one can raise: by it a client counts. `seen` is given
     each reply that counts, with its client.
     """
 

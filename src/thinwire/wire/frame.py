@@ -171,7 +171,7 @@ class Frame:
         except (FileNotFoundError, IsADirectoryError) as error:
             raise Malformed("the frame's file cannot be read") from error
         if got != size:
-            raise Malformed("the frame's file is shorter than its header says")
+            raise Malformed("the frame's file is shorter than its header announces")
         return buffer
 
     def _parse(self, max_header: int) -> Header:
@@ -277,7 +277,7 @@ def decode(payload: type[P], frame: Frame, max_bytes: int = MAX_FRAME, max_heade
         else:
             raise Malformed(f"{payload.__name__}.{field.name} has the wrong type")
     if offset != len(frame) - CHECK:
-        raise Malformed("the frame is longer than its header says")
+        raise Malformed("the frame is longer than its header announces")
     return payload(**values)
 
 

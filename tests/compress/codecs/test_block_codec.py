@@ -54,7 +54,7 @@ def bfloat(code: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def levels(codec: Blocks) -> NDArray[np.float64]:
-    """What the docstring says that the codes stand for."""
+    """What the codes stand for by the docstring."""
     if codec.bits > 4:
         return np.arange(1 - 2.0 ** (codec.bits - 1), 2.0 ** (codec.bits - 1))
     if codec.stochastic:
@@ -340,7 +340,7 @@ def test_every_machine_and_thread_makes_the_same_bits(codec: Blocks) -> None:
 @pytest.mark.parametrize("law", ["gauss", "t3"])
 def test_with_error_feedback_what_was_sent_follows_the_sum_of_updates(codec: Blocks, law: str) -> None:
     steady, residue = draw(law, 1024), torch.zeros(1024)
-    told, sent, plain = torch.zeros(3, 1024, dtype=torch.float64)
+    summed, sent, plain = torch.zeros(3, 1024, dtype=torch.float64)
     lost = []
     for turn in range(400):
         x = steady + 0.3 * draw("gauss", 1024, seed=turn + 1)
@@ -348,14 +348,14 @@ def test_with_error_feedback_what_was_sent_follows_the_sum_of_updates(codec: Blo
         # a contraction, whatever the residue has become
         assert (x + residue - found).norm() < 0.99 * (x + residue).norm()
         residue = x + residue - found
-        told, sent, plain = told + x, sent + found, plain + passed(codec, x)
-        lost.append(error(told, sent))
-    assert torch.allclose(told - sent, residue.double(), rtol=0, atol=1e-3)
+        summed, sent, plain = summed + x, sent + found, plain + passed(codec, x)
+        lost.append(error(summed, sent))
+    assert torch.allclose(summed - sent, residue.double(), rtol=0, atol=1e-3)
     # what is missing stops growing, so its share of the sum halves when the turns double; without feedback it stays
     assert lost[399] < 0.65 * lost[199]
-    assert lost[399] < 0.1 * error(told, plain)
+    assert lost[399] < 0.1 * error(summed, plain)
     if codec.bits == 1:
-        assert error(told, plain) > 0.4
+        assert error(summed, plain) > 0.4
 
 
 @settings(deadline=None)

@@ -278,10 +278,10 @@ def test_every_machine_and_thread_makes_the_same_bits(codec: Eden) -> None:
 @pytest.mark.parametrize("bits", [1, 2])
 def test_error_feedback_would_work_from_one_bit_on(bits: float) -> None:
     steady, residue = draw("t3", 1024), torch.zeros(1024)
-    told, sent = torch.zeros(2, 1024, dtype=torch.float64)
+    summed, sent = torch.zeros(2, 1024, dtype=torch.float64)
     for turn in range(100):
         x = steady + 0.3 * draw("gauss", 1024, seed=turn + 1)
         found = passed(Eden(bits), x + residue, turn)
         residue = x + residue - found
-        told, sent = told + x, sent + found
-    assert vnmse(told, sent) < 0.02**2
+        summed, sent = summed + x, sent + found
+    assert vnmse(summed, sent) < 0.02**2

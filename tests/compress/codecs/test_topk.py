@@ -256,7 +256,7 @@ def test_every_machine_and_thread_makes_the_same_bits(codec: TopK) -> None:
 def test_with_error_feedback_what_was_sent_follows_the_sum_of_updates(bits: int, law: str) -> None:
     codec = TopK(0.03, chunk=256, bits=bits)
     steady, residue = draw(law, 1024), torch.zeros(1024)
-    told, sent, plain = torch.zeros(3, 1024, dtype=torch.float64)
+    summed, sent, plain = torch.zeros(3, 1024, dtype=torch.float64)
     lost = []
     for turn in range(400):
         x = steady + 0.3 * draw("gauss", 1024, seed=turn + 1)
@@ -264,10 +264,10 @@ def test_with_error_feedback_what_was_sent_follows_the_sum_of_updates(bits: int,
         # a contraction, whatever the residue has become: with exact values by 1 - 8 / 256 of the square at least
         assert (x + residue - found).norm() < 0.99 * (x + residue).norm()
         residue = x + residue - found
-        told, sent, plain = told + x, sent + found, plain + passed(codec, x)
-        lost.append(error(told, sent))
-    assert torch.allclose(told - sent, residue.double(), rtol=0, atol=1e-3)
+        summed, sent, plain = summed + x, sent + found, plain + passed(codec, x)
+        lost.append(error(summed, sent))
+    assert torch.allclose(summed - sent, residue.double(), rtol=0, atol=1e-3)
     # what is missing stops growing, so its share of the sum halves when the turns double; without feedback it stays
     assert lost[399] < 0.55 * lost[199]
     assert lost[399] < 0.05
-    assert error(told, plain) > 0.7
+    assert error(summed, plain) > 0.7
