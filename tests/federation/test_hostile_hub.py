@@ -315,7 +315,7 @@ def test_rounds_and_run_files_are_counted(silos: Silos, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "reason"),
     [
         ({"method": {**THIN, "steps": 200_000_000}}, "200000000 steps a visit"),
         ({"method": {**THIN, "steps": 10_000, "queries": 2}}, "20000 steps a visit"),

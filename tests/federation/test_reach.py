@@ -133,7 +133,7 @@ def test_a_server_s_own_files_are_checked(home: Path, tmp_path: Path) -> None:
         keys.check_server(home)
 
 
-@pytest.mark.parametrize("says", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH\r\n", b""])
+@pytest.mark.parametrize("sends", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH\r\n", b""])
 def test_a_port_that_speaks_no_tls(sends: bytes, home: Path) -> None:
     with answering(None, sends) as port, pytest.raises((ConfigError, Away)) as wrong:
         greet(f"localhost:{port}", home / "ca.crt")

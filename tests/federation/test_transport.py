@@ -177,7 +177,7 @@ def late(reply: Message, frame: bytes, about: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tamper", "says"),
+    ("tamper", "reason"),
     [
         (Replay(), "replayed"),
         (InRound(other_node), "answers for client"),
@@ -263,7 +263,7 @@ def test_a_worker_refuses_frames_that_are_not_for_it(silos: Silos, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("policy", "says"),
+    ("policy", "reason"),
     [
         ('methods = ["fedavg"]', "does not allow the method fedkseed"),
         ('kinds = ["Trained"]', "does not allow a payload of kind Steps to leave"),

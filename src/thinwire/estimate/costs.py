@@ -50,7 +50,7 @@ class Estimate:
         if self.traffic is None:
             return None
         down, up = self.traffic.returning
-        return tuple(8 * count / (megabits * 1e6) for count in (down.least + up.least, down.most + up.most))  # type: ignore[return-value]
+        return 8 * (down.least + up.least) / (megabits * 1e6), 8 * (down.most + up.most) / (megabits * 1e6)
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
