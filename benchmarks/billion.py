@@ -85,7 +85,7 @@ def measure(part: str, folder: Path, law: str) -> dict[str, float]:
                 loss(net.model, batch)
     elif part == "client":
         up = method.client_update(method.broadcast(begun, server, 0, None), visit(0))
-        found.write_bytes(bytes(wire.encode(up)))  # type: ignore[arg-type]
+        found.write_bytes(bytes(wire.encode(up)))
     else:
         up = wire.decode(method.Up, found.read_bytes())
         state, _ = method.aggregate(begun, server, [(0, up), (1, up)])

@@ -3,7 +3,7 @@
     python benchmarks/coarse.py [--json FILE]
 
 The weights are those of `ulp.py`: SmolLM2-135M in bf16, and after 20 AdamW steps at three rates; matrices only. A
-client that returns holds the old ones as the same code told them. Entropy is the order-0 entropy of the levels, or of
+client that returns holds the old ones as the same code sent them. Entropy is the order-0 entropy of the levels, or of
 how many levels a weight has moved by. Speeds are of one core, in millions of weights a second.
 """
 
@@ -36,12 +36,12 @@ def measured(code: Blocks, new: list[Tensor], old: list[Tensor] | None) -> dict[
         scales, codes = code.rounded(tensor.float(), 0)
         base = None if old is None else old[place]
         start = time.perf_counter()
-        told = coarse.encode(scales, codes, code, base)
+        sent = coarse.encode(scales, codes, code, base)
         middle = time.perf_counter()
-        assert (coarse.decode(told, code, base, count)[1] == codes).all()
+        assert (coarse.decode(sent, code, base, count)[1] == codes).all()
         spent["encode"] += middle - start
         spent["decode"] += time.perf_counter() - middle
-        bits["ours"] += 8 * len(told)
+        bits["ours"] += 8 * len(sent)
         bits["zstd 3"] += 8 * len(zstandard.ZstdCompressor(level=3).compress(code.join(scales, codes)))
         moved = codes.astype(np.int64) - coarse.predicted(base, scales, code, count)
         counts += np.bincount(moved + 255, minlength=511)

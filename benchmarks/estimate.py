@@ -1,4 +1,4 @@
-"""What `thinwire estimate` says against what is measured: SmolLM2-135M, every method, batches of several shapes.
+"""What `thinwire estimate` reports against what is measured: SmolLM2-135M, every method, batches of several shapes.
 
     python benchmarks/estimate.py [--json FILE] [--keep DIR] [NAME ...]
 
@@ -85,9 +85,9 @@ def main() -> None:
             print(name, cost, flush=True)  # noqa: T201
             from thinwire.estimate.costs import estimate
 
-            said = estimate(run)
+            estimated = estimate(run)
             for side, measured in (("client", cost.client_memory), ("server", cost.server_memory)):
-                peak = getattr(said, side).total
+                peak = getattr(estimated, side).total
                 found.append(Row(f"{name}: {side}, peak memory", peak / 1e6, measured / 1e6, "MB"))
                 errors.append(abs(peak / measured - 1))
     finish(found)

@@ -3,7 +3,7 @@
     python benchmarks/factors.py data.path=ROWS.jsonl [method.lr=3e-5 ...] [--json FILE]
 
 SmolLM2-135M takes 20 AdamW steps of four rows of recipes/compare-gradualdiff.toml from bfloat16 weights. Each row's
-reference is EDEN at half a bit, so its ratio says how many times nearer the code comes; its bits stand in its name.
+reference is EDEN at half a bit, so its ratio is how many times nearer the code comes; its bits stand in its name.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def judge(moves: dict[str, Tensor], code: Eden | Factors | TopK) -> tuple[float,
     size = product = sent = whole = 0.0
     for name, move in moves.items():
         data = code.encode(move, len(name))
-        told = code.decode(data, move.shape, len(name))
+        decoded = code.decode(data, move.shape, len(name))
         size += 8 * len(data)
-        product += float((move * told).sum())
-        sent += float(told.square().sum())
+        product += float((move * decoded).sum())
+        sent += float(decoded.square().sum())
         whole += float(move.square().sum())
     return size / sum(move.numel() for move in moves.values()), product / math.sqrt(sent * whole)
 

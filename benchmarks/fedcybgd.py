@@ -3,7 +3,7 @@
     python benchmarks/fedcybgd.py [memory] [seconds] [bytes] [--json FILE] [method.drop=0.3 ...]
 
 SmolLM2-135M, AdamW on float32 copies of what is trained, activations recomputed on both sides, 4 x 128 tokens a step.
-Unless told otherwise with the method's defaults: nothing dropped or pruned, 7 bits a weight around what trains.
+Unless set otherwise with the method's defaults: nothing dropped or pruned, 7 bits a weight around what trains.
 Ten clients visit ten blocks, each in a process of its own that does not hold the whole model, and take twenty steps in
 bfloat16. The whole model's visits are two before the cycle and two after it. Memory: the peak less what is resident
 after the imports. Seconds: decoding included; with `model.dtype=float32 method.dtype=bfloat16` both sides compute in

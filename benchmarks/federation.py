@@ -10,7 +10,7 @@ sites   FedKSeed: seconds of a round with 20 sites of a tiny model, and with 6 o
 Memory is the sum of the peaks (VmHWM) of a side's processes from the end of the first round on, those that Flower
 starts anew for each message by the largest alone, beyond what the same processes take in the same run of a tiny model:
 interpreters and libraries are not counted, nor the loading of the model; the model itself is. The sums as they are,
-each process, and the same up to the end of the first round are told beside it. References are the targets: a hub of 6
+each process, and the same up to the end of the first round are shown beside it. References are the targets: a hub of 6
 models, a site of 4, twice the seconds of one piece.
 """
 
@@ -166,12 +166,12 @@ def wide(place: Path) -> list[Row]:
     for side, target, i in (("hub", HUB_MODELS, 0), ("site", SITE_MODELS, 1)):
         peaks = {name: (run[1], run[2])[i] for name, run in found.items()}
         first = {name: sum(peak.loading.values()) / whole for name, peak in peaks.items()}
-        told = ", ".join(f"{name} {count - first['tiny']:.2f}" for name, count in first.items())
-        print(f"{side}, models loaded and first round, beyond the tiny model's: {told} models")  # noqa: T201
+        shown = ", ".join(f"{name} {count - first['tiny']:.2f}" for name, count in first.items())
+        print(f"{side}, models loaded and first round, beyond the tiny model's: {shown} models")  # noqa: T201
         parts = {name: peak.parts() for name, peak in peaks.items()}
         for kind in parts["pieces"]:
-            told = ", ".join(f"{name} {peak.get(kind, 0) / 1e6:.0f} MB" for name, peak in parts.items())
-            print(f"{side}: {kind}: {told}")  # noqa: T201
+            shown = ", ".join(f"{name} {peak.get(kind, 0) / 1e6:.0f} MB" for name, peak in parts.items())
+            print(f"{side}: {kind}: {shown}")  # noqa: T201
         sums = {name: sum(peak.values()) / whole for name, peak in parts.items()}
         print(f"{side}, libraries too: " + ", ".join(f"{name} {count:.2f} models" for name, count in sums.items()))  # noqa: T201
         beyond = {name: sums[name] - sums["tiny"] for name in ("pieces", "one")}

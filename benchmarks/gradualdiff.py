@@ -40,7 +40,7 @@ SETTINGS = ["method.steps=20", "method.batch_size=8", "data.clients=2", "rounds=
 
 
 class Again:
-    """A transport whose every client answers with the same reply, whatever it is told."""
+    """A transport whose every client answers with the same reply, whatever it is sent."""
 
     def __init__(self, up: object, folder: Path) -> None:
         self.up, self.folder = up, folder
@@ -48,9 +48,8 @@ class Again:
     def exchange(self, frames: Iterable[tuple[int, wire.Frame]], action: str = "train") -> Iterator[Reply]:
         """One reply at a time."""
         for client, frame in frames:
-            header = wire.peek(frame)
-            if isinstance(frame, wire.Spooled):
-                frame.remove()
+            header = frame.header()
+            frame.remove()
             yield Reply(client, wire.encode(self.up, run=1, round=header.round, client=client, spool=self.folder))
 
 
@@ -62,11 +61,11 @@ def serve(clients: int, folder: Path) -> float:
     versions, ids = VersionStore(folder / "versions"), tuple(range(clients))
     server = Server(net, Key.root(0), 1, 1, ids, versions)
     state = run.method.init(server)
-    generator, told = torch.Generator().manual_seed(0), {}
+    generator, coded = torch.Generator().manual_seed(0), {}
     for name, old in state.weights.items():
         new = (old.float() + 1e-5 * torch.randn(old.shape, generator=generator)).to(old.dtype)
-        told[name] = torch.frombuffer(bytearray(ulp.encode(new, old)), dtype=torch.uint8)
-    up = Difference(state.version, 0, told, 10, 0.5, 0)
+        coded[name] = torch.frombuffer(bytearray(ulp.encode(new, old)), dtype=torch.uint8)
+    up = Difference(state.version, 0, coded, 10, 0.5, 0)
     memory.reset()
     at = Round(1, server, Again(up, folder), dict.fromkeys(ids, state.version), folder)
     run_round(run.method, state, at)

@@ -5,7 +5,7 @@
 Time: against two plain passes, each measured twelve times, in turn; the median counts. `together`: both signs in
 one forward pass. The rebuild is that of the whole model from 4,096 seeds of the low-rank law, against one pass; once.
 Memory: each in a process of its own, its peak resident less what is resident after the imports, against the same of
-two plain passes. The kernels' compiled code (50 MB with numba's own) is loaded with the imports; CODE tells it apart.
+two plain passes. The kernels' compiled code (50 MB with numba's own) is loaded with the imports; CODE separates it.
 """
 
 from __future__ import annotations

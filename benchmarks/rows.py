@@ -27,7 +27,7 @@ class Row:
 
 
 def finish(rows: Sequence[Row]) -> None:
-    """Print the rows, and write them where --json says."""
+    """Print the rows, and write them where --json names."""
     for row in rows:
         print(f"{row.name}: {row.ours:,.4g} {row.unit}, reference {row.reference:,.4g}, ratio {row.ratio:.3g}")  # noqa: T201
     if "--json" in sys.argv:

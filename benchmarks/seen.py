@@ -3,7 +3,7 @@
     python benchmarks/seen.py [method.shown=0.5 method.veiled=true ...] [--json FILE]
 
 recipes/demo-fedcybgd.toml in bfloat16, read off the raw frames. `exact`: at the end of the cycle the last value that a
-client was told of a weight, or has told itself, is the server's. `ever seen`: it was told some value, maybe an
+client was sent of a weight, or has learnt itself, is the server's. `ever seen`: it was sent some value, maybe an
 old one. Of all weights in layers; the mean over clients, and the client that knows most in place of a reference.
 """
 
@@ -72,11 +72,11 @@ class Watched:
         for client, frame in frames:
             down = wire.decode(Proxy, frame)
             cut, known = Cut.unpacked(down.cut, self.layout), self.known[client]
-            told = self.method._told(down, self.net, None, self.method._blocks(self.net))
+            sent = self.method._told(down, self.net, None, self.method._blocks(self.net))
             for name, places in self.places.items():
                 part = shrink.sliced(name, places, cut, self.layout)
                 if part is not None:
-                    known.learn(name, told[name], part)
+                    known.learn(name, sent[name], part)
             for reply in self.inner.exchange([(client, frame)]):
                 assert reply.frame is not None, reply.error
                 up = wire.decode(Block, reply.frame)

@@ -40,7 +40,7 @@ class Recorded:
 
     def exchange(self, frames: Iterable[tuple[int, wire.Frame]], action: str = "train") -> Iterator[Reply]:
         """The replies, in the order of the clients."""
-        return (Reply(client, frame) for client, frame in enumerate(self.replies))
+        return (Reply(client, wire.Frame(data)) for client, data in enumerate(self.replies))
 
 
 def main() -> None:
@@ -51,9 +51,7 @@ def main() -> None:
     replies = []
     for client in range(clients):
         up = Steps(None, *as_sent(rng.normal(0, 20, 200).astype(np.float32), "float16"), 100, 0.5)
-        frame = wire.encode(up, run=1, round=1, client=client)
-        assert isinstance(frame, bytes)
-        replies.append(frame)
+        replies.append(bytes(wire.encode(up, run=1, round=1, client=client)))
     with tempfile.TemporaryDirectory() as folder:
         server = Server(None, Key.root(0), 1, 1, tuple(range(clients)), VersionStore(Path(folder)))  # type: ignore[arg-type]
         seconds, grown = [], 0

@@ -5,7 +5,7 @@
 Runs are processes of their own, forked off one that has imported everything, with a shim before libc that counts the
 calls that change files (tests/chaos/shim.c). A row of the table is a kind of trial; it is bad where a run ends with
 another model and exit status 0, in a traceback, or in silence where something is lost. The exit status is 1 then.
-`--record` keeps what is known, and goes on from it. Without a C compiler nothing can be shown, which is said.
+`--record` keeps what is known, and goes on from it. Without a C compiler nothing can be shown, which is reported.
 """
 
 from __future__ import annotations

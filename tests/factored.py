@@ -36,7 +36,7 @@ class Watched(Federation):
         self.ups = {}
 
         def seen(frame: Frame) -> None:
-            header = wire.peek(frame)
+            header = frame.header()
             if header.kind == wire.payload.kind_of(self.method.Up):
                 self.ups[header.client] = wire.decode(self.method.Up, frame)
 

@@ -35,7 +35,7 @@ def tiny_net(folder: Path, dtype: str = "float32", remember: bool = True, **over
 
 
 def closed_data(net: Net, rows: int, seed: int) -> Dataset:
-    """A closed set of two answers, told by one word of the prompt."""
+    """A closed set of two answers, distinguished by one word of the prompt."""
     return tokenise(tiny_rows(rows, seed, closed=True), PROMPT, net.tokenizer, max_length=64, choices=CHOICES)
 
 

@@ -84,13 +84,13 @@ def changed(federation: Federation, up: Any, hand: Callable[[Tensor], Tensor]) -
             code = code_of("eden", method.ratio, image, contract=method.feedback)
             return dataclasses.replace(up, code=to_tensor(code.encode(update, up.key)), spare=True)
     if isinstance(method, FedCyBGD):
-        told = dict(method._answered(state, up))
-        moved = {n: new(state.weights[n], hand(t.float() - state.weights[n].float())) for n, t in told.items()}
+        given = dict(method._answered(state, up))
+        moved = {n: new(state.weights[n], hand(t.float() - state.weights[n].float())) for n, t in given.items()}
         return dataclasses.replace(up, changes={n: coded(moved[n], state.weights[n]) for n in moved})
     if isinstance(method, GradualDiff):
-        told, changes = method._differences(state, up), {}
+        given, changes = method._differences(state, up), {}
         for i, (name, old) in enumerate(state.weights.items()):
-            update = hand(told[name])
+            update = hand(given[name])
             if method.codec == "lossless":
                 changes[name] = coded(new(old, update), old)
             else:
@@ -150,7 +150,7 @@ def begun(
     def tamper(client: int, frame: Frame) -> Frame:
         if forge is None or client != ONE:
             return frame
-        header = wire.peek(frame)
+        header = frame.header()
         up = forge(federation, wire.decode(method.Up, frame))
         return wire.encode(up, run=header.run, round=header.round, client=client, held=header.held)
 

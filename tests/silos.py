@@ -18,7 +18,7 @@ from thinwire.keys import Key
 from thinwire.runtime import course
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.round import Reply
-from thinwire.wire import Frame, Spooled, peek
+from thinwire.wire import Frame
 
 SITES = ("north", "south", "west")
 SIZES = (12, 8, 16)
@@ -102,14 +102,14 @@ def in_process(silos: Silos, run: config.Run, folder: Path, monkeypatch: pytest.
 
 def note(frames: Frames, frame: Frame, direction: str) -> None:
     """Add a frame to those that passed."""
-    content = frame.path.read_bytes() if isinstance(frame, Spooled) else frame
-    header = peek(frame)
+    content = bytes(frame)
+    header = frame.header()
     seen = frames.setdefault((header.round, header.client, direction), [])
     seen.append((len(content), hashlib.sha256(content).hexdigest()))
 
 
 def audited(local: Local, run: config.Run) -> Frames:
-    """The frames of a run's training that the sites' logs tell of."""
+    """The frames of a run's training that are in the sites' logs."""
     frames: Frames = {}
     for name in local.names:
         for line in (local.place(name) / "audit.jsonl").read_text().splitlines():

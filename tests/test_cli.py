@@ -258,14 +258,14 @@ def test_a_run_repeats(place: Path, done: Done, tmp_path: Path) -> None:
     assert summary(tmp_path / "again")["sha256"] == summary(done("pro")[0])["sha256"]
 
 
-def test_a_complete_run_says_so_and_changes_nothing(place: Path, done: Done) -> None:
+def test_a_complete_run_reports_it_and_changes_nothing(place: Path, done: Done) -> None:
     folder, first = done("fedkseed")
     before = files(folder)
     result = thinwire("run", place / "run.toml", *METHODS["fedkseed"], "--out", folder, "--resume")
     assert (result.code, result.err) == (0, "")
     assert result.out.splitlines()[0] == f"{folder}: this run is complete"
-    told = "".join(line for line in first.out.splitlines(True) if "against the estimate" not in line)
-    assert told.endswith(result.out.split("\n", 1)[1])  # the same tables
+    printed = "".join(line for line in first.out.splitlines(True) if "against the estimate" not in line)
+    assert printed.endswith(result.out.split("\n", 1)[1])  # the same tables
     assert files(folder) == before
 
 
@@ -382,9 +382,9 @@ def test_run_files_that_cannot_be_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_command_line_is_one_line_too(args: list[str], line: str) -> None:
-    said = refused(*args)
+    printed = refused(*args)
     # versions of click write the option with a colon or in quotes
-    assert said.replace("option: ", "option ").replace("'--fast'", "--fast").startswith(line)
+    assert printed.replace("option: ", "option ").replace("'--fast'", "--fast").startswith(line)
 
 
 def test_a_folder_that_is_taken_is_left_alone(place: Path, done: Done, tmp_path: Path) -> None:

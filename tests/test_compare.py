@@ -180,7 +180,7 @@ def test_measured_budgets_buy_rounds_by_what_two_rounds_apart_cost() -> None:
     assert notes["fedkseed"] == "the budget would buy 3,333,331 rounds"
 
 
-def test_a_method_that_cannot_afford_a_round_says_so_in_its_line(tmp_path: Path) -> None:
+def test_a_method_that_cannot_afford_a_round_reports_it_in_its_line(tmp_path: Path) -> None:
     settings = Settings(methods=OWN, budget="bytes", amount=1600.0)
     made = compare.plans(TREE, settings, ["fedavg", "fedkseed"], False)
     for p in made:
@@ -192,9 +192,9 @@ def test_a_method_that_cannot_afford_a_round_says_so_in_its_line(tmp_path: Path)
     assert made[0].tuning() == made[0].final() == {}
 
 
-def test_a_method_that_does_not_tell_its_passes_has_no_such_budget() -> None:
+def test_a_method_that_does_not_report_its_passes_has_no_such_budget() -> None:
     own = {"mine": {"method": {"path": "quiet:Quiet"}}}
-    with pytest.raises(ConfigError, match=r"compare.budget: the method of mine does not say how many passes"):
+    with pytest.raises(ConfigError, match=r"compare.budget: the method of mine does not report how many passes"):
         compare.plans(TREE, Settings(methods=own, budget="passes", amount=100), ["mine"], False)
     made = compare.plans(TREE, Settings(methods=own), ["mine"], False)
     assert made[0].rounds == 6
@@ -203,7 +203,7 @@ def test_a_method_that_does_not_tell_its_passes_has_no_such_budget() -> None:
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's module with a method that says nothing of itself."""
+    """A user's module with a method that reports nothing of itself."""
     module = types.ModuleType("quiet")
     payloads = {"Down": Stale, "Up": Stale, "State": Stale}
     module.Quiet = type("Quiet", (Method,), {"__module__": "quiet"} | payloads)  # type: ignore[attr-defined]
@@ -252,7 +252,7 @@ def test_machines_share_the_names() -> None:
             compare.share(made, bad)
 
 
-def test_what_is_wrong_is_told_before_anything_runs(place: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_reported_before_anything_runs(place: Path, tmp_path: Path) -> None:
     file = place / "compare.toml"
     assert "'scaffold' is not known; known: base, centralised, cgfed, fedavg" in refused(
         "compare", file, "--methods", "scaffold", "--out", tmp_path

@@ -17,7 +17,7 @@ from thinwire.core import Client, Method, Metrics, Server, StaleVersion
 from thinwire.model.net import Net
 from thinwire.runtime.cohort import All, Cyclic, Uniform, cohort_of
 from thinwire.runtime.endpoint import serve
-from thinwire.runtime.round import Reply, groups
+from thinwire.runtime.round import GROUP, SMALL, Reply, groups
 from thinwire.runtime.store import version_of
 from thinwire.wire import Illegal, LazyTensors
 
@@ -29,7 +29,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Net:
 
 @dataclass(frozen=True)
 class Vector:
-    """Global weights of a toy: version None says that they are whole, else they add to that version."""
+    """Global weights of a toy: version None marks them as whole, else they add to that version."""
 
     weights: Mapping[str, Tensor]
     version: str | None = None
@@ -198,7 +198,7 @@ def test_segments_of_cohorts() -> None:
     assert all(len(cohort) == 2 for cohort in picked[6:])
 
 
-def test_receive_fills_a_clients_net_and_says_so_where_a_method_has_none(net: Net, tmp_path: Path) -> None:
+def test_receive_fills_a_clients_net_and_reports_it_where_a_method_has_none(net: Net, tmp_path: Path) -> None:
     class Seen(Differences):
         def receive(self, down: Vector, client: Client) -> None:
             with torch.no_grad():
@@ -222,16 +222,15 @@ def test_a_client_refuses_a_frame_that_is_not_for_it(net: Net, tmp_path: Path) -
 def test_a_damaged_down_frame_costs_that_client_its_round(net: Net, tmp_path: Path) -> None:
     federation = Federation(Differences(), net, tmp_path)
     transport = federation.step().transport
-    good = wire.encode(federation.state, round=2, client=0)
-    assert isinstance(good, bytes)
-    (reply,) = transport.exchange([(0, good[:-1] + bytes([good[-1] ^ 1]))])
+    good = bytes(wire.encode(federation.state, round=2, client=0))
+    (reply,) = transport.exchange([(0, wire.Frame(good[:-1] + bytes([good[-1] ^ 1])))])
     assert reply.frame is None
     assert "Corrupt" in str(reply.error)
 
 
 def test_small_replies_come_by_the_dozen_and_large_ones_alone() -> None:
-    small, large = b"x" * wire.frame.SMALL, b"x" * (wire.frame.SMALL + 1)
-    frames = [small, None, large, large, *[small] * (2 * wire.frame.KEPT + 1), large]
+    small, large = wire.Frame(b"x" * SMALL), wire.Frame(b"x" * (SMALL + 1))
+    frames = [small, None, large, large, *[small] * (2 * GROUP + 1), large]
     asked = 0
 
     def replies() -> Iterator[Reply]:
@@ -244,7 +243,7 @@ def test_small_replies_come_by_the_dozen_and_large_ones_alone() -> None:
         sizes.append(len(group))
         seen += [reply.client for reply in group]
         assert asked <= seen[-1] + 1  # no more than one ahead
-    assert sizes == [2, 1, 1, wire.frame.KEPT, wire.frame.KEPT, 1, 1]
+    assert sizes == [2, 1, 1, GROUP, GROUP, 1, 1]
     assert seen == list(range(1, len(frames) + 1))
 
 

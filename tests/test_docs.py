@@ -1,4 +1,4 @@
-"""What README and docs tell people to type is typed here, in short forms, on a tiny model.
+"""What README and docs have people type is typed here, in short forms, on a tiny model.
 
 A fenced block after `<!-- file: NAME -->` is written to that file before; one after `<!-- not run: WHY -->` is left
 alone. Commands of ours are run in the order of the page, with fields that make them short; make targets, benchmarks
@@ -31,7 +31,7 @@ NEEDS["CONTRIBUTING.md"] = "docs/tutorial.md"
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: what the comment before it says, its language, its text."""
+    """A fenced block: what is in the comment before it, its language, its text."""
 
     note: str
     language: str
@@ -70,13 +70,13 @@ def write_files(page: str, place: Path) -> None:
 
 def write_tickets(file: Path) -> None:
     """A table as the page on data shows it: 200 rows of four branches and three teams."""
-    said = {
+    texts = {
         "it": "I cannot log in to the archive since this morning.",
         "facilities": '"The heating in room 144 does not work. My colleague said: ""call the desk""."',
         "payroll": "I need a salary statement for the bank.",
     }
-    teams, branches = list(said), ["north", "south", "east", "west"]
-    lines = [f"T{1000 + i},{branches[i % 4]},{said[team]},{team}" for i in range(200) if (team := teams[i * 7 % 3])]
+    teams, branches = list(texts), ["north", "south", "east", "west"]
+    lines = [f"T{1000 + i},{branches[i % 4]},{texts[team]},{team}" for i in range(200) if (team := teams[i * 7 % 3])]
     file.write_text("\n".join(["ticket,branch,message,team", *lines]) + "\n")
 
 

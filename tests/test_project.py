@@ -1,4 +1,4 @@
-"""What the project says of itself in several files is one thing; what its workflows call is there."""
+"""What the project has of itself in several files is one thing; what its workflows call is there."""
 
 from __future__ import annotations
 

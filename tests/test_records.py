@@ -40,7 +40,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert records.read_records(tmp_path / "none") == []
 
 
-def test_going_back_drops_what_came_later_and_says_nothing(tmp_path: Path) -> None:
+def test_going_back_drops_what_came_later_and_reports_nothing(tmp_path: Path) -> None:
     path = written(tmp_path / "rounds.jsonl", 4)
     assert records.rewind(path, 2, 2) == []
     assert records.read_records(path) == lines(2)
@@ -71,7 +71,7 @@ def test_a_damaged_line_is_kept_aside_and_costs_no_other(tmp_path: Path, damage:
 
 
 @pytest.mark.parametrize("content", [b"", None])
-def test_a_file_that_is_gone_or_empty_is_said(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_gone_or_empty_is_reported(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "evals.jsonl"
     if content is not None:
         path.write_bytes(content)

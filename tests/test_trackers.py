@@ -57,7 +57,7 @@ def test_the_numbers_of_records_have_names() -> None:
     assert of_eval(EVAL) == {"heldout/loss": 1.25}
 
 
-def test_all_trackers_and_the_watch_are_told_and_closed_also_after_a_stop() -> None:
+def test_all_trackers_and_the_watch_receive_all_and_are_closed_also_after_a_stop() -> None:
     class Counted(Watch):
         ends = 0
 

@@ -103,7 +103,7 @@ def tiny_encoder(path: Path, seed: int = 0, **overrides: Any) -> Path:
 def tiny_rows(n: int, seed: int = 0, *, closed: bool = False) -> list[Row]:
     """Rows that can be learnt: instruction, input, output and `task`, in turn copy, first and upper.
 
-    With `closed` the output is one of CHOICES, told by one word of the input, and `task` is north or south.
+    With `closed` the output is one of CHOICES, distinguished by one word of the input, and `task` is north or south.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     rows = []

@@ -83,7 +83,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        echo(f"thinwire: {error.format_message()} (thinwire --help says more)", err=True)  # a wrong option
+        echo(f"thinwire: {error.format_message()} (see thinwire --help)", err=True)  # a wrong option
         status = 2
     sys.exit(status)
 

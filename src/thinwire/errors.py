@@ -31,7 +31,7 @@ def first_wrong(error: Any) -> str:
 
 
 class RunError(RuntimeError):
-    """A run cannot go on, or has come to no result; the message is one line that says why and what can be done."""
+    """A run cannot go on, or has come to no result; the message is one line with the reason and what can be done."""
 
 
 class Damaged(RunError):

@@ -30,7 +30,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def threads_for(size: int, seeds: int) -> int:
-    """How many threads share the work where nobody says: torch's, but one alone where there is little of it.
+    """How many threads share the work where nobody sets it: torch's, but one alone where there is little of it.
 
     torch's own threads spin for a while after each of its operations, and one of ours that wakes then has to wait.
     """

@@ -257,11 +257,11 @@ def test_words_and_shuffled_answers_of_messages(tmp_path: Path) -> None:
     }
     data = Data(path=str(tmp_path / "rows.jsonl"), shuffle_answers=True, **fields)
     (mixed,) = assemble.rows_of(data, KEY).clients.values()
-    said = [row.fields["messages"][1]["content"] for row in mixed]
-    assert said != list("yn" * 6)
-    assert sorted(said) == ["n"] * 6 + ["y"] * 6
+    contents = [row.fields["messages"][1]["content"] for row in mixed]
+    assert contents != list("yn" * 6)
+    assert sorted(contents) == ["n"] * 6 + ["y"] * 6
     found = assemble.dataset(data, mixed, tiny_tokenizer())
-    assert [e.references for e in found.examples] == [({"y": "yes", "n": "no"}[v],) for v in said]
+    assert [e.references for e in found.examples] == [({"y": "yes", "n": "no"}[v],) for v in contents]
     assert found.candidates == (tuple(b"yes"), tuple(b"no"))
 
 

@@ -32,7 +32,7 @@ SESSION = "0123456789abcdef"
 ROOM = 1 << 20
 MEMORY = 6 << 30  # bytes that the fork of an attack may take beyond what it is given
 LONG = 15.0  # seconds of the processor
-# what a strict site says: one method, one way to read its rows, little of everything
+# what a strict site allows: one method, one way to read its rows, little of everything
 STRICTEST: dict[str, Any] = {
     "methods": ["fedkseed"],
     "kinds": ["Steps"],
@@ -115,8 +115,7 @@ class Hub:
         """The error with which the site answers to being asked to join; empty where it is ready."""
         from thinwire.runtime.payloads import Hello
 
-        frame = wire.encode(Hello(), run=run, round=0, client=0)
-        assert isinstance(frame, bytes)
+        frame = bytes(wire.encode(Hello(), run=run, round=0, client=0))
         return str(self.ask("join", frame, settings, **table)[0].get("error", ""))
 
     def train(
@@ -130,8 +129,7 @@ class Hub:
         run = config.parse(self.tree)
         server = Server(None, Key.root(key), round, 10, (0,), VersionStore(self.place / "hub"))  # type: ignore[arg-type]
         down = run.method.broadcast(run.method.init(server), server, 0, None)
-        frame = wire.encode(down, run=7, round=round, client=0)
-        assert isinstance(frame, bytes)
+        frame = bytes(wire.encode(down, run=7, round=round, client=0))
         answer, body = self.ask("train", frame, settings, **table)
         return str(answer.get("error", "")), body
 
@@ -164,15 +162,15 @@ def honest(hub: Hub) -> Verdict:
 def escape(hub: Hub) -> Verdict:
     """Names that lead out of the site's folder."""
     about = hub.fingerprints()
-    said = []
+    errors = []
     for session in ("/../../../escape", "../../escape", "/", "..", "a/b", "\0", 7, None, ["x"]):
         settings = hub.sent(session)
-        said.append(hub.join(settings, **about) or hub.train(settings, **about)[0])
-    said += [hub.join(hub.sent(run=run), **about) for run in (-5, 1 << 40, "../../x", 1.5, None)]
-    said += [hub.join(hub.sent(), transfer=name, **about) for name in ("../../../escape0", "", "A" * 16, "0" * 17)]
+        errors.append(hub.join(settings, **about) or hub.train(settings, **about)[0])
+    errors += [hub.join(hub.sent(run=run), **about) for run in (-5, 1 << 40, "../../x", 1.5, None)]
+    errors += [hub.join(hub.sent(), transfer=name, **about) for name in ("../../../escape0", "", "A" * 16, "0" * 17)]
     if strange := hub.outside():
         return Verdict.bad("writes outside the site's folder", strange)
-    return Verdict("refused", True) if all(said) else Verdict.bad("an odd name is taken", said)
+    return Verdict("refused", True) if all(errors) else Verdict.bad("an odd name is taken", errors)
 
 
 def predicate(hub: Hub) -> Verdict:
@@ -291,8 +289,7 @@ def tables(hub: Hub) -> Verdict:
     from thinwire.runtime.payloads import Hello
 
     good = {"transfer": SESSION, "offset": 0, "total": 9, "room": ROOM, "action": "join", "counted": 0}
-    frame = wire.encode(Hello(), run=7, round=0, client=0)
-    assert isinstance(frame, bytes)
+    frame = bytes(wire.encode(Hello(), run=7, round=0, client=0))
     odd = (None, -1, 1 << 62, -(1 << 62), 1.5, "x", "", b"x", [], {}, True)
     for name in [*good, "settings"]:
         for value in odd:
@@ -309,12 +306,11 @@ def tables(hub: Hub) -> Verdict:
 def forbidden(hub: Hub) -> Verdict:
     """What the policy does not allow: another method, evaluation, code."""
     about = hub.fingerprints()
-    said = [hub.join(hub.sent(method={"name": "fedavg", "steps": 2}), **about)]
-    said.append(hub.join(hub.sent(method={"path": "os:system"}), **about))
-    said.append(
-        hub.ask("evaluate", wire.encode(wire.Stale(None), run=7, client=0), hub.sent(), **about)[0].get("error", "")
-    )  # type: ignore[arg-type]
-    return Verdict("refused", True) if all(said) else Verdict.bad("what the policy forbids is done", said)
+    errors = [hub.join(hub.sent(method={"name": "fedavg", "steps": 2}), **about)]
+    errors.append(hub.join(hub.sent(method={"path": "os:system"}), **about))
+    stale = bytes(wire.encode(wire.Stale(None), run=7, client=0))
+    errors.append(hub.ask("evaluate", stale, hub.sent(), **about)[0].get("error", ""))
+    return Verdict("refused", True) if all(errors) else Verdict.bad("what the policy forbids is done", errors)
 
 
 def bounded(ask: Callable[[], object], seconds: float = LONG, room: int = 1 << 30) -> Verdict:

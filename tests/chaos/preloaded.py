@@ -25,7 +25,7 @@ PATIENCE = 120.0  # seconds that a command may take before it counts as hanging
 class Fault:
     """What befalls a process at the `at`-th call that changes its files; with `openings` at the at-th file it opens.
 
-    `before`, `after`, `half`: it is killed, with half of a write done. `stop`: it stands still until it is told to go
+    `before`, `after`, `half`: it is killed, with half of a write done. `stop`: it stands still until it is let go
     on. `fail_from`, `fail_once`: the call fails with `error`. `short`: writes take half of what they are given.
     """
 
@@ -45,7 +45,7 @@ class Ended:
 
     @property
     def line(self) -> str | None:
-        """The one line in which the command refused or stopped; None if it said anything else, or a traceback."""
+        """The one line in which the command refused or stopped; None if it printed anything else, or a traceback."""
         lines = self.err.splitlines()
         if self.status in (1, 2) and len(lines) == 1 and lines[0].startswith("thinwire: "):
             return lines[0].removeprefix("thinwire: ")

@@ -17,7 +17,7 @@ from workshop import ROUNDS, STOPPED, Verdict, Workshop, left, records, result, 
 
 @dataclass(frozen=True)
 class Trial:
-    """`kind` is its row of the table; `name` tells it from all others."""
+    """`kind` is its row of the table; `name` distinguishes it from all others."""
 
     kind: str
     name: str
@@ -83,18 +83,18 @@ def _errors(
 ) -> Iterator[Trial]:
     changing = [number for number, *_ in calls]
     for error in (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE):
-        said, openings = errno.errorcode[error], error == errno.EMFILE
+        code, openings = errno.errorcode[error], error == errno.EMFILE
         points = [number for number, *_ in opened] if openings else changing
         for mode, word in (("fail_from", "from a call on"), ("fail_once", "once")):
             for at in points[draw.randrange(min(every, len(points))) :: every]:
                 fault = Fault(mode, at, error, openings)
-                yield Trial(f"{said} {word}", f"{mode} {said} {name} {at}", partial(failed, name, fault))
+                yield Trial(f"{code} {word}", f"{mode} {code} {name} {at}", partial(failed, name, fault))
     for error in (errno.EIO, errno.EMFILE):
-        said = errno.errorcode[error]
+        code = errno.errorcode[error]
         for at in [number for number, *_ in reads][draw.randrange(min(every // 2, len(reads))) :: max(1, every // 2)]:
             fault = Fault("fail_once", at, error, True)
             yield Trial(
-                f"{said} once where a resume opens a file", f"resume {said} {name} {at}", partial(unread, name, fault)
+                f"{code} once where a resume opens a file", f"resume {code} {name} {at}", partial(unread, name, fault)
             )
 
 
@@ -116,7 +116,7 @@ def unread(name: str, fault: Fault, shop: Workshop) -> Verdict:
     if ended.status != 0 and ended.line is None:
         return unexpected(ended)
     began = next((n for n in range(1, ROUNDS + 1) if f"round {n}/{ROUNDS}:" in ended.out), ROUNDS)
-    if began == 1 or (began <= STOPPED and not shop.said(name, ended, place)):
+    if began == 1 or (began <= STOPPED and not shop.reported(name, ended, place)):
         return Verdict.bad(f"begins again at round {'1' if began == 1 else 'before'} in silence", ended.out)
     return same(shop, name, place, ended if ended.status == 0 else None)
 
@@ -197,8 +197,8 @@ def damage(path: Path, how: str, draw: random.Random) -> None:
 
 
 def damaged(name: str, kind: str, how: str, files: tuple[str, ...], right: str, shop: Workshop) -> Verdict:
-    """Damage, then `--resume`. Right is: it goes `on` to the same end and says so, refuses in a `line` with nothing
-    lost, goes on with more `bytes`, keeps all `records` that are whole and says which are not, or has `ended`."""
+    """Damage, then `--resume`. Right is: it goes `on` to the same end and reports it, refuses in a `line` with nothing
+    lost, goes on with more `bytes`, keeps all `records` that are whole and names those that are not, or has `ended`."""
     place = shop.copy(name, kind)
     folder = place / "run"
     whole, draw = tree(folder), random.Random(f"{name} {how} {files}")
@@ -210,7 +210,7 @@ def damaged(name: str, kind: str, how: str, files: tuple[str, ...], right: str, 
     ended = shop.go(name, place, "--resume")
     if ended.status != 0:
         return refused(shop, name, place, ended, right, whole, hurt, kept)
-    said = shop.said(name, ended, place)
+    reported = shop.reported(name, ended, place)
     if right == "ended":
         return (
             Verdict("the run has ended, nothing is touched", True)
@@ -220,12 +220,12 @@ def damaged(name: str, kind: str, how: str, files: tuple[str, ...], right: str, 
     if right == "line":
         return Verdict.bad("goes on without a checkpoint that it could read", ended.out)
     if right == "records":
-        return recorded(shop, name, folder, intact, said)
+        return recorded(shop, name, folder, intact, reported)
     verdict = same(shop, name, place, ended, bytes_differ=right == "bytes")
     checkpoint = any("round-" in file for file in files)
-    if verdict.good and checkpoint and not said:
-        return Verdict.bad("same, but nothing is said of the damage", ended.out)
-    return Verdict("same, and the damage is said", True) if verdict.good and said else verdict
+    if verdict.good and checkpoint and not reported:
+        return Verdict.bad("same, but nothing is reported of the damage", ended.out)
+    return Verdict("same, and the damage is reported", True) if verdict.good and reported else verdict
 
 
 def refused(
@@ -263,8 +263,8 @@ def lines_left(kept: dict[str, bytes], folder: Path) -> list[object]:
     return [json.loads(line) for line in now if line in before.splitlines()]
 
 
-def recorded(shop: Workshop, name: str, folder: Path, intact: list[object], said: list[str]) -> Verdict:
-    """Of a run whose records were damaged: its model, the records that were whole, and that it says so."""
+def recorded(shop: Workshop, name: str, folder: Path, intact: list[object], reported: list[str]) -> Verdict:
+    """Of a run whose records were damaged: its model, the records that were whole, and that it reports the damage."""
     try:
         got, want = result(folder), shop.undisturbed(name)
         held = [*records(folder / "rounds.jsonl"), *records(folder / "evals.jsonl")]
@@ -276,9 +276,9 @@ def recorded(shop: Workshop, name: str, folder: Path, intact: list[object], said
         return Verdict.bad("records lost that were whole", f"{len(intact)} were, {len(held)} are there")
     if got.difference(want) is None:
         return Verdict("same", True)
-    if not said:
+    if not reported:
         return Verdict.bad("records lost in silence")
-    return Verdict("same model, lost records are said", True)
+    return Verdict("same model, lost records are reported", True)
 
 
 # ---- two processes, other inputs
@@ -307,7 +307,7 @@ def two(name: str, at: int, second: str, shop: Workshop) -> Verdict:
 
 
 def changed(name: str, what: str, shop: Workshop) -> Verdict:
-    """A row or the start model changes between a kill and a resume: refused, or said."""
+    """A row or the start model changes between a kill and a resume: refused, or reported."""
     from tiny import tiny_folder, tiny_rows, write_jsonl
 
     place = shop.place()
@@ -325,8 +325,10 @@ def changed(name: str, what: str, shop: Workshop) -> Verdict:
         tiny_folder(place / "model", seed=1)
     ended = thinwire("run", file, "--out", place / "run", "--resume", folder=place)
     if ended.status == 0:
-        said = shop.said(name, ended, place)
+        reported = shop.reported(name, ended, place)
         return (
-            Verdict("goes on, and the change is said", True) if said else Verdict.bad("goes on in silence", ended.out)
+            Verdict("goes on, and the change is reported", True)
+            if reported
+            else Verdict.bad("goes on in silence", ended.out)
         )
     return Verdict("refused in a line", True) if ended.line else unexpected(ended)

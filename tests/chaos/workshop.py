@@ -190,11 +190,11 @@ rows = 4
             ended = self.go(name, place, fault=Fault("before", self.half_way(name)))
             assert ended.status == -9, ended
             resumed = self.copy(name)
-            said = self.go(
+            reported = self.go(
                 name, resumed, "--resume", fault=Fault("count", openings=True), trace=self.folder / f"{name}.reads"
             )
-            assert said.status == 0, said
-            (self.folder / f"{name}.said").write_text(json.dumps(lines_of(said, resumed)))
+            assert reported.status == 0, reported
+            (self.folder / f"{name}.reported").write_text(json.dumps(lines_of(reported, resumed)))
         return place
 
     def half_way(self, name: str) -> int:
@@ -209,14 +209,14 @@ rows = 4
         lines = (self.folder / f"{name}.{kind}").read_text().splitlines()
         return [(int(number), call, path) for number, call, path in (line.split(" ", 2) for line in lines)]
 
-    def said(self, name: str, ended: Ended, place: Path) -> list[str]:
+    def reported(self, name: str, ended: Ended, place: Path) -> list[str]:
         """The lines that a resumed run prints and that the undamaged one did not."""
-        usual = json.loads((self.folder / f"{name}.said").read_text())
+        usual = json.loads((self.folder / f"{name}.reported").read_text())
         return [line for line in lines_of(ended, place) if line not in usual]
 
 
 def lines_of(ended: Ended, place: Path) -> list[str]:
-    """What a command has said, without numbers and the lines of rounds, scores and tables."""
+    """What a command has printed, without numbers and the lines of rounds, scores and tables."""
     found = []
     for line in (ended.out + "\n" + ended.err).splitlines():
         line = re.sub(r"[\d.,]+", "#", line.replace(str(place), "PLACE").strip())

@@ -97,8 +97,8 @@ def test_a_talk_is_read_as_a_row_of_messages_is(tmp_path: Path, fed: Callable[..
     net, data = opened(tmp_path, "<bos> $A"), data_of(template="chat")
     first, second = fed(net, data, "One?", "Two?")
     held = assemble.dataset(data, [Row({"prompt": "One?", "completion": "-"}, "x", 1)], net.tokenizer)
-    (said,) = generate(net.model, net.tokenizer, held, 4, 1)
-    talk = [("user", "One?"), ("assistant", said), ("user", "Two?"), ("assistant", "-")]
+    (answer,) = generate(net.model, net.tokenizer, held, 4, 1)
+    talk = [("user", "One?"), ("assistant", answer), ("user", "Two?"), ("assistant", "-")]
     row = Row({"messages": [{"role": role, "content": text} for role, text in talk]}, "x", 1)
     assert first == list(held.examples[0].prompt)
     assert second == list(tokenise([row], assemble.template_of(data), net.tokenizer, max_length=999).examples[0].prompt)
@@ -111,14 +111,14 @@ def test_a_folder_that_is_no_run(tmp_path: Path, fed: Callable[..., list[list[in
 
 
 @pytest.mark.parametrize("template", [TALKS, "{% for m in messages %}{{ m.content }}[E]{% endfor %}"])
-def test_what_is_said_steers_no_terminal_and_ends_where_turns_do(
+def test_what_is_generated_steers_no_terminal_and_ends_where_turns_do(
     template: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = opened(tmp_path, template=template)
-    said = b"a\x1b]0;title\x07 b\xc2\x9b1m\xe2\x80\xae\n\tc[E]d"
+    hostile = b"a\x1b]0;title\x07 b\xc2\x9b1m\xe2\x80\xae\n\tc[E]d"
 
     def generate(*, input_ids: torch.Tensor, streamer: Any = None, **_: Any) -> torch.Tensor:
-        made = torch.tensor([[*input_ids[0].tolist(), *said, EOS]])
+        made = torch.tensor([[*input_ids[0].tolist(), *hostile, EOS]])
         if streamer is not None:
             for token in (input_ids, *made[0, input_ids.shape[1] :].split(1)):
                 streamer.put(token)

@@ -57,7 +57,7 @@ def recipe(folder: Path, codec: str = "learned") -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run file and the codec that was fitted for it; report.json is what the command said."""
+    """A folder with a run file and the codec that was fitted for it; report.json is what the command printed."""
     folder = tmp_path_factory.mktemp("run")
     status, out, err = thinwire("fit-codec", recipe(folder), "--json", "--snapshots", folder / "seen")
     assert status == 0, err
@@ -115,7 +115,7 @@ def test_the_published_autoencoder(tmp_path: Path) -> None:
         ("data.clients=2", "rounds"),
     ],
 )
-def test_what_cannot_be_is_told_in_one_line(change: str, field: str, made: Path) -> None:
+def test_what_cannot_be_is_reported_in_one_line(change: str, field: str, made: Path) -> None:
     status, _, err = thinwire("fit-codec", made / "run.toml", change, "--out", made / "never")
     assert (status, err.count("\n")) == (2, 1), err
     assert field in err

@@ -125,7 +125,7 @@ def test_rows_that_are_cut_or_left_out_are_counted_by_client(place: Path) -> Non
         assert ("dropped" if choice == "drop" else "cut") in out.split("┡")[0]
 
 
-def test_closed_answers_and_packing_are_told(place: Path) -> None:
+def test_closed_answers_and_packing_are_reported(place: Path) -> None:
     out = shown(place / "run.toml", "data.choices=['it', 'payroll']")
     assert "  > trained on; the answer is scored against it, payroll\n" in out
     out = shown(place / "run.toml", "data.pack=true", "data.max_length=128")
@@ -224,7 +224,7 @@ def test_a_classifier_is_shown_its_classes(place: Path, tmp_path: Path) -> None:
     assert example.split("\n\n")[0].splitlines()[-1] in ("  > it", "  > payroll")
 
 
-def test_what_a_chat_template_does_is_said_once(place: Path, tmp_path: Path) -> None:
+def test_what_a_chat_template_does_is_reported_once(place: Path, tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {i}.", "output": "yes"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = "{{ strftime_now('%Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}[E]{% endfor %}"
@@ -233,12 +233,12 @@ def test_what_a_chat_template_does_is_said_once(place: Path, tmp_path: Path) -> 
     model, method = f'path = "{place / "model"}"', 'name = "fedavg"\nsteps = 1\nbatch_size = 1'
     file.write_text(f'name = "talk"\nrounds = 1\n[model]\n{model}\n[data]\n{data}\n[method]\n{method}\n')
     out = shown(file)
-    told = [line for line in out.splitlines() if line.startswith(("the chat template", "answers end"))]
-    assert told[0] == "the chat template asks for the date: it is 26 July 2024 in all prompts, whatever the day"
-    assert [line for line in told if "generation prompt" in line or "'[E]'" in line] == told[1:]
-    assert len(told) == 3
+    printed = [line for line in out.splitlines() if line.startswith(("the chat template", "answers end"))]
+    assert printed[0] == "the chat template asks for the date: it is 26 July 2024 in all prompts, whatever the day"
+    assert [line for line in printed if "generation prompt" in line or "'[E]'" in line] == printed[1:]
+    assert len(printed) == 3
     result = thinwire("data", file, "--json")
-    assert json.loads(result.out)["notes"] == told
-    assert result.err.splitlines() == [f"thinwire: {line}" for line in told]
+    assert json.loads(result.out)["notes"] == printed
+    assert result.err.splitlines() == [f"thinwire: {line}" for line in printed]
     ran = thinwire("run", file, "--out", tmp_path / "run")
-    assert [line for line in ran.out.splitlines() if line.strip() in told] == [f"  {line}" for line in told]
+    assert [line for line in ran.out.splitlines() if line.strip() in printed] == [f"  {line}" for line in printed]

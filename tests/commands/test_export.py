@@ -146,9 +146,7 @@ def test_what_is_wrong_is_one_line(place: Path, tmp_path: Path, monkeypatch: pyt
         "a seed of text": b"x" + whole[1:],
     }
     for name, content in wrong.items():
-        frame = content if isinstance(content, bytes) else wire.encode(content)
-        assert isinstance(frame, bytes)
-        file.write_bytes(frame)
+        file.write_bytes(content if isinstance(content, bytes) else bytes(wire.encode(content)))
         monkeypatch.setattr("sys.stdin", io.StringIO(""))
         result = thinwire("chat", file)
         assert (result.code, result.err.count("\n")) == (2, 1), (name, result)

@@ -48,7 +48,7 @@ def readable(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder.parent)) for path in found)
 
 
-def test_without_flower_one_line_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_flower_one_line_names_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,7 @@ def test_a_run_file_with_every_default_is_valid(validator: Draft202012Validator)
         ({"cohort": {"kind": "some"}}, False),
     ],
 )  # fmt: skip
-def test_the_schema_says_what_the_reader_says(
+def test_the_schema_names_what_the_reader_says(
     validator: Draft202012Validator, tree: dict[str, Any], valid: bool
 ) -> None:
     tree = GOOD | tree

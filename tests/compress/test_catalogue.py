@@ -138,8 +138,8 @@ def test_what_error_feedback_keeps_stays_bounded(name: Name) -> None:
     code, x = code_of(name, 64, IMAGE, contract=True), update(IMAGE, 2)
     kept, sent = torch.zeros_like(x), torch.zeros_like(x)
     for round in range(20):
-        told = code.decode(code.encode(x + kept, round), x.shape, round)
-        sent, kept = sent + told, x + kept - told
+        decoded = code.decode(code.encode(x + kept, round), x.shape, round)
+        sent, kept = sent + decoded, x + kept - decoded
     torch.testing.assert_close(sent + kept, 20 * x, rtol=1e-3, atol=1e-5)
     assert float(kept.norm()) < 12 * float(x.norm())
 

@@ -26,9 +26,7 @@ from thinwire.wire.payload import fields_of
 
 
 def state_bytes(federation: Federation) -> bytes:
-    frame = wire.encode(federation.state)
-    assert isinstance(frame, bytes)
-    return frame
+    return bytes(wire.encode(federation.state))
 
 
 def test_every_method_has_a_row() -> None:
@@ -86,19 +84,18 @@ def test_a_bad_reply_drops_that_client_for_the_round(damage: str, method: Method
     def tamper(client: int, frame: wire.Frame) -> wire.Frame | None:
         if client != 1:
             return frame
-        assert isinstance(frame, bytes)
-        flipped = bytearray(frame)
+        flipped = bytearray(bytes(frame))
         flipped[len(frame) // 2] ^= 1
-        header = wire.peek(frame)
+        header = frame.header()
         up = wire.decode(method.Up, frame)
         return {
-            "flip": bytes(flipped),
-            "cut": frame[:-3],
-            "empty": b"",
+            "flip": wire.Frame(bytes(flipped)),
+            "cut": wire.Frame(bytes(frame)[:-3]),
+            "empty": wire.Frame(b""),
             "lost": None,
             "another round": wire.encode(up, run=header.run, round=header.round + 1, client=1),
             "another client": wire.encode(up, run=header.run, round=header.round, client=2),
-            "garbage": bytes(range(256)) * 4,
+            "garbage": wire.Frame(bytes(range(256)) * 4),
         }[damage]
 
     hurt = Federation(method, net, tmp_path / "hurt", rounds=2, tamper=tamper)
@@ -124,7 +121,7 @@ def test_an_illegal_reply_is_never_averaged(field: str, method: Method, net: Net
     def tamper(client: int, frame: wire.Frame) -> wire.Frame:
         if client != 1:
             return frame
-        header, up = wire.peek(frame), wire.decode(method.Up, frame)
+        header, up = frame.header(), wire.decode(method.Up, frame)
         if field == "examples":
             up = dataclasses.replace(up, examples=0)
         else:

@@ -217,14 +217,14 @@ def test_contents_in_parts() -> None:
         assert problem == f"talk.jsonl:7: part 2 of the content of message 1 is {what}, not text"
 
 
-def test_what_a_template_leaves_out_is_said_or_refused() -> None:
+def test_what_a_template_leaves_out_is_reported_or_refused() -> None:
     users = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     assert complaint(TALK, users).endswith("writes the assistant's answer 0 times, not once")
     twice = "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[-1].content }}"
     assert complaint(TALK, twice).endswith("writes the assistant's answer 2 times, not once")
     mute = "{% for m in messages if m.role != 'system' %}<|start|>{{ m.content }}<|end|>{% endfor %}"
     notes = read([{"role": "system", "content": "Be brief."}, *TALK], mute).notes
-    assert "the chat template leaves out or changes what the role 'system' says" in notes
+    assert "the chat template leaves out or changes the text of the role 'system'" in notes
     assert not any("leaves out" in note for note in read(TALK, mute).notes)
 
 
@@ -286,7 +286,7 @@ def test_ends() -> None:
     assert bare.examples[0].answer == tuple(b"Four.\n\nFive. ")
 
 
-def test_bos_is_there_once_and_said_where_the_template_has_none() -> None:
+def test_bos_is_there_once_and_reported_where_the_template_has_none() -> None:
     data = read(TALK, None, speaker(QWEN, bos=True))
     assert data.examples[0].prompt.count(BOS) == 1
     assert any("does not begin with '<bos>'" in note for note in data.notes)

@@ -1,4 +1,4 @@
-"""Files that are not what their names say: unpacked where they are compressed, else refused as what they are."""
+"""Files that are not what their names promise: unpacked where they are compressed, else refused as what they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of rows: what is read, and what each complaint says."""
+"""Files of rows: what is read, and what each complaint names."""
 
 from __future__ import annotations
 

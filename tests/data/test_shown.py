@@ -21,7 +21,7 @@ def test_every_control_character_is_escaped_and_nothing_else() -> None:
         assert shown.isprintable() or not control or text in SHOWN, hex(code)
 
 
-def test_the_escape_says_what_stood_there() -> None:
+def test_the_escape_names_what_stood_there() -> None:
     text = "\x1b[2J\x07 \u202eevil\u2066 \x9b1m \r\ud83d é 😀\n"
     assert printable(text) == "\\x1b[2J\\x07 \\u202eevil\\u2066 \\x9b1m \\r\\ud83d é 😀\n"
     assert printable(printable(text)) == printable(text)

@@ -151,7 +151,7 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, caplog: pytest.Lo
         read_clients(tmp_path)
 
 
-def test_a_part_of_a_data_set_is_said_to_be_a_client(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_of_a_data_set_is_reported_as_a_client(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("train-00000-of-00002", "train-00001-of-00002"):
         parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / f"{name}.parquet")
     assert len(read_clients(tmp_path)) == 2

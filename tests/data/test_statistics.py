@@ -1,4 +1,4 @@
-"""What is said of a data set, against counts made by hand."""
+"""What is reported of a data set, against counts made by hand."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_chat_takes_all_three_shapes() -> None:
     assert shown("chat", instruction="Add.", input=None, output="3").prompt == "<user>Add.\n<assistant>"
 
 
-def test_chat_says_what_is_wrong_with_messages() -> None:
+def test_chat_names_what_is_wrong_with_messages() -> None:
     for messages, problem in (
         ("Hi", "field 'messages' is not a list of at least two messages"),
         (TALK[2:], "field 'messages' is not a list of at least two messages"),

@@ -1,4 +1,4 @@
-"""Memory, operations and large models: what is said from a config alone."""
+"""Memory, operations and large models: what is estimated from a config alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_large_model_needs_its_config_alone(tmp_path: Path, fields: dict[str, 
 def test_the_pass_of_a_deep_model_is_that_of_two_layers_drawn_out(tmp_path: Path) -> None:
     tiny_folder(tmp_path / "model", num_hidden_layers=5)
     run = run_of(tmp_path / "model", {"name": "fedavg"})
-    said = one_pass(sketch(run), 3, 40, 8)
+    estimated = one_pass(sketch(run), 3, 40, 8)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     ids, mask = torch.zeros((3, 40), dtype=torch.int64), torch.ones((3, 40), dtype=torch.int64)
     mask[0, 0] = 0  # batches are padded; where nothing is, torch takes a leaner way
@@ -68,9 +68,9 @@ def test_the_pass_of_a_deep_model_is_that_of_two_layers_drawn_out(tmp_path: Path
         positions = torch.arange(40).expand(3, 40)
         out = model(ids, mask, position_ids=positions, use_cache=False, logits_to_keep=kept).logits
         loss = torch.nn.functional.cross_entropy(out.float().flatten(0, 1), torch.zeros(24, dtype=torch.int64))
-        assert live.now == pytest.approx(said.kept, rel=0.02)
+        assert live.now == pytest.approx(estimated.kept, rel=0.02)
     assert loss.item() > 0
-    assert counter.get_total_flops() == said.flops
+    assert counter.get_total_flops() == estimated.flops
 
 
 def test_factors_have_the_names_and_shapes_of_a_view(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_the_command_says_it_as_tables_and_as_json(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     for word in ("a newcomer's visit", "100 Mbit/s", "activations", "TFLOP", "assumed"):
         assert word in shown.output
-    told = CliRunner().invoke(app, ["estimate", str(tmp_path / "run.toml"), "--json"])
-    found = json.loads(told.output)
+    printed = CliRunner().invoke(app, ["estimate", str(tmp_path / "run.toml"), "--json"])
+    found = json.loads(printed.output)
     parts = ("weights", "gradients", "optimiser", "activations", "runtime")
     assert found["client"]["total"] == sum(found["client"][part] for part in parts)
     wrong = CliRunner().invoke(app, ["estimate", str(tmp_path / "run.toml"), "model.path=/nowhere"])
@@ -119,7 +119,7 @@ def test_the_command_says_it_as_tables_and_as_json(tmp_path: Path) -> None:
     assert wrong.output.count("\n") == 1
 
 
-def test_of_a_users_own_method_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_users_own_method_nothing_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "silent.py").write_text(
         "from thinwire.core import Method\nfrom thinwire.wire import Stale\n"
         "class Silent(Method):\n    Down = Up = State = Stale\n"
@@ -134,12 +134,12 @@ def errors(cases: dict[str, Run], folder: Path) -> list[float]:
     """Print the table of the estimate against what is measured; the relative errors."""
     found = []
     for name, run in cases.items():
-        cost, said = measure.measure(run, [0], folder / name.replace(" ", "-")), estimate(run)
+        cost, estimated = measure.measure(run, [0], folder / name.replace(" ", "-")), estimate(run)
         for side, measured in (("client", cost.client_memory), ("server", cost.server_memory)):
-            memory = getattr(said, side)
+            memory = getattr(estimated, side)
             found.append(memory.total / measured - 1)
             print(  # noqa: T201
-                f"{name:32} {side} said {memory.total / 1e6:8.1f} MB, measured {measured / 1e6:8.1f}: {found[-1]:+.1%}"
+                f"{name:32} {side} {memory.total / 1e6:8.1f} MB, measured {measured / 1e6:8.1f}: {found[-1]:+.1%}"
             )
     return [abs(error) for error in found]
 

@@ -1,4 +1,4 @@
-"""A method says its own costs: a toy by hooks of its own, a subclass by those that it inherits."""
+"""A method reports its own costs: a toy by hooks of its own, a subclass by those that it inherits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes said before a run, against the bytes of the run."""
+"""Bytes estimated before a run, against the bytes of the run."""
 
 from __future__ import annotations
 
@@ -138,10 +138,10 @@ def bytes_of(run: Run, folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize("name", EXACT)
 def test_frames_of_fixed_size_are_known_to_the_byte(place: Path, tmp_path: Path, name: str) -> None:
     run = run_of(place, EXACT[name])
-    said = estimate(run).traffic
-    assert said is not None
-    assert all(span.exact for span in said.total)
-    assert (said.total[0].least, said.total[1].least) == bytes_of(run, tmp_path / "run")
+    estimated = estimate(run).traffic
+    assert estimated is not None
+    assert all(span.exact for span in estimated.total)
+    assert (estimated.total[0].least, estimated.total[1].least) == bytes_of(run, tmp_path / "run")
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "targets": ["query", "value"]}])
@@ -151,12 +151,12 @@ def test_a_classifiers_frames_are_known_too(place: Path, tmp_path: Path, lora: A
     run = run_of(place, EXACT["fedavg"] | {"model": {"path": str(tmp_path / "encoder"), "lora": lora}})
     update = {"choices": None if at_hand else CHOICES, "prompt": None, "answer": None}
     run = run.model_copy(update={"data": run.data.model_copy(update=update)})
-    said = estimate(run)
-    assert said.traffic is not None
+    estimated = estimate(run)
+    assert estimated.traffic is not None
     settled = assemble.prepared(run)[0]
-    assert (said.traffic.total[0].least, said.traffic.total[1].least) == bytes_of(settled, tmp_path / "run")
-    assert said.trained == sum(p.numel() for _, p in assemble.net_of(settled).parameters())
-    assert said.flops > 0
+    assert (estimated.traffic.total[0].least, estimated.traffic.total[1].least) == bytes_of(settled, tmp_path / "run")
+    assert estimated.trained == sum(p.numel() for _, p in assemble.net_of(settled).parameters())
+    assert estimated.flops > 0
 
 
 @pytest.mark.parametrize("view", [TIED, CORE], ids=lambda view: view["kind"])
@@ -170,22 +170,22 @@ def test_what_stands_beside_layers_and_is_not_trained_is_counted(place: Path, vi
 @pytest.mark.parametrize("name", RANGE)
 def test_what_is_entropy_coded_is_within_its_range(place: Path, tmp_path: Path, name: str) -> None:
     run = run_of(place, RANGE[name])
-    said = estimate(run).traffic
-    assert said is not None
+    estimated = estimate(run).traffic
+    assert estimated is not None
     down, up = bytes_of(run, tmp_path / "run")
-    assert said.total[0].holds(down), (said.total[0], down)
-    assert said.total[1].holds(up), (said.total[1], up)
+    assert estimated.total[0].holds(down), (estimated.total[0], down)
+    assert estimated.total[1].holds(up), (estimated.total[1], up)
 
 
 def test_without_the_rows_the_counts_of_examples_are_a_range(place: Path) -> None:
     run = run_of(place, EXACT["fedavg"])
     data = run.data.model_copy(update={"path": str(place / "absent.jsonl")})
-    said = estimate(run.model_copy(update={"data": data}))
-    assert said.traffic is not None
-    down, up = said.traffic.total
+    estimated = estimate(run.model_copy(update={"data": data}))
+    assert estimated.traffic is not None
+    down, up = estimated.traffic.total
     assert down.exact
-    assert up.most - up.least == 2 * said.traffic.visits  # a count takes one byte to three
-    assert any("not at hand" in text for text in said.assumed)
+    assert up.most - up.least == 2 * estimated.traffic.visits  # a count takes one byte to three
+    assert any("not at hand" in text for text in estimated.assumed)
 
 
 def test_the_length_of_a_frame_needs_no_numbers() -> None:
@@ -195,7 +195,7 @@ def test_the_length_of_a_frame_needs_no_numbers() -> None:
     assert wire.frame.length(Weights(hollow, 0.5), **where) == len(wire.encode(Weights(real, 0.5), **where))
 
 
-def test_the_verdict_says_hit_or_by_how_much_it_was_missed() -> None:
-    said = Traffic((Span(1, 1),) * 2, (Span(1, 1),) * 2, (Span(100, 200), Span(50, 50)), 1)
-    assert verdict(said, 150, 50) == "bytes against the estimate: down hit (range 1 to 2.0), up hit"
-    assert verdict(said, 220, 40) == "bytes against the estimate: down missed by +10.0%, up missed by -20.0%"
+def test_the_verdict_is_a_hit_or_by_how_much_it_was_missed() -> None:
+    estimated = Traffic((Span(1, 1),) * 2, (Span(1, 1),) * 2, (Span(100, 200), Span(50, 50)), 1)
+    assert verdict(estimated, 150, 50) == "bytes against the estimate: down hit (range 1 to 2.0), up hit"
+    assert verdict(estimated, 220, 40) == "bytes against the estimate: down missed by +10.0%, up missed by -20.0%"

@@ -109,7 +109,7 @@ def test_an_unknown_name_is_one_line(net: Net) -> None:
         harness(net, ["nothing-like-it"])
 
 
-def test_without_the_harness_it_says_how_to_install_it(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_it_shows_how_to_install_it(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("thinwire.evaluate.harness.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install \"thinwire\[lm-eval\]\""):
         harness(net, ["mmlu"])

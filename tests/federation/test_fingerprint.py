@@ -26,7 +26,7 @@ def test_a_template_that_writes_something_else_is_another_prompt(silos: Silos, m
     before = fingerprints(talking, net), fingerprints(run, net)
     assert before == (fingerprints(talking, net), fingerprints(run, net))
     monkeypatch.setattr(rendering, "CLOCK", rendering.CLOCK.replace(year=2031))
-    said = difference(fingerprints(talking, net), before[0])
-    assert said is not None
-    assert said.startswith("prompt template: ")
+    reason = difference(fingerprints(talking, net), before[0])
+    assert reason is not None
+    assert reason.startswith("prompt template: ")
     assert difference(fingerprints(run, net), before[1]) is None

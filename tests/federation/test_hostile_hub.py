@@ -67,10 +67,10 @@ class Attack:
         server = Server(net, key, round, 9, (0,), versions)
         down = run.method.broadcast(run.method.init(server), server, 0, None)
         down = type(down)(**{**vars(down), **changes})
-        return bytes(wire.encode(down, run=assemble.identity(run), round=round, client=0))  # type: ignore[arg-type]
+        return bytes(wire.encode(down, run=assemble.identity(run), round=round, client=0))
 
     def hello(self, run: config.Run) -> bytes:
-        return bytes(wire.encode(Hello(), run=assemble.identity(run), client=0))  # type: ignore[arg-type]
+        return bytes(wire.encode(Hello(), run=assemble.identity(run), client=0))
 
     def ask(self, action: str, about: dict[str, Any], frame: bytes, table: dict[str, Any] | None = None) -> str | bytes:
         """Put one whole frame to the worker."""
@@ -94,7 +94,7 @@ def test_an_honest_hub_is_answered_and_every_line_follows_from_the_last(attack: 
     assert attack.ask("join", attack.about(run), attack.hello(run)) != FAILED
     reply = attack.ask("train", attack.about(run), attack.frame(run))
     assert isinstance(reply, bytes)
-    assert wire.peek(reply).kind == "Steps"
+    assert wire.Frame(reply).header().kind == "Steps"
     lines = attack.lines()
     assert [(line["direction"], line["verdict"], line["template"]) for line in lines] == [
         ("in", "passed", "plain"),
@@ -194,9 +194,9 @@ def test_no_question_about_rows_that_the_site_has_not_allowed(asked: dict[str, A
     if rows == "has it not":
         Path(attack.site.data).unlink()
     run = attack.run(data=asked)
-    said = attack.ask("join", attack.about(run), attack.hello(run))
-    assert "this site's policy does not allow" in str(said)
-    assert [line["verdict"] for line in attack.lines()] == [f"refused: {str(said).removeprefix('Illegal: ')}"]
+    answer = attack.ask("join", attack.about(run), attack.hello(run))
+    assert "this site's policy does not allow" in str(answer)
+    assert [line["verdict"] for line in attack.lines()] == [f"refused: {str(answer).removeprefix('Illegal: ')}"]
 
 
 def test_a_template_that_the_policy_lists_by_its_hash_is_read(silos: Silos, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_template_that_the_policy_lists_by_its_hash_is_read(silos: Silos, tmp_
     assert "does not allow the template" in str(allowed.ask("join", allowed.about(named), allowed.hello(named)))
 
 
-def test_what_goes_wrong_with_rows_is_said_in_one_text_and_is_in_the_log(attack: Attack) -> None:
+def test_what_goes_wrong_with_rows_is_reported_in_one_text_and_is_in_the_log(attack: Attack) -> None:
     run = attack.run()
     about, hello = attack.about(run), attack.hello(run)
     texts = set()
@@ -269,8 +269,8 @@ def test_a_frame_is_not_begun_beyond_the_policy_or_the_disk(
 def test_pieces_overlap_nowhere_and_come_in_no_crumbs(pieces: list[tuple[int, int]], attack: Attack) -> None:
     about = attack.about(attack.run())
     fields = {"action": "train", "transfer": "0" * 16, "total": 100, "room": 1, "counted": 0}
-    said = [attack.worker.answer({**about, **fields, "offset": at}, bytes(size))[0] for at, size in pieces]
-    assert "do not fit together" in str(said[-1]["error"])
+    answers = [attack.worker.answer({**about, **fields, "offset": at}, bytes(size))[0] for at, size in pieces]
+    assert "do not fit together" in str(answers[-1]["error"])
     assert not list(attack.place.glob("spool/*"))
 
 
@@ -303,9 +303,9 @@ def test_rounds_and_run_files_are_counted(silos: Silos, tmp_path: Path) -> None:
     replies = [attack.ask("train", about, attack.frame(run, round)) for round in (1, 2, 3)]
     assert [isinstance(reply, bytes) for reply in replies] == [True, True, False]
     assert "more than 2 answers in a run" in str(replies[2])
-    said = [attack.ask("join", attack.about(run, {"session": f"{n:016x}"}), attack.hello(run)) for n in range(4)]
-    assert [isinstance(reply, bytes) for reply in said] == [True, True, False, False]
-    assert "more than 3 run files" in str(said[2])
+    answers = [attack.ask("join", attack.about(run, {"session": f"{n:016x}"}), attack.hello(run)) for n in range(4)]
+    assert [isinstance(reply, bytes) for reply in answers] == [True, True, False, False]
+    assert "more than 3 run files" in str(answers[2])
     assert len(list((attack.place / "runs").iterdir())) == 2
     attack.worker = Worker(attack.site)  # a folder that is gone, and a process that is new, begin no budget anew
     assert "more than 2 answers" in str(attack.ask("train", about, attack.frame(run, 4)))
@@ -315,7 +315,7 @@ def test_rounds_and_run_files_are_counted(silos: Silos, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "reason"),
     [
         ({"method": {**THIN, "steps": 200_000_000}}, "200000000 steps a visit"),
         ({"method": {**THIN, "steps": 10_000, "queries": 2}}, "20000 steps a visit"),
@@ -326,40 +326,40 @@ def test_rounds_and_run_files_are_counted(silos: Silos, tmp_path: Path) -> None:
     ],
 )
 def test_what_would_take_all_memory_is_refused_before_any_is_taken(
-    fields: dict[str, Any], says: str, silos: Silos, tmp_path: Path
+    fields: dict[str, Any], reason: str, silos: Silos, tmp_path: Path
 ) -> None:
     attack = Attack(silos, tmp_path, policy="")
     Path(attack.site.data).unlink()
     about = attack.about(attack.run())
     about["settings"] = run_settings(attack.run(**{"method": THIN, **fields}), ("north",), SESSION)
-    assert says in str(attack.ask("join", about, attack.hello(attack.run())))
+    assert reason in str(attack.ask("join", about, attack.hello(attack.run())))
     assert attack.worker.run is not None
     assert not attack.worker.run.fingerprints  # no model was loaded
 
 
 def test_no_path_of_the_hub_s_is_looked_at(silos: Silos, tmp_path: Path) -> None:
     attack = Attack(silos, tmp_path, model=None)
-    said = set()
+    answers = set()
     for path in ("/etc", "/nowhere", str(silos.folder / "model")):
         run = attack.run()
         about = attack.about(run)
         tree = json.loads(about["settings"])
         tree["toml"] = tree["toml"].replace(str(silos.folder / "model"), path)
-        said.add(attack.ask("join", {**about, "settings": json.dumps(tree)}, attack.hello(run)))
-    assert said == {"this site names no start model, and does not take the server's word for one"}
+        answers.add(attack.ask("join", {**about, "settings": json.dumps(tree)}, attack.hello(run)))
+    assert answers == {"this site names no start model, and does not take the server's word for one"}
 
 
-def test_a_site_that_takes_the_hub_s_model_does_not_say_what_is_at_a_path(silos: Silos, tmp_path: Path) -> None:
+def test_a_site_that_takes_the_hub_s_model_does_not_reveal_what_is_at_a_path(silos: Silos, tmp_path: Path) -> None:
     attack = Attack(silos, tmp_path, policy="model = true", model=None)
     (tmp_path / "empty").mkdir()
-    said = set()
+    answers = set()
     for path in ("/etc", "/nowhere", str(tmp_path / "empty")):
         run = attack.run()
         about = attack.about(run)
         tree = json.loads(about["settings"])
         tree["toml"] = tree["toml"].replace(str(silos.folder / "model"), path)
-        said.add(attack.ask("join", {**about, "settings": json.dumps(tree)}, attack.hello(run)))
-    assert said == {FAILED}
+        answers.add(attack.ask("join", {**about, "settings": json.dumps(tree)}, attack.hello(run)))
+    assert answers == {FAILED}
 
 
 def test_a_foreign_class_and_a_foreign_method_are_not_touched(attack: Attack) -> None:

@@ -36,7 +36,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def answering(home: Path | None, says: bytes = b"") -> Iterator[int]:
+def answering(home: Path | None, sends: bytes = b"") -> Iterator[int]:
     """A port that answers with the certificate in a folder, or with some bytes and no TLS."""
     server = socket.create_server(("127.0.0.1", 0))
     context = None
@@ -56,7 +56,7 @@ def answering(home: Path | None, says: bytes = b"") -> Iterator[int]:
                         context.wrap_socket(link, server_side=True).close()
                     else:
                         link.recv(1)
-                        link.sendall(says)
+                        link.sendall(sends)
                 except OSError:
                     pass
 
@@ -81,7 +81,7 @@ def expired(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         keys.make_server([], home)
 
 
-def test_a_handshake_says_who_does_not_fit(home: Path, tmp_path: Path) -> None:
+def test_a_handshake_names_who_does_not_fit(home: Path, tmp_path: Path) -> None:
     keys.make_server([], tmp_path / "other")
     with answering(home) as port:
         greet(f"localhost:{port}", home / "ca.crt")
@@ -133,9 +133,9 @@ def test_a_server_s_own_files_are_checked(home: Path, tmp_path: Path) -> None:
         keys.check_server(home)
 
 
-@pytest.mark.parametrize("says", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH\r\n", b""])
-def test_a_port_that_speaks_no_tls(says: bytes, home: Path) -> None:
-    with answering(None, says) as port, pytest.raises((ConfigError, Away)) as wrong:
+@pytest.mark.parametrize("sends", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH\r\n", b""])
+def test_a_port_that_speaks_no_tls(sends: bytes, home: Path) -> None:
+    with answering(None, sends) as port, pytest.raises((ConfigError, Away)) as wrong:
         greet(f"localhost:{port}", home / "ca.crt")
     assert f"localhost:{port}" in str(wrong.value)
     assert "speaks no TLS" in str(wrong.value) or "cannot be reached" in str(wrong.value)
@@ -163,7 +163,7 @@ def test_a_port_at_which_nobody_listens_and_a_name_of_nobody(
         greet("nowhere.invalid:8443", home / "ca.crt")
 
 
-def test_a_port_that_is_taken_is_said_before_anything_starts(home: Path, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_reported_before_anything_starts(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[data]\npath = "own"\n[method]\nname = "fedkseed"\n[federation]\nsites = ["north"]\n')
     keys.register("north", keys.make_site("north", tmp_path), home)
@@ -188,7 +188,7 @@ def free() -> int:
         return int(server.getsockname()[1])
 
 
-def test_a_client_says_who_is_wrong_before_it_reads_rows(home: Path, tmp_path: Path) -> None:
+def test_a_client_names_who_is_wrong_before_it_reads_rows(home: Path, tmp_path: Path) -> None:
     keys.make_site("north", tmp_path)
     keys.make_server([], tmp_path / "other")
     rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(3))
@@ -241,15 +241,17 @@ def test_the_last_error_is_what_counts(printed: str, line: str) -> None:
     assert "\n" not in last_error(printed)
 
 
-def test_a_node_that_ends_says_why_in_words(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_ends_gives_its_reason_in_words(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys.make_site("north", tmp_path)
     data = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(3))
 
-    def line_of(said: str, port: int, ca: Path) -> str:
+    def line_of(printed: str, port: int, ca: Path) -> str:
         with monkeypatch.context() as patch:
             one = Site("north", str(data), str(tmp_path / "site"), "")
             side = SiteSide(one, f"localhost:{port}", tmp_path / "north.key", ca)
-            print_it = [sys.executable, "-c", "import sys; sys.stdout.write(sys.argv[1])", said]
+            print_it = [sys.executable, "-c", "import sys; sys.stdout.write(sys.argv[1])", printed]
             side.children.start("worker", ["sleep", "60"])
             side.children.start("supernode", print_it)
             try:

@@ -105,9 +105,11 @@ def test_what_is_left_of_frames_is_removed(silos: Silos, tmp_path: Path, monkeyp
     )
     replies = list(transport.exchange(frames))
     assert [reply.frame is None for reply in replies] == [False, True, False]
-    left = {file.name for file in spool.iterdir()}
-    assert left == {reply.frame.path.name for reply in replies if isinstance(reply.frame, wire.Spooled)}
-    assert len(left) == 2
+    assert len(list(spool.iterdir())) == 2
+    for reply in replies:
+        if reply.frame is not None:
+            reply.frame.remove()
+    assert list(spool.iterdir()) == []
 
 
 class Replay:
@@ -142,14 +144,15 @@ def other_node(reply: Message, frame: bytes, about: dict[str, Any]) -> Message:
 
 
 def other_client(reply: Message, frame: bytes, about: dict[str, Any]) -> Message:
-    header, up = wire.peek(frame), wire.decode(Steps, frame)
-    frame = wire.encode(up, run=header.run, round=header.round, client=0)
+    sent = wire.Frame(frame)
+    header, up = sent.header(), wire.decode(Steps, sent)
+    frame = bytes(wire.encode(up, run=header.run, round=header.round, client=0))
     reply.content = pack(frame, **{**about, "total": len(frame)})
     return reply
 
 
 def other_run(reply: Message, frame: bytes, about: dict[str, Any]) -> Message:
-    frame = wire.encode(wire.decode(Steps, frame), run=1, round=2, client=1)
+    frame = bytes(wire.encode(wire.decode(Steps, wire.Frame(frame)), run=1, round=2, client=1))
     reply.content = pack(frame, **{**about, "total": len(frame)})
     return reply
 
@@ -174,7 +177,7 @@ def late(reply: Message, frame: bytes, about: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tamper", "says"),
+    ("tamper", "reason"),
     [
         (Replay(), "replayed"),
         (InRound(other_node), "answers for client"),
@@ -187,9 +190,9 @@ def late(reply: Message, frame: bytes, about: dict[str, Any]) -> None:
     ],
 )
 def test_a_foreign_replayed_or_late_reply_counts_as_absent(
-    tamper: Tamper, says: str, silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tamper: Tamper, reason: str, silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert says in damaged(silos, tmp_path / "there", tamper, deadline=2.0)
+    assert reason in damaged(silos, tmp_path / "there", tamper, deadline=2.0)
     assert state_of(tmp_path / "there") == absent_run(silos, tmp_path / "here", monkeypatch)
 
 
@@ -234,23 +237,23 @@ def test_a_site_that_is_not_connected_is_absent(silos: Silos, tmp_path: Path) ->
 
 def test_a_worker_refuses_frames_that_are_not_for_it(silos: Silos, tmp_path: Path) -> None:
     job, grid, transport = federate(silos, silos.run(THIN), tmp_path / "run")
-    down: list[bytes] = []
+    down: list[wire.Frame] = []
     push = grid.push_messages
 
     def noted(messages: list[Message]) -> list[str]:
-        down.extend(unpack(message.content)[0] for message in messages)
+        down.extend(wire.Frame(unpack(message.content)[0]) for message in messages)
         return push(messages)
 
     grid.push_messages = noted  # type: ignore[method-assign]
     course.train(job)
-    of_round = {wire.peek(frame).round: frame for frame in down if wire.peek(frame).client == 1}
+    of_round = {frame.header().round: frame for frame in down if frame.header().client == 1}
 
-    def answer(frame: bytes, client: int = 1) -> str:
+    def answer(frame: wire.Frame, client: int = 1) -> str:
         (reply,) = transport.ask("train", [(client, frame)])
         return str(reply.error)
 
     assert "replayed" in answer(of_round[1])
-    header = wire.peek(of_round[2])
+    header = of_round[2].header()
     assert "given to client 0" in answer(of_round[2], client=0)
     foreign = wire.encode(wire.decode(Gains, of_round[2]), run=7, round=header.round, client=1)
     assert "a frame of run 7" in answer(foreign)
@@ -260,7 +263,7 @@ def test_a_worker_refuses_frames_that_are_not_for_it(silos: Silos, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("policy", "says"),
+    ("policy", "reason"),
     [
         ('methods = ["fedavg"]', "does not allow the method fedkseed"),
         ('kinds = ["Trained"]', "does not allow a payload of kind Steps to leave"),
@@ -269,11 +272,11 @@ def test_a_worker_refuses_frames_that_are_not_for_it(silos: Silos, tmp_path: Pat
         ('code = ["no.such:Class"]\nmethods = []', "does not allow the method fedkseed"),
     ],
 )
-def test_the_site_s_policy_is_kept(policy: str, says: str, silos: Silos, tmp_path: Path) -> None:
+def test_the_site_s_policy_is_kept(policy: str, reason: str, silos: Silos, tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     file.write_text(OPEN + policy)
     job, _, _ = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run", policy=file)
-    with pytest.raises(NoQuorum, match=says):
+    with pytest.raises(NoQuorum, match=reason):
         course.train(job)
 
 
@@ -302,24 +305,24 @@ def test_a_site_that_cannot_take_part_is_out_alone(trouble: str, silos: Silos, t
     job, grid, transport = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run")
     site = grid.workers[1].site
     if trouble == "name":
-        site, says = replace(site, name="zurich"), "zurich is not one of the run's sites: north, south, west"
+        site, reason = replace(site, name="zurich"), "zurich is not one of the run's sites: north, south, west"
     elif trouble == "policy":
         (tmp_path / "closed.toml").write_text('methods = ["fedavg"]')
-        site, says = replace(site, policy=str(tmp_path / "closed.toml")), "does not allow the method fedkseed"
+        site, reason = replace(site, policy=str(tmp_path / "closed.toml")), "does not allow the method fedkseed"
     elif trouble == "rows":
         (tmp_path / "rows.jsonl").write_text('{"text": "no column"}\n')
-        site, says = replace(site, data=str(tmp_path / "rows.jsonl")), "its rows cannot be used"
+        site, reason = replace(site, data=str(tmp_path / "rows.jsonl")), "its rows cannot be used"
     else:
         tiny_folder(tmp_path / "other", seed=5)
-        site, says = replace(site, model=str(tmp_path / "other")), "base model: the server's is"
+        site, reason = replace(site, model=str(tmp_path / "other")), "base model: the server's is"
     grid.workers[1] = Worker(site)
     absent = join(transport, job.run, 3, job.names, 2)
     assert list(absent) == ["south"]
-    assert says in absent["south"]
+    assert reason in absent["south"]
     course.train(job)
     errors = [error for *_, error in visits(tmp_path / "run")[0]]
     assert errors[::2] == [None, None]
-    assert says in str(errors[1])
+    assert reason in str(errors[1])
     with pytest.raises(NoQuorum, match=r"2 of 3 sites have joined, 3 must; south: "):
         join(transport, job.run, 3, job.names, 3)
 

@@ -48,7 +48,7 @@ def test_a_visit_beyond_the_policy_s_seconds_is_ended_whatever_it_is_at(tmp_path
     site = Site("north", str(data), str(tmp_path / "site"), "", **files)
     side = SiteSide(site, "127.0.0.1:1", tmp_path / "north.key", tmp_path / "ca.crt")
     children, settings = side.children, run_settings(run, ("north",), "0" * 16)
-    hello = bytes(wire.encode(Hello(), run=assemble.identity(run), client=0))  # type: ignore[arg-type]
+    hello = bytes(wire.encode(Hello(), run=assemble.identity(run), client=0))
     table = {"action": "join", "transfer": "0" * 16, "offset": 0, "total": len(hello), "room": 1, "counted": 0}
     table |= fingerprints(run, assemble.net_of(run))
     try:

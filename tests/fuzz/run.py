@@ -72,9 +72,9 @@ def fuzz(name: str, runs: int, seconds: int, report: Path, finds: Path) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     count, slowest, found, began = 0, [], {}, time.monotonic()
 
-    def note(kind: str, data: bytes, said: str) -> None:
+    def note(kind: str, data: bytes, line: str) -> None:
         if kind not in found:
-            found[kind] = said
+            found[kind] = line
             finds.mkdir(parents=True, exist_ok=True)
             (finds / f"{name}-{len(found)}.bin").write_bytes(data)
 
@@ -188,8 +188,8 @@ def main() -> int:
         slow = f"{got['slowest'] * 1e3:.1f} ms, {got['slowest_bytes']} bytes"
         rate = got["executions"] / max(1e-9, got["seconds"])
         print(f"{name:12} {got['executions']:11,} {rate:9,.0f} {slow:>22}  {len(got['finds'])}", flush=True)
-        for said in got["finds"].values():
-            print(f"{'':12} {said}", flush=True)
+        for line in got["finds"].values():
+            print(f"{'':12} {line}", flush=True)
     print(f"{total:,} executions in {spent:,.0f} s, {bad} finds" + (f"; see {finds}" if bad else ""))
     return int(bad > 0)
 

@@ -90,11 +90,11 @@ def sealed(body: bytes) -> bytes:
 
 
 def frames(data: bytes) -> None:
-    """peek and decode, of every class."""
+    """The header and decode, of every class."""
     classes = payloads()
     choice, body = data[0] if data else 0, data[1:]
-    frame = body if choice & 0x80 else sealed(body)
-    wire.peek(frame)
+    frame = wire.Frame(body if choice & 0x80 else sealed(body))
+    frame.header()
     found = wire.decode(classes[choice % 0x80 % len(classes)], frame, LARGEST)
     assert len(wire.encode(found)) <= len(frame) + 64, "what was decoded is larger than its frame"
 
@@ -102,13 +102,13 @@ def frames(data: bytes) -> None:
 def frame_seeds() -> list[bytes]:
     """A whole frame of each class."""
     made = [wire.encode(filled(cls), run=1, round=2, client=3, held="0" * 32) for cls in payloads()]
-    return [bytes([i]) + frame[:-8] for i, frame in enumerate(made) if isinstance(frame, bytes)]
+    return [bytes([i]) + bytes(frame)[:-8] for i, frame in enumerate(made)]
 
 
 def headers(data: bytes) -> None:
     """A header by itself."""
-    frame = sealed(wire.frame.MAGIC + len(data).to_bytes(4, "little") + data)
-    wire.peek(frame)
+    frame = wire.Frame(sealed(wire.frame.MAGIC + len(data).to_bytes(4, "little") + data))
+    frame.header()
     wire.decode(wire.Stale, frame, LARGEST)
 
 
@@ -362,7 +362,7 @@ def standings() -> tuple[Standing, ...]:
         down = quick.broadcast(federation.state, federation.server(2, (0, 1, 2)), 0, None)
         up = quick.client_update(down, federation.client(0, 2))
         packed = [wire.encode(payload, run=1, round=2, client=0) for payload in (federation.state, down, up)]
-        found.append(Standing(quick, federation, *packed))  # type: ignore[arg-type]
+        found.append(Standing(quick, federation, *packed))
     return tuple(found)
 
 
@@ -420,26 +420,23 @@ def distorted(tensor: Tensor, how: int, what: int) -> Tensor:
     return tensor[None] if how % 6 == 4 else torch.cat([tensor.reshape(-1)] * 2)
 
 
-def sealed_or_changed(of: type, frame: bytes, data: bytes) -> bytes:
+def sealed_or_changed(of: type, frame: wire.Frame, data: bytes) -> wire.Frame:
     """A frame of these bytes, or the honest one with its payload changed as they say."""
     if data[:1] < b"\x80":
-        return sealed(data[1:])
-    header = wire.peek(frame)
+        return wire.Frame(sealed(data[1:]))
+    header = frame.header()
     try:
-        made = wire.encode(
-            changed(wire.decode(of, frame), data[1:31]), run=header.run, round=header.round, client=header.client
-        )  # type: ignore[arg-type]
+        payload: Any = changed(wire.decode(of, frame), data[1:31])
+        return wire.encode(payload, run=header.run, round=header.round, client=header.client)
     except (TypeError, RuntimeError, OverflowError):  # no sender could make it either
-        return b""
-    assert isinstance(made, bytes)
-    return made
+        return wire.Frame(b"")
 
 
 def replies(data: bytes) -> None:
-    """peek, decode, check, and the mean of this one reply, whose metrics must be numbers."""
+    """The header, decode, check, and the mean of this one reply, whose metrics must be numbers."""
     at = standings()[(data[0] if data else 0) % len(standings())]
     frame = sealed_or_changed(at.method.Up, at.up, data[1:])
-    wire.peek(frame)
+    frame.header()
     up = wire.decode(at.method.Up, frame, LARGEST)
     state = wire.decode(at.method.State, at.state)
     check_report(up)

@@ -162,9 +162,9 @@ def test_error_feedback_at_the_clients(codec: Any, net: Net, tmp_path: Path) -> 
         client = federation.client(0, round)
         down = method.broadcast(federation.state, federation.server(round, (0,)), 0, None)
         up = method.client_update(down, client)
-        told, _, _ = method.learn(down.weights, federation.client(0, round), down.lr, first=False)
+        learnt, _, _ = method.learn(down.weights, federation.client(0, round), down.lr, first=False)
         sent = sent + method._decoded(federation.state, up, image)
-        wanted = wanted + image.stack(told)
+        wanted = wanted + image.stack(learnt)
         client.memory.commit()  # type: ignore[attr-defined]
     torch.testing.assert_close(sent + federation.client(0, 5).memory["residue"], wanted, rtol=1e-3, atol=1e-5)
 
@@ -202,7 +202,7 @@ def test_the_server_keeps_what_the_coded_downlink_loses(net: Net, tmp_path: Path
     assert not torch.equal(factors(coded), start)
 
 
-def test_the_bound_clips_what_is_told(net: Net, tmp_path: Path) -> None:
+def test_the_bound_clips_what_is_sent(net: Net, tmp_path: Path) -> None:
     start = torch.cat([net.base[n].flatten() for n in net.names])
     federation = Federation(CGFed(**LOCAL, codec="none", bound=1e-3), net, tmp_path).run(1)
     assert 0 < float((factors(federation) - start).norm()) < 1.001e-3
@@ -284,7 +284,7 @@ def test_bad_codes_are_dropped(damage: str, net: Net, file: Path, tmp_path: Path
     def tamper(client: int, frame: wire.Frame) -> wire.Frame:
         if client != 1:
             return frame
-        header, up = wire.peek(frame), wire.decode(Coded, frame)
+        header, up = frame.header(), wire.decode(Coded, frame)
         code = up.code.clone()
         if damage == "scale":
             code[:4] = torch.tensor([0, 0, 128, 127], dtype=torch.uint8)  # infinity

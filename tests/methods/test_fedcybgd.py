@@ -50,7 +50,7 @@ def layer(name: str) -> int | None:
     return int(name.split(".")[2]) if ".layers." in name else None
 
 
-def told(federation: Federation, client: int = 0, held: str | None = None) -> Proxy:
+def received(federation: Federation, client: int = 0, held: str | None = None) -> Proxy:
     server = federation.server(federation.round + 1, (client,))
     down = federation.method.broadcast(federation.state, server, client, held)
     assert isinstance(down, Proxy)
@@ -91,7 +91,7 @@ def test_a_cycle_visits_each_block_once_and_then_begins_anew(net: Net, tmp_path:
     federation = Federation(method(extra=("embeddings", "head")), net, tmp_path, rounds=6, sizes=(12,))
     seen = []
     for _ in range(6):
-        seen.append(told(federation).block)
+        seen.append(received(federation).block)
         federation.step()
     assert seen == [0, 1, 2, 3, 4, 0]
     assert federation.state.updated == [0, 1]
@@ -125,7 +125,7 @@ def test_the_last_blocks_train_in_every_turn(net: Net, tmp_path: Path) -> None:
         method(common=1, spared=(0, 0), extra=("embeddings", "head"), prune=0.5), net, tmp_path, rounds=6, sizes=(12,)
     )
     for turn in range(6):
-        down, old = told(federation), federation.state
+        down, old = received(federation), federation.state
         cut = Cut.unpacked(down.cut, federation.method._blocks(net).layout)
         assert {4, 5} <= {*cut.layers} - {*cut.widths}
         federation.step()
@@ -140,13 +140,13 @@ def test_the_last_blocks_train_in_every_turn(net: Net, tmp_path: Path) -> None:
     assert len(both.state.left) == 3
 
 
-def test_of_what_trains_in_every_turn_who_returns_is_told_the_difference_to_what_it_had(
+def test_of_what_trains_in_every_turn_who_returns_is_sent_the_difference_to_what_it_had(
     net: Net, tmp_path: Path
 ) -> None:
     """With rough weights around the block, exact ones of its own are differences to the start model; not these."""
     fields = {"common": 1, "around": "8bit", "drop": 0.0, "prune": 0.0, "start": "shared"}
     federation = Federation(method(**fields), net, tmp_path, rounds=4, sizes=(12,)).run(3)
-    down, at = told(federation, held=federation.held[0]), federation.method._blocks(net)
+    down, at = received(federation, held=federation.held[0]), federation.method._blocks(net)
     known = federation.server(4, (0,)).versions.get(down.base)
     assert known is not None
     for number in (0, 4, 5):
@@ -187,7 +187,7 @@ def test_proxies_are_smaller_around_the_block(net: Net, tmp_path: Path) -> None:
     federation = Federation(method(drop=0.34, prune=0.5), net, tmp_path, rounds=6)
     layers, whole = [], sum(net.parameter(name).numel() for name in net.names)
     for turn in range(6):
-        down = told(federation)
+        down = received(federation)
         assert sum(len(down.changes[name]) for name in down.changes) < 4 * whole
         kept, own = down.cut["layers"].tolist(), {2 * (turn % 3), 2 * (turn % 3) + 1}
         assert own | {0, 5} <= {*kept}  # never its own, the first or the last
@@ -201,25 +201,25 @@ def test_proxies_are_smaller_around_the_block(net: Net, tmp_path: Path) -> None:
     assert layers == [4, 5, 6, 4, 5, 6]
 
 
-def test_who_returns_is_told_less_and_trains_the_same(net: Net, tmp_path: Path) -> None:
+def test_who_returns_is_sent_less_and_trains_the_same(net: Net, tmp_path: Path) -> None:
     """At a rate of fine-tuning, in bfloat16: a difference to the proxy that it had."""
     federation = Federation(method(lr=1e-5, dtype="bfloat16"), net, tmp_path, rounds=8)
     federation.versions = VersionStore(tmp_path / "many", 9)
     for turn in range(3):
         federation.step((turn,))
-    first, held = told(federation, 0), federation.held[0]
-    again = told(federation, 0, held)
+    first, held = received(federation, 0), federation.held[0]
+    again = received(federation, 0, held)
     assert (first.base, again.base) == (None, held)
     assert first.version == again.version
     assert len(wire.encode(again)) < len(wire.encode(first)) / 3
     ups = [federation.method.client_update(down, federation.client(0, 4)) for down in (first, again)]
-    assert wire.encode(ups[0]) == wire.encode(ups[1])
+    assert bytes(wire.encode(ups[0])) == bytes(wire.encode(ups[1]))
     client = federation.client(0, 4)
     client.versions = VersionStore(tmp_path / "lost", 2)
     with pytest.raises(StaleVersion):
         federation.method.client_update(again, client)
     shared = Federation(method(start="shared", dtype="bfloat16"), net, tmp_path / "shared")
-    assert len(wire.encode(told(shared))) < len(wire.encode(first)) / 3  # a newcomer that has the start model
+    assert len(wire.encode(received(shared))) < len(wire.encode(first)) / 3  # a newcomer that has the start model
 
 
 @pytest.mark.parametrize(("around", "bits"), [("8bit", 8), ("4bit", 4)])
@@ -227,7 +227,7 @@ def test_who_returns_is_told_less_and_trains_the_same(net: Net, tmp_path: Path) 
 def test_matrices_around_the_block_come_in_few_bits(
     start: str, around: str, bits: int, net: Net, tmp_path: Path
 ) -> None:
-    """What the client then holds of them is what the code says, be it new or not, and in as many bytes or fewer."""
+    """What the client then holds of them is what the code encodes, be it new or not, and in as many bytes or fewer."""
     code, sizes = Blocks(bits), dict[bool, list[int]]()
     for coded in (True, False):
         fields = {"around": around, "coded": coded, "start": start, "dtype": "bfloat16"}
@@ -235,11 +235,11 @@ def test_matrices_around_the_block_come_in_few_bits(
         federation.versions = VersionStore(tmp_path / f"{coded}-many", 9)
         for turn in range(4):
             federation.step((turn % 3,))
-        first, again = told(federation, 1), told(federation, 1, federation.held[1])
+        first, again = received(federation, 1), received(federation, 1, federation.held[1])
         assert (first.block, first.version) == (1, again.version)
         client = federation.client(1, 5)
         ups = [federation.method.client_update(down, client) for down in (first, again)]
-        assert wire.encode(ups[0]) == wire.encode(ups[1])
+        assert bytes(wire.encode(ups[0])) == bytes(wire.encode(ups[1]))
         held = client.versions.get(first.version)
         assert held is not None
         for name, weights in federation.state.weights.items():
@@ -262,7 +262,7 @@ def test_matrices_around_the_block_come_in_few_bits(
 @pytest.mark.parametrize("coded", [True, False])
 def test_few_bits_that_are_none_are_refused(coded: bool, net: Net, tmp_path: Path) -> None:
     federation = Federation(method(coded=coded, **WHOLE | {"around": "8bit"}), net, tmp_path)
-    down, name = told(federation), "model.layers.5.mlp.up_proj.weight"
+    down, name = received(federation), "model.layers.5.mlp.up_proj.weight"
     for wrong in (down.changes[name][:-1], down.changes[name].float(), torch.full_like(down.changes[name], 255)):
         with pytest.raises(Illegal, match=name):
             federation.method.client_update(
@@ -271,15 +271,15 @@ def test_few_bits_that_are_none_are_refused(coded: bool, net: Net, tmp_path: Pat
 
 
 def test_of_narrowed_layers_the_same_stays_in_each_cycle(net: Net, tmp_path: Path) -> None:
-    """So that they, too, are told as differences, be it to what was whole the last time."""
+    """So that they, too, are sent as differences, be it to what was whole the last time."""
     federation = Federation(method(lr=1e-5, dtype="bfloat16", drop=0.0, prune=0.5), net, tmp_path, rounds=9)
     federation.versions = VersionStore(tmp_path / "many", 9)
     for turn in range(5):
         federation.step((turn % 3,))
-    narrow = [name for name in told(federation).cut if "." in name]
+    narrow = [name for name in received(federation).cut if "." in name]
     assert len(narrow) == 8
     for client in (2, 0):  # in the third and the fourth turn before: those layers were narrow, and whole
-        again, first = told(federation, client, federation.held[client]), told(federation, client)
+        again, first = received(federation, client, federation.held[client]), received(federation, client)
         for name, change in again.changes.items():
             if f"heads.{layer(name)}" in narrow and ".mlp." in name:
                 assert len(change) < len(first.changes[name]) / 3, (client, name)
@@ -287,11 +287,11 @@ def test_of_narrowed_layers_the_same_stays_in_each_cycle(net: Net, tmp_path: Pat
 
 def test_a_client_without_the_model_in_memory_answers_the_same(folder: Path, net: Net, tmp_path: Path) -> None:
     federation = Federation(method(drop=0.34, prune=0.5), net, tmp_path).run(2)
-    down, client = told(federation), federation.client(0, 3)
+    down, client = received(federation), federation.client(0, 3)
     hollow = Net.open(str(folder), hollow=True)
     other = Client(0, hollow, client.data, client.key, {}, client.versions)
     ups = [federation.method.client_update(down, c) for c in (client, other)]
-    assert wire.encode(ups[0]) == wire.encode(ups[1])
+    assert bytes(wire.encode(ups[0])) == bytes(wire.encode(ups[1]))
     assert all(p.is_meta for p in hollow.model.parameters())
 
 
@@ -308,14 +308,14 @@ def test_a_server_that_checks_takes_no_step_that_harms(net: Net, tmp_path: Path)
 
 
 def test_of_updated_layers_a_share_is_shown(net: Net, tmp_path: Path) -> None:
-    """The published stand-in: the others are told as they were at the start."""
+    """The published stand-in: the others are sent as they were at the start."""
     for shown, count in ((0.0, 4), (0.5, 2), (1.0, 0)):
         federation = Federation(method(shown=shown, coded=False, **WHOLE), net, tmp_path / str(shown)).run(2)
-        down = told(federation)
+        down = received(federation)
         names = [name for name in net.names if layer(name) in {0, 1, 2, 3} and name.endswith("q_proj.weight")]
         old = [name for name in names if torch.equal(down.changes[name], net.base[name])]
         assert len(old) == count
-    down = told(Federation(method(shown=0.0, coded=False, **WHOLE), net, tmp_path / "own").run(3))
+    down = received(Federation(method(shown=0.0, coded=False, **WHOLE), net, tmp_path / "own").run(3))
     assert down.block == 0
 
 
@@ -325,7 +325,7 @@ def test_behind_a_veil_a_client_never_sees_some_layers_but_as_its_block(net: Net
     seen: list[set[int]] = [set(), set()]
     for turn in range(9):
         client = turn % 2
-        down, own = told(federation, client), {2 * (turn % 3), 2 * (turn % 3) + 1}
+        down, own = received(federation, client), {2 * (turn % 3), 2 * (turn % 3) + 1}
         for name in net.names:
             number = layer(name)
             if number is not None and number not in own and name.endswith("q_proj.weight"):
@@ -364,7 +364,7 @@ def test_adapters_are_refused_before_anything_runs(folder: Path, net: Net) -> No
 
 def test_a_proxy_that_is_none_is_refused(net: Net, tmp_path: Path) -> None:
     federation = Federation(method(drop=0.34, prune=0.5), net, tmp_path).run(2)
-    down, half = told(federation), torch.tensor([0], dtype=torch.int32)
+    down, half = received(federation), torch.tensor([0], dtype=torch.int32)
     bad = {
         "there is no block 9": replace(down, block=9),
         "leaves block 2 not whole": replace(down, cut=down.cut | {"heads.4": half, "channels.4": half}),
@@ -378,7 +378,7 @@ def test_a_proxy_that_is_none_is_refused(net: Net, tmp_path: Path) -> None:
             federation.method.client_update(wrong, federation.client(0, 3))
 
 
-def test_a_version_that_is_lost_during_the_visit_is_said(net: Net, tmp_path: Path) -> None:
+def test_a_version_that_is_lost_during_the_visit_is_reported(net: Net, tmp_path: Path) -> None:
     federation = Federation(method(), net, tmp_path)
     client = federation.client(0, 1)
 
@@ -388,13 +388,13 @@ def test_a_version_that_is_lost_during_the_visit_is_said(net: Net, tmp_path: Pat
 
     client.versions = Losing(tmp_path / "losing")
     with pytest.raises(Illegal, match="was lost during the visit"):
-        federation.method.client_update(told(federation), client)
+        federation.method.client_update(received(federation), client)
 
 
 @pytest.mark.parametrize("coded", [True, False])
 def test_a_reply_that_is_none_is_refused(coded: bool, net: Net, tmp_path: Path) -> None:
     federation = Federation(method(coded=coded), net, tmp_path)
-    up = federation.method.client_update(told(federation), federation.client(0, 1))
+    up = federation.method.client_update(received(federation), federation.client(0, 1))
     federation.method.check(federation.state, 0, up)
     name = next(iter(up.changes))
     other: dict[str, Tensor] = dict(up.changes)

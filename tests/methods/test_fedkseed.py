@@ -372,14 +372,14 @@ def test_pros_statistic_is_the_papers_history_of_amplitudes(net: Net, tmp_path: 
     assert sum(len(h) for h in histories) == 8 + 2 * 3 * 10
 
 
-def test_pro_draws_by_the_probabilities_it_is_told() -> None:
+def test_pro_draws_by_the_probabilities_it_is_sent() -> None:
     p = torch.tensor([0.1, 0.2, 0.0, 0.7])
     method = FedKSeed(seeds=4, pro=True, steps=4000, wire="paper")
     drawn = picks(method, 5, [0], method._shares(Gains(1, 5, 1e-5, 1.0, torch.zeros(4), p))).ravel()
     assert np.bincount(drawn, minlength=4) / 4000 == pytest.approx(p.numpy(), abs=0.03)
 
 
-def test_pro_draws_by_the_tilts_it_is_told() -> None:
+def test_pro_draws_by_the_tilts_it_is_sent() -> None:
     amplitudes = torch.linspace(0, 30, 16, dtype=torch.float64)
     assert seed_tilts(amplitudes).tolist() == list(range(16))
     assert pytest.approx(256 * np.exp(np.arange(16) / 15), abs=0.5) == TILTS
@@ -487,7 +487,7 @@ def test_one_reply_does_not_set_the_grid(net: Net, tmp_path: Path) -> None:
     """Of four, all on every direction: the grid is within a factor of eight of what it is without that reply."""
 
     def shout(client: int, frame: wire.Frame) -> wire.Frame:
-        header, up = wire.peek(frame), wire.decode(Steps, frame)
+        header, up = frame.header(), wire.decode(Steps, frame)
         if client != 1:
             return frame
         up = dataclasses.replace(up, scalars=torch.full_like(up.scalars, 6e4))

@@ -38,7 +38,7 @@ def method(**fields: Any) -> GradualDiff:
 
 
 def down_of(federation: Federation, client: int, held: str | None) -> Any:
-    """What the client would be told after the last round, over the wire."""
+    """What the client would be sent after the last round, over the wire."""
     server = federation.server(federation.round, (client,))
     down = federation.method.broadcast(federation.state, server, client, held)
     return wire.decode(federation.method.Down, wire.encode(down))
@@ -80,7 +80,7 @@ def test_who_joins_late_and_who_missed_rounds_hold_the_same_bits(codec: str, net
     for _ in range(5):
         federation.step()
         held.append(federation.state.version)
-    # round 5 told held[3], round 2 held[0]; the store keeps five versions
+    # round 5 sent to held[3], round 2 held[0]; the store keeps five versions
     cases = {"newcomer": None, "missed none": held[3], "missed three": held[0], "missed too many": start}
     bases = cases | {"missed too many": None}
     federation.method.materialise(federation.state, net)
@@ -95,7 +95,7 @@ def test_who_joins_late_and_who_missed_rounds_hold_the_same_bits(codec: str, net
         federation.method.receive(down, client)
         assert net.state_sha256() == mine, name
         assert client.held == federation.state.version
-    # who has it is told nothing, even by a server whose store has lost it
+    # who has it is sent nothing, even by a server whose store has lost it
     for file in (tmp_path / "versions").glob("*.safetensors"):
         file.unlink()
     down = down_of(federation, 0, federation.state.version)
@@ -131,7 +131,7 @@ def test_a_float32_model_may_train_on_bfloat16_weights(folder: Path, tmp_path: P
     assert all(parameter.dtype == torch.float32 for _, parameter in net.parameters())
 
 
-def test_a_shared_start_is_told_as_a_difference(net: Net, tmp_path: Path) -> None:
+def test_a_shared_start_is_sent_as_a_difference(net: Net, tmp_path: Path) -> None:
     shared = Federation(method(start="shared"), net, tmp_path / "shared", rounds=2).run()
     sent = Federation(method(), net, tmp_path / "sent", rounds=2).run()
     assert shared.state.version == sent.state.version
@@ -144,9 +144,9 @@ def test_a_shared_start_is_told_as_a_difference(net: Net, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "fields", [{"rounding": "residue"}, {"codec": "blocks", "bits": 1}, {"codec": "topk", "gate": True}]
 )
-def test_what_was_not_told_is_told_later(fields: dict[str, Any], net: Net, tmp_path: Path) -> None:
-    """Error feedback: what all rounds told together with what is left is what all rounds wanted to tell."""
-    told: dict[str, Tensor] = {}
+def test_what_was_not_sent_is_sent_later(fields: dict[str, Any], net: Net, tmp_path: Path) -> None:
+    """Error feedback: what all rounds sent together with what is left is what all rounds wanted to send."""
+    sent: dict[str, Tensor] = {}
     wanted: dict[str, Tensor] = {}
 
     class Watched(GradualDiff):
@@ -155,7 +155,7 @@ def test_what_was_not_told_is_told_later(fields: dict[str, Any], net: Net, tmp_p
             up = super().client_update(down, client)
             for name, change in self._differences(federation.state, up).items():
                 left = client.memory[name]
-                told[name] = told.get(name, 0) + change
+                sent[name] = sent.get(name, 0) + change
                 wanted[name] = wanted.get(name, 0) + change + left - before.get(name, 0)
             return up
 
@@ -164,7 +164,7 @@ def test_what_was_not_told_is_told_later(fields: dict[str, Any], net: Net, tmp_p
     memory = federation.client(0, 4).memory
     assert memory
     for name, whole in wanted.items():
-        torch.testing.assert_close(told[name] + memory[name], whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(sent[name] + memory[name], whole, rtol=0, atol=1e-5)
         assert memory[name].abs().max() > 0 or not whole.abs().max()
 
 
@@ -215,7 +215,7 @@ def test_an_update_that_is_no_number_is_refused_and_the_round_goes_on(codec: str
     assert all(torch.isfinite(tensor).all() for tensor in federation.state.weights.values())
 
 
-def test_the_server_tells_two_clients_mean_whole_at_twice_their_rank(folder: Path, tmp_path: Path) -> None:
+def test_the_server_sends_two_clients_mean_whole_at_twice_their_rank(folder: Path, tmp_path: Path) -> None:
     net, lost = tiny_net(folder), {}
     for rank in (None, 1, 2):
         fields = {"codec": "lowrank", "rank": 1, "bits": 8, "down_rank": rank}
@@ -224,8 +224,8 @@ def test_the_server_tells_two_clients_mean_whole_at_twice_their_rank(folder: Pat
         assert residue is not None
         matrix = next(name for name in weights if "q_proj" in name)
         lost[rank] = float(residue[matrix].norm() / (weights[matrix] - net.base[matrix]).norm())
-        told = down_of(federation, 0, federation.held[0]).changes[matrix].numel()
-        assert told == federation.method.code(down=True).size(weights[matrix].shape)
+        sent_size = down_of(federation, 0, federation.held[0]).changes[matrix].numel()
+        assert sent_size == federation.method.code(down=True).size(weights[matrix].shape)
     assert lost[None] == lost[1] > 0.1, lost
     assert lost[2] < 0.02, lost
 

@@ -1,4 +1,4 @@
-"""The file of methods says what the classes say, and who reads it does not wait for them."""
+"""The file of methods has what the classes have, and who reads it does not wait for them."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_the_largest_that_is_legal_for_ever_ends_no_run(net: Net, tmp_path: Path
     most = Blocks(1, 1024).encode(torch.full((500,), 5.9e4), 0)
 
     def tamper(client: int, frame: wire.Frame) -> wire.Frame:
-        header = wire.peek(frame)
+        header = frame.header()
         up = replace(wire.decode(METHOD.Up, frame), change=to_tensor(most))
         return frame if client else wire.encode(up, run=header.run, round=header.round, client=0, held=header.held)
 

@@ -225,7 +225,7 @@ def test_what_a_model_is_for(place: Path, tmp_path: Path) -> None:
         task_of(tmp_path / "d")
 
 
-def test_a_causal_model_becomes_a_classifier_where_the_run_says_so(place: Path, tmp_path: Path) -> None:
+def test_a_causal_model_becomes_a_classifier_where_the_run_reports_it(place: Path, tmp_path: Path) -> None:
     tiny_folder(tmp_path / "llama")
     run, rows, net = opened(run_of(place, model={"path": str(tmp_path / "llama"), "task": "classification"}))
     assert isinstance(net.model, LlamaForSequenceClassification)

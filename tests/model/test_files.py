@@ -62,7 +62,7 @@ def test_files_that_are_another_models(edit: Callable[[dict[str, Tensor]], Any],
     assert "\n" not in str(caught.value)
 
 
-def test_another_size_of_vocabulary_is_said(tmp_path: Path) -> None:
+def test_another_size_of_vocabulary_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"embed_tokens.weight is \[259, 32\] in its weights, .* makes it \[300, 32\]"):
         Net.open(edited(tmp_path, lambda held: None, vocab_size=300))
 
@@ -88,7 +88,7 @@ def test_a_base_models_names_are_the_models(tmp_path: Path) -> None:
         Net.open(folder)
 
 
-def test_weights_beyond_float16_are_said(tmp_path: Path) -> None:
+def test_weights_beyond_float16_are_reported(tmp_path: Path) -> None:
     folder = edited(tmp_path, lambda held: held[QUERY][0].fill_(1e6))
     with pytest.raises(ModelError, match=r"model.dtype: .*q_proj.weight in .* is beyond what float16 holds"):
         Net.open(folder, "float16")

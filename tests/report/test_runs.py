@@ -1,4 +1,4 @@
-"""What is read from run folders, and what is said of those that are not right."""
+"""What is read from run folders, and what is reported of those that are not right."""
 
 from __future__ import annotations
 

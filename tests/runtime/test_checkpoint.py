@@ -147,7 +147,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_where_none_is_whole_it_is_said_and_nothing_is_touched(tmp_path: Path, how: str) -> None:
+def test_where_none_is_whole_it_is_reported_and_nothing_is_touched(tmp_path: Path, how: str) -> None:
     fill(tmp_path, 2)
     for round in (1, 2):
         damage(tmp_path / f"round-00000{round}", how)

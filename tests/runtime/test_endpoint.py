@@ -45,12 +45,10 @@ def endpoint(federation: Federation, done: list[int]) -> Endpoint:
     return Endpoint(federation.method, federation.seats, actions, lambda client: done.append(client.id))
 
 
-def broadcast(federation: Federation, client: int, round: int) -> bytes:
+def broadcast(federation: Federation, client: int, round: int) -> wire.Frame:
     server = federation.server(round, (client,))
     down = federation.method.broadcast(federation.state, server, client, None)
-    frame = wire.encode(down, run=5, round=round, client=client)
-    assert isinstance(frame, bytes)
-    return frame
+    return wire.encode(down, run=5, round=round, client=client)
 
 
 def test_training_keeps_the_memory_and_evaluating_leaves_no_trace(net: Any, tmp_path: Path) -> None:
@@ -58,12 +56,12 @@ def test_training_keeps_the_memory_and_evaluating_leaves_no_trace(net: Any, tmp_
     federation = Federation(Remembers(steps=1, batch_size=4), net, tmp_path)
     client = endpoint(federation, done)
     up = client.answer("train", broadcast(federation, 2, 1))
-    assert wire.peek(up).kind == "Trained"
+    assert up.header().kind == "Trained"
     assert federation.memories.newest == {2: 1}
     scores = wire.decode(Scores, client.answer("evaluate", broadcast(federation, 2, 1)))
     ready = client.answer("join", wire.encode(Hello(), run=5, client=2))
     assert wire.decode(Ready, ready) == Ready()
-    assert (wire.peek(ready).run, wire.peek(ready).client) == (5, 2)
+    assert (ready.header().run, ready.header().client) == (5, 2)
     assert scores.examples == 16
     assert (done, federation.memories.newest) == ([2], {2: 1})
     client.answer("train", broadcast(federation, 2, 2))
@@ -73,9 +71,9 @@ def test_training_keeps_the_memory_and_evaluating_leaves_no_trace(net: Any, tmp_
 def test_a_frame_that_cannot_be_used_leaves_no_memory(net: Any, tmp_path: Path) -> None:
     done: list[int] = []
     federation = Federation(Remembers(steps=1, batch_size=4), net, tmp_path)
-    client, frame = endpoint(federation, done), broadcast(federation, 0, 1)
+    client, good = endpoint(federation, done), bytes(broadcast(federation, 0, 1))
     for action in ("train", "evaluate"):
-        (reply,) = InProcess(client).exchange([(0, frame[:-1] + bytes([frame[-1] ^ 1]))], action)
+        (reply,) = InProcess(client).exchange([(0, wire.Frame(good[:-1] + bytes([good[-1] ^ 1])))], action)
         assert reply.frame is None
         assert "Corrupt" in str(reply.error)
     assert (done, federation.memories.newest) == ([], {})

@@ -231,7 +231,7 @@ def undisturbed(net: Net, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone", "empty"])
-def test_a_clients_memory_that_is_damaged_is_said_and_the_checkpoint_before_is_taken(
+def test_a_clients_memory_that_is_damaged_is_reported_and_the_checkpoint_before_is_taken(
     how: str, net: Net, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     cut(net, tmp_path)
@@ -271,7 +271,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_over(net: Net, tmp_path: 
     assert (tmp_path / "rounds.jsonl").read_bytes() == kept
 
 
-def test_one_damaged_checkpoint_is_said(net: Net, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_one_damaged_checkpoint_is_reported(net: Net, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     cut(net, tmp_path)
     flip(tmp_path / "state" / "round-000002" / "state.frame")
     watch = Notes()
@@ -280,7 +280,7 @@ def test_one_damaged_checkpoint_is_said(net: Net, tmp_path: Path, undisturbed: d
 
 
 @pytest.mark.parametrize("content", [b"", None, b"\xff\xfe{\n"])
-def test_evaluations_that_are_lost_are_said_and_cost_no_model(
+def test_evaluations_that_are_lost_are_reported_and_cost_no_model(
     net: Net, tmp_path: Path, undisturbed: dict[str, Any], content: bytes | None
 ) -> None:
     cut(net, tmp_path)

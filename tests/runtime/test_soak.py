@@ -36,8 +36,8 @@ def run(folder: Path, rounds: int) -> None:
     from thinwire.runtime import course
     from thinwire.runtime.cohort import Uniform
     from thinwire.runtime.inprocess import InProcess
-    from thinwire.runtime.round import Reply
-    from thinwire.wire import Frame, Spooled, peek
+    from thinwire.runtime.round import SMALL, Reply
+    from thinwire.wire import Frame
 
     class Failing(InProcess):
         """Some replies do not come, others come damaged: which ones, the client and the round alone decide."""
@@ -47,15 +47,15 @@ def run(folder: Path, rounds: int) -> None:
 
             def noted() -> Iterator[tuple[int, Frame]]:
                 for client, frame in frames:
-                    rounds[client] = peek(frame).round
+                    rounds[client] = frame.header().round
                     yield client, frame
 
             for reply in super().exchange(noted(), action):
                 fate = zlib.crc32(b"%d %d" % (reply.client, rounds[reply.client])) % 16
                 if fate == 0:
                     yield Reply(reply.client, None, reply.seconds, "no reply in time")
-                elif fate == 1 and reply.frame is not None and not isinstance(reply.frame, Spooled):
-                    yield Reply(reply.client, reply.frame[:-9] + bytes(9), reply.seconds)
+                elif fate == 1 and reply.frame is not None and len(reply.frame) <= SMALL:
+                    yield Reply(reply.client, Frame(bytes(reply.frame)[:-9] + bytes(9)), reply.seconds)
                 else:
                     yield reply
 

@@ -29,8 +29,8 @@ def test_recomputed_activations_give_the_same_weights_and_are_not_kept(
         net.reset()
         batches = data.batches(Key.root(1), 4)
         parameters = [p for _, p in net.parameters()]
-        told = train_locally(net.model, parameters, batches, Rule("adamw", 1e-2, 3), recompute=recompute)
-        found.append((told[:2], net.state_sha256()))
+        trained = train_locally(net.model, parameters, batches, Rule("adamw", 1e-2, 3), recompute=recompute)
+        found.append((trained[:2], net.state_sha256()))
     assert found[0] == found[1]
     assert len(checkpoints) == 3 * net.model.config.num_hidden_layers
     assert not any("forward" in vars(module) for module in net.model.modules())

@@ -118,7 +118,7 @@ def test_an_examples_loss_is_its_own(model: nn.Module, groups: int) -> None:
             assert torch.equal(found.mean(1), losses(model, batch, groups))
 
 
-def test_the_losses_of_packed_examples_are_told_apart() -> None:
+def test_the_losses_of_packed_examples_are_kept_apart() -> None:
     model = tiny_model()
     rows = [[OPEN[0], OPEN[1]], [OPEN[2]], [OPEN[3], Example((7,), ()), OPEN[0]]]
     with torch.no_grad():

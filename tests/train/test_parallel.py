@@ -118,7 +118,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if process is not started[0]:
             assert f"stopped; go on from the last whole round with: thinwire run {place}/run.toml" in err
             assert f"--out {place}/two/stopped --resume" in err
-        assert (process is started[2]) == (out == "")  # the second process says nothing
+        assert (process is started[2]) == (out == "")  # the second process prints nothing
     return place
 
 

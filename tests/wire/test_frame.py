@@ -25,14 +25,12 @@ from thinwire.wire import (
     Header,
     LazyTensors,
     Malformed,
-    Spooled,
     Stale,
     TooLarge,
     WireError,
     decode,
     encode,
     frame,
-    peek,
     raw,
 )
 from thinwire.wire.payload import CODES, DTYPES
@@ -123,8 +121,9 @@ def send(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         patch.setattr(frame, "SPOOL_ABOVE", -1 if request.param == "file" else 1 << 23)
 
         def one(payload: Any, **header: Any) -> Frame:
+            before = len(list(folder.iterdir()))
             sent = encode(payload, spool=folder, **header)
-            assert isinstance(sent, Spooled) == (request.param == "file")
+            assert len(list(folder.iterdir())) - before == (request.param == "file")
             return sent
 
         yield one
@@ -195,9 +194,10 @@ def test_a_decoded_tensor_is_writable_and_owns_its_memory(send: Send) -> None:
 
 def test_the_header_returns(send: Send) -> None:
     sent = send(small(), run=2**64 - 1, round=3, client=-1, held="abc")
-    header = peek(sent)
-    assert header == Header("Small", 2**64 - 1, 3, -1, "abc", header.fields)
-    assert peek(send(small())).held is None
+    header = sent.header()
+    assert header == Header("Small", 2**64 - 1, 3, -1, "abc", [3, 0.5, [0, 2], {}], len(sent) - 4 * 2 - 8)
+    assert sent.header() is header  # parsed once
+    assert send(small()).header().held is None
 
 
 def test_a_plain_payload_has_no_buffers(send: Send) -> None:
@@ -250,9 +250,8 @@ PAYLOADS = st.builds(
 def test_any_payload_returns(send: Send, payload: Everything) -> None:
     sent = send(payload, run=5, held="v")
     assert_same(payload, decode(Everything, sent, len(sent)))
-    if isinstance(sent, Spooled):
-        assert sent.path.read_bytes() == encode(payload, run=5, held="v")
-        sent.remove()
+    assert bytes(sent) == bytes(encode(payload, run=5, held="v"))
+    sent.remove()
 
 
 # lengths, files, laziness
@@ -260,16 +259,43 @@ def test_any_payload_returns(send: Send, payload: Everything) -> None:
 
 def test_the_length_is_the_bytes_that_were_written(send: Send) -> None:
     sent = send(everything())
-    assert len(sent) == (sent.path.stat().st_size if isinstance(sent, Spooled) else len(bytes(sent)))
+    assert len(sent) == len(bytes(sent))
+
+
+def test_a_frame_is_read_in_any_pieces(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame, "CHUNK", 100)
+    sent = send(everything())
+    whole = bytes(sent)
+    assert b"".join(sent.chunks()) == whole
+    assert b"".join(sent.read(start, 7) for start in range(0, len(sent), 7)) == whole
+    assert sent.read(len(sent) - 3, 100) == whole[-3:]
+
+
+def test_a_frame_is_handed_over_with_its_file(send: Send, tmp_path: Path) -> None:
+    sent = send(everything())
+    whole, header = bytes(sent), sent.header()
+    sent.move_to(tmp_path / "kept.frame")
+    sent.remove()  # what it was moved to is not its own
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.frame"]
+    assert (tmp_path / "kept.frame").read_bytes() == whole == bytes(sent)
+    again = Frame.load(tmp_path / "kept.frame")
+    assert repr(again.header()) == repr(header)  # a NaN is in it
+    again.remove()
+    assert bytes(again) == whole
+    (tmp_path / "kept.frame").unlink()
+    if len(whole) < frame.SPOOL_ABOVE:
+        assert bytes(again) == whole  # a small one is in memory
+    else:
+        with pytest.raises(FileNotFoundError):
+            bytes(again)
 
 
 def test_a_frame_in_a_file_is_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory = encode(everything(), run=1, round=2, client=3, held="v")
     monkeypatch.setattr(frame, "SPOOL_ABOVE", -1)
     in_file = encode(everything(), run=1, round=2, client=3, held="v", spool=tmp_path)
-    assert isinstance(in_file, Spooled)
-    assert in_file.path.parent == tmp_path
-    assert in_file.path.read_bytes() == in_memory
+    (path,) = tmp_path.iterdir()
+    assert path.read_bytes() == bytes(in_memory) == bytes(in_file)
     in_file.remove()
     in_file.remove()  # twice does no harm
     assert list(tmp_path.iterdir()) == []
@@ -277,24 +303,24 @@ def test_a_frame_in_a_file_is_the_same_bytes(tmp_path: Path, monkeypatch: pytest
 
 def test_only_buffers_over_the_limit_go_through_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame, "SPOOL_ABOVE", 8)
-    assert isinstance(encode(small(torch.zeros(2)), spool=tmp_path), bytes)
-    assert isinstance(encode(small(torch.zeros(3)), spool=tmp_path), Spooled)
-    assert isinstance(encode(small(torch.zeros(3))), bytes)  # no folder, no file
+    encode(small(torch.zeros(2)), spool=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    encode(small(torch.zeros(3)), spool=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert isinstance(decode(Small, encode(small(table={"t": torch.zeros(3)}))).table, dict)  # no folder, no file
 
 
 def test_named_tensors_of_a_file_are_lazy_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame, "SPOOL_ABOVE", -1)
     names = ["z", "a", "m.10", "m.9"]
     sent = encode(small(table={name: torch.full((2,), i) for i, name in enumerate(names)}), spool=tmp_path)
-    assert isinstance(sent, Spooled)
     table = decode(Small, sent).table
     assert isinstance(table, LazyTensors)
     assert list(table) == names
     assert [tensor.tolist() for tensor in table.values()] == [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert table["a"] is not table["a"]  # read anew, never kept
     again = encode(Small(3, 0.5, torch.zeros(2), table), spool=tmp_path)  # what is lazy can be sent on
-    assert isinstance(again, Spooled)
-    assert again.path.read_bytes() == sent.path.read_bytes()
+    assert bytes(again) == bytes(sent)
     sent.remove()
     with pytest.raises(Malformed, match="cannot be read"):
         table["a"]
@@ -334,8 +360,7 @@ def test_the_format_does_not_change_unnoticed() -> None:
         "803f 00c0 003f  ffff  01 00",  # the elements
         "c58ea1992c137d8b",  # xxh3-64
     ]
-    assert isinstance(sent, bytes)
-    assert sent.hex() == "".join(golden).replace(" ", "")
+    assert bytes(sent).hex() == "".join(golden).replace(" ", "")
 
 
 def test_the_dtype_codes_are_frozen() -> None:
@@ -427,7 +452,7 @@ def test_only_payloads_are_sent_and_expected() -> None:
     with pytest.raises(TypeError, match="not a payload"):
         encode({"weight": torch.zeros(1)})
     with pytest.raises(TypeError, match="not a payload"):
-        decode(dict, seal(["dict", 0, 0, 0, None, []]))
+        decode(dict, Frame(seal(["dict", 0, 0, 0, None, []])))
 
 
 # what is refused
@@ -449,15 +474,15 @@ def header(*fields: Any, kind: Any = "Small") -> list[Any]:
 
 
 def try_all(data: bytes, folder: Path | None = None) -> int:
-    """Offer bytes to peek and to decode under several classes; how many take them. All else must be a WireError."""
+    """Ask bytes for their header and decode them as several classes; how many take them. All else is a WireError."""
     taken = 0
-    offers: list[Frame] = [data]
+    offers = [Frame(data)]
     if folder is not None:
         (folder / "offer").write_bytes(data)
-        offers.append(Spooled(folder / "offer", len(data)))
+        offers.append(Frame.in_file(folder / "offer", len(data)))
     for offer in offers:
         with contextlib.suppress(WireError):
-            peek(offer)
+            offer.header()
         for kind in (Small, Everything, Stale):
             try:
                 got = decode(kind, offer)
@@ -473,7 +498,7 @@ GOOD = seal(header(3, 0.5, [0, 2], {"t": [1, 1]}), b"\0" * 10)
 
 
 def test_the_hand_made_frame_is_a_good_one() -> None:
-    assert_same(decode(Small, GOOD), Small(3, 0.5, torch.zeros(2), {"t": torch.zeros(1, dtype=torch.bfloat16)}))
+    assert_same(decode(Small, Frame(GOOD)), Small(3, 0.5, torch.zeros(2), {"t": torch.zeros(1, dtype=torch.bfloat16)}))
     assert try_all(GOOD) == 1
 
 
@@ -525,7 +550,7 @@ def assert_refused_without_allocating(data: bytes, *, by: type[WireError] = Malf
     tracemalloc.start()
     try:
         with pytest.raises(by):
-            decode(Small, data)
+            decode(Small, Frame(data))
         assert tracemalloc.get_traced_memory()[1] < 100_000 + 4 * len(data)
     finally:
         tracemalloc.stop()
@@ -582,7 +607,7 @@ def test_a_name_that_comes_twice_does_no_harm(tmp_path: Path) -> None:
 
 
 def test_floats_that_are_not_numbers_are_well_formed() -> None:
-    got = decode(Small, seal(header(3, float("nan"), [0, 1], {}), np.float32("nan").tobytes()))
+    got = decode(Small, Frame(seal(header(3, float("nan"), [0, 1], {}), np.float32("nan").tobytes())))
     assert np.isnan(got.scale)
     assert got.weight.isnan().all()
 
@@ -592,7 +617,7 @@ def test_a_header_longer_than_its_cap_is_too_large(length: int) -> None:
     data = reseal(GOOD[:4] + length.to_bytes(4, "little") + GOOD[8:])
     assert_refused_without_allocating(data, by=TooLarge)
     with pytest.raises(TooLarge):
-        peek(data)
+        Frame(data).header()
 
 
 @pytest.mark.parametrize("length", [0, 1, len(GOOD) - 15, len(GOOD), 1 << 23])
@@ -600,7 +625,7 @@ def test_a_header_of_another_length_is_malformed(length: int) -> None:
     data = reseal(GOOD[:4] + length.to_bytes(4, "little") + GOOD[8:])
     assert_refused_without_allocating(data)
     with pytest.raises(Malformed):
-        peek(data)
+        Frame(data).header()
 
 
 @pytest.mark.parametrize("nothing", [b"\x90", b"\x80"])
@@ -609,7 +634,7 @@ def test_a_header_of_more_lists_than_any_model_has_tensors_is_not_built(nothing:
     start = msgpack.packb(["Small", 0, 0, 0, None])
     packed = bytes([start[0] + 1]) + start[1:] + b"\xdd" + count.to_bytes(4, "big") + count * nothing
     with pytest.raises(Malformed):
-        peek(seal(packed))
+        Frame(seal(packed)).header()
 
 
 def test_a_receiver_that_knows_the_model_reads_no_longer_header(send: Send) -> None:
@@ -617,9 +642,11 @@ def test_a_receiver_that_knows_the_model_reads_no_longer_header(send: Send) -> N
     sent = send(Small(1, 0.5, torch.zeros(3), {name: torch.zeros(2, 3) for name in names}))
     room = frame.header_room(Small, names)
     assert room < 5_000
-    assert peek(sent, room) == peek(sent)
     with pytest.raises(TooLarge, match="a header of"):
-        peek(sent, 8)
+        sent.header(8)
+    assert sent.header(room) == sent.header()
+    with pytest.raises(TooLarge, match="a header of"):
+        sent.header(8)  # the cap is the caller's, also where the header is known
     assert frame.header_room(Everything, names) == frame.MAX_HEADER  # it has texts and bytes of its own
 
 
@@ -628,7 +655,7 @@ def test_a_version_that_is_none_is_malformed(held: str) -> None:
     parts = header()
     parts[4] = held
     with pytest.raises(Malformed):
-        peek(seal(parts))
+        Frame(seal(parts)).header()
 
 
 def test_a_frame_over_the_cap_is_too_large_before_it_is_read(send: Send, tmp_path: Path) -> None:
@@ -637,7 +664,7 @@ def test_a_frame_over_the_cap_is_too_large_before_it_is_read(send: Send, tmp_pat
     with pytest.raises(TooLarge, match="over the cap"):
         decode(Small, sent, max_bytes=len(sent) - 1)
     with pytest.raises(TooLarge):
-        decode(Small, Spooled(tmp_path / "not there", 2**40))
+        decode(Small, Frame.in_file(tmp_path / "not there", 2**40))
 
 
 def test_another_kind_is_malformed(send: Send) -> None:
@@ -647,14 +674,14 @@ def test_another_kind_is_malformed(send: Send) -> None:
 
 def test_another_version_is_malformed() -> None:
     with pytest.raises(Malformed, match="version"):
-        decode(Small, reseal(b"thw\x02" + GOOD[4:]))
+        decode(Small, Frame(reseal(b"thw\x02" + GOOD[4:])))
 
 
 def test_buffers_must_be_all_there_and_no_more() -> None:
     fields = header(3, 0.5, [0, 2], {"t": [1, 1]})
     for size in (0, 7, 8, 9, 11, 100):
         with pytest.raises(Malformed):
-            decode(Small, seal(fields, b"\0" * size))
+            decode(Small, Frame(seal(fields, b"\0" * size)))
 
 
 def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
@@ -663,10 +690,10 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
         bad = bytearray(GOOD)
         bad[position] ^= 1 << position % 8
         with pytest.raises(Corrupt):
-            decode(Small, bytes(bad))
+            decode(Small, Frame(bytes(bad)))
         path.write_bytes(bad)
         with pytest.raises(Corrupt):
-            decode(Small, Spooled(path, len(bad)))
+            decode(Small, Frame.in_file(path, len(bad)))
 
 
 def test_every_truncation_and_extension_is_noticed(tmp_path: Path) -> None:
@@ -684,12 +711,12 @@ def test_a_file_that_is_not_what_it_was_is_refused(tmp_path: Path) -> None:
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(Malformed):
-            decode(Small, Spooled(path, len(GOOD)))
+            decode(Small, Frame.in_file(path, len(GOOD)))
     path.unlink()
     with pytest.raises(Malformed):
-        peek(Spooled(path, len(GOOD)))
+        Frame.in_file(path, len(GOOD)).header()
     with pytest.raises(Malformed):
-        peek(Spooled(tmp_path, len(GOOD)))  # a folder
+        Frame.in_file(tmp_path, len(GOOD)).header()  # a folder
 
 
 # fuzzing
@@ -755,12 +782,11 @@ def one_mutation(generator: np.random.Generator, data: bytes) -> bytes:
 
 def mutate(seed: int, count: int, folder: Path | None = None) -> None:
     generator = np.random.Generator(np.random.PCG64(seed))
-    sources = [GOOD, encode(everything()), encode(Stale("v"))]
-    assert all(isinstance(source, bytes) for source in sources)
+    sources = [GOOD, bytes(encode(everything())), bytes(encode(Stale("v")))]
     tracemalloc.start()
     try:
         for i in range(count):
-            try_all(one_mutation(generator, bytes(sources[i % 3])), folder)  # type: ignore[arg-type]
+            try_all(one_mutation(generator, sources[i % 3]), folder)
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
@@ -777,7 +803,7 @@ def test_hostile_frames_raise_wire_errors_only(data: bytes) -> None:
 def test_noise_raises_wire_errors_only(data: bytes) -> None:
     assert try_all(data) == 0
     with pytest.raises(WireError):
-        peek(data[:7])
+        Frame(data[:7]).header()
 
 
 def test_mutated_frames_raise_wire_errors_only(tmp_path: Path) -> None:

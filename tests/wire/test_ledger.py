@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from thinwire.wire import Ledger, Spooled, Stale, encode
+from thinwire.wire import Frame, Ledger, Stale, encode
 
 
 def test_both_ways_are_counted_apart_by_client() -> None:
@@ -30,5 +30,5 @@ def test_a_frame_sent_twice_is_counted_twice() -> None:
 
 def test_a_frame_in_a_file_counts_with_the_size_of_the_file() -> None:
     ledger = Ledger()
-    ledger.up(3, Spooled(Path("never opened"), 2**40))
+    ledger.up(3, Frame.in_file(Path("never opened"), 2**40))
     assert ledger.received == {3: 2**40}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -60,7 +60,6 @@ class Mean(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["mean"] = "mean"
-    keeps_all: ClassVar[bool] = False  # whether it needs all updates at once, so that a round keeps their files
 
     def __call__(self, updates: Iterable[tuple[int, Update]]) -> tuple[dict[str, Tensor], Metrics]:
         """The mean of the updates, float32, by name, and their mean loss and skipped steps; nothing without updates."""

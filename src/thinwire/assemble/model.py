@@ -1,4 +1,4 @@
-"""The run's start model, and the classes that it tells apart where it is a classifier."""
+"""The run's start model, and the classes that it distinguishes where it is a classifier."""
 
 from __future__ import annotations
 
@@ -87,6 +87,6 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
 
 
 def use_threads(run: Run) -> None:
-    """Let torch, and the kernels with it, use as many threads as the run says."""
+    """Let torch, and the kernels with it, use as many threads as the run sets."""
     if run.threads is not None:
         torch.set_num_threads(run.threads)

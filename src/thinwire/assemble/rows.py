@@ -85,7 +85,7 @@ def rows_of(data: config.Data, key: Key) -> Rows:
 
 
 def template_of(data: config.Data, classifies: bool = False) -> templates.AnyTemplate:
-    """The prompt template that the run file says, for a classifier the bare text by default; raises ConfigError."""
+    """The prompt template of the run file, for a classifier the bare text by default; raises ConfigError."""
     if data.prompt is None or data.answer is None:
         return WHOLE if classifies and data.template == "plain" else templates.named(data.template)
     kind = templates.Jinja if data.template == "jinja" else templates.Template

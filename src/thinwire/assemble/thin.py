@@ -35,8 +35,6 @@ from thinwire.model.numbers import digest
 from thinwire.model.resolve import resolve
 from thinwire.model.views import AnyView, View
 from thinwire.model.views.keep import kept
-from thinwire.wire import Spooled
-from thinwire.wire.frame import SPOOL_ABOVE
 from thinwire.wire.legal import LARGEST
 
 if TYPE_CHECKING:
@@ -88,8 +86,7 @@ def of(net: Net, change: Tensor, run: Run, classes: Sequence[str] | None, bits: 
 
 def write(path: Path, thin: Thin) -> int:
     """Write the file, whole or not at all; its bytes."""
-    frame = wire.encode(thin)
-    assert isinstance(frame, bytes)
+    frame = bytes(wire.encode(thin))
     files.write(path, frame)
     return len(frame)
 
@@ -108,8 +105,7 @@ def read(path: Path) -> Thin:
         size = path.stat().st_size
         if size > MOST:
             raise ModelError(f"{path}: longer than any thin file")
-        frame = Spooled(path, size) if size > SPOOL_ABOVE else path.read_bytes()
-        thin = wire.decode(Thin, frame, MOST)
+        thin = wire.decode(Thin, wire.Frame.load(path), MOST)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
     except wire.WireError as error:

@@ -13,7 +13,7 @@ from thinwire.commands.terminal import echo, one_line
 if TYPE_CHECKING:
     from thinwire.data.guess_columns import Proposal
 
-CLIENTS = 4  # where the data does not say who they are
+CLIENTS = 4  # where the data does not name them
 
 FILE = """\
 # A run of thinwire. Show the data:  thinwire data {file}
@@ -91,7 +91,7 @@ def _placeholder() -> tuple[list[str], list[str]]:
         _line("path", "rows.jsonl", "your file: .jsonl, .csv, .tsv or .parquet; or a folder, one file a client"),
         _line("partition", "iid", "dealt at random; or size, dirichlet, column, task; files for a folder"),
         f"clients = {CLIENTS}",
-        "# A row is {instruction, input, output}, {prompt, completion} or {messages}; of other columns, say instead:",
+        "# A row is {instruction, input, output}, {prompt, completion} or {messages}; of others, write:",
         '# prompt = "question: {question}\\nanswer:"',
         '# answer = " {answer}"',
         _line("template", "chat", "the tokenizer's own; or plain, alpaca, completion"),

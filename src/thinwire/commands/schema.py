@@ -14,7 +14,7 @@ def schema() -> None:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a run file: methods told apart by `name`, one of the user's own by `path`."""
+    """The JSON Schema (draft 2020-12) of a run file: methods known by `name`, one of the user's own by `path`."""
     from thinwire.config import Run
     from thinwire.methods.catalogue import catalogue
 

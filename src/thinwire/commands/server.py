@@ -77,7 +77,7 @@ def server(
             if start is None and not own_proxy:
                 raise config.ConfigError(
                     "--listen: neither nginx nor caddy is installed here, and without a proxy Flower's control paths "
-                    "would be open to all; install one, or run your own as the files say that --own-proxy writes"
+                    "would be open to all; install one, or run your own by the files that --own-proxy writes"
                 )
             proxy.check(home, keys)
             if hub_port is not None:
@@ -86,7 +86,7 @@ def server(
         if not expose:
             files = proxy.write(home / "proxy", keys, host, port, side.port)
             if own_proxy:
-                echo(f"your proxy is to do what {files['nginx']} or {files['caddy']} says; the hub is {side.port}")
+                echo(f"your proxy is to do what is in {files['nginx']} or {files['caddy']}; the hub is {side.port}")
         front = proxy.Front(side.children, start) if start is not None else None
         progress = Progress(folder, settings.rounds, echo)
         signal.signal(signal.SIGTERM, interrupt)

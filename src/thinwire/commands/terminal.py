@@ -19,7 +19,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help
 
 
 class Stopped(Exception):
-    """The run did not end; the message says why, and how to go on."""
+    """The run did not end; the message has the reason, and how to go on."""
 
 
 def echo(text: str = "", err: bool = False) -> None:

@@ -15,7 +15,7 @@ def afford(plan: Plan, settings: Settings) -> None:
     """Set the rounds that the budget buys the plan, where that is known by now; raises ConfigError."""
     run = plan.run_of(plan.seeds[0], None)
     amount, unit, plan.note = settings.amount, settings.budget, ""
-    # Alone and in one place nothing need travel: there a budget of bytes says nothing.
+    # Alone and in one place nothing need travel: there a budget of bytes bounds nothing.
     if amount is None or plan.name == "base" or (unit == "bytes" and plan.name in ALONE):
         plan.rounds = run.rounds
     elif unit == "rounds":
@@ -26,7 +26,9 @@ def afford(plan: Plan, settings: Settings) -> None:
     else:
         first = each = _passes(run) / plan.steps_of
         if unit == "passes" and math.isnan(each):
-            raise ConfigError(f"compare.budget: the method of {plan.name} does not say how many passes a visit takes")
+            raise ConfigError(
+                f"compare.budget: the method of {plan.name} does not report how many passes a visit takes"
+            )
         if plan.cost is not None and unit == "seconds":
             first = each = plan.cost.client_seconds / plan.steps_of
         elif plan.cost is not None and unit == "bytes":

@@ -1,7 +1,7 @@
 """Two rounds of a run with a process for the server and one for each visit of a client: what each side costs.
 
 In a run one process does both sides' work, so its peak memory is nobody's. Here each side has its own, and the memory
-is what DESIGN says: after the imports and the model's loading the peak is reset; the peak then, less what the imports
+is as in DESIGN: after the imports and the model's loading the peak is reset; the peak then, less what the imports
 took. The first round is a newcomer's; bytes and seconds of the second are those of one that returns.
 """
 
@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from thinwire import files, wire
+from thinwire import files
 from thinwire.config import Run
 from thinwire.keys import Key
 from thinwire.runtime.round import Reply, Round, run_round
-from thinwire.wire import Frame, Spooled, WireError
+from thinwire.wire import Frame, WireError
 
 CLIENTS = 2  # of the cohort that take part; a mean needs two
 ROUNDS = 2
@@ -76,16 +76,13 @@ class Processes:
         """See round.Transport."""
         down, up = self.folder / "down", self.folder / "up"
         for client, frame in frames:
-            if isinstance(frame, Spooled):
-                frame.path.replace(down)
-            else:
-                down.write_bytes(frame)
+            frame.move_to(down)
             began = time.perf_counter()
             done = _ask("client", self.folder, action, str(client), self.held.get(client, ""))
             self.waited += time.perf_counter() - began
             self.peak = max(self.peak, done["peak"])
             down.unlink(missing_ok=True)
-            yield Reply(client, _frame(up) if done["error"] is None else None, done["seconds"], done["error"])
+            yield Reply(client, Frame.load(up) if done["error"] is None else None, done["seconds"], done["error"])
 
 
 def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
@@ -130,26 +127,17 @@ def _client(folder: Path, action: str, id: int, held: str) -> dict[str, Any]:
     run = config.load(folder / "run.toml")
     start = assemble.begin(*assemble.prepared(run), hollow=run.method.hollow)
     net, data = start.net, assemble.client_data(run, list(start.rows.clients.values())[id], start.net)
-    frame = _frame(folder / "down")
+    frame = Frame.load(folder / "down")
     versions, memories = VersionStore(folder / "versions" / str(id)), ClientMemories(folder / "clients")
     seats = Seats(Key.root(run.seed), run.rounds, net, versions, {id: data}, memories, lambda *_: held or None)
     endpoint = Endpoint(run.method, seats, ACTIONS, spool=folder)
     memory.reset()
     began, error = time.perf_counter(), None
     try:
-        up = endpoint.answer(action, frame)
-        if isinstance(up, Spooled):
-            up.path.replace(folder / "up")
-        else:
-            (folder / "up").write_bytes(up)
+        endpoint.answer(action, frame).move_to(folder / "up")
     except WireError as wrong:
         error = f"{type(wrong).__name__}: {wrong}"
     return {"peak": memory.peak() - start.before, "seconds": time.perf_counter() - began, "error": error}
-
-
-def _frame(path: Path) -> Frame:
-    size = path.stat().st_size
-    return Spooled(path, size) if size > wire.frame.SPOOL_ABOVE else path.read_bytes()
 
 
 def _ask(side: str, folder: Path, *args: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Settings(BaseModel):
     tuning_rounds: PositiveInt | None = None  # of the runs that tune; as many as the others where it is None
     control_seeds: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)  # of the control; all where it is None
     validation: float = Field(0.1, gt=0, lt=1)  # the share of the clients' rows that rates are tuned on
-    target: PositiveFloat | None = None  # a held-out loss; the table says when it was reached
+    target: PositiveFloat | None = None  # a held-out loss; the table has when it was reached
     costs: bool = True  # whether memory and seconds of either side are measured first, in two rounds of each
     alone: PositiveInt | None = None  # of the clients, evenly spaced, that `local` trains alone; each where it is None
     methods: dict[str, Tree] = {}  # what differs of the run file; `seeds`, `control_seeds` (none: no control), `grid`
@@ -180,7 +180,7 @@ def merge(tree: Tree, changes: Tree) -> Tree:
 
 
 def clients_of(run: Run) -> int:
-    """How many clients the run has; its data is read for it where the file alone does not say."""
+    """How many clients the run has; its data is read for it where the file alone does not have it."""
     if run.data.partition in ("iid", "dirichlet"):
         return run.data.clients
     from thinwire import assemble

@@ -50,7 +50,7 @@ class Batch:
     class: candidates are a classifier's classes, without tokens: a bare text for each example, padded on the right.
     packed: several open examples, one after the other, and labels reaches back to the first answer of any row.
     position_ids begins at 0 with each example, and with the padding: by that alone a model must keep the examples of a
-    row apart, so attention_mask, which tells padding from tokens, is not for the model.
+    row apart, so attention_mask, which distinguishes padding from tokens, is not for the model.
     """
 
     kind: Kind

@@ -236,7 +236,7 @@ def _lost(talk: Sequence[Message], last: Message, whole: str, answer: str) -> It
         if content.strip() not in whole:
             bare = bare or _bare(whole)
             if _bare(content) not in bare:
-                yield f"the chat template leaves out or changes what the role '{message['role']}' says"
+                yield f"the chat template leaves out or changes the text of the role '{message['role']}'"
     thought = next((text for key in THOUGHTS if isinstance(text := last.get(key), str)), "")
     if _bare(thought) not in _bare(answer):
         yield "the chat template leaves out the thought of the answer"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WHOLE = Template("{input}", "{output}")
-"""What a classifier is shown where the run says nothing else: the column `input`, whose class is in `output`."""
+"""What a classifier is shown where the run sets nothing else: the column `input`, whose class is in `output`."""
 
 
 def classes_of(rows: Iterable[Row], template: AnyTemplate = WHOLE) -> tuple[str, ...]:

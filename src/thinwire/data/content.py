@@ -1,4 +1,4 @@
-"""What a file is by its bytes, whatever its name says; its bytes unpacked where it is compressed."""
+"""What a file is by its bytes, whatever its name is; its bytes unpacked where it is compressed."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Place:
 
 
 def place_of(source: str) -> Place | None:
-    """What `source` says, or None where it can be neither a saved folder nor a name on the hub."""
+    """What `source` names, or None where it can be neither a saved folder nor a name on the hub."""
     folder, _, split = source.rpartition("@")
     for path, part in ((source, None), (folder, split)):
         if path and any((Path(path) / file).is_file() for file in SAVED):

@@ -43,7 +43,7 @@ def dirichlet(rows: Sequence[Row], column: str, clients: int, alpha: float, key:
     The smaller alpha, the more a client holds of few values. As is usual, a client that already holds its
     even share of all rows gets nothing more, value after value, and the whole is drawn again until every
     client has `minimum` rows. The draws are numpy's: they repeat with one version of it. DataError, after
-    TRIES draws, says what to change.
+    TRIES draws, names what to change.
     """
     _need(rows, clients, minimum)
     _check_alpha(alpha)

@@ -33,7 +33,7 @@ SHAPES = (("messages",), ("prompt", "completion"), ("instruction", "output"))  #
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was read, and where it stood, so that every complaint can say so."""
+    """One row as it was read, and where it stood, so that every complaint can name it."""
 
     fields: Mapping[str, Any]
     source: str

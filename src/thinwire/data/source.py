@@ -34,8 +34,8 @@ LOG = logging.getLogger("thinwire")
 def read(source: str) -> list[Row]:
     """The rows of one source; DataError where it cannot be read or holds none.
 
-    `source` is a packaged set, a file (by its ending; JSONL where the ending says nothing), a folder that datasets'
-    save_to_disk wrote, or the name of a data set on the hub, as `thinwire.data.huggingface` says.
+    `source` is a packaged set, a file (by its ending; JSONL where the ending is another), a folder that datasets'
+    save_to_disk wrote, or the name of a data set on the hub, as `thinwire.data.huggingface` describes it.
     """
     if source in PACKAGED:
         return PACKAGED[source]()
@@ -52,7 +52,7 @@ def read_file(path: str | Path) -> list[Row]:
 
 
 def reader_of(path: Path) -> Callable[[str | Path], list[Row]] | None:
-    """What reads a file of such a name, that of a compressed file among them; None where its ending says nothing."""
+    """What reads a file of such a name, that of a compressed file among them; None where its ending is not known."""
     return READERS.get(Path(_unpacked(path.name)).suffix.lower())
 
 

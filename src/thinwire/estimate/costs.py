@@ -51,7 +51,7 @@ class Estimate:
         if self.traffic is None:
             return None
         down, up = self.traffic.returning
-        return tuple(8 * count / (megabits * 1e6) for count in (down.least + up.least, down.most + up.most))  # type: ignore[return-value]
+        return 8 * (down.least + up.least) / (megabits * 1e6), 8 * (down.most + up.most) / (megabits * 1e6)
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
@@ -131,7 +131,7 @@ def examples_of(run: Run, held: Rows | None, assumed: list[str]) -> list[int | N
 
 
 def classes_in(run: Run, held: Rows | None, assumed: list[str]) -> int:
-    """How many classes a fresh head of a classifier would tell apart."""
+    """How many classes a fresh head of a classifier would distinguish."""
     if run.data.choices is not None:
         return len(run.data.choices)
     if held is not None:

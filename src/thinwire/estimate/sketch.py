@@ -40,7 +40,7 @@ Factors = tuple[int, Sequence[str]]  # their rank, and beside which layers
 
 
 def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
-    """The run's model from its config alone; raises ModelError. `classes`: how many a fresh head tells apart."""
+    """The run's model from its config alone; raises ModelError. `classes`: how many a fresh head distinguishes."""
     config, dtype = config_of(run.model.path), DTYPES[run.model.dtype]
     known = config.to_dict()
     task = task_in(known, run.model.path, run.model.task)
@@ -88,7 +88,7 @@ def config_of(path: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # json, validation, the hub client: each has its own
         if local and (here / "config.json").is_file():
-            task_of(here)  # which may say it in better words
+            task_of(here)  # which may have better words for it
         raise ModelError(f"model.path: no config at {path}: {first_line(error)}") from None
     return config
 
@@ -169,7 +169,7 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
 
 
 def _beside(layer: nn.Module, rank: int) -> None:
-    """Let a frozen layer add what factors beside it say, as peft's do."""
+    """Have a frozen layer add what factors beside it compute, as peft's do."""
     inner, (taken, given) = layer.forward, _sides(layer)
     dtype = next(layer.parameters()).dtype
     left = torch.empty((rank, taken), dtype=dtype, requires_grad=True)

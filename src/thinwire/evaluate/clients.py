@@ -29,7 +29,7 @@ class Evaluation:
 
     def __call__(self, method: Method, frame: Frame, client: Client, spool: Path | None = None) -> Frame:
         """The frame of the client's Scores."""
-        header = wire.peek(frame)
+        header = frame.header()
         try:
             method.receive(wire.decode(method.Down, frame), client)
         except StaleVersion:

@@ -24,7 +24,7 @@ Site = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
 class Refused(Exception):
-    """The site does not answer; the message, which the server receives, says why."""
+    """The site does not answer; the message, which the server receives, is the reason."""
 
 
 class Question(BaseModel):

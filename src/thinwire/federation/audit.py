@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from thinwire.wire import Frame, Spooled
+from thinwire.wire import Frame
 
 NONE = "0" * 64  # the hash before the first line
-STEP = 1 << 22  # bytes of a frame's file that are hashed at a time
 SHOWN = 500  # characters of a verdict
 
 
@@ -29,14 +28,15 @@ class Audit:
         self._last: str | None = None
         self._cut = False  # whether the file's last line is without its end
 
-    def note(self, direction: str, content: Frame, verdict: str = "passed", **about: Any) -> None:
-        """Append a line, and have it on the disk before anything else is done."""
+    def note(self, direction: str, content: Frame | bytes, verdict: str = "passed", **about: Any) -> None:
+        """Append a line of a frame, or of bytes that are none, and have it on the disk before anything else is done."""
+        frame = Frame(content) if isinstance(content, bytes) else content
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "direction": direction,
             **about,
-            "bytes": len(content),
-            "sha256": sha256(content),
+            "bytes": len(frame),
+            "sha256": sha256(frame),
             "verdict": verdict[:SHOWN],
             "before": self._before(),
         }
@@ -90,14 +90,11 @@ def broken(path: Path) -> str | None:
 
 
 def sha256(frame: Frame) -> str:
-    """Of a frame, in memory or in a file."""
-    if isinstance(frame, Spooled):
-        digest = hashlib.sha256()
-        with frame.path.open("rb") as file:
-            while chunk := file.read(STEP):
-                digest.update(chunk)
-        return digest.hexdigest()
-    return hashlib.sha256(frame).hexdigest()
+    """Of a frame."""
+    digest = hashlib.sha256()
+    for chunk in frame.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _lines(path: Path) -> tuple[list[bytes], bool]:

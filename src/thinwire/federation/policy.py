@@ -14,9 +14,9 @@ from thinwire.config import ConfigError, Data, Run, method_name
 from thinwire.data.templates import NAMED
 from thinwire.errors import first_wrong
 from thinwire.methods import METHODS
-from thinwire.wire import Frame, Illegal, peek
+from thinwire.wire import Frame, Illegal
 
-EMPTY = ("Ready", "Stale")  # kinds that say nothing of a site's rows
+EMPTY = ("Ready", "Stale")  # kinds that reveal nothing of a site's rows
 LEAST = Annotated[int, Field(ge=2)]
 
 
@@ -111,7 +111,7 @@ class Policy(BaseModel):
 
     def release(self, frame: Frame) -> None:
         """Illegal if a frame may not leave."""
-        kind = peek(frame).kind
+        kind = frame.header().kind
         if self.kinds is not None and kind not in {*self.kinds, *EMPTY}:
             raise Illegal(f"this site's policy does not allow a payload of kind {kind} to leave")
         if len(frame) > self.max_bytes:

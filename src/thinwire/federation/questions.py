@@ -52,7 +52,7 @@ def _refused(reply: Reply) -> str:
         return reply.error or "no reply"
     try:
         wire.decode(Ready, reply.frame, SMALL)
-        client = wire.peek(reply.frame).client
+        client = reply.frame.header().client
     except WireError as error:
         return f"{type(error).__name__}: {error}"
     return "" if client == reply.client else f"a reply of client {client}"

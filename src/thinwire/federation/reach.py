@@ -14,7 +14,7 @@ EXPIRED, EARLY, HOSTNAME, ADDRESS = 10, 9, 62, 64  # OpenSSL's numbers for what 
 
 
 class Away(Exception):
-    """The server cannot be reached now, and may be later; the message says why."""
+    """The server cannot be reached now, and may be later; the message is the reason."""
 
 
 def place_of(text: str, option: str) -> tuple[str, int]:

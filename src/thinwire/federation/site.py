@@ -11,7 +11,7 @@ from pathlib import Path
 class Site:
     """What a worker knows of its site, in a file of JSON.
 
-    `heldout`: a file of rows to score on; without it, and with `hold_out`, the share that the run file says is held
+    `heldout`: a file of rows to score on; without it, and with `hold_out`, the share that the run file holds
     out of `data` as a run in one process would. `model`, `device`, `threads`: in place of the run file's.
     """
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinwire import assemble, config, files, memory, wire
+from thinwire import assemble, config, files, memory
 from thinwire.config import method_name
 from thinwire.data import partition
 from thinwire.data.rows import Row
@@ -211,9 +211,9 @@ class Visits:
         """
         if action != "train":
             return self.endpoint.answer(action, frame)
-        round = wire.peek(frame).round
+        round = frame.header().round
         self.kept.rewind(min(counted, round - 1))
         answer = self.endpoint.answer(action, frame)
-        self.kept.hold(round, wire.peek(answer).held)
+        self.kept.hold(round, answer.header().held)
         self.kept.prune(min(counted, round - KEPT))
         return answer

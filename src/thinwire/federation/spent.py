@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,8 +12,7 @@ from thinwire.errors import Damaged
 from thinwire.federation.asked import Refused
 from thinwire.files import flush
 from thinwire.records import read_json
-from thinwire.wire import Frame, Illegal, Spooled
-from thinwire.wire.frame import SPOOL_ABOVE
+from thinwire.wire import Frame, Illegal
 
 LOST = "this site's record of what it has answered is damaged, and it answers nothing without it"
 
@@ -93,27 +91,17 @@ class Replies:
     def get(self, action: str, round: int, request: str) -> Frame | None:
         """The answer that was given to this very request."""
         path = self._path(action, round, request)
-        if not path.is_file():
-            return None
-        size = path.stat().st_size
-        return Spooled(path, size) if size > SPOOL_ABOVE else path.read_bytes()
+        return Frame.load(path) if path.is_file() else None
 
-    def keep(self, action: str, round: int, request: str, frame: Frame) -> Frame:
-        """Keep an answer in place of the action's last one; returns it as it is to be sent."""
+    def keep(self, action: str, round: int, request: str, frame: Frame) -> None:
+        """Keep an answer in place of the action's last one; its file is then here, and stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path, old = self._path(action, round, request), list(self.folder.glob(f"{action}-*"))
-        if isinstance(frame, Spooled):
-            os.replace(frame.path, path)
-            frame = Spooled(path, frame.size)
-        else:
-            partial = path.with_suffix(".part")
-            partial.write_bytes(frame)
-            partial.replace(path)
+        frame.move_to(path)
         flush(path)
         for other in old:
             if other != path:
                 other.unlink(missing_ok=True)
-        return frame
 
     def _path(self, action: str, round: int, request: str) -> Path:
         return self.folder / f"{action}-{round:06d}-{request[:32]}.frame"

@@ -27,7 +27,7 @@ TRIES = 5  # Flower runs in a row that die within the same round
 
 
 class Ended(RuntimeError):
-    """The run did not come to its end; the message says why."""
+    """The run did not come to its end; the message is the reason."""
 
 
 class ServerSide:
@@ -153,15 +153,12 @@ class ServerSide:
             raise Ended(f"the hub did not start: {wrong or self.children.why('superlink')}")
 
     def _superexec(self) -> None:
-        address = f"127.0.0.1:{self.port}"
-        command: list[str | Path] = [
-            BIN / "flower-superexec",
-            "--runtime-api-address",
-            address,
-            "--root-certificates",
-            self.ca,
+        command = [
+            str(BIN / "flower-superexec"),
+            *("--runtime-api-address", f"127.0.0.1:{self.port}"),
+            *("--root-certificates", str(self.ca)),
         ]
-        self.show([str(part) for part in command])
+        self.show(command)
         self.children.start("superexec", command, **LEAN)
 
     def _flwr(self, *args: str | Path) -> str:

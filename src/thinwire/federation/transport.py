@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from thinwire.federation.envelope import Config, of, pack, unpack
 from thinwire.runtime.round import Reply, shown
 from thinwire.runtime.survey import SMALL
-from thinwire.wire import Frame, Spooled, WireError, peek
+from thinwire.wire import Frame, WireError
 from thinwire.wire.frame import MAX_FRAME, SPOOL_ABOVE
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 POLL = 0.25  # seconds between two looks for replies
 AHEAD = 2  # messages of a client on their way: one that its site works on, and one that waits for it there
 SHOWN = 200  # characters of an error that are kept
+NOTHING = Frame(b"")
 GRACE = 60.0  # seconds beyond the deadline after which the engine drops a message
 
 
@@ -48,7 +49,7 @@ class _Call:
     transfer: str
     began: float
     counted: int  # the last round of the client that counts
-    frame: Frame  # b"" once all of it is on its way
+    frame: Frame  # NOTHING once all of it is on its way
     max_bytes: int  # of the reply
     ahead: deque[tuple[int, int]] = field(default_factory=deque)  # (offset, total) of messages to come; total 0: asks
     waiting: set[str] = field(default_factory=set)  # ids of messages that have no answer yet
@@ -65,9 +66,8 @@ class _Call:
 
     def drop(self) -> None:
         """Remove the frame: all of it is on its way, or will not be."""
-        if isinstance(self.frame, Spooled):
-            self.frame.remove()
-        self.frame = b""
+        self.frame.remove()
+        self.frame = NOTHING
 
 
 class Flower:
@@ -147,7 +147,7 @@ class Flower:
         patient = time.monotonic() + (self.patience if patience is None else patience)  # for all
         try:
             for client, frame in frames:
-                round = peek(frame).round
+                round = frame.header().round
                 if action == "train" and round != self._round:
                     self._round, self._until, self._answered = round, time.monotonic() + self.deadline, set()
                 if client not in nodes:
@@ -194,7 +194,7 @@ class Flower:
         """Send as many messages as may be on their way."""
         while call.error is None and call.ahead and len(call.waiting) < AHEAD:
             offset, total = call.ahead.popleft()
-            self._push(call, _piece(call.frame, offset, self.chunk_bytes) if total else b"", offset=offset, total=total)
+            self._push(call, call.frame.read(offset, self.chunk_bytes) if total else b"", offset=offset, total=total)
             if not call.ahead:
                 call.drop()
 
@@ -280,19 +280,11 @@ class Flower:
             if call.file is not None:
                 call.file.unlink(missing_ok=True)
             return Reply(call.client, None, seconds, call.error or "no reply")
-        frame: Frame = call.small if call.file is None else Spooled(call.file, call.total)
+        frame = Frame(call.small) if call.file is None else Frame.in_file(call.file, call.total)
         try:
-            header = peek(frame)
+            header = frame.header()
         except WireError:
             return Reply(call.client, frame, seconds)  # the round will report what is wrong
         if header.round != call.round:
             return Reply(call.client, None, seconds, f"Illegal: a replayed reply of round {header.round}")
         return Reply(call.client, frame, seconds)
-
-
-def _piece(frame: Frame, offset: int, size: int) -> bytes:
-    if isinstance(frame, Spooled):
-        with frame.path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    return frame[offset : offset + size]

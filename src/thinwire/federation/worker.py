@@ -23,6 +23,7 @@ from thinwire.federation.site import Site
 
 if TYPE_CHECKING:
     from thinwire.federation.site_run import Visits
+    from thinwire.wire import Frame
 
 FAILED = "its rows cannot be used, or its work with them failed; its own log says why"
 SPARE = 1 << 26  # bytes of the disk that stay free
@@ -48,7 +49,7 @@ class Worker:
         shutil.rmtree(self.spool, ignore_errors=True)
         self.spool.mkdir(parents=True)
         self.incoming: Incoming | None = None
-        self.outgoing: tuple[str, Any] | None = None
+        self.outgoing: tuple[str, Frame] | None = None
         self.settings = ""
         self.run: Visits | None = None
         if self.audit.unanswered():
@@ -85,12 +86,12 @@ class Worker:
         try:
             self.outgoing = (question.transfer, self._work(question, frame))
         finally:
-            self._drop(frame)
+            frame.remove()
         return self._piece(question.model_copy(update={"offset": 0}))
 
-    def _taken(self, question: Question, body: bytes) -> Any:
+    def _taken(self, question: Question, body: bytes) -> Frame | None:
         """Take in a piece: the frame once all of it is here, else None. There is one transfer at a time."""
-        from thinwire.wire import Spooled
+        from thinwire.wire import Frame
 
         transfer, total = question.transfer, question.total
         if total > self.policy.max_bytes_in:
@@ -111,7 +112,7 @@ class Worker:
             self._refuse(question, body, str(wrong))
         if len(body) == total:
             self.incoming = None
-            return body
+            return Frame(body)
         if at.path is None:
             at.path = self.spool / f"{transfer}.down"
             at.path.touch(mode=0o600)
@@ -121,25 +122,17 @@ class Worker:
         if not at.whole:
             return None
         self.incoming = None
-        return Spooled(at.path, at.total)
+        return Frame.in_file(at.path, at.total)
 
     def _refuse(self, question: Question, body: bytes, why: str) -> NoReturn:
         self.audit.note("in", body, f"refused: {why}", action=question.action)
         raise Refused(why)
 
     def _piece(self, question: Question) -> tuple[Table, bytes]:
-        from thinwire.wire import Spooled
-
         if self.outgoing is None or self.outgoing[0] != question.transfer:
             raise Refused("the rest of a reply that is not here any more")
-        frame, offset, size = self.outgoing[1], question.offset, question.room
-        if isinstance(frame, Spooled):
-            with frame.path.open("rb") as file:
-                file.seek(offset)
-                piece = file.read(size)
-        else:
-            piece = frame[offset : offset + size]
-        return {"offset": offset, "total": len(frame)}, piece
+        frame = self.outgoing[1]
+        return {"offset": question.offset, "total": len(frame)}, frame.read(question.offset, question.room)
 
     def _drop_incoming(self) -> None:
         if self.incoming is not None:
@@ -150,16 +143,10 @@ class Worker:
 
     def _drop_outgoing(self) -> None:
         if self.outgoing is not None:
-            self._drop(self.outgoing[1])
+            self.outgoing[1].remove()
             self.outgoing = None
 
-    def _drop(self, frame: Any) -> None:
-        from thinwire.wire import Spooled
-
-        if isinstance(frame, Spooled) and frame.path.parent == self.spool:  # else a run keeps it
-            frame.remove()
-
-    def _work(self, question: Question, frame: Any) -> Any:
+    def _work(self, question: Question, frame: Frame) -> Frame:
         """The reply to a whole frame. The log has what came before it is worked on, and what leaves before it goes."""
         from thinwire import memory, wire
         from thinwire.federation.audit import sha256
@@ -169,7 +156,7 @@ class Worker:
         action = question.action
         about: dict[str, Any] = {"action": action}
         try:
-            header = wire.peek(frame)
+            header = frame.header()
             about |= {"kind": header.kind[:40], "run": header.run, "round": header.round, "client": header.client}
             run = self._asked(question.settings)
             about = {"action": action, "method": run.ran, "template": task_of(run.settings.data), **about}
@@ -185,7 +172,7 @@ class Worker:
         self.audit.note("in", frame, **about)
         try:
             if kept is not None:
-                self.audit.note("out", kept, "passed", **about | {"kind": wire.peek(kept).kind, "again": True})
+                self.audit.note("out", kept, "passed", **about | {"kind": kept.header().kind, "again": True})
                 return kept
             run.allow()
             run.load()
@@ -201,21 +188,21 @@ class Worker:
                 traceback.print_exc()
             raise Refused(why) from None
         memory.trim()
-        about["kind"] = wire.peek(answer).kind
+        about["kind"] = answer.header().kind
         try:
             self.policy.release(answer)
             if about["kind"] not in EMPTY:
-                answer = run.replies.keep(action, header.round, request, answer)
+                run.replies.keep(action, header.round, request, answer)
                 self.spent.add(run.name, action, header.round)
         except Exception as error:
             self.audit.note("out", answer, f"refused: {error}", **about)
             self._notice(action, error)
-            self._drop(answer)
+            answer.remove()
             raise
         self.audit.note("out", answer, **about)
         return answer
 
-    def _done(self, run: Visits, action: str, frame: Any, counted: int) -> Any:
+    def _done(self, run: Visits, action: str, frame: Frame, counted: int) -> Frame:
         from thinwire.wire import WireError
 
         if shutil.disk_usage(self.spool).free < SPARE:

@@ -27,7 +27,7 @@ Task = Literal["causal", "classification"]
 def task_of(folder: Path, wanted: Literal["auto", "causal", "classification"] = "auto") -> Task:
     """The task of the model in a folder, found from its config where `wanted` is auto.
 
-    A classifier is one whose config says so, or an encoder such as BERT, which gets a fresh head. ModelError: the
+    A classifier is one by its config, or an encoder such as BERT, which gets a fresh head. ModelError: the
     model is neither, or not what is wanted.
     """
     return task_in(_config(folder), folder, wanted)
@@ -70,7 +70,7 @@ def task_in(config: dict[str, Any], folder: Path | str, wanted: Literal["auto", 
 
 
 def labels_of(folder: Path) -> tuple[str, ...] | None:
-    """The classes that a classifier in a folder already tells apart, in its order; None where its head is to be made.
+    """The classes that a classifier in a folder already distinguishes, in its order; None where its head is to be made.
 
     Classes without names, LABEL_0 and so on in a config, are called by their numbers. ModelError: the config's names
     cannot be read.

@@ -58,7 +58,7 @@ def check_shapes(info: dict[str, Any], what: str) -> None:
 
 
 def settle_ties(model: PreTrainedModel) -> None:
-    """Let the config say so where head and embeddings are two tensors, as transformers keeps those that differ."""
+    """Have the config record it where head and embeddings are two tensors, as transformers keeps those that differ."""
     head, rows = model.get_output_embeddings(), model.get_input_embeddings()
     text = model.config.get_text_config()
     if head is not None and getattr(text, "tie_word_embeddings", False) and head.weight is not rows.weight:

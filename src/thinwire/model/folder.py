@@ -27,7 +27,7 @@ TOKENIZERS = (
 
 
 def check_folder(folder: Path) -> None:
-    """ModelError names what a folder lacks: its config, safetensors weights, a tokenizer; or says that it holds a PEFT
+    """ModelError names what a folder lacks: its config, safetensors weights, a tokenizer; or that it holds a PEFT
     adapter, alone or beside a model."""
     check_adapter(folder)
     lacking = []

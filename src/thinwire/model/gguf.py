@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STALE_SECONDS = 24 * 3600
-MARK = ".fields"  # in a folder that was made with all that its file says; one without is made anew
+MARK = ".fields"  # in a folder that was made with all that its file states; one without is made anew
 
 
 def cache_folder() -> Path:

@@ -132,7 +132,7 @@ def _hollow_model(folder: Path, dtype: torch.dtype, classes: Sequence[str] | Non
 
 
 def _labels(classes: Sequence[str] | None) -> dict[str, Any]:
-    """What a classifier's config says of its classes."""
+    """The classes in a classifier's config."""
     if classes is None:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model, held against the config that transformers reads from it.
+"""What a GGUF file states of its model, held against the config that transformers reads from it.
 
 That reader takes a few fields of each architecture and leaves the rest aside without a word: how positions are scaled,
 windows, caps, the size of heads. What it leaves is put into the config here, or the file is refused.
@@ -65,7 +65,7 @@ def complete(
     factors: Mapping[str, list[float]],
     file: Path,
 ) -> None:
-    """Put into the config what the file says and it does not, in place.
+    """Put into the config what the file has and it lacks, in place.
 
     `fields` are all of the file's, `names` those of its tensors, `factors` its tensors of FACTORS. ModelError: a field
     that changes what the model computes has no place in the config.
@@ -95,7 +95,7 @@ def complete(
     _scales(config, left, kind, head)
     for name, value in left.items():
         if not NEUTRAL.get(name, lambda value: not value)(value):
-            raise ModelError(f"the GGUF file {file} says {kind}.{name} = {value}, which transformers has no place for")
+            raise ModelError(f"the GGUF file {file} sets {kind}.{name} = {value}, which transformers has no place for")
 
 
 def check_tensors(names: Iterable[str], known: Iterable[str], file: Path) -> None:
@@ -133,12 +133,12 @@ def _positions(
     turned = own.pop("rope.dimension_count", head)
     if own.pop("rope.dimension_count_swa", turned) != turned:
         raise ModelError(
-            f"the GGUF file {file} says {kind}.rope.dimension_count_swa, which transformers has no place for"
+            f"the GGUF file {file} sets {kind}.rope.dimension_count_swa, which transformers has no place for"
         )
     if turned != int(head * rope.get("partial_rotary_factor", 1.0)):
         if "partial_rotary_factor" not in rope:
             raise ModelError(
-                f"the GGUF file {file} says {kind}.rope.dimension_count = {turned} of heads of {head}, and "
+                f"the GGUF file {file} sets {kind}.rope.dimension_count = {turned} of heads of {head}, and "
                 f"{config.model_type} turns whole heads"
             )
         rope["partial_rotary_factor"] = turned / head
@@ -164,10 +164,10 @@ def _positions(
         rope["attention_factor"] = float(attention) * (0.1 * math.log(factor) + 1)
         own = {name: value for name, value in own.items() if name != "rope.scaling.yarn_ext_factor" or value != 1}
     elif how not in (None, "none", "linear", "yarn", "longrope"):
-        raise ModelError(f"the GGUF file {file} says {kind}.rope.scaling.type = {how}, which is not known")
+        raise ModelError(f"the GGUF file {file} sets {kind}.rope.scaling.type = {how}, which is not known")
     for name, value in own.items():
         if value and value not in (1, -1):
-            raise ModelError(f"the GGUF file {file} says {kind}.{name} = {value}, which transformers has no place for")
+            raise ModelError(f"the GGUF file {file} sets {kind}.{name} = {value}, which transformers has no place for")
 
 
 def _listed(long: list[float], short: list[float], first: int, attention: float) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _windows(config: Any, left: dict[str, Any], kind: str) -> None:
 def _scales(config: Any, left: dict[str, Any], kind: str, head: int) -> None:
     """What attention is scaled by."""
     if kind in ("gemma2", "gemma3"):
-        # no field says so: llama.cpp tells the models of 27 billion weights by their layers
+        # no field has it: llama.cpp knows the models of 27 billion weights by their layers
         largest = config.num_hidden_layers == {"gemma2": 46, "gemma3": 62}[kind]
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else head
     scale = left.pop("attention.scale", None)

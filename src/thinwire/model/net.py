@@ -55,7 +55,7 @@ class Net:
     ) -> None:
         """Wrap `model`, adapted to `view`, whose start weights lie in `folder`, those it spells otherwise in `spooled`.
 
-        `trainable` says by name which parameters are trained (None: all); the others are frozen, as are those
+        `trainable` picks by name the parameters that are trained (None: all); the others are frozen, as are those
         that do not require a gradient already. A tied parameter is one, under its first name, and trained if
         any of its names is chosen. `remember` lets `rebuild` keep a copy of one set of weights. What a classifier's
         files lack of its head is drawn from `head_key`. ModelError: nothing is trainable, or see Base.
@@ -192,7 +192,7 @@ class Net:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """How many tokens the model can read, and how many it can say (a classifier: as many): those of its
+        """How many tokens the model can read, and how many it can write (a classifier: as many): those of its
         embedding's rows and of its head's."""
         model: Any = self.model
         read = int(model.get_input_embeddings().weight.shape[0])
@@ -279,7 +279,7 @@ class Net:
     def save(self, folder: Path | str, card: str | None = None) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer) that appears whole or not at all.
 
-        `card` is what its README.md says. Of a view, the plain model that computes the same, and what the view exports
+        `card` is its README.md. Of a view, the plain model that computes the same, and what the view exports
         beside it. An older model folder of that name is replaced. ModelError: something else is there.
         """
         target = Path(folder)

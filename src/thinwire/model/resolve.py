@@ -60,7 +60,7 @@ def _packaged(alias: str) -> Path:
         try:
             if not target.exists():
                 os.replace(import_module(module).assemble(fresh), target)
-        except (OSError, ValueError) as error:  # a part is missing, or the whole is not what the package says
+        except (OSError, ValueError) as error:  # a part is missing, or the whole is not what the package records
             raise ModelError(f"cannot put {alias} together: {first_line(error)}") from error
         finally:
             fresh.unlink(missing_ok=True)

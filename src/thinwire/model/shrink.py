@@ -131,7 +131,7 @@ def proxy(
 
     tensors: each parameter as `sliced` and `renamed` give it, a tied one once under any of its names, of any floating
     dtype; they become the parameters without a copy. Like all our models it is in eval mode and builds no key-value
-    cache. Its attribute `config` has fewer layers and does not tell widths, so that such a model cannot be loaded from
+    cache. Its attribute `config` has fewer layers and no widths, so that such a model cannot be loaded from
     a folder. ValueError: the cut is not of this model, a tensor is missing, unknown or of another shape.
     """
     model: Any = hollow(kind, config)

@@ -5,7 +5,7 @@ A program keeps the totals of a tile in registers while it loops over all seeds 
 from it. Tiles begin at multiples of their size from element 0 of the parameter, so that none straddles the carry into
 the counter's second word: that word is one number for a whole program.
 
-No multiplication may be fused with a sum, for the specification rounds both: LAUNCH says so to the compiler.
+No multiplication may be fused with a sum, for the specification rounds both: LAUNCH forbids it to the compiler.
 Importing this module needs Triton; `thinwire.perturb.torch_kernels` does without.
 """
 

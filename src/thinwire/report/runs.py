@@ -101,7 +101,7 @@ def _read(folder: Path, settings: Record, label: str) -> Recorded:
 
 
 def _labels(trees: dict[Path, Record]) -> list[str]:
-    """Names; with the seed where a name comes twice, and with the folder where that does not tell them apart."""
+    """Names; with the seed where a name comes twice, and with the folder where that does not distinguish them."""
     forms: tuple[Callable[[Path, Record], str], ...] = (
         lambda path, tree: str(tree.get("name", path.name)),
         lambda path, tree: f"{tree.get('name', path.name)}, seed {tree.get('seed', 0)}",

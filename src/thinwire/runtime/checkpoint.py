@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from thinwire import records, wire
 from thinwire.errors import Damaged, first_wrong
 from thinwire.files import flush
-from thinwire.wire import LazyTensors, Spooled
+from thinwire.wire import Frame, LazyTensors
 
 KEPT = 2
 Id = Annotated[str, Field(pattern="^[0-9]{1,18}$")]  # of a client
@@ -68,10 +68,7 @@ def write(folder: Path, state: Any, progress: Progress, keep: Collection[int | N
     partial.mkdir(parents=True)
     frame = wire.encode(state, round=progress.round, spool=partial)
     target = partial / "state.frame"
-    if isinstance(frame, Spooled):
-        frame.path.rename(target)
-    else:
-        target.write_bytes(frame)
+    frame.move_to(target)
     fields = asdict(progress)
     (partial / "progress.json").write_text(records.dumps({**fields, "digest": _digest(fields)}))
     for path in (target, partial / "progress.json", partial):
@@ -118,10 +115,10 @@ def on_disk(folder: Path, round: int, state: type) -> Any:
     Raises OSError or WireError for a checkpoint that is absent or damaged.
     """
     path = _place(folder, round) / "state.frame"
-    frame = Spooled(path, path.stat().st_size)
+    frame = Frame.in_file(path)
     found: Any = wire.decode(state, frame)
-    if wire.peek(frame).round != round:
-        raise wire.Illegal(f"it is the state of round {wire.peek(frame).round}")
+    if frame.header().round != round:
+        raise wire.Illegal(f"it is the state of round {frame.header().round}")
     return found
 
 

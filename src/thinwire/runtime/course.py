@@ -77,7 +77,7 @@ class Course:
         self.progress = Progress(0, {}, 0, 0, 0.0, 0)
         self.scores = 0  # lines of evals.jsonl
         self.kept: int | None = None  # the best round in the last checkpoint
-        self.split: str | None = None  # the one whose loss says which round is the best
+        self.split: str | None = None  # the one by whose loss a round is the best
         self.clock = self.began = time.perf_counter()
         self.first = 0  # the round after which this process began
 
@@ -238,7 +238,7 @@ class Course:
         if now.round == 0:
             self.split = next((row["split"] for row in rows), None)
         if self.split is None:
-            raise ConfigError("eval.patience, eval.keep: no rows are held out to say which round is better")
+            raise ConfigError("eval.patience, eval.keep: no rows are held out to show which round is better")
         loss = next((row["loss"] for row in rows if row["split"] == self.split), None)
         if loss is not None and math.isfinite(loss) and (now.best_loss is None or loss < now.best_loss):
             self.progress = replace(now, best=now.round, best_loss=loss, waited=0)

@@ -29,7 +29,7 @@ def serve(
 
     In a private run RuntimeError for a reply that may not leave, see privacy.released.
     """
-    header = wire.peek(frame)
+    header = frame.header()
     if header.client != client.id:
         raise Illegal(f"a frame for client {header.client} was given to client {client.id}")
     down: Any = wire.decode(method.Down, frame, max_bytes)
@@ -44,7 +44,7 @@ def serve(
 
 def join(method: Method, frame: Frame, client: Client, spool: Path | None = None) -> Frame:
     """The action `join`: the client's model and rows are there."""
-    header = wire.peek(frame)
+    header = frame.header()
     return wire.encode(Ready(), run=header.run, round=header.round, client=client.id)
 
 
@@ -72,7 +72,7 @@ class Endpoint:
 
     def answer(self, action: str, frame: Frame) -> Frame:
         """The reply of the client that the frame is for; raises WireError for a frame that it cannot use."""
-        header, passing = wire.peek(frame), action in self.PASSING
+        header, passing = frame.header(), action in self.PASSING
         client = self.seats.client(header.client, header.round + passing)
         with at_home(client.net, client.memory, remember=not passing):
             reply = self.actions[action](self.method, frame, client, self.spool)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from thinwire.runtime.endpoint import Endpoint
 from thinwire.runtime.round import Reply
-from thinwire.wire import Frame, Spooled, WireError
+from thinwire.wire import Frame, WireError
 
 
 class InProcess:
@@ -26,8 +26,7 @@ class InProcess:
             except WireError as wrong:
                 error = f"{type(wrong).__name__}: {wrong}"
             finally:
-                if isinstance(frame, Spooled):
-                    frame.remove()
+                frame.remove()
             yield Reply(client, answer, time.perf_counter() - started, error)
 
     def again(self, client: int, frame: Frame) -> Reply:

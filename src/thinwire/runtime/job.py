@@ -71,7 +71,7 @@ class Job:
     caps: Mapping[int, int] = field(default_factory=dict)
     memory_before_model: int = 0  # bytes resident after the imports
     watch: Watch = field(default_factory=Watch)
-    card: Callable[[Record], str] | None = None  # what the model's README.md says of a run with that summary
+    card: Callable[[Record], str] | None = None  # the model's README.md, of a run with that summary
     transport: Transport | None = None
     actions: Mapping[str, Action] = field(default_factory=dict)
     survey: Callable[[Any, Server, dict[int, str]], list[Record]] | None = None

@@ -23,7 +23,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Scores:
-    """How the weights score on a client's rows; `heldout` says whether it trains on none of them."""
+    """How the weights score on a client's rows; `heldout`: whether it trains on none of them."""
 
     examples: int = release()
     loss: float = release()

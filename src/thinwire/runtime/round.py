@@ -11,10 +11,12 @@ from typing import Any, Protocol
 from thinwire import wire
 from thinwire.aggregate.mean import Metrics
 from thinwire.core import Method, Server
-from thinwire.wire import Frame, Illegal, Ledger, Spooled, Stale, WireError
+from thinwire.wire import Frame, Illegal, Ledger, Stale, WireError
 from thinwire.wire.legal import MOST, check_report
 
 LOG = logging.getLogger("thinwire")
+SMALL = 1 << 16  # bytes of a reply up to which it is worked on together with others, GROUP at most
+GROUP = 32
 REASON = 500  # characters of why a client has no reply that are kept
 
 
@@ -58,7 +60,7 @@ class Round:
     """Where a round takes place: what it runs on, and what it leaves behind.
 
     `caps`: client -> the most examples that a reply of it may claim, where that is known. `examples`: client -> the
-    number that its first reply gave, which no later one can raise: it says how much a client counts. `seen` is given
+    number that its first reply gave, which no later one can raise: by it a client counts. `seen` is given
     each reply that counts, with its client.
     """
 
@@ -104,7 +106,7 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
             for reply in map(taken, group):
                 if reply.frame is not None and _is_stale(reply.frame, at.max_header):
                     at.held.pop(reply.client, None)
-                    _remove(reply.frame)
+                    reply.frame.remove()
                     # once more, with nothing taken for granted
                     reply = taken(at.transport.again(reply.client, frame_for(reply.client, None)))
                 if reply.frame is None:
@@ -123,17 +125,17 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
                             LOG.error(where, exc_info=up)
                         visit.error = shown(f"{type(up).__name__}: {up}")
                         continue
-                    held = wire.peek(frame, at.max_header).held
+                    held = frame.header(at.max_header).held
                     if held is not None:
                         at.held[client] = held
                     visit.examples, visit.loss = getattr(up, "examples", None), getattr(up, "loss", None)
                     at.seen(client, up)
                     yield client, up
                 finally:
-                    _remove(frame)
+                    frame.remove()
 
     def decode(client: int, frame: Frame) -> Any:
-        header = wire.peek(frame, at.max_header)
+        header = frame.header(at.max_header)
         if (header.run, header.round, header.client) != (at.run, at.server.round, client):
             raise Illegal(f"a reply of run {header.run}, round {header.round}, client {header.client}")
         return wire.decode(method.Up, frame, at.max_bytes, at.max_header)
@@ -160,8 +162,8 @@ def groups(replies: Iterator[Reply]) -> Iterator[list[Reply]]:
     """The replies, small ones by the dozen, and each large one alone: a mean holds one update at a time."""
     group: list[Reply] = []
     for reply in replies:
-        large = reply.frame is not None and len(reply.frame) > wire.frame.SMALL
-        if group and (large or len(group) == wire.frame.KEPT):
+        large = reply.frame is not None and len(reply.frame) > SMALL
+        if group and (large or len(group) == GROUP):
             yield group
             group = []
         group.append(reply)
@@ -190,11 +192,6 @@ def shown(text: str, most: int = REASON) -> str:
 
 def _is_stale(frame: Frame, max_header: int) -> bool:
     try:
-        return wire.peek(frame, max_header).kind == Stale.__name__
+        return frame.header(max_header).kind == Stale.__name__
     except WireError:
         return False  # decoding it will report what is wrong
-
-
-def _remove(frame: Frame) -> None:
-    if isinstance(frame, Spooled):
-        frame.remove()

@@ -126,7 +126,7 @@ class VersionStore:
         return version
 
     def trim(self, newest: Path | None = None) -> None:
-        """Drop the oldest versions beyond the bound; `newest`, that was just put, stays whatever the clock says."""
+        """Drop the oldest versions beyond the bound; `newest`, that was just put, stays whatever the clock shows."""
         for old in self._files()[: -self.keep]:
             if old != newest:
                 old.unlink()

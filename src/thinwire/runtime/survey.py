@@ -43,7 +43,7 @@ class Survey:
                     errors[str(reply.client)] = reply.error or "no reply"
                     continue
                 found = wire.decode(Scores, ledger.up(reply.client, reply.frame), SMALL)
-                header = wire.peek(reply.frame)
+                header = reply.frame.header()
                 if (header.run, header.client) != (self.run, reply.client) or found.examples < 1:
                     raise WireError("scores of another run, client, or of no rows")
                 if not math.isfinite(found.loss):

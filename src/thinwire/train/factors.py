@@ -42,7 +42,7 @@ class OnFactors(FirstOrder):
             raise ModelError(f"method.layout: {error}") from None
 
     def learn(self, weights: Tensors, client: Client, lr: float, first: bool) -> tuple[dict[str, Tensor], float, int]:
-        """What the client has to tell after its steps on the first or the other part of its rows; loss, steps skipped.
+        """What the client has to send after its steps on the first or the other part of its rows; loss, steps skipped.
 
         The increment or the state after local steps; or -lr times the mean gradient of as many batches, no step taken.
         """

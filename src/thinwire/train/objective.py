@@ -148,7 +148,7 @@ def keeps_apart(model: nn.Module, first: Example, second: Example) -> bool:
     """Whether the loss of `second`, packed behind `first`, is what it is alone, and whatever `first` holds.
 
     transformers builds a block-diagonal mask from positions that begin again; a model that ignores them would let one
-    example see another, and say nothing.
+    example see another, and report nothing.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -180,7 +180,7 @@ def _logits(model: nn.Module, batch: Batch, count: int, before: int = 0) -> Tens
     length = batch.input_ids.shape[1]
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
-    if batch.kind != "packed":  # else position_ids says it all, and a mask would hide from the model what it says
+    if batch.kind != "packed":  # else position_ids has it all, and a mask would hide it from the model
         options["attention_mask"] = batch.attention_mask.to(device)
     if "position_ids" in accepted:  # models without positions (ALiBi) have no such argument
         options["position_ids"] = batch.position_ids.to(device)

@@ -25,7 +25,7 @@ from thinwire.data.batch import IGNORE, Batch
 def join() -> int:
     """Join the processes of this launch, if there are any; this one's rank, 0 where it is alone or the first.
 
-    gloo between CPUs, NCCL between GPUs. Processes beyond the first say nothing on the standard output.
+    gloo between CPUs, NCCL between GPUs. Processes beyond the first print nothing on the standard output.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0

@@ -1,7 +1,7 @@
 """The wire: payloads, frames, the ledger that counts them, and what can be wrong with them. Imports nothing of ours."""
 
 from thinwire.wire.errors import Corrupt, Illegal, Malformed, TooLarge, WireError
-from thinwire.wire.frame import Frame, Header, Spooled, decode, encode, peek, raw
+from thinwire.wire.frame import Frame, Header, decode, encode, raw
 from thinwire.wire.ledger import Ledger
 from thinwire.wire.payload import LazyTensors, Stale
 
@@ -13,12 +13,10 @@ __all__ = [
     "LazyTensors",
     "Ledger",
     "Malformed",
-    "Spooled",
     "Stale",
     "TooLarge",
     "WireError",
     "decode",
     "encode",
-    "peek",
     "raw",
 ]

@@ -17,10 +17,8 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_origin
+from typing import Any, NamedTuple, TypeVar, final, get_origin
 
 import msgpack
 import torch
@@ -31,8 +29,9 @@ from thinwire.wire.errors import Corrupt, Malformed, TooLarge
 from thinwire.wire.payload import MAX_DIMENSIONS, LazyTensors, Spec, fields_of, fits, kind_of, specs_of
 
 MAGIC = b"thw\x01"
+START = len(MAGIC) + 4  # of the header
 CHECK = 8  # bytes of checksum
-CHUNK = 1 << 22  # bytes read at a time where a file is checked
+CHUNK = 1 << 22  # bytes of a file that are read at a time
 MAX_HEADER = 1 << 23
 MAX_LISTS = 1 << 17  # lists and tables in a header: a tensor has one
 MAX_HELD = 128  # characters of a version
@@ -40,8 +39,7 @@ BESIDE = 1 << 12  # bytes of a header without its tables
 ENTRY = 7 + 9 * MAX_DIMENSIONS  # most bytes of a tensor's entry besides its name
 MAX_FRAME = 1 << 38
 SPOOL_ABOVE = 1 << 24  # buffers larger than this go through a file where a folder for it is given
-SMALL = 1 << 16  # frames up to here may be kept a moment for their header: KEPT of them
-KEPT = 32
+SMALL = 1 << 16  # bytes of a header up to which a frame keeps it once it is parsed
 SHORT = 1 << 10  # headers up to here cannot announce more than a few megabytes of items, nested as they may be
 KINDS = [[str, int, int, int, held, list] for held in (str, type(None))]  # of a header's six parts
 
@@ -49,24 +47,6 @@ if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("thinwire frames are little-endian; this machine is not")
 
 P = TypeVar("P")
-
-
-@dataclass(frozen=True)
-class Spooled:
-    """A frame that lies in a file; whoever took it off the transport removes it."""
-
-    path: Path
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-    def remove(self) -> None:
-        """Delete the file."""
-        self.path.unlink(missing_ok=True)
-
-
-Frame = bytes | Spooled
 
 
 class Header(NamedTuple):
@@ -78,6 +58,134 @@ class Header(NamedTuple):
     client: int
     held: str | None
     fields: list[Any]
+    end: int  # where the tensors begin
+
+
+@final
+class Frame:
+    """A message's bytes, in memory or in a file: nobody asks which. Whoever took one off the transport removes it."""
+
+    __slots__ = ("_data", "_file", "_header", "_owned", "_size")
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._size = data, len(data)
+        self._file: Path | None = None
+        self._owned = False  # whether the file is this frame's, and goes with it
+        self._header: Header | None = None
+
+    @classmethod
+    def in_file(cls, path: Path, size: int | None = None) -> Frame:
+        """The frame in a file of its own, of `size` bytes or as long as that; it stays there until it is read."""
+        frame = cls(b"")
+        frame._file, frame._size, frame._owned = path, path.stat().st_size if size is None else size, True
+        return frame
+
+    @classmethod
+    def load(cls, path: Path) -> Frame:
+        """The frame in a file that stays whatever becomes of the frame; in memory if it is small."""
+        frame = cls.in_file(path)
+        frame._owned = False
+        return frame if len(frame) > SPOOL_ABOVE else cls(path.read_bytes())
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __bytes__(self) -> bytes:
+        return self.read(0, len(self))
+
+    def header(self, max_header: int = MAX_HEADER) -> Header:
+        """The header, checksum not yet verified; raises WireError."""
+        if self._header is not None and self._header.end - START <= max_header:
+            return self._header
+        header = self._parse(max_header)
+        if header.end <= SMALL:
+            self._header = header
+        return header
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes from an offset on, at most `size` of them; OSError where the file is gone."""
+        if self._file is None:
+            return self._data[offset : offset + size]
+        with self._file.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def chunks(self, size: int = MAX_FRAME) -> Iterator[bytes | memoryview]:
+        """The first `size` bytes in order, of a file a few megabytes at a time; OSError where it is gone."""
+        if self._file is None:
+            yield memoryview(self._data)[:size]
+        else:
+            with self._file.open("rb") as file:
+                while chunk := file.read(min(CHUNK, size)):
+                    size -= len(chunk)
+                    yield chunk
+
+    def move_to(self, path: Path) -> None:
+        """Write the frame to a path, whole or not at all; from then on that file is not this frame's to remove."""
+        if self._file is None:
+            partial = path.with_suffix(".part")
+            partial.write_bytes(self._data)
+            partial.replace(path)
+        else:
+            self._file.replace(path)
+            self._file, self._owned = path, False
+
+    def remove(self) -> None:
+        """Delete the file, where the frame has one of its own."""
+        if self._file is not None and self._owned:
+            self._file.unlink(missing_ok=True)
+
+    def verify(self) -> None:
+        """Raise Malformed or Corrupt unless these are the bytes that `encode` wrote."""
+        if len(self) < START + CHECK:
+            raise Malformed(f"{len(self)} bytes are too short for a frame")
+        if self._file is not None and not (self._file.is_file() and self._file.stat().st_size == len(self)):
+            raise Malformed("the frame's file is missing or has another size")
+        digest, end = xxhash.xxh3_64(), len(self) - CHECK
+        for chunk in self.chunks(end):
+            digest.update(chunk)
+        if digest.intdigest().to_bytes(CHECK, "little") != self.read(end, CHECK):
+            raise Corrupt("the checksum does not match")
+
+    def tensor(self, offset: int, spec: Spec) -> Tensor:
+        """The tensor whose elements begin at an offset, in memory of its own; raises Malformed."""
+        if spec.nbytes == 0:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        flat = torch.frombuffer(self._buffer(offset, spec.nbytes), dtype=spec.dtype)
+        return flat if len(spec.shape) == 1 else flat.reshape(spec.shape)
+
+    def tensors(self, places: dict[str, tuple[int, Spec]]) -> Mapping[str, Tensor]:
+        """The tensors at these places; those of a file are read when asked for."""
+        if self._file is None:
+            return {name: self.tensor(*place) for name, place in places.items()}
+        return LazyTensors({name: spec for name, (_, spec) in places.items()}, lambda name: self.tensor(*places[name]))
+
+    def _buffer(self, offset: int, size: int) -> bytearray:
+        if self._file is None:
+            return bytearray(self._data[offset : offset + size])
+        buffer = bytearray(size)
+        try:
+            with self._file.open("rb") as file:
+                file.seek(offset)
+                got = file.readinto(buffer)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise Malformed("the frame's file cannot be read") from error
+        if got != size:
+            raise Malformed("the frame's file is shorter than its header announces")
+        return buffer
+
+    def _parse(self, max_header: int) -> Header:
+        if len(self) < START + CHECK:
+            raise Malformed(f"{len(self)} bytes are too short for a frame")
+        head = self._buffer(0, START)
+        if head[: len(MAGIC)] != MAGIC:
+            raise Malformed("not a frame of this version")
+        length = int.from_bytes(head[len(MAGIC) :], "little")
+        if length > max_header:
+            raise TooLarge(f"a header of {length} bytes is over the cap of {max_header}")
+        if length > len(self) - START - CHECK:
+            raise Malformed("the header is longer than the frame")
+        return _header(self._buffer(START, length))
 
 
 def encode(
@@ -89,7 +197,7 @@ def encode(
     held: str | None = None,
     spool: Path | None = None,
 ) -> Frame:
-    """The frame of a payload; in a new file in the folder `spool` if it is large, else bytes.
+    """The frame of a payload; in a new file in the folder `spool` if it is large, else in memory.
 
     TypeError if the payload holds what cannot travel.
     """
@@ -101,20 +209,20 @@ def encode(
         for buffer in _buffers(payload):
             digest.update(buffer)
             parts.append(bytes(buffer))
-        return b"".join([*parts, digest.intdigest().to_bytes(CHECK, "little")])
+        return Frame(b"".join([*parts, digest.intdigest().to_bytes(CHECK, "little")]))
     with tempfile.NamedTemporaryFile(dir=spool, suffix=".frame", delete=False) as file:
         file.write(head)
         for buffer in _buffers(payload):
             digest.update(buffer)
             file.write(buffer)
         file.write(digest.intdigest().to_bytes(CHECK, "little"))
-    return Spooled(Path(file.name), len(head) + total + CHECK)
+    return Frame.in_file(Path(file.name), len(head) + total + CHECK)
 
 
 def length(payload: Any, *, run: int = 0, round: int = 0, client: int = 0, held: str | None = None) -> int:
     """The length of the frame that `encode` would make; its tensors may be on the device meta. TypeError as there."""
     header, total = _packed(payload, run, round, client, held)
-    return len(MAGIC) + 4 + len(header) + total + CHECK
+    return START + len(header) + total + CHECK
 
 
 def header_room(payload: type, names: Iterable[str]) -> int:
@@ -129,21 +237,17 @@ def header_room(payload: type, names: Iterable[str]) -> int:
     return min(MAX_HEADER, BESIDE + table * sum(field.many_tensors for field in fields))
 
 
-def peek(frame: Frame, max_header: int = MAX_HEADER) -> Header:
-    """The header of a frame, checksum not yet verified; raises WireError."""
-    return _header(frame, max_header)[0]
-
-
 def decode(payload: type[P], frame: Frame, max_bytes: int = MAX_FRAME, max_header: int = MAX_HEADER) -> P:
-    """The payload in a frame, verified; named tensors of a spooled frame are read from its file when asked for.
+    """The payload in a frame, verified; named tensors of a frame in a file are read when asked for.
 
     Raises Malformed, Corrupt or TooLarge, and nothing else, whatever the bytes are; OSError where this machine cannot
     read the file of a frame that is there.
     """
     if len(frame) > max_bytes:
         raise TooLarge(f"a frame of {len(frame)} bytes is over the cap of {max_bytes}")
-    _verify(frame)
-    header, offset = _header(frame, max_header)
+    frame.verify()
+    header = frame.header(max_header)
+    offset = header.end
     if header.kind != kind_of(payload):
         raise Malformed(f"a frame of kind {header.kind[:40]!r} where {kind_of(payload)!r} was expected")
     fields = fields_of(payload)
@@ -156,7 +260,7 @@ def decode(payload: type[P], frame: Frame, max_bytes: int = MAX_FRAME, max_heade
         elif field.one_tensor:
             spec = Spec.parse(entry)
             _room(frame, offset, spec.nbytes)
-            values[field.name] = _read(frame, offset, spec)
+            values[field.name] = frame.tensor(offset, spec)
             offset += spec.nbytes
         elif field.many_tensors:
             if not isinstance(entry, dict) or not all(isinstance(name, str) for name in entry):
@@ -167,13 +271,13 @@ def decode(payload: type[P], frame: Frame, max_bytes: int = MAX_FRAME, max_heade
                 _room(frame, offset, spec.nbytes)
                 places[name] = (offset, spec)
                 offset += spec.nbytes
-            values[field.name] = _tensors(frame, places)
+            values[field.name] = frame.tensors(places)
         elif fits(entry, field):
             values[field.name] = entry
         else:
             raise Malformed(f"{payload.__name__}.{field.name} has the wrong type")
     if offset != len(frame) - CHECK:
-        raise Malformed("the frame is longer than its header says")
+        raise Malformed("the frame is longer than its header announces")
     return payload(**values)
 
 
@@ -240,79 +344,11 @@ def _room(frame: Frame, offset: int, size: int) -> None:
         raise Malformed("the header names more tensor bytes than the frame has")
 
 
-def _bytes(frame: Frame, offset: int, size: int) -> bytearray:
-    if isinstance(frame, Spooled):
-        buffer = bytearray(size)
-        try:
-            with frame.path.open("rb") as file:
-                file.seek(offset)
-                got = file.readinto(buffer)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise Malformed("the frame's file cannot be read") from error
-        if got != size:
-            raise Malformed("the frame's file is shorter than its header says")
-        return buffer
-    return bytearray(frame[offset : offset + size])
-
-
-def _read(frame: Frame, offset: int, spec: Spec) -> Tensor:
-    if spec.nbytes == 0:
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    flat = torch.frombuffer(_bytes(frame, offset, spec.nbytes), dtype=spec.dtype)
-    return flat if len(spec.shape) == 1 else flat.reshape(spec.shape)
-
-
-def _tensors(frame: Frame, places: dict[str, tuple[int, Spec]]) -> Mapping[str, Tensor]:
-    if isinstance(frame, Spooled):
-        return LazyTensors({name: spec for name, (_, spec) in places.items()}, lambda name: _read(frame, *places[name]))
-    return {name: _read(frame, offset, spec) for name, (offset, spec) in places.items()}
-
-
-def _verify(frame: Frame) -> None:
-    if len(frame) < len(MAGIC) + 4 + CHECK:
-        raise Malformed(f"{len(frame)} bytes are too short for a frame")
-    digest = xxhash.xxh3_64()
-    if isinstance(frame, Spooled):
-        if not frame.path.is_file() or frame.path.stat().st_size != len(frame):
-            raise Malformed("the frame's file is missing or has another size")
-        left = len(frame) - CHECK
-        with frame.path.open("rb") as file:
-            while left:
-                chunk = file.read(min(CHUNK, left))
-                digest.update(chunk)
-                left -= len(chunk)
-            claimed = file.read(CHECK)
-    else:
-        digest.update(memoryview(frame)[:-CHECK])
-        claimed = frame[-CHECK:]
-    if digest.intdigest().to_bytes(CHECK, "little") != claimed:
-        raise Corrupt("the checksum does not match")
-
-
-def _header(frame: Frame, max_header: int) -> tuple[Header, int]:
-    # a server asks a small reply for its header three times in a row
-    if isinstance(frame, bytes) and len(frame) <= SMALL:
-        return _parse_once(frame, max_header)
-    return _parse(frame, max_header)
-
-
-def _parse(frame: Frame, max_header: int) -> tuple[Header, int]:
-    start = len(MAGIC) + 4
-    if len(frame) < start + CHECK:
-        raise Malformed(f"{len(frame)} bytes are too short for a frame")
-    head = _bytes(frame, 0, start)
-    if head[: len(MAGIC)] != MAGIC:
-        raise Malformed("not a frame of this version")
-    length = int.from_bytes(head[len(MAGIC) :], "little")
-    if length > max_header:
-        raise TooLarge(f"a header of {length} bytes is over the cap of {max_header}")
-    if length > len(frame) - start - CHECK:
-        raise Malformed("the header is longer than the frame")
-    packed = _bytes(frame, start, length)
+def _header(packed: bytearray) -> Header:
     hooks: dict[str, Any] = {}
     try:
-        if length > SHORT:
-            whole = msgpack.Unpacker(max_buffer_size=length)
+        if len(packed) > SHORT:
+            whole = msgpack.Unpacker(max_buffer_size=len(packed))
             whole.feed(packed)
             whole.skip()  # builds nothing, and fails unless every item that a length announces is there
             count = _Count(MAX_LISTS)
@@ -324,10 +360,10 @@ def _parse(frame: Frame, max_header: int) -> tuple[Header, int]:
         raise Malformed("the header does not have its six parts")
     if [type(part) for part in parts] not in KINDS:
         raise Malformed("a part of the header has the wrong type")
-    held = parts[4]
+    kind, run, round, client, held, fields = parts
     if held is not None and (len(held) > MAX_HELD or not held.isascii() or not held.isprintable()):
         raise Malformed("the version in the header is none")
-    return Header(*parts), start + length
+    return Header(kind, run, round, client, held, fields, START + len(packed))
 
 
 class _Count:
@@ -341,6 +377,3 @@ class _Count:
         if self.left < 0:
             raise ValueError("more lists than any model has tensors")
         return value
-
-
-_parse_once = lru_cache(maxsize=KEPT)(_parse)

@@ -104,15 +104,15 @@ def test_decoded_bits_are_those_of_record() -> None:
 
 
 def test_with_error_feedback_all_arrives() -> None:
-    codec, residue, told = Factors(4), torch.zeros(96, 96), torch.zeros(96, 96)
+    codec, residue, arrived = Factors(4), torch.zeros(96, 96), torch.zeros(96, 96)
     wanted = draw(96, 96)  # of full rank
     errors = []
     for step in range(60):
         target = residue + (wanted if step == 0 else 0)
         sent = back(codec, target, step)
-        told, residue = told + sent, target - sent
-        errors.append(left_over(wanted, told))
-    assert torch.allclose(told + residue, wanted, atol=1e-4)
+        arrived, residue = arrived + sent, target - sent
+        errors.append(left_over(wanted, arrived))
+    assert torch.allclose(arrived + residue, wanted, atol=1e-4)
     assert errors[0] > 0.7
     assert errors[-1] < 0.05
 

@@ -58,8 +58,8 @@ def test_error_feedback_sends_everything_in_the_end() -> None:
     sent = torch.zeros(48, 32)
     for round in range(30):
         wanted = x + kept
-        told = code.decode(code.encode(wanted, round), x.shape, round)
-        sent, kept = sent + told, wanted - told
+        decoded = code.decode(code.encode(wanted, round), x.shape, round)
+        sent, kept = sent + decoded, wanted - decoded
     torch.testing.assert_close(sent + kept, 30 * x, rtol=1e-4, atol=1e-3)
     assert error(30 * x, sent) < 0.4
 

@@ -49,11 +49,11 @@ def test_it_takes_the_entropy_of_the_levels_or_of_their_moves(bits: int) -> None
     entropy = float(-(counts * (counts / count).log2()).sum()) / 8
     whole = len(coarse.encode(scales, codes, code, None))
     assert entropy < whole < 1.02 * entropy + 2 * count / 128
-    told = levels.bfloat16()
-    for old in (new, told):  # what is known exactly, or as it was told
+    received = levels.bfloat16()
+    for old in (new, received):  # what is known exactly, or as it was received
         assert len(coarse.encode(scales, codes, code, old)) < count / 200
     moved = (new.float() + normal(count, 1, 1e-4)).bfloat16()
-    few = coarse.encode(*code.rounded(moved.float(), 0), code, told)
+    few = coarse.encode(*code.rounded(moved.float(), 0), code, received)
     assert len(few) < whole / 8
 
 

@@ -228,7 +228,7 @@ def test_noise_is_sent_as_it_is() -> None:
 def test_the_bytes_are_below_the_entropy_of_the_differences(spread: float) -> None:
     old = weights(512, 512)
     new = moved(old, spread)
-    # the exponent of the old weight tells the size of k, so that even changes with no structure take less
+    # the exponent of the old weight gives the size of k, so that even changes with no structure take less
     assert 8 * len(round_trip(new, old)) < 0.85 * order0(new, old)
 
 
@@ -342,7 +342,7 @@ def test_flipped_bits_are_refused() -> None:
         for place in rng.permutation(8 * len(data))[:400].tolist():
             flipped = bytearray(data)
             flipped[place >> 3] ^= 1 << (place & 7)
-            # a few bits say nothing, such as those that fill the last word
+            # a few bits show nothing, such as those that fill the last word
             with contextlib.suppress(ValueError):
                 assert same(ulp.decode(bytes(flipped), *rest), ulp.decode(data, *rest))
                 unread += 1

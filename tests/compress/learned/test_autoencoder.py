@@ -23,7 +23,7 @@ def test_the_latent_is_one_64th_at_the_papers_size() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(128, 192), (1600, 576)])
-def test_a_latent_has_the_shape_that_is_said(height: int, width: int) -> None:
+def test_a_latent_has_the_shape_that_is_announced(height: int, width: int) -> None:
     with torch.no_grad():
         latent = AutoEncoder.drawn(1).eval().encoder(torch.randn(1, 1, height, width))
     assert tuple(latent.shape[1:]) == latent_shape(height, width)

@@ -31,7 +31,7 @@ def test_what_is_no_codec(tmp_path: Path) -> None:
             read(tmp_path / name)
 
 
-def test_a_fingerprint_tells_model_rank_and_layout_apart() -> None:
+def test_a_fingerprint_distinguishes_model_rank_and_layout() -> None:
     def frozen(out: int) -> nn.Module:
         return nn.Linear(64, out).requires_grad_(False)
 

@@ -46,7 +46,7 @@ def test_tables_that_know_nothing_serve_too() -> None:
 
 
 def test_it_carries_this_update_and_no_other() -> None:
-    """The shifted-pair control: what client 2 sent says nothing of client 1's update."""
+    """The shifted-pair control: what client 2 sent holds nothing of client 1's update."""
     codec, x, y = code(64), update(IMAGE, 100), update(IMAGE, 101)
     other = codec.decode(codec.encode(y, 0), y.shape, 0)
     assert abs(cosine(x, other)) < 0.1 < 0.7 < cosine(y, other)
@@ -71,8 +71,8 @@ def test_error_feedback_sends_everything_in_the_end() -> None:
     codec, x = replace(code(32), contract=True), update(IMAGE, 3)
     kept, sent = torch.zeros_like(x), torch.zeros_like(x)
     for round in range(12):
-        told = codec.decode(codec.encode(x + kept, round), x.shape, round)
-        sent, kept = sent + told, x + kept - told
+        decoded = codec.decode(codec.encode(x + kept, round), x.shape, round)
+        sent, kept = sent + decoded, x + kept - decoded
     torch.testing.assert_close(sent + kept, 12 * x, rtol=1e-3, atol=1e-5)
     assert float(kept.norm()) < 2 * float(x.norm())
 

@@ -67,7 +67,7 @@ def test_the_papers_image_refuses_grouped_queries_and_the_packed_one_takes_them(
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 6), st.sampled_from([4, 8, 16]), st.sampled_from([64, 96, 128]), st.sampled_from([1, 2, 4]))
-def test_packed_pads_nothing_or_says_so(layers: int, rank: int, hidden: int, groups: int) -> None:
+def test_packed_pads_nothing_or_reports_it(layers: int, rank: int, hidden: int, groups: int) -> None:
     shapes = llama(layers, rank, hidden, hidden // groups)
     count = sum(math.prod(shape) for shape in shapes.values())
     if not [w for w in range(64, count, 64) if count % w == 0 and count // w % 64 == 0]:

@@ -57,7 +57,7 @@ class PowerSgd:
             root = values[: self.rank].sqrt()
             p, q = left[:, : self.rank] * root, right[: self.rank].T * root
         else:
-            q = self.start(tuple(x.shape), key) if start is None else start  # type: ignore[arg-type]
+            q = self.start((x.shape[0], x.shape[1]), key) if start is None else start
             for _ in range(self.steps):
                 p, _ = torch.linalg.qr(x @ q)
                 q = x.T @ p

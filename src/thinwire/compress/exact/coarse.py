@@ -91,12 +91,12 @@ def decode(data: bytes | memoryview, code: Blocks, old: Tensor | None, count: in
     shift, *lengths = _HEAD.unpack(body[: _HEAD.size].tobytes())
     starts = np.cumsum([_HEAD.size, *lengths, -(-count * shift // 8)])
     if shift not in _SHIFTS or starts[-1] > body.size:
-        raise ValueError("coarse weights are shorter than their head says")
+        raise ValueError("coarse weights are shorter than their head announces")
     moves, drawn, plain, beyond = np.split(body, starts)[1:]
     distances = static.decode(drawn.data, count)
     far = distances == _BEYOND if shift < _SHIFTS[-1] else np.zeros(0, np.bool_)
     if beyond.size != np.count_nonzero(far):
-        raise ValueError("coarse weights have another length than their tokens say")
+        raise ValueError("coarse weights have another length than that of their tokens")
     if shift:
         distances <<= np.uint8(shift)
         distances |= unpack(plain, shift, count)

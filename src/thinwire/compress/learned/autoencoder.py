@@ -24,7 +24,6 @@ from thinwire.compress.entropy.packing import check_key, flatten
 from thinwire.compress.learned.lora_image import Image
 
 CHANNELS = (1, 2, 4, 8, 16, 32, 64)
-HALVINGS = 6
 
 
 class Residual(nn.Module):
@@ -81,7 +80,8 @@ class AutoEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [batch, 1, H, W] -> what is left of them."""
-        return self.decoder(self.encoder(images))  # type: ignore[no-any-return]
+        found: Tensor = self.decoder(self.encoder(images))
+        return found
 
 
 def latent_shape(height: int, width: int) -> tuple[int, int, int]:
@@ -150,7 +150,8 @@ class Latents:
         low, high = self.tables["range"].tolist()
         if not bool(((latent >= 2 * min(low, 0)) & (latent <= 2 * max(high, 0))).all()):
             raise ValueError(f"a latent beyond what was trained on, {low:.3g} to {high:.3g}, or not finite")
-        return self._model.decoder(latent)[0, 0] / self.tables["scale"]  # type: ignore[no-any-return]
+        found: Tensor = self._model.decoder(latent)[0, 0]
+        return found / self.tables["scale"]
 
 
 @torch.no_grad()

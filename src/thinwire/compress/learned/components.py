@@ -164,7 +164,8 @@ class Components:
 
     def _written(self, blocks: list[Array], axes: list[Array], rates: Codes, scale: float) -> bytes:
         coded = _coded(rates)
-        scales, numbers = [], [[] for _ in AXIS]  # type: ignore[var-annotated]
+        scales: list[int] = []
+        numbers: list[list[Codes]] = [[] for _ in AXIS]
         streams: dict[tuple[int, int], list[Array]] = {}
         for block, axis, rate in zip(blocks, axes, rates, strict=True):
             used = int((rate > 0).sum())
