@@ -21,6 +21,7 @@ from thinwire.methods.fedkseed import FedKSeed
 from thinwire.model.errors import ModelError
 from thinwire.model.load import load
 from thinwire.model.net import Net
+from thinwire.model.numbers import digest
 from thinwire.model.views import Core, factors
 from thinwire.model.views.factors import VIEW, Factored, merged
 from thinwire.train.local import Rule, train_locally
@@ -130,6 +131,13 @@ def test_two_nets_of_one_key_are_equal_bit_for_bit_and_others_are_not(tmp_path: 
             assert 0.2 < (mine != its).float().mean() < 0.8
             drawn.append(mine.detach().sign().numpy()[:4, :4].tobytes())
     assert len(set(drawn)) == len(drawn)  # no two layers share theirs
+
+
+def test_a_net_without_weights_has_the_same_factors_and_cores(tmp_path: Path) -> None:
+    whole, hollow = core_net(tmp_path / "start"), core_net(tmp_path / "start", hollow=True)
+    assert hollow.names == whole.names
+    assert all(layer.base_layer.weight.is_meta for layer in layers(hollow).values())
+    assert digest(hollow) == digest(whole)
 
 
 def test_the_factors_are_signs_as_large_as_is_promised(net: Net) -> None:
