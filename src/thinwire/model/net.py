@@ -102,9 +102,8 @@ class Net:
         Device auto: all GPUs of the machine, each with some layers. `bits`, 8 or 4: linear layers are quantised, for
         `view` to add what is trained, drawn from `view_key`.
 
-        A `hollow` net has names, shapes, config, tokenizer and base, and in memory only what its view adds: for a
-        client half that builds a smaller model of its own, and for a server half that works without weights. With
-        `classes` it is a classifier, see load.load.
+        A `hollow` net has names, shapes, config, tokenizer and base, and in memory only what its view adds: for halves
+        that build a smaller model of their own or need no weights. With `classes` it is a classifier, see load.load.
         """
         head_key = None if classes is None else head_key  # a causal model's head is in its files, or it is no model
         model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits)
@@ -146,8 +145,7 @@ class Net:
             if any(p.is_meta for p in model.parameters() if p.requires_grad):
                 raise
             # the model did load, so its files only spell or shape the tensors otherwise, or lack what was added
-        # Some architectures fuse, split or rename what their files hold (mixtures of experts): write the
-        # trainable start weights once more, under the model's own names, into a folder that goes with the net.
+        # such as mixtures of experts: their start weights once more, under the model's names, in a folder of the net's
         spooled = spool(model)
         try:
             net = cls(model, tokenizer, folder, trainable, remember, view=view, spooled=spooled)
