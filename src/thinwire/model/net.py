@@ -190,8 +190,7 @@ class Net:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """How many tokens the model can read, and how many it can write (a classifier: as many): those of its
-        embedding's rows and of its head's."""
+        """How many tokens the model can read, and can write (a classifier: as many): rows of embedding and head."""
         model: Any = self.model
         read = int(model.get_input_embeddings().weight.shape[0])
         written = None if classifier.is_classifier(model) else model.get_output_embeddings()
