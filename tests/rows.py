@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from federation import tiny_net
 
+from thinwire.aggregate.server_step import Momentum
 from thinwire.compress.coding import Coding
 from thinwire.config.schema import Model
 from thinwire.core import Method
@@ -16,6 +17,7 @@ from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.fedobd import FedOBD
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.methods.onebit import OneBit
@@ -135,6 +137,14 @@ ROWS = {
         OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(part=0.5), schedule="constant"), 83, 110, 0.71
     ),
     "onebit-plain": Row(OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="none")), 83, 2_078, 0.78),
+    "fedobd": Row(FedOBD(lr=3e-3, steps=4, batch_size=4, dropout=0.4), 1, 1, 1),
+    "fedobd-senders": Row(
+        FedOBD(lr=3e-3, steps=5, batch_size=4, unsent="senders", down="weights", stage_one=2, server_step=Momentum()),
+        1,
+        1,
+        1,
+    ),
+    "fedobd-plain": Row(FedOBD(lr=1e-2, steps=4, batch_size=4, codec="none"), 1, 1, 1),
     "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
     "fedzo": Row(FedZO(**(SEEDS | {"seeds": 1 << 32})), 108_411, 108_397, 4.86),
 }
@@ -142,7 +152,7 @@ ROWS = {
 
 VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(
-        ["cgfed", "cgfed-coded", "cgfed-eden", "cgfed-state", "fedit", "fedit-kept", "fedkseed-lora"], "lora"
+        ["fedobd-plain", "cgfed", "cgfed-coded", "cgfed-eden", "cgfed-state", "fedit", "fedit-kept", "fedkseed-lora"], "lora"
     ),
     **dict.fromkeys(["gradualdiff-lora", "onebit-lora", "tgap"], "lora"),
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),

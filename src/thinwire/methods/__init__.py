@@ -14,6 +14,7 @@ PLACES = {
     "fedavg": "thinwire.methods.fedavg:FedAvg",
     "fedcybgd": "thinwire.methods.fedcybgd:FedCyBGD",
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
+    "fedobd": "thinwire.methods.fedobd:FedOBD",
     "fedzo": "thinwire.methods.fedzo:FedZO",
     "gradualdiff": "thinwire.methods.gradualdiff:GradualDiff",
     "onebit": "thinwire.methods.onebit:OneBit",

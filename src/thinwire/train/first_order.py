@@ -38,19 +38,23 @@ class FirstOrder(Averaged):
         parameters: Sequence[nn.Parameter] | None = None,
         names: Sequence[str] = (),
         keep: bool = False,
+        steps: int | None = None,
+        adjust: Adjust | None = None,
     ) -> Local:
         """The local steps on the client's net, or on the `names` of a model's parameters, in place; see train_locally.
 
-        `names` are those that its moments are kept under, one a parameter.
+        `names` are those that its moments are kept under, one a parameter. `steps`: where they are not the field's;
+        `adjust`: a hand on the gradients, beside FedProx's.
         """
         if parameters is None:
             names, parameters = client.net.names, [p for _, p in client.net.parameters()]
+        hands = [hand for hand in (adjust, proximal(self.proximal) if self.proximal else None) if hand is not None]
         return train_locally(
             model if model is not None else client.net.model,
             parameters,
             client.data.batches(client.key.fold("batches"), self.batch_size),
-            Rule(self.optimiser, lr, self.steps, self.weight_decay, self.clip, self.warmup),
-            adjust=proximal(self.proximal) if self.proximal else None,
+            Rule(self.optimiser, lr, steps or self.steps, self.weight_decay, self.clip, self.warmup),
+            adjust=(lambda weights: [hand(weights) for hand in hands]) if hands else None,
             recompute=self.recompute,
             keep=keep,
             kept=Kept(client.memory, names) if self.moments == "kept" else None,
