@@ -21,6 +21,7 @@ from thinwire.methods.fedobd import FedOBD
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.methods.onebit import OneBit
+from thinwire.methods.scaffold import Scaffold
 from thinwire.methods.tgap import Tgap
 from thinwire.model.net import Net
 
@@ -145,6 +146,8 @@ ROWS = {
         1,
     ),
     "fedobd-plain": Row(FedOBD(lr=1e-2, steps=4, batch_size=4, codec="none"), 1, 1, 1),
+    "scaffold": Row(Scaffold(lr=0.3, steps=4, batch_size=4), 1, 1, 1),
+    "scaffold-lora": Row(Scaffold(lr=1.0, steps=4, batch_size=4, clip=1.0, warmup=2, weighting="examples"), 1, 1, 1),
     "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
     "fedzo": Row(FedZO(**(SEEDS | {"seeds": 1 << 32})), 108_411, 108_397, 4.86),
 }
@@ -152,9 +155,9 @@ ROWS = {
 
 VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(
-        ["fedobd-plain", "cgfed", "cgfed-coded", "cgfed-eden", "cgfed-state", "fedit", "fedit-kept", "fedkseed-lora"], "lora"
+        ["cgfed", "cgfed-coded", "cgfed-eden", "cgfed-state", "fedit", "fedit-kept", "fedkseed-lora"], "lora"
     ),
-    **dict.fromkeys(["gradualdiff-lora", "onebit-lora", "tgap"], "lora"),
+    **dict.fromkeys(["fedobd-plain", "gradualdiff-lora", "onebit-lora", "scaffold-lora", "tgap"], "lora"),
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
     **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain"], "tied factors"),
     "onebit-weights": "tied weights",

@@ -18,6 +18,7 @@ PLACES = {
     "fedzo": "thinwire.methods.fedzo:FedZO",
     "gradualdiff": "thinwire.methods.gradualdiff:GradualDiff",
     "onebit": "thinwire.methods.onebit:OneBit",
+    "scaffold": "thinwire.methods.scaffold:Scaffold",
     "tgap": "thinwire.methods.tgap:Tgap",
 }
 
