@@ -126,21 +126,20 @@ def test_under_a_method_it_is_the_same_after_a_resume_and_nothing_of_it_travels(
     name: str, net: Net, tmp_path: Path
 ) -> None:
     def federation(folder: str, focus: float | None = 0.3, **fields: Any) -> Federation:
-        found = Federation(METHODS[name], net, tmp_path / folder, rounds=4, **fields)
+        found = Federation(METHODS[name], net, tmp_path / folder, rounds=3, **fields)
         found.data = [dataclasses.replace(data, focus=focus) for data in found.data]
         return found
 
-    whole = federation("whole").run()
+    whole, plain = federation("whole").run(), federation("plain", None).run()
     half = federation("half").run(2)
     saved = wire.decode(METHODS[name].State, wire.encode(half.state))
     rest = federation("half", state=saved, round=2, held=half.held).run()
     assert wire.encode(rest.state) == wire.encode(whole.state)
-    assert wire.encode(whole.state) != wire.encode(federation("plain", None).run().state)
-    assert wire.encode(federation("one", 1.0).run().state) == wire.encode(federation("plain", None).run().state)
-    plain = federation("plain too", None)
-    for at, other in zip(whole.history, plain.run().history, strict=True):
-        assert at.visits[0].bytes_up == pytest.approx(other.visits[0].bytes_up, abs=2)
-    kept = whole.memories.of(1, 5)
+    assert wire.encode(whole.state) != wire.encode(plain.state)
+    assert wire.encode(federation("one", 1.0).run().state) == wire.encode(plain.state)
+    first, other = whole.history[0].visits[0], plain.history[0].visits[0]
+    assert (first.bytes_down, first.bytes_up) == (other.bytes_down, other.bytes_up)
+    kept = whole.memories.of(1, 4)
     assert kept[LOSSES].shape == (8,)
-    assert int(kept[PASSES]) >= 4
+    assert int(kept[PASSES]) >= 3
     assert not kept[LOSSES].isnan().all()

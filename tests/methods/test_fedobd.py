@@ -93,7 +93,8 @@ def test_what_travels_is_what_the_rule_keeps_to_the_byte(dropout: float, codec: 
 def test_without_dropout_in_32_bits_it_is_fedavg_bit_for_bit(dtype: str, unsent: Any, tmp_path: Path) -> None:
     net = tiny_net(tmp_path / "model", dtype)
     step = {"server_step": Momentum(momentum=0.5)}
-    mine = Federation(FedOBD(**SET, **step, dropout=0, codec="none", unsent=unsent), net, tmp_path / "a", rounds=3).run()
+    method = FedOBD(**SET, **step, dropout=0, codec="none", unsent=unsent)
+    mine = Federation(method, net, tmp_path / "a", rounds=3).run()
     theirs = Federation(FedAvg(**SET, **step), net, tmp_path / "b", rounds=3).run()
     assert wire.encode(Trained(mine.state.weights, 0, 0.0, 0)) == wire.encode(Trained(theirs.state.weights, 0, 0.0, 0))
     dropped = Federation(FedOBD(**SET, **step, codec="none", unsent=unsent), net, tmp_path / "c", rounds=3).run()

@@ -73,7 +73,9 @@ def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Data
     found = datasets(training, groups, net.tokenizer, classes_of(run, net.folder))
     focus = run.data.focus if run.data.order == "lfr" else None
     if focus is not None and ranks()[1] > 1:
-        raise ConfigError("data.order: lfr is for a client of one process: each of several sees the losses of its share")
+        raise ConfigError(
+            "data.order: lfr is for a client of one process; each of several sees but its share of losses"
+        )
     if not run.data.balanced and not pack and focus is None:
         return found
     return [replace(data, balanced=run.data.balanced, pack=pack, focus=focus) for data in found]

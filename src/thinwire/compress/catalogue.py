@@ -155,8 +155,8 @@ def tensor_code(
     bits: a value (blocks, eden, factors, topk). rank: of factors. share: of the elements that top-k keeps. density: of
     those that ternary sends. ratio: of a sketch's numbers to the elements. block: elements that share a scale (sign,
     ternary, blocks, topk), such as a row's. part: of the coordinates, that the key picks. contract: EDEN shrunk, for
-    error feedback; the others but nnadq contract anyway. coarseness: of nnadq, which trades error for bits. ValueError for a setting
-    that this codec does not have.
+    error feedback; the others but nnadq contract anyway. coarseness: of nnadq, error for fewer bits. ValueError for a
+    setting that this codec does not have.
     """
     if part != 1 and name == "factors":
         raise ValueError(f"part {part}: factors are of whole matrices")

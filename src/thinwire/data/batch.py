@@ -166,7 +166,7 @@ class Dataset:
             here, places = key.fold("pass", turn), list(range(len(self.examples)))
             if learnt is not None and learnt.begin():
                 places = learnt.hardest(self._groups(), self.focus or 1.0, here.fold("focus"))
-            rows = replace(self, examples=tuple(self.examples[i] for i in places))
+            rows = self if learnt is None else replace(self, examples=tuple(self.examples[i] for i in places))
             for batch, picked in rows._packed(here, size) if self.pack else rows._pass(here, size):
                 if learnt is not None:
                     batch = replace(batch, seen=partial(learnt.record, [places[i] for i in picked]))

@@ -50,7 +50,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Cached:
-    """The server's weights, what is sent of each, uint8 (none: the weights), the next round's stage, its step's memory."""
+    """The server's weights, the code of each that is sent, uint8 (or none), the next stage, its step's memory."""
 
     weights: Tensors
     codes: Tensors
@@ -78,7 +78,7 @@ class Kept:
 
 
 class FedOBD(FirstOrder):
-    """Local first-order steps; the blocks that changed most travel up, all come down, in as many bits as they are worth.
+    """Local first-order steps; the blocks that changed most travel up, all come down, in as few bits as they are worth.
 
     `unsent`: what a block counts as that a client has not sent. "cached", the default and the published code's: as the
     server has it, so that those who sent it move it by their share of all. "senders": as nothing, so that it moves by
@@ -224,7 +224,8 @@ class FedOBD(FirstOrder):
         return Work(steps, 3 * steps * self.batch_size, self.batch_size)
 
     def frames(self, at: Expected) -> Frames | None:
-        code, sizes = Nnadq(self.coarseness), [sum(at.trained[n].numel() for n in own) for own in modules_of(at.trained)]
+        code = Nnadq(self.coarseness)
+        sizes = [sum(at.trained[name].numel() for name in own) for own in modules_of(at.trained)]
         # how far a weight moves in a visit: AdamW's steps are of the rate's size, the clipping bounds others'
         step = 1.5 if self.optimiser == "adamw" else self.clip or math.inf
         most = min(1.5, step * self.lr * self.steps)
@@ -237,8 +238,8 @@ class FedOBD(FirstOrder):
             for range_, share in zip((low, high), shares, strict=True):
                 tensors = dict(at.trained)
                 if self.codec != "none":
-                    sizes = {name: code.size(tensor.numel(), range_) for name, tensor in tensors.items()}
-                    tensors = {n: torch.empty(size, dtype=torch.uint8, device="meta") for n, size in sizes.items()}
+                    lengths = {name: code.size(tensor.numel(), range_) for name, tensor in tensors.items()}
+                    tensors = {n: torch.empty(m, dtype=torch.uint8, device="meta") for n, m in lengths.items()}
                 head = at.length(make({}), *to)
                 ends.append(head + share * (at.length(make(tensors), *to) - head))
             few, many = shares

@@ -1,4 +1,4 @@
-"""NNADQ against its equations the slow way: levels, bits to the byte, the bound of its error, only tensors of any bytes."""
+"""NNADQ against its equations the slow way: levels, bytes, the bound of its error; only tensors out of any bytes."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 8"):
         code.decode(np.array([0, 1], "<f4").tobytes() + b"1", (0,), 0)
     for weight in (0, -1e-4, math.nan, math.inf):
-        with pytest.raises(ValueError, match="^coarseness "):
+        with pytest.raises(ValueError, match=r"^coarseness "):
             Nnadq(weight)
     for bad_x in (torch.tensor([math.nan]), torch.zeros(3, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"not finite|takes float32"):
