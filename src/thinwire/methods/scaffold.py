@@ -7,8 +7,8 @@ Client i keeps c_i, the server c; both begin at 0. N clients are in the run, K s
     server    w <- w + s(mean_i y_i - w)        c <- c + |S| / N mean_i (c_i' - c_i)
 
 Down: w and c. Up: y_i and what c_i has moved by. Each way twice FedAvg's bytes. Steps are plain SGD, for which alone
-option II is a mean of gradients; a decay of weights is in it as if it were the loss's. Where a step is clipped, c_i is
-of clipped gradients. The means are uniform, as the paper's; `weighting = "examples"` is for objectives weighted so.
+option II is a mean of gradients; a decay of weights is in it as if it were the loss's. Where a step is clipped (in the
+paper none is: `clip = 0`), c_i is of clipped gradients. The means are uniform, as the paper's; `weighting = "examples"` is for objectives weighted so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field
 from torch import Tensor
 
 from thinwire.aggregate.mean import Counted, Metrics, Update
@@ -75,7 +75,6 @@ class Scaffold(FirstOrder):
     lr: float = Field(1e-2, gt=0, le=100)
     optimiser: Literal["sgd"] = "sgd"
     moments: Literal["fresh"] = "fresh"  # SGD has none
-    clip: NonNegativeFloat = 0.0
     weighting: Literal["examples", "uniform"] = "uniform"
 
     Down, Up, State = Model, Corrected, Controlled
