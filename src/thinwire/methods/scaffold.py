@@ -8,7 +8,8 @@ Client i keeps c_i, the server c; both begin at 0. N clients are in the run, K s
 
 Down: w and c. Up: y_i and what c_i has moved by. Each way twice FedAvg's bytes. Steps are plain SGD, for which alone
 option II is a mean of gradients; a decay of weights is in it as if it were the loss's. Where a step is clipped (in the
-paper none is: `clip = 0`), c_i is of clipped gradients. The means are uniform, as the paper's; `weighting = "examples"` is for objectives weighted so.
+paper none is: `clip = 0`), c_i is of clipped gradients. The means are uniform, as the paper's; `weighting = "examples"`
+is for objectives weighted so.
 """
 
 from __future__ import annotations
