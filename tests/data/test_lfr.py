@@ -13,7 +13,7 @@ import torch
 from federation import Federation, closed_data, tiny_net
 from tiny import tiny_rows
 
-from thinwire import wire
+from thinwire import assemble, config, wire
 from thinwire.core import Method
 from thinwire.data.batch import Dataset
 from thinwire.data.lfr import LOSSES, PASSES, Learnt
@@ -143,3 +143,20 @@ def test_under_a_method_it_is_the_same_after_a_resume_and_nothing_of_it_travels(
     assert kept[LOSSES].shape == (8,)
     assert int(kept[PASSES]) >= 3
     assert not kept[LOSSES].isnan().all()
+
+
+def test_a_run_file_asks_for_it_and_only_then_is_another_run() -> None:
+    tree: dict[str, Any] = {"data": {"path": "rows.jsonl"}, "method": {"name": "fedavg"}}
+    plain = config.parse(tree)
+    whole = {"rounds": 10} | tree  # the default, said
+    assert assemble.identity(config.parse(whole)) == assemble.identity(plain)
+    lfr = config.parse({**tree, "data": {**tree["data"], "order": "lfr", "focus": 0.3}})
+    assert (lfr.data.order, lfr.data.focus) == ("lfr", 0.3)
+    assert assemble.identity(lfr) != assemble.identity(plain)
+    for wrong, why in (
+        ({"focus": 0.3}, r"^data\.focus: goes with data\.order = \"lfr\" only$"),
+        ({"order": "x"}, "order"),
+    ):
+        with pytest.raises(config.ConfigError, match=why) as error:
+            config.parse({**tree, "data": {**tree["data"], **wrong}})
+        assert "\n" not in str(error.value)
