@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -231,7 +232,12 @@ class FedOBD(FirstOrder):
         most = min(1.5, step * self.lr * self.steps)
 
         def span(
-            make: Callable[[Tensors], Any], low: float, high: float, shares: tuple[float, float], *to: int
+            make: Callable[[Tensors], Any],
+            low: float,
+            high: float,
+            shares: tuple[float, float],
+            round: int,
+            client: int,
         ) -> Span:
             """A frame of tensors of which these shares travel, and whose ranges lie between these."""
             ends = list[float]()
@@ -240,8 +246,8 @@ class FedOBD(FirstOrder):
                 if self.codec != "none":
                     lengths = {name: code.size(tensor.numel(), range_) for name, tensor in tensors.items()}
                     tensors = {n: torch.empty(m, dtype=torch.uint8, device="meta") for n, m in lengths.items()}
-                head = at.length(make({}), *to)
-                ends.append(head + share * (at.length(make(tensors), *to) - head))
+                head = at.length(make({}), round, client)
+                ends.append(head + share * (at.length(make(tensors), round, client) - head))
             few, many = shares
             slack = 0 if few == many == 1 else sum(len(name) + 16 for name in at.trained)
             return Span(ends[0] - slack, ends[1] + slack)
@@ -251,7 +257,7 @@ class FedOBD(FirstOrder):
             room = self._room(sizes, stage)
             shares = (1.0, 1.0) if room == sum(sizes) else (max(0, room - max(sizes)) / sum(sizes), room / sum(sizes))
             ends = [
-                span(lambda sent, n=n: Kept(sent, n, 0.0, 0), 0.1 * self.lr, most, shares, round, client)
+                span(partial(Kept, examples=n, loss=0.0, skipped=0), 0.1 * self.lr, most, shares, round, client)
                 for n in ((1, 65535) if held is None else (held,))
             ]
             low, high = (0.0, most * (round - 1)) if self.down == "change" else (1e-2, 10.0)

@@ -49,12 +49,17 @@ class FirstOrder(Averaged):
         if parameters is None:
             names, parameters = client.net.names, [p for _, p in client.net.parameters()]
         hands = [hand for hand in (adjust, proximal(self.proximal) if self.proximal else None) if hand is not None]
+
+        def adjusted(weights: Sequence[Tensor]) -> None:
+            for hand in hands:
+                hand(weights)
+
         return train_locally(
             model if model is not None else client.net.model,
             parameters,
             client.data.batches(client.key.fold("batches"), self.batch_size),
             Rule(self.optimiser, lr, steps or self.steps, self.weight_decay, self.clip, self.warmup),
-            adjust=(lambda weights: [hand(weights) for hand in hands]) if hands else None,
+            adjust=adjusted if hands else None,
             recompute=self.recompute,
             keep=keep,
             kept=Kept(client.memory, names) if self.moments == "kept" else None,

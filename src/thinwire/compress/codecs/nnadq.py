@@ -47,7 +47,8 @@ def _from_levels(signs, planes, middle, range_, levels, largest, out):
         q = np.int64(0)
         for k in range(planes.shape[0]):
             q |= np.int64(planes[k, i]) << (8 * k)
-        right &= q <= levels and (q > 0 or signs[i] == 0)
+        if q > levels or (q == 0 and signs[i] != 0):
+            right = False
         step = q * range_ / levels
         value = middle - step if signs[i] else middle + step
         out[i] = min(max(value, -largest), largest)
