@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from federation import tiny_net
 
+from thinwire.aggregate.server_step import Momentum
 from thinwire.compress.coding import Coding
 from thinwire.config.schema import Model
 from thinwire.core import Method
@@ -17,6 +18,7 @@ from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.fedobd import FedOBD
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.feedsign import FeedSign
 from thinwire.methods.ferret import Ferret
@@ -26,6 +28,7 @@ from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.methods.hetlora import HetLora
 from thinwire.methods.onebit import OneBit
 from thinwire.methods.rolora import RoLora
+from thinwire.methods.scaffold import Scaffold
 from thinwire.methods.slora import SLora
 from thinwire.methods.tgap import Tgap
 from thinwire.model.net import Net
@@ -158,6 +161,16 @@ ROWS = {
         OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(part=0.5), schedule="constant"), 83, 110, 0.71
     ),
     "onebit-plain": Row(OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="none")), 83, 2_078, 0.78),
+    "fedobd": Row(FedOBD(lr=3e-3, steps=4, batch_size=4, dropout=0.4), 1_016, about(8_427), 12.48),
+    "fedobd-senders": Row(
+        FedOBD(lr=3e-3, steps=5, batch_size=4, unsent="senders", down="weights", stage_one=2, server_step=Momentum()),
+        about(31_106),
+        about(18_168),
+        11.48,
+    ),
+    "fedobd-plain": Row(FedOBD(lr=1e-2, steps=4, batch_size=4, codec="none"), 4_094, 2_067, 1.89),
+    "scaffold": Row(Scaffold(lr=0.5, steps=4, batch_size=4), 216_749, 216_755, 13.0),
+    "scaffold-lora": Row(Scaffold(lr=1.0, steps=4, batch_size=4, warmup=2, weighting="examples"), 8_151, 8_157, 0.75),
     "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
     "feedsign": Row(FeedSign(lr=2e-3, eps=1e-3, steps=4, batch_size=4), 43, 44, 1.26),
     "ferret": Row(Ferret(lr=1e-2, steps=4, batch_size=4, coordinates=256), 107, 604, 5.69),
@@ -172,7 +185,7 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(
         ["cgfed", "cgfed-coded", "cgfed-eden", "cgfed-state", "fedit", "fedit-kept", "fedkseed-lora"], "lora"
     ),
-    **dict.fromkeys(["gradualdiff-lora", "onebit-lora", "tgap"], "lora"),
+    **dict.fromkeys(["fedobd-plain", "gradualdiff-lora", "onebit-lora", "scaffold-lora", "tgap"], "lora"),
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
     **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain"], "tied factors"),
     "onebit-weights": "tied weights",

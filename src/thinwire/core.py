@@ -53,6 +53,7 @@ class Server:
     cohort: tuple[int, ...]
     versions: Versions
     data: Dataset | None = None  # public data, never a client's
+    clients: int = 0  # of the run, in the cohort or not; 0: not known
 
 
 @dataclass

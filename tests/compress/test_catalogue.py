@@ -85,6 +85,7 @@ def test_a_whole_frame_is_as_much_shorter(name: Name) -> None:
         ("factors", 1632),
         ("topk", 331),
         ("sketch", 1026),
+        ("nnadq", 12296),
     ],
 )
 def test_a_codec_of_tensors_has_its_own_settings(name: TensorName, size: int) -> None:
@@ -110,6 +111,7 @@ def test_every_name_is_a_code_that_refuses_what_it_has_not() -> None:
     for name, own, wrong in (
         ("ternary", {"density": 0}, "density 0 is not in"),
         ("sketch", {"ratio": 2}, "ratio 2 is not in"),
+        ("nnadq", {"coarseness": 0}, "coarseness 0.* is not above 0"),
         ("sign", {"part": 0}, "share 0 is not in"),
         ("sign", {"block": 0}, "block 0 is not in"),
         ("factors", {"part": 0.5}, "part 0.5: factors are of whole matrices"),
@@ -190,6 +192,7 @@ EVERY = {
     "factors": tensor_code("factors", 8, rank=4),
     "sketch": tensor_code("sketch"),
     "sketch 0.3": tensor_code("sketch", ratio=0.3),
+    "nnadq": tensor_code("nnadq"),
     "a third of signs": tensor_code("sign", part=1 / 3),
     "a half of ternary": tensor_code("ternary", density=0.2, part=0.5),
     "a half of a sketch": tensor_code("sketch", ratio=0.5, part=0.5),
@@ -256,7 +259,7 @@ def test_no_tensor_code_makes_anything_else_of_any_bytes(code: TensorCode, data:
     st.lists(
         st.floats(-(2.0**50), 2.0**50, width=32).filter(lambda v: v == 0 or abs(v) > 2.0**-50), min_size=1, max_size=80
     ),
-    st.sampled_from([name for name in EVERY if name not in ("eden 4", "eden 1", "eden 0.5", "factors")]),
+    st.sampled_from([name for name in EVERY if name not in ("eden 4", "eden 1", "eden 0.5", "factors", "nnadq")]),
     st.integers(0, 2**64 - 1),
 )
 def test_no_tensor_code_expands(values: list[float], name: str, key: int) -> None:

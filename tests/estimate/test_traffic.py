@@ -50,6 +50,8 @@ EXACT: dict[str, dict[str, Any]] = {
         "method": {"name": "onebit", "steps": 1, "code_down": {"name": "blocks", "bits": 4}},
         "model": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 3000, "over": "weights"}},
     },
+    "scaffold": {"method": {"name": "scaffold", "steps": 1}},
+    "fedobd in 32 bits": {"method": {"name": "fedobd", "steps": 1, "codec": "none", "dropout": 0.0}},
     "fedzo": {"method": {"name": "fedzo", "steps": 2, "law": "sign"}},
     "fedkseed on the paper's wire": {
         "method": {"name": "fedkseed", "seeds": 64, "steps": 3, "wire": "paper", "pro": True}
@@ -80,6 +82,11 @@ RANGE: dict[str, dict[str, Any]] = {
         "model": {"view": TIED},
     },
     "hetlora": {"method": {"name": "hetlora", "steps": 1, "ranks": {"1": 1}, "keep": 0.7}, "model": LORA},
+    "fedobd": {"method": {"name": "fedobd", "lr": 1e-3, "steps": 2, "dropout": 0.4}},
+    "fedobd, two stages": {
+        "method": {"name": "fedobd", "lr": 1e-4, "steps": 2, "stage_one": 2, "down": "weights", "unsent": "senders"}
+    },
+    "fedobd, blocks in 32 bits": {"method": {"name": "fedobd", "steps": 1, "codec": "none"}},
     "gradualdiff": {"method": {"name": "gradualdiff", "lr": 1e-4, "steps": 2, "dtype": "bfloat16"}},
     "gradualdiff, shared": {"method": {"name": "gradualdiff", "lr": 1e-3, "steps": 2, "start": "shared"}},
     **{

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from thinwire import config
 from thinwire.assemble.model import classes_of
 from thinwire.assemble.rows import Rows, in_words, read_source, template_of
-from thinwire.config import Run
+from thinwire.config import ConfigError, Run
 from thinwire.data import templates
 from thinwire.data.batch import Dataset, Example
 from thinwire.data.classes import classify
@@ -18,6 +18,7 @@ from thinwire.data.errors import DataError, NoRowsLeft
 from thinwire.data.rows import Row
 from thinwire.data.tokenise import tokenise_groups
 from thinwire.model.net import Net
+from thinwire.train.parallel import ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,9 +71,14 @@ def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Data
     training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
     pack = run.data.max_length if run.data.pack else 0
     found = datasets(training, groups, net.tokenizer, classes_of(run, net.folder))
-    if not run.data.balanced and not pack:
+    focus = run.data.focus if run.data.order == "lfr" else None
+    if focus is not None and ranks()[1] > 1:
+        raise ConfigError(
+            "data.order: lfr is for a client of one process; each of several sees but its share of losses"
+        )
+    if not run.data.balanced and not pack and focus is None:
         return found
-    return [replace(data, balanced=run.data.balanced, pack=pack) for data in found]
+    return [replace(data, balanced=run.data.balanced, pack=pack, focus=focus) for data in found]
 
 
 def public_data(run: Run, net: Net) -> Dataset | None:

@@ -62,8 +62,10 @@ def identity(run: Run) -> int:
     aside: dict[str, Any] = {"environment": {}, "threads": None, "track": config.Track(), "federation": None}
     same = run.model_copy(update=aside)
     newer = {"patience": 0, "keep": "last"}  # a run that goes without them is the one that it was before they came
-    unset = {name for name, default in newer.items() if getattr(run.eval, name) == default}
-    return int.from_bytes(hashlib.sha256(same.to_toml({"eval": unset}).encode()).digest()[:4], "little")
+    unset = {"eval": {name for name, default in newer.items() if getattr(run.eval, name) == default}}
+    if run.data.order == "random":
+        unset["data"] = {"order", "focus"}
+    return int.from_bytes(hashlib.sha256(same.to_toml(unset).encode()).digest()[:4], "little")
 
 
 def fingerprints(job: Job) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.codecs.eden import Eden
 from thinwire.compress.codecs.factors import Factors
+from thinwire.compress.codecs.nnadq import Nnadq
 from thinwire.compress.codecs.powersgd import PowerSgd
 from thinwire.compress.codecs.qsgd import Qsgd
 from thinwire.compress.codecs.sketch import Sketch
@@ -26,7 +27,7 @@ from thinwire.compress.learned.lora_image import SIDE, Image
 from thinwire.streams import words
 
 Name = Literal["none", "eden", "powersgd", "topk", "qsgd", "sign", "svd", "components", "resnet", "learned"]
-TensorName = Literal["none", "sign", "ternary", "blocks", "eden", "topk", "factors", "sketch"]
+TensorName = Literal["none", "sign", "ternary", "blocks", "eden", "topk", "factors", "sketch", "nnadq"]
 LEARNT = ("resnet", "learned")  # which need an artefact of `thinwire fit-codec`
 BUCKETS = {16: (7, 128), 32: (1, 72), 64: (1, 224)}
 """QSGD's levels and bucket by ratio, where updates take at most those bytes."""
@@ -133,7 +134,7 @@ class Part:
         return out.reshape(tuple(shape))
 
 
-TensorCode = Plain | Blocks | Ternary | Eden | Shrunk | TopK | Factors | Sketch | Part
+TensorCode = Plain | Blocks | Ternary | Eden | Shrunk | TopK | Factors | Sketch | Nnadq | Part
 
 
 def tensor_code(
@@ -147,13 +148,15 @@ def tensor_code(
     block: int | None = None,
     part: float = 1.0,
     contract: bool = False,
+    coarseness: float = 1e-4,
 ) -> TensorCode:
     """The codec of tensors of any shape by its name, with what is its own of these settings.
 
     bits: a value (blocks, eden, factors, topk). rank: of factors. share: of the elements that top-k keeps. density: of
     those that ternary sends. ratio: of a sketch's numbers to the elements. block: elements that share a scale (sign,
     ternary, blocks, topk), such as a row's. part: of the coordinates, that the key picks. contract: EDEN shrunk, for
-    error feedback; the others contract anyway. ValueError for a setting that this codec does not have.
+    error feedback; the others but nnadq contract anyway. coarseness: of nnadq, error for fewer bits. ValueError for a
+    setting that this codec does not have.
     """
     if part != 1 and name == "factors":
         raise ValueError(f"part {part}: factors are of whole matrices")
@@ -167,6 +170,7 @@ def tensor_code(
         "topk": lambda: TopK(share, size, _whole(bits)),
         "factors": lambda: Factors(rank, _whole(bits)),
         "sketch": lambda: Sketch(ratio),
+        "nnadq": lambda: Nnadq(coarseness),
     }
     code = table[name]()
     return code if part == 1 else Part(code, part)
@@ -179,12 +183,12 @@ def _whole(bits: float) -> int:
 
 
 def sizes(code: TensorCode, shape: Sequence[int]) -> tuple[float, int]:
-    """The fewest and the most bytes of a tensor of this shape: the same but where places are entropy-coded."""
+    """The fewest and the most bytes of a tensor of this shape: the same but where the numbers have a say in them."""
     count = elements(shape)
     match code:
         case Part():
             return sizes(code.code, (code.kept(count),))
-        case Ternary():
+        case Ternary() | Nnadq():
             return code.sizes(count)
         case TopK():
             return 0.8 * code.most(count), code.most(count)  # about, where places are not clustered

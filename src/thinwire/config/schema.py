@@ -94,7 +94,8 @@ class Data(_Section):
     classes, found in the clients' rows where it is None. `words` replaces the values of the answer's column, such
     as labels by the words that stand for them. `balanced`: a client's batches hold the answers of a closed set in
     equal numbers, however skewed its rows are. `pack`: short examples share a row of up to max_length tokens, and
-    do not see each other; batch_size then counts such rows.
+    do not see each other; batch_size then counts such rows. `order` in which a client's rows come: random, or lfr
+    (learn, focus, review): passes over all of them and over the `focus` share of the highest losses, in turn.
     """
 
     path: str
@@ -117,6 +118,8 @@ class Data(_Section):
     max_length: int = Field(default=512, ge=2)  # prompt and answer have a token each at least
     too_long: Literal["answer", "cut", "drop"] = "answer"  # of rows beyond max_length cut the answer, or prompts too
     pack: bool = False
+    order: Literal["random", "lfr"] = "random"
+    focus: float = Field(default=0.5, gt=0, le=1)  # of lfr; 1: every pass is over all rows
     shuffle_answers: bool = False  # a control: what is learnt then is only format
     pooled: bool = False  # a reference: all the clients' rows with one client
     public: str | None = None  # a source whose rows the server holds, for checks and calibration
@@ -149,6 +152,8 @@ class Data(_Section):
             )
         if self.pack and self.balanced:
             raise ConfigError("data.pack: does not go with data.balanced")
+        if self.order != "lfr" and self.focus != 0.5:
+            raise ConfigError('data.focus: goes with data.order = "lfr" only')
         if self.values is not None and self.partition != "column":
             raise ConfigError('data.values: goes with data.partition = "column" only')
         return self

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from thinwire.data.lfr import Learnt
 from thinwire.keys import Key
 
 IGNORE = -100  # the label of a position that does not count in the loss
@@ -63,6 +65,8 @@ class Batch:
     candidates: int = 1
     choice: Tensor | None = None
     candidate_ids: Tensor | None = None
+    # is given each example's own loss, float32 [examples], by whoever computes it
+    seen: Callable[[Tensor], None] | None = field(default=None, compare=False)
 
     def repeated(self, times: int) -> Batch:
         """The batch's rows `times` times over."""
@@ -138,6 +142,8 @@ class Dataset:
     choices: tuple[str, ...] = field(default=())
     balanced: bool = False  # of a closed set: batches hold the answers in equal numbers
     pack: int = 0  # of open answers: the tokens of a row into which batches pack short examples; 0: they don't
+    focus: float | None = None  # of LFR: the share of the examples that every second pass is about; None: all always
+    memory: MutableMapping[str, Tensor] | None = field(default=None, compare=False)  # where LFR keeps their losses
     cut: int = 0  # rows that lost tokens, to be short enough
     dropped: int = 0  # rows that were left out as too long
     ends: tuple[str, ...] = ()  # how answers end, where a chat template ends them: generation stops there
@@ -153,49 +159,69 @@ class Dataset:
         Within a window of WINDOW batches, examples of like length share a batch: padding costs as much as tokens do.
         With `balanced` each batch holds as many of each answer that is here; the rarer ones come round more often.
         With `pack` a batch is up to `size` rows of up to `pack` tokens, filled with examples in random order.
+        With `focus` and a memory, every second pass is about the examples of the highest losses (see data.lfr).
         """
-        if self.pack:
-            yield from self._packed(key, size)
+        learnt = None if self.focus is None or self.memory is None else Learnt(self.memory, len(self.examples))
+        for turn in itertools.count():
+            here, places = key.fold("pass", turn), list(range(len(self.examples)))
+            if learnt is not None and learnt.begin():
+                places = learnt.hardest(self._groups(), self.focus or 1.0, here.fold("focus"))
+            rows = self if learnt is None else replace(self, examples=tuple(self.examples[i] for i in places))
+            for batch, picked in rows._packed(here, size) if self.pack else rows._pass(here, size):
+                if learnt is not None:
+                    batch = replace(batch, seen=partial(learnt.record, [places[i] for i in picked]))
+                yield batch
+
+    def remembered(self, memory: MutableMapping[str, Tensor]) -> Dataset:
+        """These rows with a client's memory, if their order asks for one."""
+        return self if self.focus is None else replace(self, memory=memory)
+
+    def _pass(self, here: Key, size: int) -> Iterator[tuple[Batch, list[int]]]:
+        """The batches of one pass, each with the places of its examples."""
         groups = self._groups()
         share = max(1, size // len(groups))
         longest = max(len(group) for group in groups)
-        turn = 0
-        while True:
-            here = key.fold("pass", turn)
-            orders = [here.fold("order", g).permutation(len(group)) for g, group in enumerate(groups)]
-            streams = [
-                [group[order[i % len(order)]] for i in range(longest)]
-                for group, order in zip(groups, orders, strict=True)
+        orders = [here.fold("order", g).permutation(len(group)) for g, group in enumerate(groups)]
+        streams = [
+            [group[order[i % len(order)]] for i in range(longest)] for group, order in zip(groups, orders, strict=True)
+        ]
+        for start in range(0, longest, WINDOW * share):
+            windows = [
+                sorted(stream[start : start + WINDOW * share], key=lambda i: len(self.examples[i]))
+                for stream in streams
             ]
-            for start in range(0, longest, WINDOW * share):
-                windows = [sorted(stream[start : start + WINDOW * share], key=len) for stream in streams]
-                for b in here.fold("window", start).permutation(-(-len(windows[0]) // share)):
-                    picked = [example for window in windows for example in window[b * share : (b + 1) * share]]
-                    yield collate(picked, self.pad, self.candidates)
-            turn += 1
+            for b in here.fold("window", start).permutation(-(-len(windows[0]) // share)):
+                picked = [i for window in windows for i in window[b * share : (b + 1) * share]]
+                yield collate([self.examples[i] for i in picked], self.pad, self.candidates), picked
 
-    def _packed(self, key: Key, size: int) -> Iterator[Batch]:
-        for turn in itertools.count():
-            rows: list[list[Example]] = []
-            free: list[int] = []
-            for i in key.fold("pass", turn, "order", 0).permutation(len(self.examples)):
-                example = self.examples[i]
-                at = next((at for at, room in enumerate(free) if room >= len(example)), None)
-                if at is None:
-                    if len(rows) == size:
-                        yield collate_packed(rows, self.pad)
-                        rows, free = [], []
-                    at = len(rows)
-                    rows.append([])
-                    free.append(self.pack)
-                rows[at].append(example)
-                free[at] -= len(example)
-            yield collate_packed(rows, self.pad)
+    def _packed(self, here: Key, size: int) -> Iterator[tuple[Batch, list[int]]]:
+        def batch() -> tuple[Batch, list[int]]:
+            packed = collate_packed([[self.examples[i] for i in row] for row in rows], self.pad)
+            return packed, [i for row in rows for i in row]
 
-    def _groups(self) -> list[list[Example]]:
+        rows: list[list[int]] = []
+        free: list[int] = []
+        for i in here.fold("order", 0).permutation(len(self.examples)).tolist():
+            size_of = len(self.examples[i])
+            at = next((at for at, room in enumerate(free) if room >= size_of), None)
+            if at is None:
+                if len(rows) == size:
+                    yield batch()
+                    rows, free = [], []
+                at = len(rows)
+                rows.append([])
+                free.append(self.pack)
+            rows[at].append(i)
+            free[at] -= size_of
+        yield batch()
+
+    def _groups(self) -> list[list[int]]:
+        """The places of the examples, of each answer apart where batches hold them in equal numbers."""
+        places = range(len(self.examples))
         if not self.balanced:
-            return [list(self.examples)]
-        return [[e for e in self.examples if e.choice == c] for c in sorted({e.choice or 0 for e in self.examples})]
+            return [list(places)]
+        choices = sorted({e.choice or 0 for e in self.examples})
+        return [[i for i in places if self.examples[i].choice == c] for c in choices]
 
     def in_order(self, size: int) -> Iterator[tuple[Batch, tuple[Example, ...]]]:
         """Every example once, shortest first so that little is padded: for evaluation."""

@@ -15,6 +15,7 @@ PLACES = {
     "fedcybgd": "thinwire.methods.fedcybgd:FedCyBGD",
     "fedex": "thinwire.methods.fedex:FedEx",
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
+    "fedobd": "thinwire.methods.fedobd:FedOBD",
     "fedzo": "thinwire.methods.fedzo:FedZO",
     "feedsign": "thinwire.methods.feedsign:FeedSign",
     "ferret": "thinwire.methods.ferret:Ferret",
@@ -24,6 +25,7 @@ PLACES = {
     "hetlora": "thinwire.methods.hetlora:HetLora",
     "onebit": "thinwire.methods.onebit:OneBit",
     "rolora": "thinwire.methods.rolora:RoLora",
+    "scaffold": "thinwire.methods.scaffold:Scaffold",
     "slora": "thinwire.methods.slora:SLora",
     "tgap": "thinwire.methods.tgap:Tgap",
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -56,6 +58,18 @@ def blocks_of(depth: int, count: int) -> tuple[range, ...]:
     size, larger = divmod(depth, count)
     starts = [block * size + min(block, larger) for block in range(count + 1)]
     return tuple(range(low, high) for low, high in pairwise(starts))
+
+
+def modules_of(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The parameters of each numbered layer, and of each module beside the layers, in their order.
+
+    By their names alone: a layer is what they share up to their first number.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
+        found.setdefault(name.rpartition(".")[0] if layer is None else layer[0], []).append(name)
+    return [tuple(own) for own in found.values()]
 
 
 def _is_stack(module: nn.Module | None) -> bool:

@@ -50,17 +50,20 @@ class Seats:
     memories: Memories | None = None
     held: Callable[[int, int], str | None] = lambda client, before: None
     public: Dataset | None = None
+    clients: int | None = None  # of the run; None: those with rows here
 
     def server(self, round: int, cohort: Sequence[int] = ()) -> Server:
         """What the server half is handed in a round; round 0 is `init`."""
         key = self.key.fold("server", round)
-        return Server(self.net, key, round, self.rounds, tuple(cohort), self.versions, self.public)
+        clients = len(self.data) if self.clients is None else self.clients
+        return Server(self.net, key, round, self.rounds, tuple(cohort), self.versions, self.public, clients)
 
     def client(self, id: int, round: int) -> Client:
         """What the client half of that client is handed in a round."""
         key = self.key.fold("client", id, "round", round)
         memory = {} if self.memories is None else self.memories.of(id, round)
-        return Client(id, self.net, self.data[id], key, memory, self.versions, self.held(id, round))
+        data = self.data[id].remembered(memory)
+        return Client(id, self.net, data, key, memory, self.versions, self.held(id, round))
 
     def cohort(self, segments: Sequence[Segment], clients: int, round: int) -> tuple[int, ...]:
         """Who of so many clients takes part in a round."""

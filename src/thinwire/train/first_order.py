@@ -41,23 +41,32 @@ class FirstOrder(Averaged):
         parameters: Sequence[nn.Parameter] | None = None,
         names: Sequence[str] = (),
         keep: bool = False,
+        steps: int | None = None,
+        adjust: Adjust | None = None,
     ) -> Local:
         """The local steps on the client's net, or on the `names` of a model's parameters, in place; see train_locally.
 
         `names` are those that its moments are kept under, one a parameter. Of the net its personal parameters are
-        trained with the others; the weights of the result are those of the others.
+        trained with the others; the weights of the result are those of the others. `steps`: where they are not the
+        field's; `adjust`: a hand on the gradients, beside FedProx's.
         """
         shared = None
         if parameters is None:
             shared = len(client.net.names)
             trained = dict(client.net.trained())
             names, parameters = tuple(trained), list(trained.values())
+        hands = [hand for hand in (adjust, proximal(self.proximal) if self.proximal else None) if hand is not None]
+
+        def adjusted(weights: Sequence[Tensor]) -> None:
+            for hand in hands:
+                hand(weights)
+
         local = train_locally(
             model if model is not None else client.net.model,
             parameters,
             client.data.batches(client.key.fold("batches"), self.batch_size),
-            Rule(self.optimiser, lr, self.steps, self.weight_decay, self.clip, self.warmup),
-            adjust=proximal(self.proximal) if self.proximal else None,
+            Rule(self.optimiser, lr, steps or self.steps, self.weight_decay, self.clip, self.warmup),
+            adjust=adjusted if hands else None,
             recompute=self.recompute,
             keep=keep,
             kept=Kept(client.memory, names) if self.moments == "kept" else None,

@@ -35,7 +35,11 @@ def losses(model: nn.Module, batch: Batch, groups: int) -> Tensor:
     """
     if batch.kind not in ("open", "packed"):
         return example_losses(model, batch, groups).mean(1)
-    sums, counts = token_losses(model, batch.repeated(groups))
+    many = batch.repeated(groups)
+    losses, counted = _each_token(model, many)
+    if batch.seen is not None:
+        _show(batch, _each_example(many, losses, counted).view(groups, -1))
+    sums, counts = losses.sum(1), counted.sum(1)
     return sums.view(groups, -1).sum(1) / counts.view(groups, -1).sum(1).clamp(min=1)
 
 
@@ -47,9 +51,22 @@ def example_losses(model: nn.Module, batch: Batch, groups: int = 1) -> Tensor:
     many = batch.repeated(groups)
     if many.choice is not None:
         found = scores(model, many)
-        return F.cross_entropy(found, many.choice.to(found.device), reduction="none").view(groups, -1)
-    losses, counted = _each_token(model, many)
-    if batch.kind == "open":
+        each = F.cross_entropy(found, many.choice.to(found.device), reduction="none").view(groups, -1)
+    else:
+        each = _each_example(many, *_each_token(model, many)).view(groups, -1)
+    _show(batch, each)
+    return each
+
+
+def _show(batch: Batch, each: Tensor) -> None:
+    """Give the examples' losses, the mean over groups, to who wants to see them: see Batch."""
+    if batch.seen is not None:
+        batch.seen(each.detach().float().mean(0).cpu())
+
+
+def _each_example(many: Batch, losses: Tensor, counted: Tensor) -> Tensor:
+    """The mean loss of each example's tokens that count, 0 where none does."""
+    if many.kind == "open":
         sums, counts = losses.sum(1), counted.sum(1)
     else:  # an example begins where the positions begin again
         begins = (many.position_ids == 0) & many.attention_mask.bool()
@@ -60,7 +77,7 @@ def example_losses(model: nn.Module, batch: Batch, groups: int = 1) -> Tensor:
             torch.zeros(many.examples, dtype=values.dtype, device=values.device).index_add(0, number, values.flatten())
             for values in (losses, counted.long())
         )
-    return (sums / counts.clamp(min=1)).view(groups, -1)
+    return sums / counts.clamp(min=1)
 
 
 def scores(model: nn.Module, batch: Batch) -> Tensor:
