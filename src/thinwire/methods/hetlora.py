@@ -25,8 +25,7 @@ from thinwire.aggregate.products import Pair, norm
 from thinwire.core import Client, Server
 from thinwire.costs.frames import Expected, Frames, Span, fixed
 from thinwire.model.net import Net
-from thinwire.train.first_order import proximal
-from thinwire.train.local import Local, Rule, scheduled, train_locally
+from thinwire.train.local import Local, scheduled
 from thinwire.train.products import Ranked, check_factors, cut, named, padded, pairs, places, rank_of, rows
 from thinwire.train.weights import Trained, fill, fill_checked
 from thinwire.wire import Illegal
@@ -154,13 +153,8 @@ class HetLora(Ranked):
     def _train(self, client: Client, lr: float, fewer: int) -> Local:
         """Local steps with the penalty on the size of what is beyond `fewer`."""
         names = list(client.net.names)
-        pull = proximal(self.proximal) if self.proximal else None
 
         def adjust(weights: Sequence[Tensor]) -> None:
-            if pull is not None:
-                pull(weights)
-            if not self.penalty:
-                return
             of = dict(zip(names, weights, strict=True))
             for place in places(names).values():
                 left, right = of[place.left], of[place.right]
@@ -172,14 +166,7 @@ class HetLora(Ranked):
                 if right.grad is not None and sizes[1] > 0:
                     right.grad[:, fewer:] += self.penalty * sizes[0] / sizes[1] * high
 
-        return train_locally(
-            client.net.model,
-            [p for _, p in client.net.parameters()],
-            client.data.batches(client.key.fold("batches"), self.batch_size),
-            Rule(self.optimiser, lr, self.steps, self.weight_decay, self.clip, self.warmup),
-            adjust=adjust,
-            recompute=self.recompute,
-        )
+        return self.train(client, lr, adjust=adjust if self.penalty else None)
 
 
 def _start(net: Net) -> dict[str, Tensor]:
