@@ -254,8 +254,8 @@ def test_machines_share_the_names() -> None:
 
 def test_what_is_wrong_is_reported_before_anything_runs(place: Path, tmp_path: Path) -> None:
     file = place / "compare.toml"
-    assert "'scaffold' is not known; known: base, centralised, cgfed, fedavg" in refused(
-        "compare", file, "--methods", "scaffold", "--out", tmp_path
+    assert "'fedsgd' is not known; known: base, centralised, cgfed, fedavg" in refused(
+        "compare", file, "--methods", "fedsgd", "--out", tmp_path
     )
     assert "needs a method beside" in refused("compare", file, "--methods", "base", "--out", tmp_path)
     assert "compare.seeds" in refused("compare", file, "compare.seeds=3", "--out", tmp_path)

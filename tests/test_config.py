@@ -222,11 +222,13 @@ def test_what_came_later_and_is_not_used_changes_no_runs_number(tmp_path: Path) 
     old = config.load(tmp_path / "run.toml")
     assert run.first_difference(old) is None
     aside = {"environment": {}, "threads": None, "track": config.Track(), "federation": None}
-    as_it_was = run.model_copy(update=aside).to_toml({"eval": {"patience", "keep"}})
+    as_it_was = run.model_copy(update=aside).to_toml({"eval": {"patience", "keep"}, "data": {"order", "focus"}})
     assert "patience" not in as_it_was
     assert assemble.identity(run) == int.from_bytes(hashlib.sha256(as_it_was.encode()).digest()[:4], "little")
-    numbers = {assemble.identity(run_of("eval.every=1", change)) for change in ("eval.patience=3", "eval.keep=best")}
-    assert len({assemble.identity(run), *numbers}) == 3
+    changes = ("eval.patience=3", "eval.keep=best", "data.order=lfr")
+    assert (
+        len({assemble.identity(run), *(assemble.identity(run_of("eval.every=1", change)) for change in changes)}) == 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,9 @@ def test_a_net_without_factors_is_refused(tmp_path: Path) -> None:
             method.fits(frozen)
 
 
-@pytest.mark.parametrize("wrong", [{"server_step": "momentum"}, {"moments": "kept"}, {"server_step": {"lr": 0.5}}])
+@pytest.mark.parametrize(
+    "wrong", [{"server_step": "momentum"}, {"moments": "kept"}, {"server_step": {"kind": "plain", "lr": 0.5}}]
+)
 def test_what_does_not_go_with_products_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"(server_step|moments): "):
         FedEx.model_validate(wrong)

@@ -254,7 +254,7 @@ def _put(
 ) -> None:
     """Freeze all but a classifier's head, and put beside each layer what is drawn for its name and its sides."""
     chosen = chosen_layers(model, rank, targets, table)
-    if model.device.type != "meta":  # where there are no weights no pass is made, by which it is seen
+    if not any(layer.weight.is_meta for layer in chosen.values()):  # a pass shows it, where there are weights
         check_called(model, chosen, table)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
