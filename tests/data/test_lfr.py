@@ -149,7 +149,7 @@ def test_under_a_method_it_is_the_same_after_a_resume_and_nothing_of_it_travels(
 def test_a_run_file_asks_for_it_and_only_then_is_another_run() -> None:
     tree: dict[str, Any] = {"data": {"path": "rows.jsonl"}, "method": {"name": "fedavg"}}
     plain = config.parse(tree)
-    whole = {"rounds": 10} | tree  # the default, said
+    whole = {"rounds": 10} | tree  # the default, written out
     assert assemble.identity(config.parse(whole)) == assemble.identity(plain)
     lfr = config.parse({**tree, "data": {**tree["data"], "order": "lfr", "focus": 0.3}})
     assert (lfr.data.order, lfr.data.focus) == ("lfr", 0.3)

@@ -169,9 +169,9 @@ def test_a_classifiers_frames_are_known_too(place: Path, tmp_path: Path, lora: A
 @pytest.mark.parametrize("view", [TIED, CORE], ids=lambda view: view["kind"])
 def test_what_stands_beside_layers_and_is_not_trained_is_counted(place: Path, view: Any) -> None:
     run = run_of(place, {"method": {"name": "fedavg", "steps": 1}, "model": {"view": view}})
-    said, net = estimate(run), assemble.net_of(assemble.prepared(run)[0])
-    assert said.trained == net.size
-    assert said.parameters == sum(p.numel() for p in net.model.parameters())
+    estimated, net = estimate(run), assemble.net_of(assemble.prepared(run)[0])
+    assert estimated.trained == net.size
+    assert estimated.parameters == sum(p.numel() for p in net.model.parameters())
 
 
 @pytest.mark.parametrize("name", RANGE)

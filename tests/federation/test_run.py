@@ -73,6 +73,7 @@ def test_a_run_on_flower_is_the_run_in_one_process(tmp_path: Path, monkeypatch: 
     ("changes", "splits", "line"),
     [
         ({"method": {"name": "fedavg"}}, [], "cannot do its part of fedavg"),
+        ({"model": {"lora": {}, "bits": 8}}, [], "cannot compare quantised ones"),
         ({}, ["heldout"], "can score no rows, such as those of heldout"),
         ({"eval": {"prompts": ["amber"]}}, [], "has no use for data.public and eval.prompts"),
     ],

@@ -207,7 +207,7 @@ class Shelf:
     def use(self, name: str) -> tuple[Net, Thin]:
         """Put a file's numbers in place, or for BASE none: the base's weights are then what they were, to the bit.
 
-        What a file says beside them stays that of the last one where it is BASE. KeyError: no such name.
+        The other settings stay those of the last file where it is BASE. KeyError: no such name.
         """
         before, file = self._files[self._last].net, self._files[self._last if name == BASE else name]
         if name == BASE or file.net is not before:  # whose weights another view reads too

@@ -183,7 +183,7 @@ def _whole(bits: float) -> int:
 
 
 def sizes(code: TensorCode, shape: Sequence[int]) -> tuple[float, int]:
-    """The fewest and the most bytes of a tensor of this shape: the same but where the numbers have a say in them."""
+    """The fewest and the most bytes of a tensor of this shape: the same but where they depend on the numbers."""
     count = elements(shape)
     match code:
         case Part():

@@ -190,6 +190,8 @@ def check_model(run: Run, splits: Iterable[str]) -> None:
     where = "federation.model: without weights in memory the server"
     if run.method.needs_weights:
         raise ConfigError(f"{where} cannot do its part of {method_name(run.method)}, which needs them")
+    if run.model.bits is not None:
+        raise ConfigError(f"{where} cannot compare quantised ones with the sites': leave model.bits out")
     for name in splits:
         raise ConfigError(f"{where} can score no rows, such as those of {name}; see federation.evaluate")
     if run.data.public is not None or run.eval.prompts:

@@ -9,7 +9,7 @@ block b from the server, and has trained w_b. In stage one, the first `stage_one
 
 A block that does not fit is passed over, and smaller ones are still tried. Stage two: all blocks, after fewer local
 steps, `stage_two_steps`; the rate goes on as scheduled. The paper aggregates there after each of an epoch's ten, here a
-round is one; that all clients take part in it is the run's [[cohort]] to say; the paper lets stage one end early where
+round is one; that all clients take part in it is set by the run's [[cohort]]; the paper lets stage one end early where
 it no longer gets better, here it does not.
 
 Q is NNADQ (compress/codecs/nnadq.py). What the paper sends down is Q(w), `down = "weights"`. By default it is the

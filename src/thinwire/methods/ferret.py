@@ -10,7 +10,7 @@ In the mean over the directions that adds the clients' mean update, but with an 
 hundred times as long: so the rate of `server_step` is a step size, to be tuned with that of the local steps.
 
 The server remembers A, so whoever comes late or has missed rounds makes the weights of all from the start model.
-K_l is in proportion to |D_l|, which the coordinates tell: the mean of their squares is |D_l|^2. The directions of a
+K_l is in proportion to |D_l|, which the coordinates show: the mean of their squares is |D_l|^2. The directions of a
 round follow each other in the pool from a drawn one on.
 
 Down: A in whole multiples of a grid, to a client that holds an earlier version only the changes, as in FedKSeed; K_l.
