@@ -1,6 +1,7 @@
 """What must not change by moving code: the sha256 of every frame and of the last state of three rounds of each row.
 
-The numbers stand in frozen.json, by processor, for a product's rounding depends on it. `python
+The numbers stand in frozen.json, by processor, for a product's rounding depends on it, and are those of the libraries
+in constraints.txt: with others the test skips. `python
 tests/conformance/test_frozen.py` writes those of this machine: only where a row is new, or its bytes are meant to be
 others, which is then in the change log.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from thinwire.core import Method  # noqa: E402
 from thinwire.model.net import Net  # noqa: E402
 
 TABLE = HERE / "frozen.json"
+CONSTRAINTS = HERE.parents[1] / "constraints.txt"
 ROUNDS = 3
 
 
@@ -33,6 +36,13 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return " ".join(about.get(name, "?") for name in ("vendor_id", "cpu family", "model"))
+
+
+def other_versions() -> list[str]:
+    """The libraries whose arithmetic the digests hold, where others are installed than make installs."""
+    pinned = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if "==" in line)
+    installed = {name: version(name).partition("+")[0] for name in ("torch", "transformers", "numpy")}
+    return [f"{name} {found}, not {pinned[name]}" for name, found in installed.items() if found != pinned[name]]
 
 
 def digest(frame: wire.Frame) -> str:
@@ -51,6 +61,8 @@ def test_frames_and_states_are_what_they_were(row: str, method: Method, net: Net
     table = json.loads(TABLE.read_text())
     if processor() not in table:
         pytest.skip(f"no digests of this processor ({processor()}); there are those of {', '.join(table)}")
+    if others := other_versions():
+        pytest.skip(", ".join(others))
     assert digests(method, net, tmp_path) == table[processor()][row]
 
 
