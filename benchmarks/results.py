@@ -94,7 +94,7 @@ def curved(found: Mapping[str, Any]) -> bool:
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Held-out loss against bytes, one curve a method; a method through which nothing travels is a level line.
 
-    More than ten curves have their names below, and strokes and marks of their own where colours come again.
+    Where colours come again, curves have other strokes and marks. What has diverged is out of sight: the table has it.
     """
     import matplotlib as mpl
 
@@ -109,23 +109,21 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             levels[line["name"]] = line["scores"]["heldout loss"][0]
         elif len(curve) > 1 and "shuffled" not in line["name"]:
             curves[line["name"]] = curve[1:]
-    many = len(curves) > len(COLOURS)
-    figure, axes = plt.subplots(figsize=(9, 7) if many else (7, 4.2), layout="constrained")
+    rows = math.ceil(len(curves) / 5)  # of names, below
+    figure, axes = plt.subplots(figsize=(8, 4 + 0.4 * rows), layout="constrained")
     for i, (name, level) in enumerate(sorted(levels.items(), key=lambda item: item[1])):
         axes.axhline(level, color="0.6", linewidth=1, linestyle="--")
         left = 0.01 + 0.2 * (i % 5)  # side by side, or names of levels that are near would lie on one another
         axes.annotate(name, (left, level), xycoords=("axes fraction", "data"), ha="left", va="bottom")
     for i, (name, points) in enumerate(curves.items()):
-        again, size = i // len(COLOURS) % len(STROKES), 4 if many else 3
+        again = i // len(COLOURS) % len(STROKES)
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STROKES[again], "marker": MARKS[again]}
-        axes.plot(*zip(*points, strict=True), markersize=size, label=name, **style)
+        axes.plot(*zip(*points, strict=True), markersize=4, label=name, **style)
     axes.set(xscale="log", xlabel="bytes in all, both ways", ylabel="held-out loss, mean over seeds")
-    if "base" in levels:  # what has diverged is in the table, and would leave the others no room
-        axes.set_ylim(top=min(axes.get_ylim()[1], 1.25 * levels["base"]))
-    if many:
-        figure.legend(frameon=False, loc="outside lower center", ncols=5, fontsize="small", handlelength=3.2)
-    else:
-        axes.legend(frameon=False)
+    losses = [*levels.values(), *(loss for points in curves.values() for _, loss in points)]
+    low, high = min(losses), min(max(losses), 1.25 * levels.get("base", math.inf))
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    figure.legend(frameon=False, loc="outside lower center", ncols=5, fontsize="small", handlelength=3.2)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
+from thinwire.methods import PLACES
+
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))
-
-from rows import ROWS  # noqa: E402
-
-from thinwire.methods import PLACES  # noqa: E402
-
 PAGE, BEGIN, END = ROOT / "docs" / "howto" / "adding.md", "<!-- files -->\n", "<!-- /files -->\n"
 SOURCE = ROOT / "src" / "thinwire"
-HEADS = (
-    "method",
-    "its file",
-    "rows of the matrix",
-    "recipes",
-    "paragraph",
-    "oracles",
-    "named elsewhere in the package",
-)
+HEADS = ("method", "its file", "rows of the matrix", "recipes", "paragraph", "oracles", "named elsewhere in src")
+
+
+def rows(cls: str) -> list[str]:
+    """The rows of the conformance matrix that are of a class, as tests/rows.py has them: ROW: Row(CLASS(...), ...)."""
+    found = []
+    for node in ast.walk(ast.parse((ROOT / "tests" / "rows.py").read_text())):
+        for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+            method = value.args[0] if isinstance(value, ast.Call) and value.args else None
+            if isinstance(key, ast.Constant) and isinstance(method, ast.Call) and ast.unparse(method.func) == cls:
+                found.append(str(key.value))
+    return found
 
 
 def recipes(name: str) -> list[str]:
@@ -47,30 +46,37 @@ def paragraph(name: str) -> str:
 
 
 def oracles(name: str) -> list[str]:
-    """The tests of methods that import it."""
+    """The tests of methods that are its own, or else those that import it."""
     files = sorted((ROOT / "tests" / "methods").glob("test_*.py"))
-    return [path.stem for path in files if f"from thinwire.methods.{name} import" in path.read_text()]
+    own = [path.stem for path in files if path.stem == f"test_{name}"]
+    return own or [path.stem for path in files if f"from thinwire.methods.{name} import" in path.read_text()]
+
+
+@cache
+def named() -> dict[str, set[str]]:
+    """By module all texts that stand alone in it, and the modules that it imports from."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        found[path.relative_to(SOURCE).as_posix()] = texts | modules
+    return found
 
 
 def elsewhere(name: str) -> list[str]:
     """Modules besides its own and the table of methods that import it, or have its name as a text of their own."""
-    found = []
-    for path in sorted(SOURCE.rglob("*.py")):
-        nodes = [*ast.walk(ast.parse(path.read_text()))]
-        texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-        modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        if name in texts or f"thinwire.methods.{name}" in modules:
-            found.append(path.relative_to(SOURCE).as_posix())
-    return [path for path in found if path not in ("methods/__init__.py", f"methods/{name}.py")]
+    own = {"methods/__init__.py", f"methods/{name}.py"}
+    return [path for path, texts in named().items() if path not in own and {name, f"thinwire.methods.{name}"} & texts]
 
 
 def table() -> str:
     """The table as Markdown."""
     lines: list[tuple[str, ...]] = [HEADS, ("---",) * len(HEADS)]
     for name, place in sorted(PLACES.items()):
-        rows = [row for row, (method, *_) in ROWS.items() if method.model_dump()["name"] == name]
-        file = f"{place.partition(':')[0].rpartition('.')[2]}.py"
-        cells = (rows, recipes(name), [paragraph(name)], oracles(name), elsewhere(name))
+        module, _, cls = place.partition(":")
+        file = f"{module.rpartition('.')[2]}.py"
+        cells = (rows(cls), recipes(name), [paragraph(name)], oracles(name), elsewhere(name))
         lines.append((name, file, *(", ".join(cell) for cell in cells)))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 

@@ -131,8 +131,10 @@ def _measured(
                 parameter.requires_grad_(False)
             chosen = chosen_layers(net, rank, targets)
             check_called(net, chosen)
+            # of a factor that stays as it is no gradient needs what goes in
+            learns = not any(".lora_" in n for n in model.trained) or any(".lora_A." in n for n in model.trained)
             for layer in chosen.values():
-                _beside(layer, rank)
+                _beside(layer, rank, learns)
             for parameter in head_of(net).values():
                 parameter.requires_grad_(True)
         elif probed is not None:
@@ -168,11 +170,11 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
     return layer.in_features, layer.out_features
 
 
-def _beside(layer: nn.Module, rank: int) -> None:
-    """Have a frozen layer add what factors beside it compute, as peft's do."""
+def _beside(layer: nn.Module, rank: int, learns: bool) -> None:
+    """Have a frozen layer add what factors beside it compute, as peft's do; `learns`: whether the first one does."""
     inner, (taken, given) = layer.forward, _sides(layer)
     dtype = next(layer.parameters()).dtype
-    left = torch.empty((rank, taken), dtype=dtype, requires_grad=True)
+    left = torch.empty((rank, taken), dtype=dtype, requires_grad=learns)
     right = torch.empty((given, rank), dtype=dtype, requires_grad=True)
     layer.forward = lambda x: inner(x) + F.linear(F.linear(x, left), right) * 2.0
 
