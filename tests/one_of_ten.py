@@ -45,7 +45,7 @@ from thinwire.methods.scaffold import Scaffold
 from thinwire.methods.slora import SLora
 from thinwire.model.net import Net
 from thinwire.model.views import Lora
-from thinwire.train.products import OnProducts, places
+from thinwire.train.products import OnProducts, cut, places, rank_of
 from thinwire.train.versions import coded
 from thinwire.wire import Frame
 from thinwire.wire.legal import LARGEST
@@ -136,6 +136,8 @@ def changed(federation: Federation, up: Any, hand: Callable[[Tensor], Tensor]) -
     known = getattr(state, "values", None) or getattr(state, "factors", None) or state.weights
     if isinstance(method, FLora):  # which begins anew
         known = {n: t if ".lora_A." in n else torch.zeros_like(t) for n, t in up.weights.items()}
+    elif isinstance(method, OnProducts):
+        known = cut(known, rank_of(up.weights))
     weights = {n: new(known[n], hand(t.float() - known[n].float())) for n, t in up.weights.items()}
     if isinstance(method, Scaffold):
         up = dataclasses.replace(up, controls={n: hand(t.float()).to(t.dtype) for n, t in up.controls.items()})

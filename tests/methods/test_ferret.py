@@ -254,7 +254,7 @@ def test_over_the_keys_the_mean_of_what_it_adds_is_the_update(
     norms: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Along 4 directions of 32 numbers each is off by |D| sqrt(32 / 4), and the mean of many by ever less."""
-    draw, count = torch.Generator().manual_seed(1), 150
+    draw, count = torch.Generator().manual_seed(1), 100
     update = {name: torch.randn(32, generator=draw) for name in norms.names}
     monkeypatch.setattr(
         Ferret, "train", lambda *_, **__: Local(0.5, 0, [norms.base[n].float() - d for n, d in update.items()])

@@ -111,10 +111,10 @@ def rank_of(weights: Tensors) -> int:
     return next(weights[place.left].shape[0] for place in places(weights).values())
 
 
-def rows(weights: Tensors, layers: Mapping[str, Places] | None = None) -> dict[str, Tensor]:
+def rows(weights: Tensors) -> dict[str, Tensor]:
     """Factors rank first, under LAYER/left and LAYER/right: what a reply adds to a stack."""
     found: dict[str, Tensor] = {}
-    for layer, place in (layers or places(weights)).items():
+    for layer, place in places(weights).items():
         found |= {f"{layer}/left": weights[place.left], f"{layer}/right": weights[place.right].T}
     return found
 
@@ -179,10 +179,10 @@ def padded(weights: Tensors, like: Tensors) -> dict[str, Tensor]:
     return found
 
 
-def check_factors(like: Tensors, weights: Tensors, scale: float = 1.0) -> None:
+def check_factors(like: Tensors, weights: Tensors) -> None:
     """Illegal unless factors are such as `like`, and each product is within LARGEST, so that a base stays finite."""
     check_weights(like, weights)
     for layer, place in places(like).items():
-        size = scale * float(weights[place.left].float().norm()) * float(weights[place.right].float().norm())
+        size = float(weights[place.left].float().norm()) * float(weights[place.right].float().norm())
         if not size <= LARGEST:
             raise Illegal(f"the product of {layer} is beyond {LARGEST:g}")
