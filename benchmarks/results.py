@@ -16,6 +16,8 @@ from typing import Any
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+COLOURS = [f"C{i}" for i in range(10)]
+STROKES, MARKS = ("-", "--", ":", "-."), "os^D"  # where colours come again
 
 
 def size(count: float) -> str:
@@ -90,27 +92,38 @@ def curved(found: Mapping[str, Any]) -> bool:
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Held-out loss against bytes, one curve a method; a method through which nothing travels is a level line."""
+    """Held-out loss against bytes, one curve a method; a method through which nothing travels is a level line.
+
+    Where colours come again, curves have other strokes and marks. What has diverged is out of sight: the table has it.
+    """
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "thinwire"  # the same bytes for the same table
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    levels, curves = dict[str, float](), dict[str, list[tuple[float, float]]]()
     for line in found["lines"]:
         curve = [(sent, loss) for _, sent, loss in line["curve"] if loss is not None]
-        if "shuffled" in line["name"] or (not curve and line["name"] != "base"):
-            continue
-        if line["name"] == "base" or line["bytes_down"] is None:
-            level = line["scores"]["heldout loss"][0]
-            axes.axhline(level, color="0.6", linewidth=1, linestyle="--")
-            axes.annotate(line["name"], (0.01, level), xycoords=("axes fraction", "data"), ha="left", va="bottom")
-        else:
-            sent, losses = zip(*curve[1:], strict=True)
-            axes.plot(sent, losses, marker="o", markersize=3, label=line["name"])
+        if line["name"] == "base" or (curve and line["bytes_down"] is None and "shuffled" not in line["name"]):
+            levels[line["name"]] = line["scores"]["heldout loss"][0]
+        elif len(curve) > 1 and "shuffled" not in line["name"]:
+            curves[line["name"]] = curve[1:]
+    rows = math.ceil(len(curves) / 5)  # of names, below
+    figure, axes = plt.subplots(figsize=(8, 4 + 0.4 * rows), layout="constrained")
+    for i, (name, level) in enumerate(sorted(levels.items(), key=lambda item: item[1])):
+        axes.axhline(level, color="0.6", linewidth=1, linestyle="--")
+        left = 0.01 + 0.2 * (i % 5)  # side by side, or names of levels that are near would lie on one another
+        axes.annotate(name, (left, level), xycoords=("axes fraction", "data"), ha="left", va="bottom")
+    for i, (name, points) in enumerate(curves.items()):
+        again = i // len(COLOURS) % len(STROKES)
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STROKES[again], "marker": MARKS[again]}
+        axes.plot(*zip(*points, strict=True), markersize=4, label=name, **style)
     axes.set(xscale="log", xlabel="bytes in all, both ways", ylabel="held-out loss, mean over seeds")
-    axes.legend(frameon=False)
+    losses = [*levels.values(), *(loss for points in curves.values() for _, loss in points)]
+    low, high = min(losses), min(max(losses), 1.25 * levels.get("base", math.inf))
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    figure.legend(frameon=False, loc="outside lower center", ncols=5, fontsize="small", handlelength=3.2)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

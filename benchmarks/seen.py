@@ -72,7 +72,7 @@ class Watched:
         for client, frame in frames:
             down = wire.decode(Proxy, frame)
             cut, known = Cut.unpacked(down.cut, self.layout), self.known[client]
-            sent = self.method._told(down, self.net, None, self.method._blocks(self.net))
+            sent = self.method._decoded(down, self.net, None, self.method._blocks(self.net))
             for name, places in self.places.items():
                 part = shrink.sliced(name, places, cut, self.layout)
                 if part is not None:

@@ -66,6 +66,11 @@ def products(federation: Watched, by_examples: bool = True) -> dict[str, Tensor]
 def effective(method: Method, state: Any, net: Net) -> dict[str, Tensor]:
     """What each adapted layer computes with under a state: W + s B A, float64."""
     method.materialise(state, net)
+    return computes(net)
+
+
+def computes(net: Net) -> dict[str, Tensor]:
+    """The same of what is in the net."""
     with torch.no_grad():
         return {
             layer: net.model.get_parameter(place.weight).double()

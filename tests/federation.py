@@ -102,6 +102,19 @@ class Federation:
         self.history.append(at)
         return at
 
+    def sent_next(self, *clients: int) -> list[Any]:
+        """What each of them is sent in the next round; who follows it holds the bits and the version of the state."""
+        self.method.materialise(self.state, self.net)
+        round, meant, downs = self.round + 1, self.net.state_sha256(), []
+        for id in clients:
+            downs.append(self.method.broadcast(self.state, self.server(round, clients), id, self.held.get(id)))
+            self.net.forget()
+            client = self.client(id, round)
+            self.method.receive(downs[-1], client)
+            assert self.net.state_sha256() == meant
+            assert client.held == self.state.version
+        return downs
+
     def run(self, rounds: int | None = None) -> Federation:
         """All the rounds that are left, or so many."""
         for _ in range(rounds if rounds is not None else self.rounds - self.round):

@@ -29,15 +29,26 @@ from thinwire.evaluate.loss import mean_loss
 from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
+from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.fedobd import FedOBD
 from thinwire.methods.fedzo import FedZO
+from thinwire.methods.feedsign import FeedSign, packed, unpacked
 from thinwire.methods.ferret import Ferret
+from thinwire.methods.flexlora import FlexLora
+from thinwire.methods.flora import FLora
 from thinwire.methods.gradualdiff import GradualDiff
+from thinwire.methods.hetlora import HetLora
 from thinwire.methods.onebit import OneBit
+from thinwire.methods.rolora import RoLora
+from thinwire.methods.scaffold import Scaffold
+from thinwire.methods.slora import SLora
 from thinwire.model.net import Net
 from thinwire.model.views import Lora
+from thinwire.train.products import OnProducts, cut, places, rank_of
 from thinwire.train.versions import coded
 from thinwire.wire import Frame
+from thinwire.wire.legal import LARGEST
 
 SIZES = (12, 8, 16, 10, 9, 14, 11, 8, 13, 12)
 ONE = 3  # the client that lies
@@ -54,8 +65,18 @@ METHODS: dict[str, Method] = {
     "cgfed": CGFed(**FIRST, lr=1e-2, ratio=16),
     "onebit": OneBit(**FIRST, lr=1e-2),
     "ferret": Ferret(**FIRST, lr=1e-2, coordinates=256),
+    "feedsign": FeedSign(lr=2e-3, eps=1e-3, steps=8, batch_size=4),
+    "fedobd": FedOBD(**FIRST, lr=3e-3),
+    "scaffold": Scaffold(**FIRST, lr=0.3),
+    "rolora": RoLora(**FIRST, lr=1e-2),
+    "flexlora": FlexLora(**FIRST, lr=1e-2),
+    "hetlora": HetLora(**FIRST, lr=1e-2),
+    "fedex": FedEx(**FIRST, lr=1e-2),
+    "flora": FLora(**FIRST, lr=1e-2),
+    "slora": SLora(**FIRST, lr=1e-2),
 }
-ON_FACTORS = {"fedit", "cgfed", "onebit"}
+ON_FACTORS = {"fedit", "cgfed", "onebit", "rolora", "flexlora", "hetlora"}
+ABOVE = {"fedex", "flora", "slora"}  # on factors, and what is below them changes too
 Forge = Callable[["Federation", Any], Any]
 
 
@@ -100,11 +121,26 @@ def changed(federation: Federation, up: Any, hand: Callable[[Tensor], Tensor]) -
         update = hand(up.coordinates.double() * up.unit)
         unit = float(update.abs().max())
         return dataclasses.replace(up, coordinates=(update / unit).half(), unit=unit)
+    if isinstance(method, FeedSign):
+        signs = hand(torch.from_numpy(unpacked(up.bits, up.silent, method.steps)).double()).sign()
+        bits, silent = packed(signs.numpy().astype("int8"))
+        return dataclasses.replace(up, bits=bits, silent=silent)
+    if isinstance(method, FedOBD):
+        changes = {n: hand(method._change(code, n, state.weights[n].shape)) for n, code in up.weights.items()}
+        sent = {n: method._coded(change, torch.zeros_like(change)) for n, change in changes.items()}
+        return dataclasses.replace(up, weights=sent)
     if isinstance(method, OneBit):
         code = method.code.code()
         update = hand(code.decode(bytes(up.change.tolist()), state.numbers.shape, 0))
         return dataclasses.replace(up, change=to_tensor(code.encode(update, 0)))
-    weights = {n: new(state.weights[n], hand(t.float() - state.weights[n].float())) for n, t in up.weights.items()}
+    known = getattr(state, "values", None) or getattr(state, "factors", None) or state.weights
+    if isinstance(method, FLora):  # which begins anew
+        known = {n: t if ".lora_A." in n else torch.zeros_like(t) for n, t in up.weights.items()}
+    elif isinstance(method, OnProducts):
+        known = cut(known, rank_of(up.weights))
+    weights = {n: new(known[n], hand(t.float() - known[n].float())) for n, t in up.weights.items()}
+    if isinstance(method, Scaffold):
+        up = dataclasses.replace(up, controls={n: hand(t.float()).to(t.dtype) for n, t in up.controls.items()})
     return dataclasses.replace(up, weights=weights)
 
 
@@ -117,6 +153,11 @@ def worst(federation: Federation, up: Any, size: float = 5.9e4) -> Any:
     """The largest that a reply may be."""
     if isinstance(federation.method, FedKSeed):
         return up_of_scalars(up, torch.full(up.scalars.shape, size, dtype=torch.float64))
+    if isinstance(federation.method, FeedSign) and size > LARGEST:
+        raise ValueError("a sign has no size")
+    if isinstance(federation.method, OnProducts) and size < LARGEST:  # which is of a product
+        sides = [up.weights[p.left].numel() * up.weights[p.right].numel() for p in places(up.weights).values()]
+        size = 0.9 * math.sqrt(size / math.sqrt(max(sides)))
     return changed(federation, up, lambda update: torch.full_like(update, size))
 
 
@@ -139,7 +180,7 @@ ATTACKS: dict[str, Forge] = {
 def weights_of(federation: Federation) -> Tensor:
     """All weights that a state means, float64 [n]."""
     federation.method.materialise(federation.state, federation.net)
-    return torch.cat([p.detach().double().flatten() for _, p in federation.net.parameters()])
+    return torch.cat([p.detach().double().flatten() for p in federation.net.model.parameters()])
 
 
 def begun(
@@ -163,8 +204,8 @@ def nets(folder: Path) -> Callable[[str], Net]:
     """Method -> the net that it trains."""
     view = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
     whole = tiny_net(folder)
-    factors = Net.open(str(folder), remember=True, view=view)
-    return lambda name: factors if name in ON_FACTORS else whole
+    factors, above = (Net.open(str(folder), remember=True, view=view) for _ in range(2))
+    return lambda name: factors if name in ON_FACTORS else above if name in ABOVE else whole
 
 
 def table(folder: Path, rounds: int, names: Mapping[str, Method] = METHODS) -> list[dict[str, Any]]:

@@ -183,6 +183,18 @@ def bfloat16_inf(levels: torch.Tensor) -> torch.Tensor:
 
 
 Make = Callable[[Thin, bytes], bytes]
+
+
+def on_levels(hand: Callable[[torch.Tensor], torch.Tensor]) -> Make:
+    """With a hand on the levels."""
+
+    def make(found: Thin, _: bytes) -> bytes:
+        assert found.levels is not None
+        return packed(found, levels=hand(found.levels))
+
+    return make
+
+
 LONG = "x" * (1 << 20)
 STRANGE: dict[str, Make] = {
     "numbers of 2^31": lambda f, _: packed(f, view=f.view.replace("3000", str(1 << 31))),
@@ -205,13 +217,13 @@ STRANGE: dict[str, Make] = {
     "negative bits": lambda f, _: packed(f, bits=-8),
     "a huge block": lambda f, _: packed(f, block=1 << 40),
     "a block of one": lambda f, _: packed(f, block=1),
-    "levels that are cut": lambda f, _: packed(f, levels=f.levels[:-1]),  # type: ignore[index]
-    "levels that go on": lambda f, _: packed(f, levels=torch.cat([f.levels, f.levels])),  # type: ignore[list-item]
-    "levels of floats": lambda f, _: packed(f, levels=f.levels.float()),  # type: ignore[union-attr]
-    "levels in a table": lambda f, _: packed(f, levels=f.levels.view(2, -1)),  # type: ignore[union-attr]
-    "a scale that is no number": lambda f, _: packed(f, levels=bfloat16_nan(f.levels)),  # type: ignore[arg-type]
-    "a scale without end": lambda f, _: packed(f, levels=bfloat16_inf(f.levels)),  # type: ignore[arg-type]
-    "a level that is none": lambda f, _: packed(f, levels=torch.cat([f.levels[:-1], torch.full((1,), 255).byte()])),  # type: ignore[index]
+    "levels that are cut": on_levels(lambda x: x[:-1]),
+    "levels that go on": on_levels(lambda x: torch.cat([x, x])),
+    "levels of floats": on_levels(torch.Tensor.float),
+    "levels in a table": on_levels(lambda x: x.view(2, -1)),
+    "a scale that is no number": on_levels(bfloat16_nan),
+    "a scale without end": on_levels(bfloat16_inf),
+    "a level that is none": on_levels(lambda x: torch.cat([x[:-1], torch.full((1,), 255).byte()])),
     "numbers beyond all": lambda f, _: packed(f, levels=None, numbers=torch.full((3000,), 1e38)),
     "numbers of another dtype": lambda f, _: packed(f, levels=None, numbers=torch.zeros(3000).double()),
     "a negative seed": lambda f, _: packed(f, seed=-1),

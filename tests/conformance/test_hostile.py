@@ -37,8 +37,10 @@ ORDERS: dict[str, dict[str, Any]] = {
     "draws below none": {"draws": -1},
     "a shrink that overflows": {"shrink": 1e308},
     "a block that is not there": {"block": -1},
+    "votes below none": {"count": -1},
+    "more votes than a run has": {"count": 1 << 40},
 }
-TABLES = ("weights", "changes", "codec", "cut")
+TABLES = ("weights", "changes", "codec", "cut", "factors", "values", "controls")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_a_lie_costs_its_client_the_round_and_nobody_else(name: str, net_of: Net
         assert all(at.visits[other].error is None for other in (0, 1, 2)), title
     assert tried >= 3
     federation.method.materialise(federation.state, federation.net)
-    assert all(torch.isfinite(p).all() for _, p in federation.net.parameters())
+    assert all(torch.isfinite(p).all() for p in federation.net.model.parameters())
 
 
 @pytest.mark.parametrize("name", list(METHODS))

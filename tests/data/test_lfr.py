@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ def test_passes_learn_focus_and_review(data: Dataset) -> None:
         for batch in focussed.batches(KEY, 4):
             if len(passes) == 5 and int(memory[PASSES]) == 6:
                 break
-            assert batch.seen is not None
-            rows: Any = batch.seen.args[0]  # type: ignore[attr-defined]
+            assert isinstance(batch.seen, partial)
+            rows = batch.seen.args[0]
             batch.seen(torch.tensor([float(len(data.examples[i])) + i / 100 for i in rows]))
     losses = [len(example) + i / 100 for i, example in enumerate(data.examples)]
     hard = set[int]()
@@ -108,7 +109,8 @@ def test_the_losses_are_those_of_the_pass_that_trains(net: Net, data: Dataset) -
     handle.remove()
     assert torch.equal(found, loss(net.model, plain))
     assert len(calls) == 1  # and no other
-    rows: Any = batch.seen.args[0]  # type: ignore[union-attr]
+    assert isinstance(batch.seen, partial)
+    rows = batch.seen.args[0]
     each = example_losses(net.model, plain)[0].detach()
     wanted = torch.full((len(data),), math.nan)
     wanted[rows] = each

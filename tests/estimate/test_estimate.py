@@ -21,6 +21,7 @@ from thinwire.estimate.costs import estimate
 from thinwire.estimate.sketch import Live, one_pass, sketch
 from thinwire.model.net import Net
 from thinwire.model.quantised import quantised_layers
+from thinwire.model.views import AnyView, Core
 
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -55,19 +56,23 @@ def test_a_large_model_needs_its_config_alone(tmp_path: Path, fields: dict[str, 
     assert high - low < 1e-5
 
 
+def loss_of(model: Any) -> torch.Tensor:
+    """At eight positions of three rows of forty tokens."""
+    ids, mask = torch.zeros((3, 40), dtype=torch.int64), torch.ones((3, 40), dtype=torch.int64)
+    mask[0, 0] = 0  # batches are padded; where nothing is, torch takes a leaner way
+    positions, kept = torch.arange(40).expand(3, 40), torch.arange(31, 39)
+    out = model(ids, mask, position_ids=positions, use_cache=False, logits_to_keep=kept).logits
+    return torch.nn.functional.cross_entropy(out.float().flatten(0, 1), torch.zeros(24, dtype=torch.int64))
+
+
 def test_the_pass_of_a_deep_model_is_that_of_two_layers_drawn_out(tmp_path: Path) -> None:
     tiny_folder(tmp_path / "model", num_hidden_layers=5)
     run = run_of(tmp_path / "model", {"name": "fedavg"})
     estimated = one_pass(sketch(run), 3, 40, 8)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    ids, mask = torch.zeros((3, 40), dtype=torch.int64), torch.ones((3, 40), dtype=torch.int64)
-    mask[0, 0] = 0  # batches are padded; where nothing is, torch takes a leaner way
     live = Live(list(model.parameters()))
     with live, FlopCounterMode(display=False) as counter:
-        kept = torch.arange(31, 39)
-        positions = torch.arange(40).expand(3, 40)
-        out = model(ids, mask, position_ids=positions, use_cache=False, logits_to_keep=kept).logits
-        loss = torch.nn.functional.cross_entropy(out.float().flatten(0, 1), torch.zeros(24, dtype=torch.int64))
+        loss = loss_of(model)
         assert live.now == pytest.approx(estimated.kept, rel=0.02)
     assert loss.item() > 0
     assert counter.get_total_flops() == estimated.flops
@@ -83,6 +88,24 @@ def test_factors_have_the_names_and_shapes_of_a_view(tmp_path: Path) -> None:
     assert {n: p.shape for n, p in net.parameters()} == {n: t.shape for n, t in sketch(run).trained.items()}
     frozen, whole = one_pass(sketch(run), 2, 40, 8, run.model.view.factors), one_pass(sketch(run), 2, 40, 8)
     assert frozen.kept < whole.kept
+
+
+@pytest.mark.parametrize("view", [Lora(rank=3), Lora(rank=3, freeze_a=True), Core(rank=3)])
+def test_a_factor_that_stays_as_it_is_is_in_memory_and_asks_for_no_activations(view: AnyView, tmp_path: Path) -> None:
+    """FFA-LoRA's A, and both sides of a core: counted as weights, and no gradient of theirs needs what goes in."""
+    from thinwire import assemble
+
+    tiny_folder(tmp_path / "model")
+    run = run_of(tmp_path / "model", {"name": "fedavg"})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"view": view})})
+    net, model = assemble.net_of(run), sketch(run)
+    assert {n: p.shape for n, p in net.parameters()} == {n: t.shape for n, t in model.trained.items()}
+    assert model.weight_bytes == sum(p.nbytes for p in net.model.parameters())
+    live = Live(list(net.model.parameters()))
+    with live:
+        loss = loss_of(net.model)
+        assert live.now == pytest.approx(one_pass(model, 3, 40, 8, view.factors).kept, rel=0.02)
+    assert loss.item() > 0
 
 
 @pytest.mark.parametrize("bits", [8, 4])

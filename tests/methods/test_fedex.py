@@ -53,25 +53,6 @@ def test_the_mean_of_factors_is_another(net: Net, tmp_path: Path) -> None:
     assert apart(effective(method, federation.state, net), exact, change) > 1e-2
 
 
-def test_with_one_client_all_agree(net: Net, tmp_path: Path) -> None:
-    """FLoRA draws its own factors, so one round of it is compared with what its client has made."""
-    net.reset()
-    ends = {}
-    for method in (FedAvg(**LOCAL), FedEx(**LOCAL)):
-        net.reset()
-        federation = watched(method, net, tmp_path / method.name, sizes=(12,)).run(2)
-        ends[method.name] = effective(method, federation.state, net)
-    net.reset()
-    change = {name: end - net.base[net.adapted()[name].weight].double() for name, end in ends["fedavg"].items()}
-    assert apart(ends["fedex"], ends["fedavg"], change) < 1e-6
-    flora = watched(FLora(**LOCAL), net, tmp_path / "flora", sizes=(12,))
-    base = weights(flora.method, flora.state, net)
-    flora.step()
-    own = products(flora)
-    exact = {layer: base[layer] + own[layer] for layer in own}
-    assert apart(effective(flora.method, flora.state, net), exact, own) < 1e-6
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_who_returns_who_was_away_and_who_is_new_hold_the_same_bits(name: str, net: Net, tmp_path: Path) -> None:
     method = METHODS[name]

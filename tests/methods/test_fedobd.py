@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -173,8 +173,9 @@ def test_a_lost_round_puts_the_second_stage_off_at_both_ends(net: Net, tmp_path:
 
 def test_what_the_paper_sends_down_and_what_is_sent_of_the_start(net: Net, tmp_path: Path) -> None:
     """The error of each, against the server's own weights, is half a level of what travels."""
-    for down, start in (("change", 1.0), ("weights", 0.0)):
-        method = FedOBD(**SET, down=down)  # type: ignore[arg-type]
+    starts: dict[Literal["change", "weights"], float] = {"change": 1.0, "weights": 0.0}
+    for down, start in starts.items():
+        method = FedOBD(**SET, down=down)
         federation = Federation(method, net, tmp_path / down, rounds=1).run()
         method.materialise(federation.state, net)
         for name, parameter in net.parameters():

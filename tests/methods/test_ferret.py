@@ -14,11 +14,15 @@ from torch import Tensor
 
 from thinwire import wire
 from thinwire.compress.entropy import integers
+from thinwire.keys import Key
+from thinwire.methods import ferret
+from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.ferret import Coordinates, Descent, Ferret
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
 from thinwire.perturb.pool import draws_key
+from thinwire.train.local import Local
 
 SMALL: dict[str, Any] = {"lr": 1e-2, "steps": 2, "batch_size": 4, "seeds": 5, "coordinates": 60}
 
@@ -100,18 +104,8 @@ def test_whoever_comes_holds_the_same_bits(net: Net, tmp_path: Path) -> None:
     federation = Federation(method, net, tmp_path, sizes=(8, 8, 8, 8), rounds=9)
     for cohort in ((0, 1), (0, 1), (0, 2)):
         federation.step(cohort)
-    state, server = federation.state, federation.server(4, (0, 1, 3))
-    method.materialise(state, net)
-    meant, sizes = weights(net), []
-    for id in (0, 1, 3):
-        down = method.broadcast(state, server, id, federation.held.get(id))
-        net.forget()
-        client = federation.client(id, 4)
-        method.receive(down, client)
-        assert all(torch.equal(mine, other) for mine, other in zip(weights(net), meant, strict=True))
-        assert client.held == state.version
-        sizes.append(len(down.levels))
-    assert sizes[0] < sizes[1] < sizes[2]
+    there, missed, new = (len(down.levels) for down in federation.sent_next(0, 1, 3))
+    assert there < missed < new
 
 
 def test_all_clients_of_a_round_use_the_same_directions_and_the_next_round_others(net: Net, tmp_path: Path) -> None:
@@ -229,3 +223,55 @@ def test_the_largest_that_is_legal_for_ever_ends_no_run(net: Net, tmp_path: Path
         state, _ = method.aggregate(state, federation.server(round, (0,)), iter([(0, most)]))
         method.receive(method.broadcast(state, federation.server(round + 1, (0,)), 0, None), federation.client(0, 1))
     assert state.gains.abs().max() == 6e4
+
+
+@pytest.fixture(scope="module")
+def norms(tmp_path_factory: pytest.TempPathFactory) -> Net:
+    """Five tensors of 32 numbers are trained."""
+    folder = tmp_path_factory.mktemp("norms")
+    tiny_net(folder)
+    return Net.open(str(folder), remember=True, trainable=lambda name: "norm" in name)
+
+
+@pytest.mark.parametrize("count", [32, 16])
+def test_along_as_many_orthogonal_directions_as_numbers_it_is_fedavg(
+    count: int, norms: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To what float16 leaves of the coordinates; along half as many it is far from it."""
+    draw = torch.Generator().manual_seed(0)
+    z = {n: 32**0.5 * torch.linalg.qr(torch.randn(32, 32, generator=draw, dtype=torch.float64))[0] for n in norms.names}
+    monkeypatch.setattr(ferret, "project", lambda _, x, name, seeds: (z[name][seeds] @ x.double().flatten()).numpy())
+    fields: dict[str, Any] = {"lr": 0.3, "steps": 3, "batch_size": 4, "optimiser": "sgd", "clip": 0.0}
+    mine = Federation(Ferret(**fields, seeds=32, coordinates=5 * count), norms, tmp_path / "a", rounds=1).run()
+    theirs = Federation(FedAvg(**fields), norms, tmp_path / "b", rounds=1).run()
+    for name, gains in zip(norms.names, mine.state.gains.view(5, 32), strict=True):
+        moved = norms.base[name].double() - theirs.state.weights[name].double()
+        apart = float((gains @ z[name] - moved).norm() / moved.norm())
+        assert apart < 1e-3 if count == 32 else apart > 0.3
+
+
+def test_over_the_keys_the_mean_of_what_it_adds_is_the_update(
+    norms: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Along 4 directions of 32 numbers each is off by |D| sqrt(32 / 4), and the mean of many by ever less."""
+    draw, count = torch.Generator().manual_seed(1), 100
+    update = {name: torch.randn(32, generator=draw) for name in norms.names}
+    monkeypatch.setattr(
+        Ferret, "train", lambda *_, **__: Local(0.5, 0, [norms.base[n].float() - d for n, d in update.items()])
+    )
+    method = Ferret(seeds=64, coordinates=20)
+    federation = Federation(method, norms, tmp_path, sizes=(8,))
+    total, squares = {name: torch.zeros(32, dtype=torch.float64) for name in norms.names}, list[float]()
+    for key in range(count):
+        server = dataclasses.replace(federation.server(1, (0,)), key=Key.root(key))
+        state = method.init(server)
+        up = method.client_update(method.broadcast(state, server, 0, None), federation.client(0, 1))
+        state, _ = method.aggregate(state, server, iter([(0, up)]))
+        directions = method._pool(state.pool).directions
+        for name, gains in zip(norms.names, state.gains.view(5, 64).numpy(), strict=True):
+            made = directions.apply(torch.zeros(32, dtype=torch.float64), name, range(64), gains)
+            squares.append(float((made - update[name]).square().sum() / update[name].square().sum()))
+            total[name] += made / count
+    assert np.mean(squares) == pytest.approx(32 / 4, rel=0.15)
+    for name, mean in total.items():
+        assert float((mean - update[name]).norm() / update[name].norm()) < 2 * (8 / count) ** 0.5

@@ -66,16 +66,6 @@ def test_each_client_is_sent_and_sends_its_own_rank(net: Net, tmp_path: Path) ->
             assert {t.shape[1] for n, t in sent.items() if ".lora_B." in n} == {rank}
 
 
-def test_with_one_client_it_is_fedavg(net: Net, tmp_path: Path) -> None:
-    """In the first round, where both begin from the same factors."""
-    ends = {}
-    for method in (FedAvg(**LOCAL), FlexLora(**LOCAL)):
-        federation = watched(method, net, tmp_path / method.name, sizes=(12,)).run(1)
-        ends[method.name] = effective(method, federation.state, net)
-    change = {name: end - base(net)[name] for name, end in ends["fedavg"].items()}
-    assert apart(ends["flexlora"], ends["fedavg"], change) < 1e-6
-
-
 def test_what_a_lower_rank_does_not_hold_no_step_moves(net: Net, tmp_path: Path) -> None:
     method = FlexLora(**LOCAL, weight_decay=0.1, ranks={1: 2})
     federation = watched(method, net, tmp_path)

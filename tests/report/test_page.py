@@ -192,3 +192,14 @@ def test_keyboard_and_screen_reader(page: Path, browser: Any) -> None:
     assert all(
         n.get("name", {}).get("value") for n in tree if not n["ignored"] and n["role"]["value"] in ("radio", "link")
     )
+
+
+def test_many_groups_are_told_apart_by_colour_and_shape(tmp_path: Path) -> None:
+    """The page has eight colours: where one comes again, the shape is another."""
+    from thinwire.report.plots import plots
+
+    folders = [run_folder(tmp_path / f"m{i}", f"m{i}") for i in range(30)]
+    for plot in plots(collect(folders)):
+        if plot.name in ("front", "heldout-loss"):
+            shapes = plot.spec["encoding"]["shape"]["scale"]["range"]
+            assert len({(i % 8, shape) for i, shape in enumerate(shapes)}) == 30

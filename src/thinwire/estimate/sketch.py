@@ -125,21 +125,23 @@ def _measured(
     config.use_cache = False
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = _form(model.task).from_config(config, dtype=model.dtype, trust_remote_code=False).eval()
+        own = list[Tensor]()  # factors, which are weights too
         if factors is not None:
             rank, targets = factors
             for parameter in net.parameters():
                 parameter.requires_grad_(False)
             chosen = chosen_layers(net, rank, targets)
             check_called(net, chosen)
-            for layer in chosen.values():
-                _beside(layer, rank)
+            # of a factor that stays as it is no gradient needs what goes in
+            learns = not any(".lora_" in n for n in model.trained) or any(".lora_A." in n for n in model.trained)
+            own += [factor for layer in chosen.values() for factor in _beside(layer, rank, learns)]
             for parameter in head_of(net).values():
                 parameter.requires_grad_(True)
         elif probed is not None:
             check_read(net, [name for name, _ in net.named_parameters()], probed)
         found = []
         for training in (True, False):
-            live = Live(list(net.parameters()))
+            live = Live([*net.parameters(), *own])
             with torch.set_grad_enabled(training), live, FlopCounterMode(display=False) as counter:
                 loss = _loss(net, model.task, rows, length, answer)
                 found.append(live.now if training else live.peak)
@@ -168,13 +170,14 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
     return layer.in_features, layer.out_features
 
 
-def _beside(layer: nn.Module, rank: int) -> None:
-    """Have a frozen layer add what factors beside it compute, as peft's do."""
+def _beside(layer: nn.Module, rank: int, learns: bool) -> tuple[Tensor, Tensor]:
+    """Have a frozen layer add what factors beside it compute, as peft's do; `learns`: whether the first one does."""
     inner, (taken, given) = layer.forward, _sides(layer)
     dtype = next(layer.parameters()).dtype
-    left = torch.empty((rank, taken), dtype=dtype, requires_grad=True)
+    left = torch.empty((rank, taken), dtype=dtype, requires_grad=learns)
     right = torch.empty((given, rank), dtype=dtype, requires_grad=True)
     layer.forward = lambda x: inner(x) + F.linear(F.linear(x, left), right) * 2.0
+    return left, right
 
 
 class Live(TorchDispatchMode):

@@ -40,7 +40,6 @@ from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.train.factors import OnFactors, moved
-from thinwire.train.local import scheduled
 from thinwire.train.weights import fill, fill_checked
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST, check_keys
@@ -152,8 +151,7 @@ class CGFed(OnFactors):
             weights, base = {}, has
         elif state.step is not None and has == state.prior:
             weights, base, step = {}, has, state.step
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Told(weights, base, state.version, step, state.key, codec, state.codec_version, lr)
+        return Told(weights, base, state.version, step, state.key, codec, state.codec_version, self.rate(server))
 
     def client_update(self, down: Told, client: Client) -> Coded:
         image = self._image(client.net)

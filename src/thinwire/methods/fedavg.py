@@ -19,7 +19,6 @@ from thinwire.core import Client, Server
 from thinwire.costs.frames import Expected, Frames, fixed
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder
-from thinwire.train.local import scheduled
 from thinwire.train.weights import Trained, check_weights, fill, fill_checked
 from thinwire.wire.legal import check_rate
 from thinwire.wire.payload import LATE
@@ -46,7 +45,7 @@ class FedAvg(FirstOrder):
         return Weights({name: server.net.base[name] for name in server.net.names})
 
     def broadcast(self, state: Weights, server: Server, client_id: int, held: str | None) -> Weights:
-        return Weights(state.weights, scheduled(self.schedule, self.lr, server.round, server.rounds))
+        return Weights(state.weights, self.rate(server))
 
     def client_update(self, down: Weights, client: Client) -> Trained:
         self.receive(down, client)

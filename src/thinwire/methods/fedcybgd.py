@@ -42,7 +42,6 @@ from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.shrink import Cut
 from thinwire.train.blocks import Blocks
-from thinwire.train.local import scheduled
 from thinwire.train.objective import loss as batch_loss
 from thinwire.train.proxy import Coder
 from thinwire.train.versions import Exact, coded, layout
@@ -163,10 +162,9 @@ class FedCyBGD(Exact):
             if (part := shrink.sliced(name, source, cut, at.layout)) is not None:
                 base = self._base(net, known, name, Spec.of(part), cut, at, name in own) if self.coded else None
                 changes[name], sent[name] = coder.encode(part, base, name in own)
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
         known_as = held if known is not None else None
-        version = server.versions.put(sent)  # only now: what is put may push out what is known
-        return Proxy(layout(specs_of(state.weights)), block, cut.packed(), known_as, version, changes, lr)
+        model, version = layout(specs_of(state.weights)), server.versions.put(sent)  # only now: it may push out `known`
+        return Proxy(model, block, cut.packed(), known_as, version, changes, self.rate(server))
 
     def client_update(self, down: Proxy, client: Client) -> Block:
         check_rate(down.lr)

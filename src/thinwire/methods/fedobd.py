@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -40,8 +40,7 @@ from thinwire.model.blocks import modules_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder
-from thinwire.train.local import scheduled
-from thinwire.train.weights import check_weights, fill, fill_checked
+from thinwire.train.weights import Trained, check_weights, fill, fill_checked
 from thinwire.wire import Illegal, LazyTensors
 from thinwire.wire.legal import LARGEST, check_rate
 from thinwire.wire.payload import Spec, specs_of
@@ -69,13 +68,8 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(Trained):
     """Of the blocks that a client keeps each tensor's coded change, uint8, or itself; the rest as in FedAvg."""
-
-    weights: Tensors = field(metadata={"release": True})
-    examples: int = field(metadata={"release": True})
-    loss: float = field(metadata={"release": True})
-    skipped: int = field(metadata={"release": True})
 
 
 class FedOBD(FirstOrder):
@@ -103,8 +97,7 @@ class FedOBD(FirstOrder):
         return self._cached({name: server.net.base[name].cpu() for name in server.net.names}, server.net, 1)
 
     def broadcast(self, state: Cached, server: Server, client_id: int, held: str | None) -> Sent:
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Sent(state.codes or state.weights, state.stage, lr)
+        return Sent(state.codes or state.weights, state.stage, self.rate(server))
 
     def client_update(self, down: Sent, client: Client) -> Kept:
         self.receive(down, client)

@@ -42,7 +42,7 @@ from thinwire.perturb.directions import Directions
 from thinwire.perturb.pool import Levels, Pool
 from thinwire.perturb.projection import project
 from thinwire.train.first_order import FirstOrder
-from thinwire.train.local import Optimiser, scheduled
+from thinwire.train.local import Optimiser
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST, check_keys, check_rate
 from thinwire.wire.payload import LATE
@@ -115,12 +115,11 @@ class Ferret(FirstOrder):
         return Descent(server.key.fold("directions").word(), gains, squares)
 
     def broadcast(self, state: Descent, server: Server, client_id: int, held: str | None) -> Sums:
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
         known = server.versions.get(held) if held is not None else None
         levels, changes = Levels.of(state.gains, state.grid).encode(known)
         counts = pool.packed(self._counts(state).tobytes())
         draws = pool.draws_key(server.key)
-        return Sums(state.pool, draws, lr, counts, state.grid, levels, held if changes else None)
+        return Sums(state.pool, draws, self.rate(server), counts, state.grid, levels, held if changes else None)
 
     def client_update(self, down: Sums, client: Client) -> Coordinates:
         self.receive(down, client)

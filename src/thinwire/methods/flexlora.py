@@ -15,13 +15,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from thinwire.aggregate.mean import Counted, Metrics, Update
+from thinwire.aggregate.mean import Counted, Metrics
 from thinwire.aggregate.products import Pair, decomposed, joined
 from thinwire.core import Client, Server
 from thinwire.costs.frames import Expected, Frames, Span, fixed
 from thinwire.model.net import Net
-from thinwire.train.local import scheduled
-from thinwire.train.products import Ranked, check_factors, cut, fresh, named, padded, pairs, rank_of, rows, shares
+from thinwire.train.products import Ranked, cut, fresh, named, padded, pairs, rank_of, rows, shares
 from thinwire.train.weights import Trained, fill, fill_checked
 from thinwire.wire.legal import check_rate
 
@@ -47,8 +46,7 @@ class FlexLora(Ranked):
 
     def broadcast(self, state: Directions, server: Server, client_id: int, held: str | None) -> Directions:
         rank = self.rank_of(client_id, rank_of(state.factors))
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Directions(cut(state.factors, rank), lr)
+        return Directions(cut(state.factors, rank), self.rate(server))
 
     def client_update(self, down: Directions, client: Client) -> Trained:
         self.receive(down, client)
@@ -56,12 +54,6 @@ class FlexLora(Ranked):
         rank = self.rank_of(client.id, rank_of(client.net.base))
         factors = cut({name: p.detach() for name, p in client.net.parameters()}, rank)
         return Trained(factors, len(client.data), local.loss, local.skipped)
-
-    def check(self, state: Directions, client_id: int, up: Trained) -> None:
-        check_factors(cut(state.factors, self.rank_of(client_id, rank_of(state.factors))), up.weights)
-
-    def update(self, state: Directions, server: Server, up: Trained) -> Update:
-        return Update(rows(up.weights), self.weight(up), up.loss, up.skipped)
 
     def step(
         self, state: Directions, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]

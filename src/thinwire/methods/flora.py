@@ -10,53 +10,29 @@ rank of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from thinwire.aggregate.mean import Counted, Metrics, Update
+from thinwire.aggregate.mean import Counted, Metrics
 from thinwire.core import Client, Server
-from thinwire.costs.frames import VERSION, Expected, Frames
-from thinwire.costs.memory import Memory, Side
-from thinwire.costs.sketch import Pass, Sketch
-from thinwire.model.net import Net
-from thinwire.train.local import scheduled
-from thinwire.train.merged import Merged, Way, begun, check_merges, expected, fill_merged, follow, memory, merged, way
-from thinwire.train.products import Ranked, check_factors, cut, fresh, pairs, rank_of, rows, shares
+from thinwire.costs.frames import Expected, Frames
+from thinwire.train.merged import Merge, Merged, Merging, expected, follow, merged, way
+from thinwire.train.products import Ranked, cut, fresh, pairs, rank_of, shares
 from thinwire.train.weights import Trained, fill
-from thinwire.wire.legal import check_rate
 
 
-@dataclass(frozen=True)
-class Merge:
-    """How to come from the base weights `base` to `version`: see merged.Way."""
-
-    weights: Mapping[str, Tensor]
-    base: str | None
-    version: str
-    stacks: Mapping[str, Tensor]
-    rounds: int
-    lr: float
-
-
-class FLora(Ranked):
+class FLora(Merging, Ranked):
     """Local first-order steps on fresh factors; the exact mean of their products goes into the base weights."""
 
     name: Literal["flora"] = "flora"
 
     Down, Up, State = Merge, Trained, Merged
-    moves_base: ClassVar[bool] = True
     paper: ClassVar[str] = "Wang et al. 2024, arXiv:2409.05976"
 
-    def init(self, server: Server) -> Merged:
-        return Merged({n: server.net.base[n] for n in server.net.names}, *begun(server.net, server.versions))
-
     def broadcast(self, state: Merged, server: Server, client_id: int, held: str | None) -> Merge:
-        weights, base, stacks, count = way(state.history, held)
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Merge(weights, base, state.version, stacks, count, lr)
+        return way(state, held, self.rate(server))
 
     def client_update(self, down: Merge, client: Client) -> Trained:
         self.receive(down, client)
@@ -66,40 +42,21 @@ class FLora(Ranked):
         factors = cut({name: p.detach() for name, p in client.net.parameters()}, rank)
         return Trained(factors, len(client.data), local.loss, local.skipped)
 
-    def check(self, state: Merged, client_id: int, up: Trained) -> None:
-        check_factors(cut(state.factors, self.rank_of(client_id, rank_of(state.factors))), up.weights)
-
-    def update(self, state: Merged, server: Server, up: Trained) -> Update:
-        return Update(rows(up.weights), self.weight(up), up.loss, up.skipped)
-
     def step(
         self, state: Merged, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Merged, Metrics]:
         ranks = [self.rank_of(reply.client, rank_of(state.factors)) for reply in counted]
-        after = merged(state.history, server.net, server.versions, pairs(mean), shares(counted, ranks))
-        return Merged(state.factors, *after), {}
-
-    def materialise(self, state: Merged, net: Net) -> None:
-        fill_merged(net, state.weights)
-        fill(net, state.factors)
+        return merged(state, server, pairs(mean), shares(counted, ranks)), {}
 
     def receive(self, down: Merge, client: Client) -> None:
-        check_rate(down.lr)
-        follow(Way(down.weights, down.base, down.stacks, down.rounds), down.version, client)
+        follow(down, client)
         fill(client.net, client.net.base)
-
-    def fits(self, net: Net) -> None:
-        super().fits(net)
-        check_merges(net)
 
     def frames(self, at: Expected) -> Frames | None:
         most = rank_of(at.trained)
         return expected(
             at,
             [sum(self.rank_of(client, most) for client in cohort) for cohort in at.cohorts],
-            lambda way: Merge(way.weights, way.base, VERSION, way.stacks, way.rounds, 0.0),
+            lambda way: way,
             lambda client, examples: Trained(cut(at.trained, self.rank_of(client, most)), examples, 0.0, 0),
         )
-
-    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
-        return memory(at, forward, side, self.optimiser, self.recompute)

@@ -33,7 +33,6 @@ from thinwire.costs.frames import VERSION, Expected, Frames
 from thinwire.costs.memory import MOMENTS, Memory, Side, exact_coding, holding, training
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.net import Net
-from thinwire.train.local import scheduled
 from thinwire.train.versions import Exact, coded, decoded, key_below, layout, lossy_decoded
 from thinwire.train.weights import fill
 from thinwire.wire import Illegal, LazyTensors
@@ -137,8 +136,9 @@ class GradualDiff(Exact):
             for name, new in state.weights.items():
                 own = known[name] if known is not None else None
                 changes[name] = coded(new, self.start_of(server.net, name) if shared else own)
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Change(layout(specs_of(state.weights)), base, state.version, exact, state.key, changes, lr)
+        return Change(
+            layout(specs_of(state.weights)), base, state.version, exact, state.key, changes, self.rate(server)
+        )
 
     def client_update(self, down: Change, client: Client) -> Difference:
         self.receive(down, client)

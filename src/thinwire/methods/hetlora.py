@@ -25,7 +25,7 @@ from thinwire.aggregate.products import Pair, norm
 from thinwire.core import Client, Server
 from thinwire.costs.frames import Expected, Frames, Span, fixed
 from thinwire.model.net import Net
-from thinwire.train.local import Local, scheduled
+from thinwire.train.local import Local
 from thinwire.train.products import Ranked, check_factors, cut, named, padded, pairs, places, rank_of, rows
 from thinwire.train.weights import Trained, fill, fill_checked
 from thinwire.wire import Illegal
@@ -58,8 +58,7 @@ class HetLora(Ranked):
         return Padded({name: server.net.base[name] for name in server.net.names}, [], [])
 
     def broadcast(self, state: Padded, server: Server, client_id: int, held: str | None) -> Padded:
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Padded(cut(state.factors, self._now(state, client_id)), [], [], lr)
+        return Padded(cut(state.factors, self._now(state, client_id)), [], [], self.rate(server))
 
     def client_update(self, down: Padded, client: Client) -> Trained:
         self.receive(down, client)

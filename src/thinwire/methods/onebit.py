@@ -35,7 +35,7 @@ from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.model.net import Net
 from thinwire.model.numbers import fill
 from thinwire.train.first_order import FirstOrder
-from thinwire.train.local import Moments, Schedule, scheduled
+from thinwire.train.local import Moments, Schedule
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST, check_keys, check_rate
 from thinwire.wire.payload import LATE
@@ -109,7 +109,7 @@ class OneBit(FirstOrder):
         return Numbers(start, version, version, owed, {}, [])
 
     def broadcast(self, state: Numbers, server: Server, client_id: int, held: str | None) -> Step:
-        lr, key = scheduled(self.schedule, self.lr, server.round, server.rounds), server.key.fold("code").word()
+        lr, key = self.rate(server), server.key.fold("code").word()
         versions, from_ = [*state.changes, state.version], held or state.start
         if from_ in versions:
             first = versions.index(from_)

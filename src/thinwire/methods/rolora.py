@@ -23,7 +23,6 @@ from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder
-from thinwire.train.local import scheduled
 from thinwire.train.weights import Trained, alone, check_weights, fill, fill_checked
 from thinwire.wire import Illegal
 from thinwire.wire.legal import check_rate
@@ -73,8 +72,7 @@ class RoLora(FirstOrder):
             weights, base = {}, held
         elif held is not None and held == state.prior:
             weights, base = _of(OTHER[state.turn], state.weights), held
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Turn(weights, base, state.version, state.turn, lr)
+        return Turn(weights, base, state.version, state.turn, self.rate(server))
 
     def client_update(self, down: Turn, client: Client) -> Trained:
         self.receive(down, client)

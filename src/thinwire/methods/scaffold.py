@@ -30,7 +30,6 @@ from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder
-from thinwire.train.local import scheduled
 from thinwire.train.weights import check_weights, fill, fill_checked
 from thinwire.wire import Illegal, LazyTensors
 from thinwire.wire.legal import LARGEST, check_rate
@@ -87,8 +86,8 @@ class Scaffold(FirstOrder):
         return Controlled(weights, {name: torch.zeros(tensor.shape) for name, tensor in weights.items()})
 
     def broadcast(self, state: Controlled, server: Server, client_id: int, held: str | None) -> Model:
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Model(state.weights, {n: c.to(state.weights[n].dtype) for n, c in state.controls.items()}, lr)
+        controls = {n: c.to(state.weights[n].dtype) for n, c in state.controls.items()}
+        return Model(state.weights, controls, self.rate(server))
 
     def client_update(self, down: Model, client: Client) -> Corrected:
         self.receive(down, client)

@@ -31,7 +31,7 @@ from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder, proximal
-from thinwire.train.local import Adjust, Local, Rule, scheduled, train_locally
+from thinwire.train.local import Adjust, Local, Rule, train_locally
 from thinwire.train.merged import check_merges, fill_merged, layers_of
 from thinwire.train.products import check_view, named, places
 from thinwire.train.weights import Trained, alone, check_weights, fill, fill_checked
@@ -70,8 +70,7 @@ class SLora(FirstOrder):
         return Stage(factors, {name: net.base[name].flatten()[mask] for name, mask in places.items()}, key)
 
     def broadcast(self, state: Stage, server: Server, client_id: int, held: str | None) -> Stage:
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        return Stage({} if state.values else state.factors, state.values, state.key, lr)
+        return Stage({} if state.values else state.factors, state.values, state.key, self.rate(server))
 
     def client_update(self, down: Stage, client: Client) -> Trained:
         self.receive(down, client)

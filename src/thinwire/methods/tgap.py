@@ -19,7 +19,6 @@ from thinwire.core import Client, Server
 from thinwire.costs.frames import Expected, Frames, fixed
 from thinwire.model.net import Net
 from thinwire.train.factors import OnFactors
-from thinwire.train.local import scheduled
 from thinwire.train.weights import fill
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST
@@ -66,7 +65,7 @@ class Tgap(OnFactors):
         return Factors({name: server.net.base[name] for name in server.net.names})
 
     def broadcast(self, state: Factors, server: Server, client_id: int, held: str | None) -> Factors:
-        return Factors(state.weights, scheduled(self.schedule, self.lr, server.round, server.rounds))
+        return Factors(state.weights, self.rate(server))
 
     def client_update(self, down: Factors, client: Client) -> Gathered:
         weights = dict(down.weights)

@@ -25,7 +25,7 @@
       },
       legend: {
         orient: "bottom", columns: Math.max(1, Math.floor(width / 130)), labelColor: ink, titleColor: soft,
-        labelFontSize: 12, labelLimit: 220, symbolSize: 80, titleFontWeight: "normal",
+        labelFontSize: 12, labelLimit: 220, symbolLimit: 60, symbolSize: 80, titleFontWeight: "normal",
       },
       range: { category: dark.matches ? colors.dark : colors.light },
       text: { color: ink },

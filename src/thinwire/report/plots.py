@@ -83,7 +83,6 @@ def _front(runs: Sequence[Recorded], groups: Sequence[str]) -> Plot | None:
     if len(rows) < 2:
         return None
     named = {"field": "group", "type": "nominal", "title": None, "sort": list(groups)}
-    ranged = {"domain": list(groups), "range": [SHAPES[i % 8] for i in range(len(groups))]}
     spec = {
         "mark": {"type": "point", "filled": True, "size": 70},
         "encoding": {
@@ -95,7 +94,7 @@ def _front(runs: Sequence[Recorded], groups: Sequence[str]) -> Plot | None:
                 "scale": {"zero": False, "padding": 16},
             },
             "color": {**named, "scale": {"domain": list(groups)}},
-            "shape": {**named, "scale": ranged},
+            "shape": {**named, "scale": _shapes(groups)},
             "tooltip": [{"field": "run"}, {"field": "bytes", "format": ","}, {"field": "value", "format": ".5"}],
         },
     }
@@ -223,7 +222,7 @@ def _curve(groups: Sequence[str], title: str) -> dict[str, Any]:
             "x": {"field": "round", "type": "quantitative", "title": "round"},
             "y": {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}},
             "color": {**named, "scale": {"domain": list(groups)}},
-            "shape": {**named, "scale": {"domain": list(groups), "range": [SHAPES[i % 8] for i in range(len(groups))]}},
+            "shape": {**named, "scale": _shapes(groups)},
             "detail": {"field": "run"},
             "tooltip": [
                 {"field": "run"},
@@ -234,6 +233,11 @@ def _curve(groups: Sequence[str], title: str) -> dict[str, Any]:
             ],
         },
     }
+
+
+def _shapes(groups: Sequence[str]) -> dict[str, Any]:
+    """Of each group; where the page's eight colours come again, each has another shape."""
+    return {"domain": list(groups), "range": [SHAPES[(i + i // 8) % 8] for i in range(len(groups))]}
 
 
 def _bars(title: str, parts: Sequence[str]) -> dict[str, Any]:

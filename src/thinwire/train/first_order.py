@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from thinwire.core import Averaged, Client
+from thinwire.core import Averaged, Client, Server
 from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch, Work
-from thinwire.train.local import Adjust, Kept, Local, Moments, Optimiser, Rule, Schedule, train_locally
+from thinwire.train.local import Adjust, Kept, Local, Moments, Optimiser, Rule, Schedule, scheduled, train_locally
 
 
 class FirstOrder(Averaged):
@@ -32,6 +32,10 @@ class FirstOrder(Averaged):
     clip: NonNegativeFloat = 1.0  # of the gradient's norm; 0: none
     proximal: NonNegativeFloat = 0.0  # mu of FedProx (Li et al. 2020): the pull back to where the visit began; 0: none
     recompute: bool = False  # what is within a layer is computed again on the way back: less memory, more time
+
+    def rate(self, server: Server) -> float:
+        """The learning rate of the server's round."""
+        return scheduled(self.schedule, self.lr, server.round, server.rounds)
 
     def train(
         self,

@@ -10,22 +10,24 @@ more than is as long as all these weights receives the weights. The start is nob
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.aggregate.products import Pair, added
-from thinwire.core import Client, StaleVersion, Versions
+from thinwire.core import Client, Server, StaleVersion
 from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.train.products import places
+from thinwire.train.products import OnProducts, places
+from thinwire.train.weights import fill
 from thinwire.wire import Illegal
+from thinwire.wire.legal import check_rate
 
 Tensors = Mapping[str, Tensor]
 SHARES = "shares"
@@ -40,23 +42,13 @@ class Layer(NamedTuple):
     turned: bool
 
 
-class History(NamedTuple):
-    """The weights as they are, their version, the start's, and how they came of the versions before.
+@dataclass(frozen=True)
+class Merged:
+    """The factors; the weights below them, their version, the start's, and how they came of the versions before.
 
     `stacks`: what each of the last rounds has added, under ROUND/LAYER/left, /right (or /weight, as it then was) and
     ROUND/shares; `bases`: the version that each began from, oldest first.
     """
-
-    weights: Tensors
-    version: str
-    start: str
-    stacks: Tensors
-    bases: list[str]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The state of a method with such a base: the factors beside it, and its history."""
 
     factors: Tensors
     weights: Tensors
@@ -65,19 +57,43 @@ class Merged:
     stacks: Tensors
     bases: list[str]
 
-    @property
-    def history(self) -> History:
-        """Of the base weights."""
-        return History(self.weights, self.version, self.start, self.stacks, self.bases)
 
-
-class Way(NamedTuple):
-    """How to come from the version `base`, None: the start, to a version; or all the `weights`."""
+@dataclass(frozen=True)
+class Merge:
+    """How to come from the weights of the version `base`, None: the start, to `version`; or all the `weights`."""
 
     weights: Tensors
     base: str | None
+    version: str
     stacks: Tensors
     rounds: int
+    lr: float
+
+
+class Merging(OnProducts):
+    """Local steps on factors, of which the server merges products into the weights below."""
+
+    moves_base: ClassVar[bool] = True
+
+    def init(self, server: Server) -> Merged:
+        weights = _start(server.net)
+        version = server.versions.put(weights)
+        return Merged({n: server.net.base[n] for n in server.net.names}, weights, version, version, {}, [])
+
+    def materialise(self, state: Merged, net: Net) -> None:
+        fill_merged(net, state.weights)
+        fill(net, state.factors)
+
+    def fits(self, net: Net) -> None:
+        super().fits(net)
+        check_merges(net)
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        weights, _ = _expected(at.trained, [])
+        copies = 2 * nbytes(weights.values())  # beside the net's, and the next ones while they come about
+        if side == "client":
+            return training(at, forward, self.optimiser, self.recompute, copies)
+        return averaging(at, "plain", copies)
 
 
 def layers_of(net: Net) -> dict[str, Layer]:
@@ -97,59 +113,53 @@ def check_merges(net: Net) -> None:
             raise ModelError(f"model: its weights are to change, and {error}") from None
 
 
-def begun(net: Net, versions: Versions) -> History:
-    """The start."""
-    weights = _start(net)
-    version = versions.put(weights)
-    return History(weights, version, version, {}, [])
-
-
-def merged(history: History, net: Net, versions: Versions, products: Mapping[str, Pair], shares: Tensor) -> History:
-    """The history with one round more: each layer's rows of `products`, and how much each counts."""
-    after, stack = dict(history.weights), {SHARES: shares.double()}
-    for name, layer in layers_of(net).items():
-        pair, old = products[name], history.weights[layer.weight]
+def merged(state: Merged, server: Server, products: Mapping[str, Pair], shares: Tensor) -> Merged:
+    """The state with one round more: each layer's rows of `products`, and how much each counts."""
+    after, stack = dict(state.weights), {SHARES: shares.double()}
+    for name, layer in layers_of(server.net).items():
+        pair, old = products[name], state.weights[layer.weight]
         after[layer.weight] = _moved(old, layer, pair, shares)
         if nbytes(pair) < nbytes([old]):
             stack |= {f"{name}/left": pair.left, f"{name}/right": pair.right}
         else:
             stack[f"{name}/weight"] = after[layer.weight]
-    version = versions.put(after)
-    if version == history.version:
-        return history
-    rounds = [*_rounds(history.stacks, len(history.bases)), stack]
-    bases = [*history.bases, history.version]
+    version = server.versions.put(after)
+    if version == state.version:
+        return state
+    rounds = [*_rounds(state.stacks, len(state.bases)), stack]
+    bases = [*state.bases, state.version]
     most = nbytes(after.values())
     while sum(nbytes(round.values()) for round in rounds) > most:
         rounds, bases = rounds[1:], bases[1:]
-    return History(after, version, history.start, _numbered(rounds), bases)
+    return replace(state, weights=after, version=version, stacks=_numbered(rounds), bases=bases)
 
 
-def way(history: History, held: str | None) -> Way:
+def way(state: Merged, held: str | None, lr: float) -> Merge:
     """What a peer is sent that holds this version, None: the start; the shorter of the rounds missed and of all."""
-    if held is not None and held != history.version and held not in history.bases[-MISSED:]:
+    if held is not None and held != state.version and held not in state.bases[-MISSED:]:
         held = None  # as one who is new
-    known = held or history.start
-    if known == history.version:
-        return Way({}, held, {}, 0)
-    if known in history.bases:
-        rounds = _rounds(history.stacks, len(history.bases))[history.bases.index(known) :]
-        return Way({}, held, _numbered(rounds), len(rounds))
-    return Way(history.weights, None, {}, 0)
+    known = held or state.start
+    if known == state.version:
+        return Merge({}, held, state.version, {}, 0, lr)
+    if known in state.bases:
+        rounds = _rounds(state.stacks, len(state.bases))[state.bases.index(known) :]
+        return Merge({}, held, state.version, _numbered(rounds), len(rounds), lr)
+    return Merge(state.weights, None, state.version, {}, 0, lr)
 
 
-def follow(way: Way, version: str, client: Client) -> None:
+def follow(down: Merge, client: Client) -> None:
     """Bring the client's net to that version, and keep it. StaleVersion: its base is not held; Illegal: no such way."""
+    check_rate(down.lr)
     layers = layers_of(client.net)
-    weights = dict(way.weights)
+    weights = dict(down.weights)
     if not weights:
-        held: Tensors | None = _start(client.net) if way.base is None else client.versions.get(way.base)
+        held: Tensors | None = _start(client.net) if down.base is None else client.versions.get(down.base)
         if held is None or set(held) != {layer.weight for layer in layers.values()}:
             raise StaleVersion
         weights = dict(held)
-    if not 0 <= way.rounds <= (0 if way.weights else len(way.stacks)):
-        raise Illegal(f"{way.rounds} rounds of {len(way.stacks)} tensors")
-    for stack in _rounds(way.stacks, way.rounds):
+    if not 0 <= down.rounds <= (0 if down.weights else len(down.stacks)):
+        raise Illegal(f"{down.rounds} rounds of {len(down.stacks)} tensors")
+    for stack in _rounds(down.stacks, down.rounds):
         for name, layer in layers.items():
             whole = stack.get(f"{name}/weight")
             if whole is not None:
@@ -164,9 +174,9 @@ def follow(way: Way, version: str, client: Client) -> None:
             _check(pair, shares, weights[layer.weight], layer)
             weights[layer.weight] = _moved(weights[layer.weight], layer, pair, shares)
     fill_merged(client.net, weights)
-    if client.versions.put(weights) != version:
-        raise Illegal(f"the products do not make the version {version:.12}")
-    client.held = version
+    if client.versions.put(weights) != down.version:
+        raise Illegal(f"the products do not make the version {down.version:.12}")
+    client.held = down.version
 
 
 def fill_merged(net: Net, weights: Tensors) -> None:
@@ -185,7 +195,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def expected(at: Expected, rows: Sequence[int], down: Callable[[Way], Any], up: Callable[[int, int], Any]) -> Frames:
+def expected(at: Expected, rows: Sequence[int], down: Callable[[Merge], Any], up: Callable[[int, int], Any]) -> Frames:
     """The frames before a run where all reply and each round moves the weights: as long as they will be, to the byte.
 
     `rows`: how many each round's stacks have; `down` makes the broadcast that holds a way, `up` the reply of a client
@@ -194,14 +204,14 @@ def expected(at: Expected, rows: Sequence[int], down: Callable[[Way], Any], up: 
     weights, rounds = _expected(at.trained, rows)
     most = nbytes(weights.values())
 
-    def way(round: int, last: int | None) -> Way:
+    def way(round: int, last: int | None) -> Merge:
         """For who was there last in that round (None: never), and so holds what it began with."""
         if last is not None and round - last > MISSED:
             last = None
         missed = rounds[0 if last is None else last - 1 : round - 1]
         if sum(nbytes(stack.values()) for stack in missed) > most:
-            return Way(weights, None, {}, 0)
-        return Way({}, None if last is None else VERSION, _numbered(missed), len(missed))
+            return Merge(weights, None, VERSION, {}, 0, 0.0)
+        return Merge({}, None if last is None else VERSION, VERSION, _numbered(missed), len(missed), 0.0)
 
     def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
         last = None if new else max(n for n in range(1, round) if client in at.cohorts[n - 1])
@@ -210,15 +220,6 @@ def expected(at: Expected, rows: Sequence[int], down: Callable[[Way], Any], up: 
         return Span(there, there), Span(min(ends), max(ends))
 
     return frames
-
-
-def memory(at: Sketch, forward: Pass, side: Side, optimiser: str, recompute: bool) -> Memory:
-    """The peak of a side that holds the merged weights beside the net's, and the next ones while they come about."""
-    weights, _ = _expected(at.trained, [])
-    copies = 2 * nbytes(weights.values())
-    if side == "client":
-        return training(at, forward, optimiser, recompute, copies)
-    return averaging(at, "plain", copies)
 
 
 def _expected(trained: Tensors, rows: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:

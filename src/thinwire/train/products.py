@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from thinwire.aggregate.mean import Counted
+from thinwire.aggregate.mean import Counted, Update
 from thinwire.aggregate.products import Pair
 from thinwire.aggregate.stack import Stack
+from thinwire.core import Server
 from thinwire.errors import ConfigError
 from thinwire.keys import Key
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder
-from thinwire.train.weights import check_weights
+from thinwire.train.weights import Trained, check_weights
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST
 
@@ -47,6 +48,12 @@ class OnProducts(FirstOrder):
             raise ValueError(f"moments: kept ones are of factors that {self.name} replaces from round to round")
         return self
 
+    def check(self, state: Any, client_id: int, up: Trained) -> None:
+        check_factors(state.factors, up.weights)
+
+    def update(self, state: Any, server: Server, up: Trained) -> Update:
+        return Update(rows(up.weights), self.weight(up), up.loss, up.skipped)
+
     def fits(self, net: Net) -> None:
         check_view(net, self.name)
 
@@ -63,6 +70,9 @@ class Ranked(OnProducts):
     def rank_of(self, client: int, most: int) -> int:
         """A client's rank; `most` is the view's."""
         return self.ranks.get(client, most)
+
+    def check(self, state: Any, client_id: int, up: Trained) -> None:
+        check_factors(cut(state.factors, self.rank_of(client_id, rank_of(state.factors))), up.weights)
 
     def fits(self, net: Net) -> None:
         super().fits(net)
@@ -101,10 +111,10 @@ def rank_of(weights: Tensors) -> int:
     return next(weights[place.left].shape[0] for place in places(weights).values())
 
 
-def rows(weights: Tensors, layers: Mapping[str, Places] | None = None) -> dict[str, Tensor]:
+def rows(weights: Tensors) -> dict[str, Tensor]:
     """Factors rank first, under LAYER/left and LAYER/right: what a reply adds to a stack."""
     found: dict[str, Tensor] = {}
-    for layer, place in (layers or places(weights)).items():
+    for layer, place in places(weights).items():
         found |= {f"{layer}/left": weights[place.left], f"{layer}/right": weights[place.right].T}
     return found
 
@@ -169,10 +179,10 @@ def padded(weights: Tensors, like: Tensors) -> dict[str, Tensor]:
     return found
 
 
-def check_factors(like: Tensors, weights: Tensors, scale: float = 1.0) -> None:
+def check_factors(like: Tensors, weights: Tensors) -> None:
     """Illegal unless factors are such as `like`, and each product is within LARGEST, so that a base stays finite."""
     check_weights(like, weights)
     for layer, place in places(like).items():
-        size = scale * float(weights[place.left].float().norm()) * float(weights[place.right].float().norm())
+        size = float(weights[place.left].float().norm()) * float(weights[place.right].float().norm())
         if not size <= LARGEST:
             raise Illegal(f"the product of {layer} is beyond {LARGEST:g}")

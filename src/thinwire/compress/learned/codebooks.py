@@ -15,9 +15,9 @@ from thinwire.compress.learned.components import KINDS, RATES, STATES
 from thinwire.compress.learned.lora_image import Array, Image, largest, principal
 
 
-def untrained(seed: int = 0) -> dict[str, Tensor]:
+def untrained() -> dict[str, Tensor]:
     """Tables that come from no update: Gaussian codewords, for components of any scale."""
-    draw = np.random.Generator(np.random.PCG64(seed))
+    draw = np.random.Generator(np.random.PCG64(0))
     white = draw.standard_normal(1 << 12).astype(np.float32)
     tables, distortion = {}, np.ones((KINDS, len(RATES)), np.float32)
     for rate, (k, width) in enumerate(RATES[1:], 1):

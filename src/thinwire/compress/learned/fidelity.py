@@ -29,9 +29,9 @@ class Fidelity:
     bytes: float
 
 
-def fidelity(code: Code, rounds: Sequence[Sequence[Tensor]], key: int = 0) -> Fidelity:
-    """Of a codec on the updates of several clients, two at least, in each of some rounds; keys from `key` on."""
-    found: list[tuple[float, ...]] = []
+def fidelity(code: Code, rounds: Sequence[Sequence[Tensor]]) -> Fidelity:
+    """Of a codec on the updates of several clients, two at least, in each of some rounds."""
+    found, key = list[tuple[float, ...]](), 0
     means: list[float] = []
     for updates in rounds:
         coded = [code.encode(x, key + i) for i, x in enumerate(updates)]

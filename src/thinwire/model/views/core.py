@@ -16,23 +16,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from thinwire.model.views.view import Adapted
+from thinwire.model.views.view import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from thinwire.keys import Key
 
 
-class Core(BaseModel):
+class Core(Table):
     """A square of `rank` between fixed factors beside every linear layer whose name ends in one of `targets`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     trains: ClassVar[str] = "{} numbers of cores"
     float32: ClassVar[bool] = False
     forward_share: ClassVar[float] = 2 / 3  # the gradient of the weights falls away, a third of a step
@@ -57,21 +54,11 @@ class Core(BaseModel):
 
         factors.add_cores(model, self.rank, self.alpha, self.targets, key)
 
-    def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
-        """Nothing is read."""
-
-    def refresh(self, model: PreTrainedModel) -> None:
-        """Nothing follows."""
-
     def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """The cores, and a classifier's head."""
         from thinwire.model.views import factors
 
         return factors.core_shapes(model, self.rank, self.targets)
-
-    def adapted(self, model: PreTrainedModel) -> dict[str, Adapted]:
-        """None: what stands beside a layer is no product of two parameters."""
-        return {}
 
     def export(self, model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
         """V and U C as LoRA's factors into `adapter`, for peft; the state with the product merged in."""

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from thinwire.model.views.view import Adapted
+from thinwire.model.views.view import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
     from thinwire.keys import Key
 
 
-class Filter(BaseModel):
+class Filter(Table):
     """The parameters in whose name a word between dots is, or ends with _ and, one of `parts`; case does not matter."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     forward_share: ClassVar[float] = 2 / 3  # the gradient of most weights falls away
     factors: ClassVar[None] = None
     float32: ClassVar[bool] = False
@@ -39,22 +35,9 @@ class Filter(BaseModel):
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
 
-    def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
-        """Nothing is read."""
-
-    def refresh(self, model: PreTrainedModel) -> None:
-        """Nothing follows."""
-
     def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """Those whose name has a part."""
         return {name: tuple(parameter.shape) for name, parameter in self._chosen(model)}
-
-    def adapted(self, model: PreTrainedModel) -> dict[str, Adapted]:
-        """None."""
-        return {}
-
-    def export(self, model: PreTrainedModel, folder: Path) -> None:
-        """Nothing stands apart."""
 
     def _chosen(self, model: PreTrainedModel) -> Iterable[tuple[str, nn.Parameter]]:
         from thinwire.model.errors import ModelError

@@ -9,27 +9,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_serializer
+from pydantic import Field, PositiveFloat, PositiveInt, model_serializer
 
-from thinwire.model.views.view import Adapted
+from thinwire.model.views.view import Adapted, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from thinwire.keys import Key
 
 
-class Lora(BaseModel):
+class Lora(Table):
     """Factors of `rank` beside every linear layer whose name ends in one of `targets`, scaled by alpha / rank.
 
     `freeze_a`: A stays as the run's seed draws it, and B alone is trained (FFA-LoRA, Sun et al. 2024,
     arXiv:2403.12313): the mean of the factors is then the factor of the mean product, and half as much travels.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     trains: ClassVar[str] = "{} LoRA factors"
     float32: ClassVar[bool] = False
     forward_share: ClassVar[float] = 2 / 3  # the gradient of the weights falls away, a third of a step
@@ -62,12 +59,6 @@ class Lora(BaseModel):
         if self.freeze_a:
             for place in factors.places(model).values():
                 model.get_parameter(place.left).requires_grad_(False)
-
-    def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
-        """Nothing is read."""
-
-    def refresh(self, model: PreTrainedModel) -> None:
-        """Nothing follows."""
 
     def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """The factors, and a classifier's head."""

@@ -12,10 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from thinwire.errors import ConfigError
-from thinwire.model.views.view import Adapted
+from thinwire.model.views.view import Adapted, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class Tied(BaseModel):
+class Tied(Table):
     """`numbers` that the entries of LoRA factors follow, or those of all weights: `over`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     float32: ClassVar[bool] = True
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from pydantic import BaseModel, ConfigDict
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -79,3 +81,23 @@ class View(Protocol):
 
         None: that is the model's own state.
         """
+
+
+class Table(BaseModel):
+    """What most views have in common: nothing is read of the start weights, follows, or stands beside a layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
+        """Nothing is read."""
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Nothing follows."""
+
+    def adapted(self, model: PreTrainedModel) -> dict[str, Adapted]:
+        """None."""
+        return {}
+
+    def export(self, model: PreTrainedModel, folder: Path) -> dict[str, Tensor] | None:
+        """Nothing stands apart."""
+        return None
