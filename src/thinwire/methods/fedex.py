@@ -49,7 +49,6 @@ class FedEx(OnProducts):
     name: Literal["fedex"] = "fedex"
 
     Down, Up, State = Exact, Trained, Merged
-    moves_base: ClassVar[bool] = True
     paper: ClassVar[str] = "Singhal et al. 2024, arXiv:2410.09432"
 
     def init(self, server: Server) -> Merged:
@@ -100,6 +99,10 @@ class FedEx(OnProducts):
     def fits(self, net: Net) -> None:
         super().fits(net)
         check_merges(net)
+
+    @property
+    def moves_base(self) -> bool:
+        return True
 
     def frames(self, at: Expected) -> Frames | None:
         return expected(

@@ -47,7 +47,6 @@ class FLora(Ranked):
     name: Literal["flora"] = "flora"
 
     Down, Up, State = Merge, Trained, Merged
-    moves_base: ClassVar[bool] = True
     paper: ClassVar[str] = "Wang et al. 2024, arXiv:2409.05976"
 
     def init(self, server: Server) -> Merged:
@@ -91,6 +90,10 @@ class FLora(Ranked):
     def fits(self, net: Net) -> None:
         super().fits(net)
         check_merges(net)
+
+    @property
+    def moves_base(self) -> bool:
+        return True
 
     def frames(self, at: Expected) -> Frames | None:
         most = rank_of(at.trained)

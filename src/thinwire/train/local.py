@@ -21,6 +21,7 @@ from thinwire.train.objective import loss as batch_loss
 Optimiser = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
 Moments = Literal["fresh", "kept"]
+MOMENTS = "moments/"  # what begins their names in a client's memory
 # a hand on the float32 weights with their .grad, before clipping: a proximal term, control variates, a mask
 Adjust = Callable[[Sequence[Tensor]], None]
 
@@ -69,8 +70,8 @@ class Kept:
 
     def restore(self, optimiser: torch.optim.Optimizer, weights: Sequence[Tensor]) -> int:
         """Give the optimiser of these weights what is kept of them; how many steps it has then taken."""
-        found = [[self.memory.get(f"moments/{which}/{name}") for which in ("first", "second")] for name in self.names]
-        steps = self.memory.get("moments/steps")
+        found = [[self.memory.get(f"{MOMENTS}{which}/{name}") for which in ("first", "second")] for name in self.names]
+        steps = self.memory.get(f"{MOMENTS}steps")
         for (first, second), weight in zip(found, weights, strict=True):
             if steps is None or first is None or second is None or not first.shape == second.shape == weight.shape:
                 return 0
@@ -88,10 +89,10 @@ class Kept:
             held = optimiser.state.get(weight, {})
             for which, key in (("first", "exp_avg"), ("second", "exp_avg_sq")):
                 moment = held.get(key)
-                self.memory[f"moments/{which}/{name}"] = (
+                self.memory[f"{MOMENTS}{which}/{name}"] = (
                     torch.zeros(weight.shape) if moment is None else moment.detach().cpu()
                 )
-        self.memory["moments/steps"] = torch.tensor(steps)
+        self.memory[f"{MOMENTS}steps"] = torch.tensor(steps)
 
 
 def train_locally(
