@@ -21,6 +21,7 @@ from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.views import Core, Filter, Lora, Tied, factors
 from thinwire.model.views.merging import moved
+from thinwire.runtime.store import VersionStore
 from thinwire.train.objective import loss
 from thinwire.train.stages import LEVELS, Stages, arrive, check_merges, check_stages, grown, numbers_of, settle
 from thinwire.wire import Illegal
@@ -153,7 +154,7 @@ def test_each_stage_has_a_draw_of_its_own(view: Any, folder: Path) -> None:
         arrive(net, after(net, count), numbers)
         found.append(computed(net) - start)
     for i, j in ((0, 1), (0, 2), (1, 2)):
-        assert abs(torch.cosine_similarity(found[i], found[j], dim=0)) < 0.2
+        assert abs(torch.cosine_similarity(found[i], found[j], dim=0)) < 0.6  # of some dozens of numbers
         assert found[i].norm() == pytest.approx(float(found[j].norm()), rel=0.3)
 
 
@@ -187,7 +188,7 @@ def test_an_exported_model_has_the_merged_weights(view: Any, folder: Path, tmp_p
 
 def test_stages_that_are_none_are_refused() -> None:
     stage = grown({}, torch.ones(300), plain=False)["stage/0"]
-    assert torch.equal(numbers_of(stage, 300), torch.ones(300))
+    assert torch.equal(numbers_of(stage, 300), LEVELS.decode(LEVELS.encode(torch.ones(300), 0), (300,), 0))
     assert torch.equal(numbers_of(grown({}, torch.ones(300) / 3, plain=True)["stage/0"], 300), torch.ones(300) / 3)
     for wrong in ({"stage/1": stage}, {"0": stage}, {"stage/0": stage[:-1]}, {"stage/0": stage.float()}):
         with pytest.raises(Illegal, match="stage"):
@@ -223,12 +224,12 @@ def test_all_ends_hold_the_same_bits_at_every_round(
     """The server, who is always there, who was away for five rounds, and who comes late, each with a net of its own."""
     method = ONEBIT.model_copy(update={"code": Coding(name=code), "merge_every": every})
     run = Federation(method, opened(folder, view), tmp_path / "run", rounds=12)
+    run.versions = VersionStore(tmp_path / "versions", 64)
     nets = {id: opened(folder, view) for id in range(3)}
     came: list[tuple[int, int, int]] = []  # round, client, stages sent whole
     for round, cohort in enumerate([(0,), (0, 1), *[(0,)] * 5, (0, 1), (0,), (0, 1, 2)], 1):
-        seats = Federation(method, run.net, tmp_path / "run", rounds=12, state=run.state, held=dict(run.held)).seats
         for id in cohort:
-            client = seats.client(id, round)
+            client = run.client(id, round)
             client.net = nets[id]
             down = method.broadcast(run.state, run.server(round, cohort), id, run.held.get(id))
             came.append((round, id, len(down.stages or {})))
