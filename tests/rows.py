@@ -163,6 +163,9 @@ ROWS = {
     "onebit-merge": Row(
         OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", merge_every=2, server_step=Momentum()), 83, 141, 0.8
     ),
+    "onebit-probe": Row(
+        OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", gradient={0: "probe"}, probes=4), 83, 143, 0.7
+    ),
     "onebit-plain": Row(OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="none")), 83, 2_078, 0.78),
     "fedobd": Row(FedOBD(lr=3e-3, steps=4, batch_size=4, dropout=0.4), 1_016, about(8_427), 12.48),
     "fedobd-senders": Row(
@@ -190,7 +193,7 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     ),
     **dict.fromkeys(["fedobd-plain", "gradualdiff-lora", "onebit-lora", "scaffold-lora", "tgap"], "lora"),
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
-    **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain"], "tied factors"),
+    **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain", "onebit-probe"], "tied factors"),
     "onebit-merge": "tied factors on weights that change",
     "onebit-weights": "tied weights",
     **dict.fromkeys(["fedavg-core", "onebit-core"], "core"),

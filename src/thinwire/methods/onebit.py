@@ -39,8 +39,9 @@ from thinwire.core import Client, Server, StaleVersion
 from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.model.net import Net
 from thinwire.model.numbers import fill
-from thinwire.train.first_order import FirstOrder
+from thinwire.train.differences import cosine
 from thinwire.train.local import Moments, Schedule, scheduled
+from thinwire.train.probing import Probing
 from thinwire.train.stages import LEVELS, arrive, check_merges, check_stages, grown, name_of, settle
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST, check_keys, check_rate
@@ -90,15 +91,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Learnt:
-    """The coded change of a client's numbers, uint8; its examples, its mean loss, its skipped steps."""
+    """The coded change of a client's numbers, uint8; its examples, its loss, its skipped steps; its probes, if any."""
 
     change: Tensor = field(metadata={"release": True})
     examples: int = field(metadata={"release": True})
     loss: float = field(metadata={"release": True})
     skipped: int = field(metadata={"release": True})
+    probes: int | None = field(default=None, metadata={"release": True, **LATE})
 
 
-class OneBit(FirstOrder):
+class OneBit(Probing):
     """Local first-order steps on few numbers; signs of what they changed travel, with a debt at both ends."""
 
     name: Literal["onebit"] = "onebit"
@@ -135,7 +137,7 @@ class OneBit(FirstOrder):
         numbers, over = self._receive(down, client)
         settle(client.memory, over)
         before = [p.detach().double().cpu() for _, p in client.net.parameters()]
-        local = self.train(client, down.lr, keep=True)
+        local = self.train(client, down.lr, keep=True, differences=self.probes_at(client))
         # of the weights as they were filled: what a low precision has cut of the start and the numbers is not learnt
         learnt = torch.cat([(w.detach().cpu() - b).flatten() for w, b in zip(local.weights, before, strict=True)])
         if not torch.isfinite(learnt).all():
@@ -145,7 +147,8 @@ class OneBit(FirstOrder):
             data = code.encode((numbers + learnt).float(), down.key)
         else:
             data, _, client.memory[DEBT] = encode_with_debt(code, learnt, debt, down.key)
-        return Learnt(to_tensor(data), len(client.data), local.loss, local.skipped)
+        probes = self.probes_in(client.id, local.skipped)
+        return Learnt(to_tensor(data), len(client.data), local.loss, local.skipped, probes)
 
     def check(self, state: Numbers, client_id: int, up: Learnt) -> None:
         code, shape = self.code.code(), state.numbers.shape
@@ -158,10 +161,14 @@ class OneBit(FirstOrder):
             largest = float(_decoded(code, up.change, shape, 0).abs().max())
         if not largest <= LARGEST:
             raise Illegal(f"the change is beyond {LARGEST:g}")
+        if up.probes is not None and up.probes < 1:
+            raise Illegal(f"{up.probes} probes")
 
     def update(self, state: Numbers, server: Server, up: Learnt) -> Update:
         found = _decoded(self.code.code(), up.change, state.numbers.shape, server.key.fold("code").word())
-        return Update({NUMBERS: found}, self.weight(up), up.loss, up.skipped)
+        # of updates of one length, what has little of the gradient in it counts by its cosine with it
+        share = 1.0 if up.probes is None else cosine(up.probes, found.numel())
+        return Update({NUMBERS: found}, share * self.weight(up), up.loss, up.skipped)
 
     def step(
         self, state: Numbers, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
@@ -189,8 +196,7 @@ class OneBit(FirstOrder):
             numbers, owed, moments = torch.zeros_like(numbers), torch.zeros_like(owed), None
             version = server.versions.put({NUMBERS: numbers, **stages})
         kept = dict(list(changes.items())[-MISSED:])
-        last = (moments or None, stages or None)
-        return Numbers(numbers, version, state.start, owed, kept, keys[-MISSED:], *last), {}
+        return Numbers(numbers, version, state.start, owed, kept, keys[-MISSED:], moments or None, stages or None), {}
 
     def materialise(self, state: Numbers, net: Net) -> None:
         if self.merge_every:
@@ -260,7 +266,7 @@ class OneBit(FirstOrder):
                     step = Step(None if new else VERSION, VERSION, changes, keys, None, 1 << 63, 0.0)
                 there.append(at.length(step, round, client))
                 for examples in (1, 65535) if held is None else (held,):
-                    back.append(at.length(Learnt(up, examples, 0.0, 0), round, client, VERSION))
+                    back.append(at.length(Learnt(up, examples, 0.0, 0, self.probes_in(client)), round, client, VERSION))
             return Span(min(there), max(there)), Span(min(back), max(back))
 
         return frames

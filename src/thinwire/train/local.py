@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from thinwire.data.batch import Batch
 from thinwire.train import parallel
+from thinwire.train.differences import Differences
 from thinwire.train.objective import loss as batch_loss
 
 Optimiser = Literal["adamw", "sgd"]
@@ -105,6 +106,7 @@ def train_locally(
     recompute: bool = False,
     keep: bool = False,
     kept: Kept | None = None,
+    differences: Differences | None = None,
 ) -> Local:
     """Steps on these parameters of the model, in place.
 
@@ -121,12 +123,16 @@ def train_locally(
     before = kept.restore(optimiser, masters) if kept is not None and rule.optimiser == "adamw" else 0
     total, taken = 0.0, 0
     with _recomputing(model) if recompute else contextlib.nullcontext():
-        for batch in islice(batches, rule.steps):
+        for step, batch in enumerate(islice(batches, rule.steps)):
             mine, share = parallel.part(batch)
-            loss = torch.zeros(()) if mine is None else share * batch_loss(model, mine)
+
+            def measured(mine: Batch | None = mine, share: float = share) -> Tensor:
+                return torch.zeros(()) if mine is None else share * batch_loss(model, mine)
+
+            loss = measured() if differences is None else differences.find(parameters, step, measured)
             if not math.isfinite(value := parallel.summed(loss.detach().clone()).item()):
                 continue
-            if mine is not None:
+            if mine is not None and differences is None:
                 loss.backward()
             for parameter, master in zip(parameters, masters, strict=True):
                 if parameter is not master:
