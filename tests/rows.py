@@ -161,10 +161,13 @@ ROWS = {
         OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(part=0.5), schedule="constant"), 83, 110, 0.71
     ),
     "onebit-merge": Row(
-        OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", merge_every=2, server_step=Momentum()), 83, 141, 0.8
+        OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", merge_every=2, server_step=Momentum()),
+        83,
+        141,
+        0.64,
     ),
     "onebit-probe": Row(
-        OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", gradient={0: "probe"}, probes=4), 83, 143, 0.7
+        OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", gradient={0: "probe"}, probes=4), 83, 142, 0.80
     ),
     "onebit-plain": Row(OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="none")), 83, 2_078, 0.78),
     "fedobd": Row(FedOBD(lr=3e-3, steps=4, batch_size=4, dropout=0.4), 1_016, about(8_427), 12.48),
