@@ -21,6 +21,7 @@ from thinwire.model import classifier
 from thinwire.model.errors import ModelError
 from thinwire.model.quantised import floats, quantised_layers
 from thinwire.model.trial import reads_of
+from thinwire.model.views import sparing
 from thinwire.model.views.view import Adapted
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Factored(nn.Module):
         """[..., in] to [..., out]."""
         found: Tensor = self.base_layer(x)
         left, right, *core = self.factors
-        inner = left(x.to(left.weight.dtype))
+        inner = sparing.linear(left, x.to(left.weight.dtype))
         for square in core:
             inner = square(inner)
         beside: Tensor = right(inner) * self.scale
