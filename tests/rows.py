@@ -160,6 +160,15 @@ ROWS = {
     "onebit-part": Row(
         OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(part=0.5), schedule="constant"), 83, 110, 0.71
     ),
+    "onebit-merge": Row(
+        OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", merge_every=2, server_step=Momentum()),
+        83,
+        141,
+        0.64,
+    ),
+    "onebit-probe": Row(
+        OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", gradient={0: "probe"}, probes=4), 83, 142, 0.80
+    ),
     "onebit-plain": Row(OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="none")), 83, 2_078, 0.78),
     "fedobd": Row(FedOBD(lr=3e-3, steps=4, batch_size=4, dropout=0.4), 1_016, about(8_427), 12.48),
     "fedobd-senders": Row(
@@ -187,7 +196,8 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     ),
     **dict.fromkeys(["fedobd-plain", "gradualdiff-lora", "onebit-lora", "scaffold-lora", "tgap"], "lora"),
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
-    **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain"], "tied factors"),
+    **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain", "onebit-probe"], "tied factors"),
+    "onebit-merge": "tied factors on weights that change",
     "onebit-weights": "tied weights",
     **dict.fromkeys(["fedavg-core", "onebit-core"], "core"),
     **dict.fromkeys(["fedavg-keep", "onebit-keep"], "lora keep"),
@@ -205,6 +215,7 @@ MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but f
     "lora of B": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS, "freeze_a": True}},
     "lora on weights that change": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
     "tied factors": {"view": {"kind": "tied", "numbers": 500, "targets": TARGETS}},
+    "tied factors on weights that change": {"view": {"kind": "tied", "numbers": 500, "targets": TARGETS}},
     "tied weights": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 500, "over": "weights"}},
 }
 Nets = dict[str, Net]

@@ -96,7 +96,6 @@ class Method(BaseModel):
     hollow: ClassVar[bool] = False  # the client half needs the net's names, config and base, and not its weights
     needs_weights: ClassVar[bool] = True  # whether the server half needs more than those of the net before the end
     keeps: ClassVar[bool] = False  # its client half trains what a view keeps at the clients too
-    moves_base: ClassVar[bool] = False  # weights that the view freezes end as others too
     versions_each: ClassVar[int] = 0  # versions of their own that the server keeps for each client
 
     def init(self, server: Server) -> Any:
@@ -121,6 +120,11 @@ class Method(BaseModel):
 
     def check(self, state: Any, client_id: int, up: Any) -> None:
         """Raise Illegal if this client may not reply so. A bad reply drops the client for the round."""
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether weights that the view freezes end as others too."""
+        return False
 
     def reply_bytes(self, net: Net) -> int:
         """The most bytes that a reply's tensors take, longer are not read; by default twice the float32 weights."""

@@ -23,6 +23,7 @@ VIEWS: dict[str, dict[str, Any]] = {
     "weights": {"kind": "tied", "numbers": 3000, "over": "weights"},
     "core": {"kind": "core", "rank": 8, "targets": ["q_proj", "v_proj"]},
     "lora": {"kind": "lora", "rank": 1, "targets": ["q_proj", "v_proj"]},
+    "merged": {"kind": "tied", "numbers": 3000, "targets": ["q_proj", "v_proj"]},
 }
 
 
@@ -36,6 +37,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         method: dict[str, Any] = {"name": "onebit", "steps": 2, "batch_size": 4}
         if name == "lora":
             method["name"] = "fedavg"  # whose numbers are on nobody's levels
+        if name == "merged":
+            method["merge_every"] = 1
         tree = {
             "name": name,
             "rounds": 2,
@@ -65,7 +68,7 @@ def test_a_thin_file_and_its_base_are_the_runs_model_to_the_bit(place: Path, tmp
     result = thinwire("export", place / name, "--thin", "--out", tmp_path / "run.thin")
     assert result.code == 0, result.err
     length = (tmp_path / "run.thin").stat().st_size
-    assert length < (4000 if name != "lora" else 5 * 1024)
+    assert length < {"lora": 5 * 1024, "merged": 7000}.get(name, 4000)
     result = thinwire("merge", tmp_path / "run.thin", "--out", tmp_path / "merged")
     assert result.code == 0, result.err
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
@@ -140,6 +143,8 @@ def test_what_is_wrong_is_one_line(place: Path, tmp_path: Path, monkeypatch: pyt
         "levels that are cut": replace(found, levels=torch.zeros(7, dtype=torch.uint8)),
         "scales that are not finite": replace(found, levels=torch.full((3006,), 255, dtype=torch.uint8)),
         "a block of none": replace(found, block=0),
+        "stages of another count": replace(found, stages={"stage/0": torch.zeros(7, dtype=torch.uint8)}),
+        "a stage without the one before it": replace(found, stages={"stage/1": torch.zeros(3006, dtype=torch.uint8)}),
         "numbers that are not finite": replace(found, levels=None, numbers=torch.full((3000,), torch.nan)),
         "no numbers": replace(found, levels=None),
         "another dtype": replace(found, dtype="int3"),

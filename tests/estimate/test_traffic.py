@@ -46,6 +46,8 @@ EXACT: dict[str, dict[str, Any]] = {
     "fedavg on a tied view": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": TIED}},
     "fedavg on cores": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": CORE}},
     "onebit": {"method": {"name": "onebit", "steps": 1}, "model": {"view": TIED}},
+    "onebit, merged": {"method": {"name": "onebit", "steps": 1, "merge_every": 1}, "model": {"view": TIED}},
+    "onebit, probed": {"method": {"name": "onebit", "steps": 1, "gradient": {"1": "probe"}}, "model": {"view": TIED}},
     "onebit over all weights": {
         "method": {"name": "onebit", "steps": 1, "code_down": {"name": "blocks", "bits": 4}},
         "model": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 3000, "over": "weights"}},

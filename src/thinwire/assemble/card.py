@@ -45,7 +45,7 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
     ]
     if run.model.view.factors is not None:
         alone = "they stand alone in `adapter/`, for peft"
-        if type(run.method).moves_base:
+        if run.method.moves_base:
             alone = "the weights below them have changed too, so that there is no adapter for the start model"
         lines += [f"The LoRA factors are merged into these weights; {alone}.", ""]
     lines += [

@@ -10,8 +10,8 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.config import Data, Run
 from thinwire.errors import UserError
 from thinwire.keys import Key
-from thinwire.model import numbers
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.load import load
 from thinwire.model.net import Net
@@ -35,7 +34,9 @@ from thinwire.model.numbers import digest
 from thinwire.model.resolve import resolve
 from thinwire.model.views import AnyView, View
 from thinwire.model.views.keep import kept
+from thinwire.train.stages import Stages, arrive, check_merges, check_stages
 from thinwire.wire.legal import LARGEST
+from thinwire.wire.payload import LATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ class Thin:
 
     `model`: what the run file called the start model; `base`: the hash of it as the view finds it. `view`: its settings
     as JSON, drawn from `seed`. `shown`: the settings of prompts, as JSON. `levels`: of Blocks(bits, block), uint8; or
-    `numbers`, float32.
+    `numbers`, float32. `stages`: those before these numbers, see train.stages.
     """
 
     model: str
@@ -68,11 +69,14 @@ class Thin:
     block: int
     levels: Tensor | None
     numbers: Tensor | None
+    stages: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
 
 
-def of(net: Net, change: Tensor, run: Run, classes: Sequence[str] | None, bits: int | None = None) -> Thin:
+def of(
+    net: Net, change: Tensor, run: Run, classes: Sequence[str] | None, bits: int | None, stages: Stages | None
+) -> Thin:
     """What is to be kept of a run's net that has `change` as its numbers, whatever it loses in so many `bits`."""
-    numbers.fill(net, torch.zeros(net.size))
+    arrive(net, {}, torch.zeros(net.size))
     model, dtype, seed, shown = run.model.path, run.model.dtype, run.seed, run.data.model_dump_json(include=SHOWN)
     view = net.view.model_dump_json()
     settings = (model, digest(net), dtype, view, seed, shown, None if classes is None else list(classes))
@@ -80,8 +84,8 @@ def of(net: Net, change: Tensor, run: Run, classes: Sequence[str] | None, bits: 
         code = Blocks(bits or 8, block)
         levels = code.encode(change, 0)
         if bits is not None or torch.equal(code.decode(levels, change.shape, 0), change):
-            return Thin(*settings, code.bits, block, to_tensor(levels), None)
-    return Thin(*settings, 0, 0, None, change)
+            return Thin(*settings, code.bits, block, to_tensor(levels), None, stages)
+    return Thin(*settings, 0, 0, None, change, stages)
 
 
 def write(path: Path, thin: Thin) -> int:
@@ -93,7 +97,8 @@ def write(path: Path, thin: Thin) -> int:
 
 def carry(run: Run, net: Net, state: Any, folder: Path) -> None:
     """What a state of few numbers is worth, as model.thin in the folder; the net may be hollow."""
-    write(folder / "model.thin", of(net, state.numbers, run, classes_of(run, net.folder)))
+    classes, over = classes_of(run, net.folder), getattr(state, "stages", None)
+    write(folder / "model.thin", of(net, state.numbers, run, classes, None, over))
 
 
 def read(path: Path) -> Thin:
@@ -190,6 +195,8 @@ class Shelf:
                 raise ModelError(f"{path}: it is of another base model: {its}, and {where:.200} is {mine}")
             _check_size(path, thin, net.size)
             _numbers(path, thin, net.size)  # refused now, and not in the middle of a talk
+            if thin.stages:
+                check_merges(net, str(path))
             self._files[_unused(path.stem, [BASE, *self._files])] = _Kept(path, thin, data, net)
         self.names = list(self._files)
         self._last = self.names[0]
@@ -214,7 +221,7 @@ class Shelf:
             before.reset()
             before.view.refresh(before.model)
         if name != BASE:
-            numbers.fill(file.net, _numbers(file.path, file.thin, file.net.size))
+            arrive(file.net, file.thin.stages or {}, _numbers(file.path, file.thin, file.net.size))
             self._last = name
         return file.net, file.thin
 
@@ -274,12 +281,13 @@ def _check_size(path: Path, thin: Thin, count: int) -> None:
 
 def _numbers(path: Path, thin: Thin, count: int) -> Tensor:
     try:
+        check_stages(thin.stages or {}, count)
         if thin.levels is not None:
             found = Blocks(thin.bits, thin.block).decode(to_bytes(thin.levels), (count,), 0)
         else:
             assert thin.numbers is not None
             found = thin.numbers
-    except ValueError as error:
+    except (ValueError, wire.WireError) as error:
         raise ModelError(f"{path}: {error}") from None
     if found.dtype != torch.float32 or not bool((found.abs() <= LARGEST).all()):
         raise ModelError(f"{path}: a number of it is beyond {LARGEST:g} or not finite")

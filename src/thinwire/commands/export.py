@@ -41,7 +41,8 @@ def export(
             return
         own = getattr(state, "numbers", None)
         change = numbers.change(net) if own is None else own
-        found = thin_file.of(net, change, run, assemble.classes_of(run, net.folder), bits)
+        classes = assemble.classes_of(run, net.folder)
+        found = thin_file.of(net, change, run, classes, bits, getattr(state, "stages", None))
         written = thin_file.write(out, found)
         echo(f"{out}: {size(written)}, {change.numel():,} numbers on {run.model.path}")
 

@@ -12,6 +12,10 @@ Q is a sign under a mean magnitude for each block (or what `code` names). L roun
 newcomer's numbers are short and to the bit those of the others. The start follows from the run's key: nobody is sent
 it. Who has missed rounds receives their changes, or all numbers in 8 bits, whichever is shorter.
 
+After every `merge_every` rounds factors go into the weights that they stand beside, at all ends to the same bits, and
+begin anew as the key draws them for that stage; debts and moments, which were of other numbers, do too. A newcomer then
+receives each stage's numbers in 8 bits, and comes to the same weights by them (train.stages).
+
 Error feedback at one end: Karimireddy et al. 2019, arXiv:1901.09847; at both: Tang et al. 2019, arXiv:1905.05957.
 """
 
@@ -22,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 
 from thinwire.aggregate.mean import Counted, Metrics, Update
@@ -34,15 +39,17 @@ from thinwire.core import Client, Server, StaleVersion
 from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.model.net import Net
 from thinwire.model.numbers import fill
-from thinwire.train.first_order import FirstOrder
+from thinwire.train.differences import cosine
 from thinwire.train.local import Moments, Schedule
+from thinwire.train.probing import Probing
+from thinwire.train.stages import LEVELS, arrive, check_merges, check_stages, grown, name_of, settle
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST, check_keys, check_rate
 from thinwire.wire.payload import LATE
 
 NUMBERS = "numbers"
-LEVELS = Blocks(8, 1024)  # what a newcomer receives the numbers in, and all round them to
 MISSED = 7  # changes that are kept for those who missed them: of one bit, more are as long as the numbers in 8
+MERGE = torch.empty(0, dtype=torch.uint8)  # in place of a change: the factors are merged, and begin anew
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class Numbers:
     """What all hold, as changes of what the net trains from its start: float32 [n], and their version.
 
     `start`: the version of the start, which everybody has. `owed`: the server's debt, float64 [n]. `changes`: the last
-    rounds' coded changes by the version that each is of, oldest first, under the keys `keys`.
+    rounds' coded changes by the version that each is of, oldest first, under the keys `keys`. `stages`: see
+    train.stages; the numbers are those of the present one.
     """
 
     numbers: Tensor
@@ -60,13 +68,15 @@ class Numbers:
     changes: Mapping[str, Tensor]
     keys: list[int]
     moments: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
+    stages: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
 
 
 @dataclass(frozen=True)
 class Step:
     """How to come from the version `base`, or where that is None from the start, to `version`.
 
-    Coded changes, oldest first, under `keys`; or all numbers in 8 bits. `key` is this round's.
+    Coded changes, oldest first, under `keys`, an empty one for a merge; or all numbers in 8 bits, of `stages` before
+    too. `key` is this round's.
     """
 
     base: str | None
@@ -76,19 +86,21 @@ class Step:
     levels: Tensor | None
     key: int
     lr: float
+    stages: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """The coded change of a client's numbers, uint8; its examples, its mean loss, its skipped steps."""
+    """The coded change of a client's numbers, uint8; its examples, its loss, its skipped steps; its probes, if any."""
 
     change: Tensor = field(metadata={"release": True})
     examples: int = field(metadata={"release": True})
     loss: float = field(metadata={"release": True})
     skipped: int = field(metadata={"release": True})
+    probes: int | None = field(default=None, metadata={"release": True, **LATE})
 
 
-class OneBit(FirstOrder):
+class OneBit(Probing):
     """Local first-order steps on few numbers; signs of what they changed travel, with a debt at both ends."""
 
     name: Literal["onebit"] = "onebit"
@@ -97,6 +109,7 @@ class OneBit(FirstOrder):
     moments: Moments = "kept"
     code: AnyCoding = Coding()  # of what the numbers have changed by, up; none: the numbers themselves, and no debt
     code_down: AnyCoding | None = None  # and down; None: as up
+    merge_every: NonNegativeInt = 0  # rounds after which factors go into the weights and begin anew; 0: never
 
     Down, Up, State = Step, Learnt, Numbers
     paper: ClassVar[str] = "error feedback at both ends: Tang et al. 2019, arXiv:1905.05957"
@@ -114,15 +127,17 @@ class OneBit(FirstOrder):
         if from_ in versions:
             first = versions.index(from_)
             missed = {str(i): change for i, change in enumerate([*state.changes.values()][first:])}
-            if sum(change.numel() for change in missed.values()) <= sizes(self._levels, state.numbers.shape)[1]:
+            all_of_it = (1 + len(state.stages or {})) * sizes(self._levels, state.numbers.shape)[1]
+            if sum(change.numel() for change in missed.values()) <= all_of_it:
                 return Step(held, state.version, missed, state.keys[first:], None, key, lr)
         levels = to_tensor(self._levels.encode(state.numbers, 0))
-        return Step(None, state.version, {}, [], levels, key, lr)
+        return Step(None, state.version, {}, [], levels, key, lr, state.stages)
 
     def client_update(self, down: Step, client: Client) -> Learnt:
-        numbers = self._receive(down, client)
+        numbers, over = self._receive(down, client)
+        settle(client.memory, over)
         before = [p.detach().double().cpu() for _, p in client.net.parameters()]
-        local = self.train(client, down.lr, keep=True)
+        local = self.train(client, down.lr, keep=True, differences=self.probes_at(client))
         # of the weights as they were filled: what a low precision has cut of the start and the numbers is not learnt
         learnt = torch.cat([(w.detach().cpu() - b).flatten() for w, b in zip(local.weights, before, strict=True)])
         if not torch.isfinite(learnt).all():
@@ -132,7 +147,8 @@ class OneBit(FirstOrder):
             data = code.encode((numbers + learnt).float(), down.key)
         else:
             data, _, client.memory[DEBT] = encode_with_debt(code, learnt, debt, down.key)
-        return Learnt(to_tensor(data), len(client.data), local.loss, local.skipped)
+        probes = self.probes_in(client.id, local.skipped)
+        return Learnt(to_tensor(data), len(client.data), local.loss, local.skipped, probes)
 
     def check(self, state: Numbers, client_id: int, up: Learnt) -> None:
         code, shape = self.code.code(), state.numbers.shape
@@ -145,15 +161,20 @@ class OneBit(FirstOrder):
             largest = float(_decoded(code, up.change, shape, 0).abs().max())
         if not largest <= LARGEST:
             raise Illegal(f"the change is beyond {LARGEST:g}")
+        if up.probes is not None and up.probes < 1:
+            raise Illegal(f"{up.probes} probes")
 
     def update(self, state: Numbers, server: Server, up: Learnt) -> Update:
         found = _decoded(self.code.code(), up.change, state.numbers.shape, server.key.fold("code").word())
-        return Update({NUMBERS: found}, self.weight(up), up.loss, up.skipped)
+        # of updates of one length, what has little of the gradient in it counts by its cosine with it
+        share = 1.0 if up.probes is None else cosine(up.probes, found.numel())
+        return Update({NUMBERS: found}, share * self.weight(up), up.loss, up.skipped)
 
     def step(
         self, state: Numbers, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Numbers, Metrics]:
         key, code, moments = server.key.fold("code").word(), self.down.code(), state.moments
+        stages = state.stages or {}
         move = mean[NUMBERS].double() - (state.numbers if self.code.plain else 0)
         if not self.server_step.plain:
             move, moments = self.server_step(state.moments or {}, NUMBERS, move.float())
@@ -165,26 +186,40 @@ class OneBit(FirstOrder):
             data, sent, _ = encode_with_debt(code, move, owed, key)
             numbers = self._moved(state.numbers, sent)
             owed = on_grid(state.numbers) + on_grid(move) + owed - on_grid(numbers)
-        version = server.versions.put({NUMBERS: numbers})
+        version = server.versions.put({NUMBERS: numbers, **stages})
         changes, keys = {**state.changes, state.version: to_tensor(data)}, [*state.keys, key]
         if len(changes) < len(keys) or version in changes:  # the numbers are where they have been before
             changes, keys = ({}, []) if version == state.version else ({state.version: to_tensor(data)}, [key])
+        if self.merge_every and server.round % self.merge_every == 0 and server.round < server.rounds:
+            changes, keys = {**changes, version: MERGE}, [*keys, key]
+            stages = grown(stages, numbers, self.down.plain)
+            numbers, owed, moments = torch.zeros_like(numbers), torch.zeros_like(owed), None
+            version = server.versions.put({NUMBERS: numbers, **stages})
         kept = dict(list(changes.items())[-MISSED:])
-        return Numbers(numbers, version, state.start, owed, kept, keys[-MISSED:], moments or None), {}
+        return Numbers(numbers, version, state.start, owed, kept, keys[-MISSED:], moments or None, stages or None), {}
 
     def materialise(self, state: Numbers, net: Net) -> None:
-        fill(net, state.numbers)
+        if self.merge_every:
+            arrive(net, state.stages or {}, state.numbers)
+        else:
+            fill(net, state.numbers)
 
     def receive(self, down: Step, client: Client) -> None:
         self._receive(down, client)
 
-    def _receive(self, down: Step, client: Client) -> Tensor:
-        """Fill the client's net; the numbers that it then holds."""
+    def fits(self, net: Net) -> None:
+        super().fits(net)
+        if self.merge_every:
+            check_merges(net, "method.merge_every")
+
+    def _receive(self, down: Step, client: Client) -> tuple[Tensor, int]:
+        """Fill the client's net; the numbers that it then holds, and how many stages are over."""
         check_rate(down.lr)
         check_keys(down.key, *down.keys)
         if len(down.changes) != len(down.keys) or len(down.keys) > MISSED:
             raise Illegal(f"{len(down.changes)} changes under {len(down.keys)} keys")
-        size = client.net.size
+        size, stages = client.net.size, dict(down.stages or {})
+        check_stages(stages, size)
         if down.levels is not None:
             numbers = _decoded(self._levels, down.levels, (size,), 0)
         elif down.base is None:
@@ -193,36 +228,52 @@ class OneBit(FirstOrder):
             known = client.versions.get(down.base)
             if known is None or NUMBERS not in known or known[NUMBERS].shape != (size,):
                 raise StaleVersion
-            numbers = known[NUMBERS]
+            numbers, stages = known[NUMBERS], {name: known[name] for name in known if name != NUMBERS}
         for change, key in zip(down.changes.values(), down.keys, strict=True):
-            numbers = self._moved(numbers, _decoded(self.down.code(), change, (size,), key))
-        if client.versions.put({NUMBERS: numbers}) != down.version:
+            if self.merge_every and not change.numel():
+                numbers, stages = torch.zeros(size), grown(stages, numbers, self.down.plain)
+            else:
+                numbers = self._moved(numbers, _decoded(self.down.code(), change, (size,), key))
+        if client.versions.put({NUMBERS: numbers, **stages}) != down.version:
             raise Illegal(f"the changes do not make the version {down.version:.12}")
+        if self.merge_every:
+            arrive(client.net, stages, numbers)
+        else:
+            client.net.rebuild(down.version.encode(), lambda: fill(client.net, numbers))
         client.held = down.version
-        client.net.rebuild(down.version.encode(), lambda: fill(client.net, numbers))
-        return numbers
+        return numbers, len(stages)
 
     def frames(self, at: Expected) -> Frames | None:
         shape = (sum(tensor.numel() for tensor in at.trained.values()),)
 
+        def merged(round: int) -> int:
+            return (round - 1) // self.merge_every if self.merge_every else 0
+
         def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
             seen, held = [n for n in range(1, round) if client in at.cohorts[n - 1]], at.examples[client]
-            missed, there, back = round - 1 if new else round - seen[-1], list[int](), list[int]()
+            first, there, back = 1 if new else seen[-1], list[int](), list[int]()
+            missed, over, merges = round - first, merged(round), merged(round) - merged(first)
             for end in (0, 1):
                 up, change, levels = (
                     torch.empty(int(sizes(code, shape)[end]), dtype=torch.uint8)
                     for code in (self.code.code(), self.down.code(), self._levels)
                 )
-                step = Step(None, VERSION, {}, [], levels, 1 << 63, 0.0)
-                if missed <= MISSED and missed * change.numel() <= levels.numel():
-                    changes = {str(i): change for i in range(missed)}
-                    step = Step(None if new else VERSION, VERSION, changes, [1 << 63] * missed, None, 1 << 63, 0.0)
+                stages = {name_of(stage): levels for stage in range(over)} or None
+                step = Step(None, VERSION, {}, [], levels, 1 << 63, 0.0, stages)
+                if missed + merges <= MISSED and missed * change.numel() <= (1 + over) * levels.numel():
+                    changes = {str(i): change if i < missed else MERGE for i in range(missed + merges)}
+                    keys = [1 << 63] * len(changes)
+                    step = Step(None if new else VERSION, VERSION, changes, keys, None, 1 << 63, 0.0)
                 there.append(at.length(step, round, client))
                 for examples in (1, 65535) if held is None else (held,):
-                    back.append(at.length(Learnt(up, examples, 0.0, 0), round, client, VERSION))
+                    back.append(at.length(Learnt(up, examples, 0.0, 0, self.probes_in(client)), round, client, VERSION))
             return Span(min(there), max(there)), Span(min(back), max(back))
 
         return frames
+
+    @property
+    def moves_base(self) -> bool:
+        return self.merge_every > 0
 
     @property
     def down(self) -> Coding:

@@ -87,6 +87,14 @@ def shards(folder: Path) -> list[str]:
         raise ModelError(f"cannot read {folder / INDEX}: {first_line(error)}") from error
 
 
+def check_replaceable(target: Path) -> None:
+    """ModelError: there is something, and it is no model's folder."""
+    if (target / "config.json").is_file() or not target.exists():
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise ModelError(f"will not replace {target}: it is not a model folder")
+
+
 @contextmanager
 def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name once the block has ended well, its files flushed.

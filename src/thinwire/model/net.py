@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from thinwire.keys import Key
 from thinwire.model import classifier
 from thinwire.model.errors import ModelError, first_line
-from thinwire.model.folder import whole_folder
+from thinwire.model.folder import check_replaceable, whole_folder
 from thinwire.model.load import load
 from thinwire.model.quantised import plain
 from thinwire.model.start import Base, spool, tied
-from thinwire.model.tokens_and_generation import quiet
+from thinwire.model.tokens_and_generation import caching, quiet
 from thinwire.model.trial import check_causal, positions
 from thinwire.model.views import Adapted, Full, View
 from thinwire.model.views.keep import kept
@@ -27,7 +27,6 @@ from thinwire.wire.frame import raw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 _FULL, _SEED_0 = Full(), Key.root(0)
 
@@ -52,6 +51,7 @@ class Net:
         head_key: Key | None = None,
         view: View = _FULL,
         spooled: Path | None = None,
+        view_key: Key = _SEED_0,
     ) -> None:
         """Wrap `model`, adapted to `view`, whose start weights lie in `folder`, those it spells otherwise in `spooled`.
 
@@ -61,14 +61,14 @@ class Net:
         files lack of its head is drawn from `head_key`. ModelError: nothing is trainable, or see Base.
         """
         self._model, self.tokenizer, self.folder, self.view = model, tokenizer, Path(folder), view
-        self.remember = remember
+        self.remember, self.view_key = remember, view_key
+        self.merged: tuple[str, ...] = ()  # of each stage that has gone into the frozen weights, its name
         self._resting = False
         self._kept: tuple[bytes, dict[str, Tensor]] | None = None
         if trainable is not None:
-            names = tied(model)
-            for name, parameter in model.named_parameters():
-                if not any(trainable(alias) for alias in names[name]):
-                    parameter.requires_grad_(False)
+            for name, names in tied(model).items():
+                if not any(map(trainable, names)):
+                    model.get_parameter(name).requires_grad_(False)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.personal = {name: self._parameters.pop(name) for name in kept([*self._parameters], view.keep)}
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
@@ -138,7 +138,7 @@ class Net:
         if not hollow and not classifier.is_classifier(model):
             check_causal(model, name)
         try:
-            net = cls(model, tokenizer, folder, trainable, remember, head_key, view)
+            net = cls(model, tokenizer, folder, trainable, remember, head_key, view, view_key=view_key)
             if hollow or net.base.starts_like(dict(net.trained())):
                 return net
         except ModelError:
@@ -148,7 +148,7 @@ class Net:
         # such as mixtures of experts: their start weights once more, under the model's names, in a folder of the net's
         spooled = spool(model)
         try:
-            net = cls(model, tokenizer, folder, trainable, remember, view=view, spooled=spooled)
+            net = cls(model, tokenizer, folder, trainable, remember, None, view, spooled, view_key)
         except BaseException:
             shutil.rmtree(spooled, ignore_errors=True)
             raise
@@ -232,9 +232,20 @@ class Net:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Weights := base, tensor by tensor, in place."""
+        """Weights := base, tensor by tensor, in place, and nothing is merged into them."""
+        if self.merged:
+            self.restart(())
         for name, parameter in (*self.trained(), *self._written.items()):
             parameter.copy_(self.base[name])
+
+    @torch.no_grad()
+    def restart(self, merged: tuple[str, ...]) -> None:
+        """After these stages what is trained begins anew, as the view draws it from a key of each stage's own."""
+        from thinwire.model.views.merging import redraw
+
+        redraw(self.model, self.view_key.fold("stage", len(merged)) if merged else self.view_key)
+        self.base.begin({name: p.detach().cpu().clone() for name, p in self.trained()} if merged else {})
+        self.merged = merged
 
     @torch.no_grad()
     def state_sha256(self) -> str:
@@ -279,22 +290,11 @@ class Net:
         `card` is its README.md. Of a view, the plain model that computes the same, and what the view exports
         beside it. An older model folder of that name is replaced. ModelError: something else is there.
         """
-        target = Path(folder)
-        if (
-            target.exists()
-            and not (target / "config.json").is_file()
-            and (not target.is_dir() or any(target.iterdir()))
-        ):
-            raise ModelError(f"will not replace {folder}: it is not a model folder")
-        config = self.model.config
-        cached, config.use_cache = config.use_cache, True  # off in training; who serves the folder wants the cache
-        try:
-            with quiet(), whole_folder(target, replace=True) as fresh:
-                plain(self.model).save_pretrained(fresh, state_dict=self.view.export(self.model, fresh))
-                if any(not torch.equal(p, self.base[name]) for name, p in self._written.items()):
-                    shutil.rmtree(fresh / "adapter", ignore_errors=True)  # it would be for weights that are no more
-                self.tokenizer.save_pretrained(fresh)
-                if card is not None:
-                    (fresh / "README.md").write_text(card, encoding="utf-8")
-        finally:
-            config.use_cache = cached
+        check_replaceable(Path(folder))
+        with quiet(), caching(self.model), whole_folder(Path(folder), replace=True) as fresh:
+            plain(self.model).save_pretrained(fresh, state_dict=self.view.export(self.model, fresh))
+            if any(not torch.equal(p, self.base[name]) for name, p in self._written.items()):
+                shutil.rmtree(fresh / "adapter", ignore_errors=True)  # it would be for weights that are no more
+            self.tokenizer.save_pretrained(fresh)
+            if card is not None:
+                (fresh / "README.md").write_text(card, encoding="utf-8")

@@ -42,6 +42,7 @@ class Base(Mapping[str, Tensor]):
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         aliases = {name: _spellings(model, names[name]) for name in names}
         self._drawn: Mapping[str, Tensor] = {}
+        self._begun: Mapping[str, Tensor] = {}
         self._places: dict[str, tuple[Path, str]] = {}
         for path in (folder / shard for folder in folders for shard in shards(folder)):
             try:
@@ -73,13 +74,18 @@ class Base(Mapping[str, Tensor]):
             parameter = self._frozen[name]
             if name not in self._places or not parameter.is_floating_point():
                 raise ModelError(f"{name} is not in the model's files as the model has it")
-        if name in self._drawn:
-            return self._drawn[name].to("cpu" if parameter.is_meta else parameter.device, parameter.dtype, copy=True)
+        drawn = self._begun.get(name, self._drawn.get(name))
+        if drawn is not None:
+            return drawn.to("cpu" if parameter.is_meta else parameter.device, parameter.dtype, copy=True)
         file, key = self._places[name]
         # Opened anew each time: the pages of one map would stay resident, all of the model's in the end.
         with safe_open(file, framework="pt") as opened:
             held: Tensor = opened.get_tensor(key)
             return held.to("cpu" if parameter.is_meta else parameter.device, parameter.dtype)
+
+    def begin(self, tensors: Mapping[str, Tensor]) -> None:
+        """From now on the start of these is not what the files have; {}: all are the files' again."""
+        self._begun = tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)

@@ -29,6 +29,17 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def caching(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the config asks for the cache, which is off in training: who serves what is saved wants it."""
+    config = model.config
+    cached, config.use_cache = config.use_cache, True
+    try:
+        yield
+    finally:
+        config.use_cache = cached
+
+
 def settle_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     # The embeddings are never resized for a pad token: the export would no longer fit the model it came from.
     embeddings: Any = model.get_input_embeddings()

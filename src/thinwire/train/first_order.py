@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from thinwire.core import Averaged, Client, Server
 from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch, Work
+from thinwire.train.differences import Differences
 from thinwire.train.local import Adjust, Kept, Local, Moments, Optimiser, Rule, Schedule, scheduled, train_locally
 
 
@@ -47,12 +48,13 @@ class FirstOrder(Averaged):
         keep: bool = False,
         steps: int | None = None,
         adjust: Adjust | None = None,
+        differences: Differences | None = None,
     ) -> Local:
         """The local steps on the client's net, or on the `names` of a model's parameters, in place; see train_locally.
 
         `names` are those that its moments are kept under, one a parameter. Of the net its personal parameters are
         trained with the others; the weights of the result are those of the others. `steps`: where they are not the
-        field's; `adjust`: a hand on the gradients, beside FedProx's.
+        field's; `adjust`: a hand on the gradients, beside FedProx's. `differences`: where those come from, if so.
         """
         shared = None
         if parameters is None:
@@ -74,6 +76,7 @@ class FirstOrder(Averaged):
             recompute=self.recompute,
             keep=keep,
             kept=Kept(client.memory, names) if self.moments == "kept" else None,
+            differences=differences,
         )
         return local._replace(weights=local.weights[:shared])
 

@@ -16,11 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from thinwire.data.batch import Batch
 from thinwire.train import parallel
+from thinwire.train.differences import Differences
 from thinwire.train.objective import loss as batch_loss
 
 Optimiser = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
 Moments = Literal["fresh", "kept"]
+MOMENTS = "moments/"  # what begins their names in a client's memory
 # a hand on the float32 weights with their .grad, before clipping: a proximal term, control variates, a mask
 Adjust = Callable[[Sequence[Tensor]], None]
 
@@ -69,8 +71,8 @@ class Kept:
 
     def restore(self, optimiser: torch.optim.Optimizer, weights: Sequence[Tensor]) -> int:
         """Give the optimiser of these weights what is kept of them; how many steps it has then taken."""
-        found = [[self.memory.get(f"moments/{which}/{name}") for which in ("first", "second")] for name in self.names]
-        steps = self.memory.get("moments/steps")
+        found = [[self.memory.get(f"{MOMENTS}{which}/{name}") for which in ("first", "second")] for name in self.names]
+        steps = self.memory.get(f"{MOMENTS}steps")
         for (first, second), weight in zip(found, weights, strict=True):
             if steps is None or first is None or second is None or not first.shape == second.shape == weight.shape:
                 return 0
@@ -88,10 +90,10 @@ class Kept:
             held = optimiser.state.get(weight, {})
             for which, key in (("first", "exp_avg"), ("second", "exp_avg_sq")):
                 moment = held.get(key)
-                self.memory[f"moments/{which}/{name}"] = (
+                self.memory[f"{MOMENTS}{which}/{name}"] = (
                     torch.zeros(weight.shape) if moment is None else moment.detach().cpu()
                 )
-        self.memory["moments/steps"] = torch.tensor(steps)
+        self.memory[f"{MOMENTS}steps"] = torch.tensor(steps)
 
 
 def train_locally(
@@ -104,6 +106,7 @@ def train_locally(
     recompute: bool = False,
     keep: bool = False,
     kept: Kept | None = None,
+    differences: Differences | None = None,
 ) -> Local:
     """Steps on these parameters of the model, in place.
 
@@ -120,12 +123,16 @@ def train_locally(
     before = kept.restore(optimiser, masters) if kept is not None and rule.optimiser == "adamw" else 0
     total, taken = 0.0, 0
     with _recomputing(model) if recompute else contextlib.nullcontext():
-        for batch in islice(batches, rule.steps):
+        for step, batch in enumerate(islice(batches, rule.steps)):
             mine, share = parallel.part(batch)
-            loss = torch.zeros(()) if mine is None else share * batch_loss(model, mine)
+
+            def measured(mine: Batch | None = mine, share: float = share) -> Tensor:
+                return torch.zeros(()) if mine is None else share * batch_loss(model, mine)
+
+            loss = measured() if differences is None else differences.find(parameters, step, measured)
             if not math.isfinite(value := parallel.summed(loss.detach().clone()).item()):
                 continue
-            if mine is not None:
+            if mine is not None and differences is None:
                 loss.backward()
             for parameter, master in zip(parameters, masters, strict=True):
                 if parameter is not master:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,9 @@ class Merge:
 class Merging(OnProducts):
     """Local steps on factors, of which the server merges products into the weights below."""
 
-    moves_base: ClassVar[bool] = True
+    @property
+    def moves_base(self) -> bool:
+        return True
 
     def init(self, server: Server) -> Merged:
         weights = _start(server.net)

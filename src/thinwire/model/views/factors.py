@@ -21,6 +21,7 @@ from thinwire.model import classifier
 from thinwire.model.errors import ModelError
 from thinwire.model.quantised import floats, quantised_layers
 from thinwire.model.trial import reads_of
+from thinwire.model.views import sparing
 from thinwire.model.views.view import Adapted
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Factored(nn.Module):
         """[..., in] to [..., out]."""
         found: Tensor = self.base_layer(x)
         left, right, *core = self.factors
-        inner = left(x.to(left.weight.dtype))
+        inner = sparing.linear(left, x.to(left.weight.dtype))
         for square in core:
             inner = square(inner)
         beside: Tensor = right(inner) * self.scale
@@ -94,12 +95,7 @@ def add(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str],
     ModelError: a target that is no layer's name, a rank above the smaller side of a layer, a layer whose weights are
     read and that is not called.
     """
-
-    def drawn(name: str, taken: int, given: int) -> list[Tensor]:
-        uniform = torch.from_numpy(2 * key.fold(name).uniform(rank * taken) - 1).view(rank, taken)
-        return [uniform / math.sqrt(taken), torch.zeros((given, rank))]
-
-    _put(model, rank, alpha, targets, drawn)
+    _put(model, rank, alpha, targets, lambda name, *sides: drawn(key.fold(name), rank, *sides))
 
 
 def add_cores(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], key: Key) -> None:
@@ -107,15 +103,19 @@ def add_cores(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence
 
     Signs drawn from `key`, of A over sqrt(in). ModelError as `add`, of the table model.view.
     """
-
-    def drawn(name: str, taken: int, given: int) -> list[Tensor]:
-        left, right = (_signs(key.fold(name, side), n, m) for side, n, m in (("A", rank, taken), ("B", given, rank)))
-        return [left / math.sqrt(taken), right, torch.zeros((rank, rank))]
-
-    _put(model, rank, alpha, targets, drawn, VIEW)
+    _put(model, rank, alpha, targets, lambda name, *sides: drawn(key.fold(name), rank, *sides, core=True), VIEW)
     for layer in _factored(model).values():
         for side in (layer.lora_A, layer.lora_B):
             side.requires_grad_(False)
+
+
+def drawn(key: Key, rank: int, taken: int, given: int, core: bool = False) -> list[Tensor]:
+    """What a layer's factors begin with, from the key of its name, float32: A, B and, with a core, C."""
+    if core:
+        left, right = (_signs(key.fold(side), n, m) for side, n, m in (("A", rank, taken), ("B", given, rank)))
+        return [left / math.sqrt(taken), right, torch.zeros((rank, rank))]
+    uniform = torch.from_numpy(2 * key.uniform(rank * taken) - 1).view(rank, taken)
+    return [uniform / math.sqrt(taken), torch.zeros((given, rank))]
 
 
 def shapes(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:

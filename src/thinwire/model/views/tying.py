@@ -34,7 +34,7 @@ class Tying(nn.Module):
         super().__init__()
         first = next(iter(followers.values()))
         self.numbers = nn.Parameter(torch.zeros(numbers, device="cpu" if first.is_meta else first.device))
-        self.ties = Ties(key.fold("ties").word(), numbers)
+        self.ties = _map(key, numbers)
         self.followers = dict(followers)  # a plain table: they are the model's own, and found under their own names
         self.base: Mapping[str, Tensor] = {n: p.detach().clone() for n, p in followers.items()} if kept else {}
         self._seen: Tensor | None = torch.zeros(numbers)
@@ -44,6 +44,14 @@ class Tying(nn.Module):
     def forward(self) -> Tensor:
         """The numbers on the CPU: as a module's pass, for what perturbs a module's parameters while it is called."""
         return self.numbers.detach().cpu().clone()
+
+    @torch.no_grad()
+    def restart(self, key: Key) -> None:
+        """The followers, whose start is kept here, begin where they are, by another map; all numbers are 0."""
+        self.ties = _map(key, len(self.numbers))
+        for name, parameter in self.followers.items():
+            self.base[name].copy_(parameter)
+        self._seen = self.numbers.zero_().cpu().clone()
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -90,6 +98,10 @@ def tie(model: PreTrainedModel, numbers: int, key: Key, kept: bool) -> None:
         parameter.requires_grad_(False)
     setattr(model, MODULE, tying)
     model.register_forward_pre_hook(tying.before)
+
+
+def _map(key: Key, numbers: int) -> Ties:
+    return Ties(key.fold("ties").word(), numbers)
 
 
 def of(model: nn.Module) -> Tying:
