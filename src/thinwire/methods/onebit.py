@@ -150,6 +150,9 @@ class OneBit(FirstOrder):
         found = _decoded(self.code.code(), up.change, state.numbers.shape, server.key.fold("code").word())
         return Update({NUMBERS: found}, self.weight(up), up.loss, up.skipped)
 
+    def origin(self, state: Numbers) -> Mapping[str, Tensor]:
+        return {NUMBERS: state.numbers} if self.code.plain else {}
+
     def step(
         self, state: Numbers, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Numbers, Metrics]:
@@ -223,6 +226,10 @@ class OneBit(FirstOrder):
             return Span(min(there), max(there)), Span(min(back), max(back))
 
         return frames
+
+    @property
+    def one_bit(self) -> bool:
+        return self.code.one_bit
 
     @property
     def down(self) -> Coding:
