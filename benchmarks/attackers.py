@@ -260,7 +260,8 @@ def table(records: Iterable[Record]) -> Iterator[str]:
     for row in records:
         losses.setdefault(tuple(row[key] for key in WHAT[:-1]), []).append(row["loss"])
     for method in dict.fromkeys(key[0] for key in losses):
-        heads = sorted({key[1:3] for key in losses if key[0] == method}, key=lambda h: (h[1], [*ATTACKS, h[0]].index(h[0])))
+        found = {key[1:3] for key in losses if key[0] == method}
+        heads = sorted(found, key=lambda head: (head[1], [*ATTACKS, head[0]].index(head[0])))
         calm = losses.get((method, "nobody", 0, "none"))
         yield f"\n**{method}**\n"
         yield "| defence | " + " | ".join(f"{attack}, {count}" if count else attack for attack, count in heads) + " |"

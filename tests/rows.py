@@ -69,9 +69,7 @@ ROWS = {
     "hetlora": Row(HetLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 3}, keep=0.7), 4_097, 4_098, 1.37),
     "slora": Row(SLora(lr=1e-2, steps=4, batch_size=4), 4_104, 4_098, 2.53),
     "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
-    "fedkseed-median": Row(
-        FedKSeed(**SEEDS, shared=True, aggregation=Clipped(then=Median())), 97, 100, 4.46
-    ),
+    "fedkseed-median": Row(FedKSeed(**SEEDS, shared=True, aggregation=Clipped(then=Median())), 97, 100, 4.46),
     "fedkseed-lora": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.55),
     "fedkseed-pro": Row(FedKSeed(**SEEDS, pro=True), 116, 100, 3.69),
     "fedkseed-tied": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.60),
@@ -152,9 +150,7 @@ ROWS = {
         2.83,
     ),
     "onebit": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant"), 83, 141, 0.81),
-    "onebit-vote": Row(
-        OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", aggregation=Vote()), 83, 141, 0.81
-    ),
+    "onebit-vote": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", aggregation=Vote()), 83, 141, 0.81),
     "onebit-core": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant"), 83, 110, 1.28),
     "onebit-lora": Row(
         OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="blocks", bits=2), moments="fresh", warmup=2),
@@ -194,7 +190,9 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(
         ["cgfed", "cgfed-coded", "cgfed-eden", "cgfed-state", "fedit", "fedit-kept", "fedit-trimmed"], "lora"
     ),
-    **dict.fromkeys(["fedkseed-lora", "fedobd-plain", "gradualdiff-lora", "onebit-lora", "scaffold-lora", "tgap"], "lora"),
+    **dict.fromkeys(
+        ["fedkseed-lora", "fedobd-plain", "gradualdiff-lora", "onebit-lora", "scaffold-lora", "tgap"], "lora"
+    ),
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
     **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain", "onebit-vote"], "tied factors"),
     "onebit-weights": "tied weights",

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import Federation, closed_data, tiny_net
+from federation import Federation, closed_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from one_of_ten import ONE, scaled
 from pydantic import TypeAdapter
 from rows import ROWS, Nets, net_for, opened
+from test_cli import refused
+from tiny import tiny_folder, tiny_rows, write_jsonl
 from torch import Tensor
 
 from thinwire import wire
@@ -107,22 +109,18 @@ def test_it_is_its_plain_definition(
     lengths = draw.exponential(1.0, (clients, 1))
     changes = torch.from_numpy(draw.standard_normal((clients, numbers + 3)) * lengths).to(dtype)
     weights, start = draw.integers(1, 20, clients).astype(float), torch.from_numpy(draw.standard_normal(numbers + 3))
-    start = start.to(dtype) if states and rule != "vote" else torch.zeros(numbers + 3, dtype=dtype)
+    states = states and not rule.startswith("vote")
+    start = start.to(dtype) if states else torch.zeros(numbers + 3, dtype=dtype)
     sent = changes + start
     changes = sent - start  # as they have been rounded
-    updates = [
-        (i, Update({"a": row[:numbers].view(1, -1), "b": row[numbers:]}, weights[i], loss=1.0))
-        for i, row in enumerate(sent)
-    ]
+    updates = [(i, Update(split(row, numbers), weights[i], loss=1.0)) for i, row in enumerate(sent)]
     aggregation, plain = RULES[rule]
-    origin = {"a": start[:numbers].view(1, -1), "b": start[numbers:]} if states else {}
-    if not states or rule == "vote without scales":
-        origin, updates = {}, [(i, u._replace(tensors=split(changes[i], numbers))) for i, u in updates]
+    origin = split(start, numbers) if states else {}
     expected = plain(changes.double().numpy(), weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns, "ROOM", room)
         found, metrics = aggregation(iter(updates), Setting(origin))
-    ours = torch.cat([found["a"].flatten(), found["b"]]).double() - (start.double() if origin else 0)
+    ours = torch.cat([found["a"].flatten(), found["b"]]).double() - start.double()
     assert found["a"].shape == (1, numbers)
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-6, atol=1e-6 * (1 + np.abs(sent.numpy()).max()))
     assert metrics["loss"] == pytest.approx(1.0)
@@ -144,11 +142,11 @@ def test_a_tensor_is_combined_of_those_that_hold_it(rule: str) -> None:
 
 def test_krum_takes_a_tensor_that_is_not_sent_for_unchanged() -> None:
     near, far = torch.tensor([5.0]), torch.tensor([9.0])
-    updates = [(i, Update({"w": far if i == 2 else near} if i else {}, 1)) for i in range(5)]
+    updates = [(i, Update({"w": far if i == 2 else near} if i != 3 else {}, 1)) for i in range(5)]
     at = Setting(origin={"w": near})
-    found, _ = Krum()(iter(updates), at)
+    found, _ = Krum(keep=4)(iter(updates), at)
     assert found["w"].tolist() == [5.0]
-    assert 2 in at.left_out
+    assert set(at.left_out) == {2}
 
 
 @given(
@@ -243,9 +241,7 @@ def begun(method: Method, kind: str, nets: Nets, folder: Path, forge: Forge | No
         if client != ONE or forge is None:
             return frame
         header, up = frame.header(), wire.decode(method.Up, frame)
-        return wire.encode(
-            forge(federation, up), run=header.run, round=header.round, client=client, held=header.held
-        )
+        return wire.encode(forge(federation, up), run=header.run, round=header.round, client=client, held=header.held)
 
     net = net_for({"fedit": "fedit", "onebit": "onebit"}.get(kind, kind), nets)
     federation = Federation(method, net, folder, rounds=2, sizes=SIZES, tamper=tamper, **more)
@@ -258,9 +254,7 @@ def weights_of(federation: Federation) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_an_update_a_thousand_times_as_long_moves_no_further_than_others(
-    kind: str, nets: Nets, tmp_path: Path
-) -> None:
+def test_an_update_a_thousand_times_as_long_moves_no_further_than_others(kind: str, nets: Nets, tmp_path: Path) -> None:
     """The end of a round lies no further away than what a client alone can do; the plain mean is thrown there."""
 
     def moved(name: str, aggregation: str, cohort: range, forge: Forge | None = None) -> float:
@@ -292,10 +286,11 @@ def test_what_a_client_claims_to_hold_is_no_vote(nets: Nets, tmp_path: Path) -> 
     assert "Illegal: examples is" in str(federation.step().visits[ONE].error)
 
 
+MORE = ("fedit", "fedavg-keep", "cgfed-state", "fedcybgd-full", "gradualdiff-topk", "onebit-plain", "scaffold-lora")
 GATED = sorted(
     row
     for row, (method, *_) in ROWS.items()
-    if isinstance(method, Averaged) and method.aggregation == Mean() and not getattr(method, "pro", False)
+    if isinstance(method, Averaged) and method.aggregation == Mean() and row in (method.model_dump()["name"], *MORE)
 )
 
 
@@ -306,11 +301,10 @@ def test_a_gate_that_nobody_fails_changes_nothing(row: str, nets: Nets, tmp_path
     public = closed_data(net, 4, 7)
     for aggregation in (Mean(), Gated(bound=1e9)):
         method = ROWS[row].method.model_copy(update={"aggregation": aggregation})
-        frames: list[bytes] = []
-        federation = Federation(
-            method, net, tmp_path / aggregation.kind, rounds=2, public=public, watch=lambda f: frames.append(bytes(f))
-        ).run()
-        states.append([*frames, bytes(wire.encode(federation.state))])
+        frames: list[wire.Frame] = []
+        place = tmp_path / aggregation.kind
+        federation = Federation(method, net, place, rounds=2, public=public, watch=frames.append).run()
+        states.append([*map(bytes, frames), bytes(wire.encode(federation.state))])
         assert not any(at.server.left_out for at in federation.history)
     if row.startswith("fedkseed"):  # whose plain mean is made of sums in float64
         one, two = (wire.decode(method.State, wire.Frame(last)).gains for *_, last in states)
@@ -378,14 +372,20 @@ def test_a_median_of_whole_models_needs_one_model_and_a_fifth(tmp_path: Path) ->
     found, _ = Median()(updates, Setting(spool=tmp_path))
     peak = memory.peak() - before
     assert list(found) == list(shapes)
-    assert size <= peak * 1.05
+    assert size <= peak * 1.05  # or nothing was measured
     assert peak <= 1.2 * size, f"{peak / size:.2f} models"
+    for frame in frames:
+        frame.remove()
 
 
 @pytest.mark.parametrize(
     ("aggregation", "clients", "line"),
     [
-        ({"kind": "krum", "attackers": 2}, 6, "krum against 2 that keeps 1 needs 7 clients in a round, and there are 6"),
+        (
+            {"kind": "krum", "attackers": 2},
+            6,
+            "krum against 2 that keeps 1 needs 7 clients in a round, and there are 6",
+        ),
         ({"kind": "krum", "keep": 6}, 6, "krum against 1 that keeps 6 needs 7 clients in a round"),
         ({"kind": "trimmed", "share": 0.4}, 4, "share 0.4 of a round's 4 clients, cut at each end, leaves nobody"),
         ({"kind": "clipped", "then": {"kind": "krum"}}, 4, "krum against 1 that keeps 1 needs 5 clients"),
@@ -410,7 +410,7 @@ def test_what_makes_no_sense_is_refused() -> None:
             wrong(aggregation="vote", **fields)  # type: ignore[arg-type]
     OneBit(aggregation="vote")  # type: ignore[arg-type]
     GradualDiff(aggregation="vote", codec="blocks", bits=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="less than 0.5"):
+    with pytest.raises(ValueError, match="less than 0[.]5"):
         FedAvg(aggregation={"kind": "trimmed", "share": 0.5})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="set shared = true"):
         FedKSeed(aggregation="median")  # type: ignore[arg-type]
@@ -446,3 +446,29 @@ def test_a_fedkseed_reply_is_its_moves(nets: Nets, tmp_path: Path) -> None:
     expected = shrink * federation.state.gains + update.tensors["gains"]
     torch.testing.assert_close(after.gains, expected, rtol=1e-12, atol=0)
     assert after.shrink == pytest.approx(federation.state.shrink * shrink, rel=1e-12)
+
+
+def test_a_command_refuses_it_in_one_line(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "model")
+    write_jsonl(tmp_path / "rows.jsonl", tiny_rows(24, closed=True))
+    (tmp_path / "run.toml").write_text(
+        f'''
+[model]
+path = "{tmp_path}/model"
+[data]
+path = "{tmp_path}/rows.jsonl"
+clients = 4
+prompt = "{{input}}: it was"
+answer = " {{output}}"
+[method]
+name = "fedavg"
+'''
+    )
+    run = ("run", tmp_path / "run.toml", "--out", tmp_path / "run")
+    assert "krum against 1 that keeps 1 needs 5 clients" in refused(*run, "method.aggregation=krum")
+    assert "leaves nobody" in refused(*run, "method.aggregation.kind=trimmed", "method.aggregation.share=0.4")
+    assert "must be less than 0.5" in refused(*run, "method.aggregation.kind=trimmed", "method.aggregation.share=0.5")
+    assert "a vote is of codes of one bit" in refused(*run, "method.aggregation=vote")
+    assert refused(*run, "method.aggregation=gated").startswith("data.public: missing")
+    assert "'bulyan' is not one of" in refused(*run, "method.aggregation=bulyan")
+    assert not (tmp_path / "run").exists()

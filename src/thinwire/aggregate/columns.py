@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pdist
 
 Tensors = Mapping[str, Tensor]
-ROOM = 1 << 23
+ROOM = 1 << 22
 
 
 class Read(Mapping[str, Tensor]):
@@ -111,7 +111,7 @@ def _read(tensors: Tensors, name: str) -> Tensor:
 def _blocks(
     reads: Sequence[Callable[[], Tensor]], like: Tensor, spool: Path | None
 ) -> Iterator[tuple[int, NDArray[Any]]]:
-    """(the first column, [clients, columns]) of tensors such as `like`, flattened; blocks are the caller's to change."""
+    """(the first column, [clients, columns]) of tensors such as `like`, flattened; a block is there to be changed."""
     size, width = like.numel(), like.element_size()
     columns = max(1, ROOM // (width * len(reads)))
     if size <= columns:
@@ -119,10 +119,10 @@ def _blocks(
         return
     with tempfile.TemporaryFile(dir=spool) as file:
         for read in reads:
-            file.write(memoryview(read().flatten().numpy()).cast("B"))
+            file.write(read().flatten().numpy().data.cast("B"))
         for start in range(0, size, columns):
             block = np.empty((len(reads), min(columns, size - start)), f"f{width}")
             for i, row in enumerate(block):
                 file.seek((i * size + start) * width)
-                file.readinto(memoryview(row).cast("B"))
+                file.readinto(row.data.cast("B"))
             yield start, block

@@ -10,8 +10,8 @@ u_i is what client i's update changes, n the clients of a round, f those that ma
     gated     those by which alone the loss on the server's rows rises by no more than a bound, then as `then` says
 
 Norms: Sun et al. 2019, arXiv:1911.07963. Median and trimmed mean: Yin et al. 2018, arXiv:1803.01498. Krum: Blanchard et
-al. 2017, arXiv:1703.02757; with `keep` above 1 their multi-Krum. Votes: Bernstein et al. 2018, arXiv:1810.05291. All
-but the mean after a bound, Krum or a gate count clients and not rows, whatever a client claims.
+al. 2017, arXiv:1703.02757; with `keep` above 1 their multi-Krum. Votes: Bernstein et al. 2018, arXiv:1810.05291. A
+client counts once, whatever it claims, but in the means after a bound and a gate and of those that Krum has kept.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def mean_without(block: Block, cut: int) -> Block:
     """[numbers]: of each number the mean without the `cut` lowest and highest. The block is then sorted."""
     block.sort(axis=0)
     kept = block[cut : block.shape[0] - cut]
-    return kept[0] if len(kept) == 1 else kept.mean(axis=0, dtype=np.float64)
+    found: Block = kept[0] if len(kept) == 1 else kept.mean(axis=0, dtype=np.float64)
+    return found
 
 
 def middle(block: Block) -> Block:
@@ -174,11 +175,14 @@ class Clipped(Mean):
 
     def __call__(self, updates: Updates, at: Setting | None = None) -> Result:
         at, clipped = at or Setting(), 0
-        measured = ((client, update, columns.norm(update.tensors, at.origin)) for client, update in updates)
-        bound = self.bound
-        if bound == "median":
-            measured = iter(held := list(measured))
-            bound = float(np.median([length for *_, length in held])) if held else math.inf
+        measured: Iterable[tuple[int, Update, float]] = (
+            (client, update, columns.norm(update.tensors, at.origin)) for client, update in updates
+        )
+        if isinstance(self.bound, str):
+            measured = held = list(measured)
+            bound = float(np.median([length for *_, length in held])) if held else 0.0
+        else:
+            bound = self.bound
 
         def within() -> Iterator[tuple[int, Update]]:
             nonlocal clipped

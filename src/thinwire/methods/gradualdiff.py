@@ -172,9 +172,9 @@ class GradualDiff(Exact):
         for name, change in self._differences(state, up).items():
             if not (change.abs() <= LARGEST).all():
                 raise Illegal(f"the difference of {name} is beyond {LARGEST:g} or not finite")
-            if self.codec != "lossless":  # there it is the dtype's own numbers that are decoded
-                if not torch.isfinite(((old := state.weights[name]).float() + change).to(old.dtype)).all():
-                    raise Illegal(f"the difference of {name} leaves the range of {old.dtype}")
+            lossy = self.codec != "lossless"  # else it is the dtype's own numbers that are decoded
+            if lossy and not torch.isfinite(((old := state.weights[name]).float() + change).to(old.dtype)).all():
+                raise Illegal(f"the difference of {name} leaves the range of {old.dtype}")
 
     def update(self, state: Held, server: Server, up: Difference) -> Update:
         return Update(self._differences(state, up), self.weight(up), up.loss, up.skipped)
@@ -201,7 +201,7 @@ class GradualDiff(Exact):
             if self._keeps:
                 kept["residue"][name] = target - weights[name].float()
         after = Held(weights, server.versions.put(weights), state.version, step, key)
-        return replace(after, **{name: tensors or None for name, tensors in kept.items()}), {}
+        return replace(after, **{name: tensors for name, tensors in kept.items() if tensors}), {}
 
     def materialise(self, state: Held, net: Net) -> None:
         fill(net, state.weights)
