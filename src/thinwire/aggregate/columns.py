@@ -72,19 +72,21 @@ def combined(
 ) -> dict[str, Tensor]:
     """Each tensor as a rule makes it of [clients, numbers], those that hold it; the rule may write to what it gets."""
     found: dict[str, Tensor] = {}
-    for name, holders in _holders(updates).items():
-        made = torch.empty_like(_read(updates[holders[0]], name))
-        for start, block in _blocks([partial(_read, updates[i], name) for i in holders], made, spool):
+    held = _holders(updates)
+    likes = {name: _like(updates[holders[0]], name) for name, holders in held.items()}
+    for name in sorted(held, key=lambda name: -likes[name].numel()):  # a large one while little else is there
+        made = torch.empty_like(likes[name], device="cpu")
+        for start, block in _blocks([partial(_read, updates[i], name) for i in held[name]], made, spool):
             made.view(-1)[start : start + block.shape[1]] = torch.from_numpy(rule(block))
         found[name] = made
-    return found
+    return {name: found[name] for name in held}
 
 
 def squared_distances(updates: Sequence[Tensors], origin: Tensors, spool: Path | None) -> NDArray[np.float64]:
     """|u_i - u_j|^2 of any two, all tensors together, float64 [clients, clients]; what one does not hold it leaves."""
     total = torch.zeros(len(updates) * (len(updates) - 1) // 2, dtype=torch.float64)
     for name, holders in _holders(updates).items():
-        like = torch.empty_like(_read(updates[holders[0]], name), device="meta")
+        like = _like(updates[holders[0]], name)
         reads = [partial(torch.zeros, like.shape, dtype=like.dtype) for _ in updates]
         for i in holders:
             reads[i] = partial(change, updates[i], origin, name)
@@ -108,6 +110,11 @@ def _read(tensors: Tensors, name: str) -> Tensor:
     return wide(tensors[name])
 
 
+def _like(tensors: Tensors, name: str) -> Tensor:
+    """The same without memory."""
+    return torch.empty_like(_read(tensors, name), device="meta")
+
+
 def _blocks(
     reads: Sequence[Callable[[], Tensor]], like: Tensor, spool: Path | None
 ) -> Iterator[tuple[int, NDArray[Any]]]:
@@ -120,8 +127,9 @@ def _blocks(
     with tempfile.TemporaryFile(dir=spool) as file:
         for read in reads:
             file.write(read().flatten().numpy().data.cast("B"))
+        whole = np.empty((len(reads), columns), f"f{width}")
         for start in range(0, size, columns):
-            block = np.empty((len(reads), min(columns, size - start)), f"f{width}")
+            block = whole[:, : size - start]
             for i, row in enumerate(block):
                 file.seek((i * size + start) * width)
                 file.readinto(row.data.cast("B"))
