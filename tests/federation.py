@@ -13,6 +13,7 @@ from thinwire.core import Client, Method, Metrics, Server
 from thinwire.data.batch import Dataset
 from thinwire.data.templates import Template
 from thinwire.data.tokenise import tokenise
+from thinwire.evaluate.loss import mean_loss
 from thinwire.keys import Key
 from thinwire.model.net import Net
 from thinwire.runtime.endpoint import ACTIONS, Endpoint
@@ -74,7 +75,8 @@ class Federation:
     def seats(self) -> Seats:
         """Of the present parts: a test may put others in their place."""
         parts = (self.net, self.versions, self.data, self.memories)
-        return Seats(self.key, self.rounds, *parts, self._held, self.public)
+        loss = None if self.public is None else lambda: mean_loss(self.net.model, self.public, 16)[0]
+        return Seats(self.key, self.rounds, *parts, self._held, self.public, loss=loss)
 
     def _held(self, client: int, round: int) -> str | None:
         """Asked for whenever a client is seated."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from federation import tiny_net
 
+from thinwire.aggregate.robust import Clipped, Median, Trimmed, Vote
 from thinwire.aggregate.server_step import Momentum
 from thinwire.compress.coding import Coding
 from thinwire.config.schema import Model
@@ -53,8 +54,10 @@ ROWS = {
     "fedavg-sgd": Row(
         FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), 108_395, 108_397, 13.06
     ),
+    "fedavg-median": Row(FedAvg(lr=3e-3, steps=4, batch_size=4, aggregation=Median()), 108_395, 108_397, 12.63),
     "fedavg-core": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_300, 1_302, 1.53),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
+    "fedit-trimmed": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, aggregation=Trimmed()), 4_096, 4_098, 3.03),
     "fedit-kept": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, moments="kept", schedule="linear"), 4_096, 4_098, 1.00),
     "fedavg-keep": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 2_324, 2_326, 2.84),
     "ffa": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_812, 1_814, 0.83),
@@ -66,6 +69,7 @@ ROWS = {
     "hetlora": Row(HetLora(lr=1e-2, steps=4, batch_size=4, ranks={1: 2, 2: 3}, keep=0.7), 4_097, 4_098, 1.37),
     "slora": Row(SLora(lr=1e-2, steps=4, batch_size=4), 4_104, 4_098, 2.53),
     "fedkseed": Row(FedKSeed(**SEEDS), 97, 100, 4.07),
+    "fedkseed-median": Row(FedKSeed(**SEEDS, shared=True, aggregation=Clipped(then=Median())), 97, 100, 3.96),
     "fedkseed-lora": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.55),
     "fedkseed-pro": Row(FedKSeed(**SEEDS, pro=True), 116, 100, 3.69),
     "fedkseed-tied": Row(FedKSeed(**(SEEDS | {"lr": 3e-3})), 97, 100, 0.60),
@@ -146,6 +150,7 @@ ROWS = {
         2.83,
     ),
     "onebit": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant"), 83, 141, 0.81),
+    "onebit-vote": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant", aggregation=Vote()), 83, 141, 0.84),
     "onebit-core": Row(OneBit(lr=1e-2, steps=4, batch_size=4, schedule="constant"), 83, 110, 1.28),
     "onebit-lora": Row(
         OneBit(lr=1e-2, steps=4, batch_size=4, code=Coding(name="blocks", bits=2), moments="fresh", warmup=2),
@@ -192,11 +197,14 @@ ROWS = {
 
 VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(
-        ["cgfed", "cgfed-coded", "cgfed-eden", "cgfed-state", "fedit", "fedit-kept", "fedkseed-lora"], "lora"
+        ["cgfed", "cgfed-coded", "cgfed-eden", "cgfed-state", "fedit", "fedit-kept", "fedit-trimmed"], "lora"
     ),
-    **dict.fromkeys(["fedobd-plain", "gradualdiff-lora", "onebit-lora", "scaffold-lora", "tgap"], "lora"),
+    **dict.fromkeys(
+        ["fedkseed-lora", "fedobd-plain", "gradualdiff-lora", "onebit-lora", "scaffold-lora", "tgap"], "lora"
+    ),
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
     **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain", "onebit-probe"], "tied factors"),
+    "onebit-vote": "tied factors",
     "onebit-merge": "tied factors on weights that change",
     "onebit-weights": "tied weights",
     **dict.fromkeys(["fedavg-core", "onebit-core"], "core"),

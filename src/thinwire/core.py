@@ -11,20 +11,24 @@ state once its replies are exhausted. Replies come lazily, in cohort order, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from thinwire.aggregate.mean import Counted, Mean, Metrics, Update
+from thinwire.aggregate.mean import Counted, Mean, Metrics, Setting, Update
+from thinwire.aggregate.robust import AnyAggregation
 from thinwire.aggregate.server_step import AnyServerStep, Plain
 from thinwire.costs.sketch import Work
+from thinwire.errors import ConfigError
 from thinwire.keys import Key
 from thinwire.privacy.released import Released
 from thinwire.privacy.secrets import Secrets, SystemSecrets
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from thinwire.costs.frames import Expected, Frames
@@ -44,7 +48,11 @@ class Versions(Protocol):
 
 @dataclass(frozen=True)
 class Server:
-    """All that the server half may touch. `round` counts from 1; it is 0 in `init`."""
+    """All that the server half may touch. `round` counts from 1; it is 0 in `init`.
+
+    `loss`: of the weights in its net, on its rows. `spool`: a folder for what is too large for memory. `left_out`:
+    client -> why its reply is not in what the round makes, for the records.
+    """
 
     net: Net
     key: Key
@@ -54,6 +62,9 @@ class Server:
     versions: Versions
     data: Dataset | None = None  # public data, never a client's
     clients: int = 0  # of the run, in the cohort or not; 0: not known
+    loss: Callable[[], float] | None = None
+    spool: Path | None = None
+    left_out: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -148,6 +159,19 @@ class Method(BaseModel):
     def check_clients(self, clients: int) -> None:
         """Raise ConfigError where its fields name a client that is not among so many; asked before anything runs."""
 
+    def check_cohort(self, clients: int) -> None:
+        """Raise ConfigError where a round of so many clients is too small for it; asked before anything runs."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether its server half reads replies until the round has ended, and not one after another."""
+        return False
+
+    @property
+    def measures(self) -> bool:
+        """Whether its server half needs `Server.loss`."""
+        return False
+
     def work(self, round: int) -> Work:
         """What a visit of this round computes; by default the fields `steps` and `batch_size`, where there are any."""
         return Work(steps=getattr(self, "steps", Work().steps), batch=getattr(self, "batch_size", 1))
@@ -165,12 +189,26 @@ class Averaged(Method):
     """A method whose server moves along the mean of what its clients' replies add: `update` and `step` are its own."""
 
     weighting: Literal["examples", "uniform"] = "examples"
-    aggregation: Mean = Mean()
+    aggregation: AnyAggregation = Mean()
     server_step: AnyServerStep = Plain()
+
+    @model_validator(mode="after")
+    def _votes(self) -> Averaged:
+        if "vote" in self.aggregation.kinds and not self.one_bit:
+            raise ValueError("aggregation: a vote is of codes of one bit, and what travels here is none")
+        return self
 
     def update(self, state: Any, server: Server, up: Any) -> Update:
         """What a legal reply adds: the one place where it is decoded for the mean, tensor by tensor."""
         raise NotImplementedError
+
+    def update_of(self, state: Any, server: Server, client_id: int, up: Any) -> Update:
+        """The same where it depends on who has replied."""
+        return self.update(state, server, up)
+
+    def origin(self, state: Any) -> Mapping[str, Tensor]:
+        """By name what an update's tensor was at the round's start, where it is a state; the others are changes."""
+        return {}
 
     def step(
         self, state: Any, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
@@ -183,17 +221,73 @@ class Averaged(Method):
 
         def updates() -> Iterator[tuple[int, Update]]:
             for client, up in replies:
-                update = self.update(state, server, up)
+                update = self.update_of(state, server, client, up)
                 counted.append(Counted(client, update.weight, update.metrics))
                 yield client, update
                 del up, update  # large ones are gone before the next one comes
 
-        mean, metrics = self.aggregation(updates())
+        rise = self._rise(state, server, server.loss) if self.measures and server.loss is not None else None
+        setting = Setting(self.origin(state), rise, server.spool, server.left_out)
+        mean, metrics = self.aggregation(updates(), setting)
+        if server.left_out:
+            metrics = metrics | {"left_out": len(server.left_out)}
         if not mean:
-            return state, {}
+            return state, metrics
+        counted = [each for each in counted if each.client not in server.left_out]
         state, own = self.step(state, server, mean, counted)
         return state, metrics | own
 
     def weight(self, up: Any) -> float:
         """How much a reply counts in the mean."""
         return up.examples if self.weighting == "examples" else 1
+
+    def check_cohort(self, clients: int) -> None:
+        try:
+            self.aggregation.check_cohort(clients)
+        except ValueError as error:
+            raise ConfigError(f"method.aggregation: {error}") from None
+
+    @property
+    def one_bit(self) -> bool:
+        """Whether an update's numbers are signs and a scale."""
+        return False
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.aggregation.keeps_all
+
+    @property
+    def measures(self) -> bool:
+        return "gated" in self.aggregation.kinds
+
+    def _rise(self, state: Any, server: Server, measured: Callable[[], float]) -> Callable[[int, Update], float]:
+        """By how much the loss on the server's rows rises where a client's update is all that the state moves by."""
+        before, trial = list[float](), replace(server, versions=Trial(server.versions))
+
+        def loss(of: Any) -> float:
+            self.materialise(of, server.net)
+            return measured()
+
+        def rise(client: int, update: Update) -> float:
+            if not before:
+                before.append(loss(state))
+            mean, _ = Mean()([(client, update)])
+            after, _ = self.step(state, trial, mean, [Counted(client, update.weight, update.metrics)])
+            return loss(after) - before[0]
+
+        return rise
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The versions of a state that is only tried: none is kept."""
+
+    known: Versions
+
+    def put(self, tensors: Mapping[str, Tensor]) -> str:
+        """A name that no version has."""
+        return "0" * 32
+
+    def get(self, version: str) -> Mapping[str, Tensor] | None:
+        """A version that is held."""
+        return self.known.get(version)

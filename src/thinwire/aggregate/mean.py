@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,6 +37,21 @@ class Counted(NamedTuple):
     metrics: Mapping[str, float]
 
 
+@dataclass
+class Setting:
+    """Where updates are combined: what an aggregation may ask for beside them, and whom it leaves out.
+
+    `origin`: by name what a tensor was at the round's start, of those that are states and not changes. `rise`: how much
+    the loss on the server's rows rises by a client's update alone. `spool`: a folder for what is too large for memory.
+    `left_out`: client -> why its update is not in the result.
+    """
+
+    origin: Mapping[str, Tensor] = field(default_factory=dict)
+    rise: Callable[[int, Update], float] | None = None
+    spool: Path | None = None
+    left_out: dict[int, str] = field(default_factory=dict)
+
+
 class Reports:
     """What replies report beside their updates: the weighted mean of their losses, and the steps skipped."""
 
@@ -61,7 +78,22 @@ class Mean(BaseModel):
 
     kind: Literal["mean"] = "mean"
 
-    def __call__(self, updates: Iterable[tuple[int, Update]]) -> tuple[dict[str, Tensor], Metrics]:
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Its kind, and those of what it hands updates on to."""
+        return (self.kind,)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether it needs all updates at once, so that replies stay where they are until the round has ended."""
+        return False
+
+    def check_cohort(self, clients: int) -> None:
+        """Raise ConfigError where so many clients in a round are too few for it."""
+
+    def __call__(
+        self, updates: Iterable[tuple[int, Update]], at: Setting | None = None
+    ) -> tuple[dict[str, Tensor], Metrics]:
         """The mean of the updates, float32, by name, and their mean loss and skipped steps; nothing without updates."""
         mean: dict[str, Tensor] = {}
         totals: dict[str, float] = {}

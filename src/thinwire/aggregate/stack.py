@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from thinwire.aggregate.mean import Mean, Metrics, Reports, Update
+from thinwire.aggregate.mean import Mean, Metrics, Reports, Setting, Update
 
 
 class Stack(Mean):
     """The updates' tensors along their first dimension, in the order in which they are counted, in their dtypes."""
 
     kind: Literal["stack"] = "stack"  # type: ignore[assignment]
-    keeps_all: ClassVar[bool] = True
 
-    def __call__(self, updates: Iterable[tuple[int, Update]]) -> tuple[dict[str, Tensor], Metrics]:
+    def __call__(
+        self, updates: Iterable[tuple[int, Update]], at: Setting | None = None
+    ) -> tuple[dict[str, Tensor], Metrics]:
         """[sum of the updates' rows, ...] by name, and the updates' mean loss and skipped steps."""
         parts: dict[str, list[Tensor]] = {}
         reports = Reports()

@@ -14,6 +14,7 @@ from thinwire.assemble.job import fingerprints as fingerprints
 from thinwire.assemble.job import identity as identity
 from thinwire.assemble.job import job as job
 from thinwire.assemble.job import prepared as prepared
+from thinwire.assemble.model import check_clients as check_clients
 from thinwire.assemble.model import classes_of as classes_of
 from thinwire.assemble.model import net_of as net_of
 from thinwire.assemble.model import settled as settled
@@ -22,6 +23,7 @@ from thinwire.assemble.rows import Rows as Rows
 from thinwire.assemble.rows import in_words as in_words
 from thinwire.assemble.rows import rows_of as rows_of
 from thinwire.assemble.rows import template_of as template_of
+from thinwire.assemble.scores import loss_on as loss_on
 from thinwire.assemble.scores import prompts_of as prompts_of
 from thinwire.assemble.scores import scorer as scorer
 from thinwire.assemble.scores import splits_of as splits_of

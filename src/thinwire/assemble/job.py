@@ -15,7 +15,7 @@ from thinwire.assemble.card import card
 from thinwire.assemble.datasets import check_answers, check_context, check_tokens, clients_data, datasets, public_data
 from thinwire.assemble.model import classes_of, net_of, settled, use_threads
 from thinwire.assemble.rows import Rows, rows_of
-from thinwire.assemble.scores import scorer, splits_of
+from thinwire.assemble.scores import loss_on, scorer, splits_of
 from thinwire.config import ConfigError, Run
 from thinwire.data.batch import Dataset
 from thinwire.evaluate.clients import Evaluation
@@ -113,6 +113,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         evaluate=score,
         eval_every=run.eval.every,
         public=public,
+        loss=loss_on(run, net, public),
         keep_versions=8 + run.method.versions_each * len(rows.clients),
         memory_before_model=memory_before_model,
         watch=watch,

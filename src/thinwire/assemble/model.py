@@ -15,7 +15,7 @@ from thinwire.model.classifier import labels_of, task_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
-from thinwire.runtime.cohort import check_clients
+from thinwire.runtime.cohort import check
 from thinwire.train.parallel import device_of
 
 
@@ -38,15 +38,21 @@ def classes_of(run: Run, folder: Path) -> tuple[str, ...] | None:
     return wanted  # its classes have numbers and no names
 
 
+def check_clients(run: Run, clients: int) -> None:
+    """ConfigError where so many clients cannot make the run's rounds, or a gate has no rows to measure losses on."""
+    check(run.cohort, run.method, clients)
+    if run.method.measures and run.data.public is None:
+        raise ConfigError("data.public: missing; method.aggregation measures losses on rows that the server holds")
+
+
 def settled(run: Run, rows: Rows) -> Run:
     """The run with the classes of a fresh classifier found in the clients' rows, unless it lists them itself.
 
-    ConfigError for a cohort, or a field of the method, of clients that have no rows.
+    ConfigError for a cohort, or a field of the method, of clients that have no rows, and for rounds of too few clients.
     """
     if not rows.clients:  # a server of a federation has nobody's rows
         return run
-    check_clients(run.cohort, len(rows.clients))
-    run.method.check_clients(len(rows.clients))
+    check_clients(run, len(rows.clients))
     folder = resolve(run.model.path)
     fresh = task_of(folder, run.model.task) == "classification" and labels_of(folder) is None
     if not fresh or run.data.choices is not None:

@@ -15,6 +15,7 @@ from thinwire.data import templates
 from thinwire.data.batch import Dataset
 from thinwire.data.rows import Row
 from thinwire.data.tokenise import tokenise
+from thinwire.evaluate.loss import mean_loss
 from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.keys import Key
 from thinwire.model.net import Net
@@ -43,6 +44,11 @@ def prompts_of(run: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
     name = "chat" if run.data.template == "chat" and run.data.prompt is None else "completion"
     rows = [Row({"prompt": text, "completion": "-"}, "eval.prompts", i) for i, text in enumerate(run.eval.prompts, 1)]
     return tokenise(rows, templates.named(name), tokenizer, max_length=run.data.max_length)
+
+
+def loss_on(run: Run, net: Net, data: Dataset | None) -> Callable[[], float] | None:
+    """A function that measures the mean loss of the weights in the net on these rows."""
+    return None if data is None else lambda: mean_loss(net.model, data, run.eval.batch_size)[0]
 
 
 def scorer(run: Run, net: Net, splits: list[Split]) -> Callable[[], list[dict[str, Any]]]:

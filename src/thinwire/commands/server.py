@@ -51,17 +51,16 @@ def server(
             listening(host, port, "--listen")
         # what follows takes its time to import
         from thinwire import config
+        from thinwire.assemble import check_clients
         from thinwire.commands.show import print_summary
         from thinwire.federation import proxy
         from thinwire.federation.progress import Progress
         from thinwire.federation.superlink import Ended, ServerSide, check_model, federation_of
-        from thinwire.runtime.cohort import check_clients
 
         settings = config.load(file, overrides or [])
         sites = federation_of(settings)
-        check_clients(settings.cohort, len(sites))
+        check_clients(settings, len(sites))
         check_model(settings, _splits(settings))
-        settings.method.check_clients(len(sites))
         folder = out if out is not None else Path("runs") / settings.name
         if stack.enter_context(claimed(folder, settings, resume)):
             return

@@ -103,6 +103,8 @@ class Live(Watch):
         self.console.print(f"round {record['round']}/{self.rounds}: {', '.join(parts)}", soft_wrap=True)
         for client in lost:
             self.console.print(f"  {client['name']} dropped: {client['error']}")
+        for client in (client for client in record["clients"] if "left_out" in client):
+            self.console.print(f"  {client['name']} left out: {client['left_out']}")
 
     def evaluated(self, record: Record) -> None:
         """See Watch."""

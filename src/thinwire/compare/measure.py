@@ -98,7 +98,7 @@ def _server(folder: Path, cohort: tuple[int, ...]) -> dict[str, Any]:
     held: dict[int, str] = {}
     versions, transport = VersionStore(folder / "server"), Processes(folder, held)
 
-    seats = Seats(Key.root(run.seed), run.rounds, net, versions, public=public)
+    seats = Seats(Key.root(run.seed), run.rounds, net, versions, public=public, loss=assemble.loss_on(run, net, public))
     state = run.method.init(seats.server(0))
     sent, clients, alone = [], 0.0, 0.0
     for number in range(1, ROUNDS + 1):

@@ -33,6 +33,11 @@ class Coding(BaseModel):
         """Whether nothing is coded."""
         return self.name == "none"
 
+    @property
+    def one_bit(self) -> bool:
+        """Whether a number is coded as its sign, under a scale."""
+        return self.name == "sign" or (self.name == "blocks" and self.bits == 1)
+
     def code(self) -> TensorCode:
         """The codec, such as error feedback takes."""
         return tensor_code(

@@ -19,7 +19,6 @@ from thinwire.estimate.sketch import one_pass, sketch
 from thinwire.estimate.traffic import Traffic, expected, traffic
 from thinwire.keys import Key
 from thinwire.model.views.keep import kept
-from thinwire.runtime.cohort import check_clients
 
 LINKS = (1, 10, 100)  # Mbit/s
 READ = 1 << 26  # bytes of rows that are read to count them; more are not worth the time
@@ -71,8 +70,7 @@ def estimate(run: Run) -> Estimate:
     held = rows_at_hand(run)
     examples = examples_of(run, held, assumed)
     if held is not None:
-        check_clients(run.cohort, len(examples))
-        run.method.check_clients(len(examples))
+        assemble.check_clients(run, len(examples))
     model = sketch(run, partial(classes_in, run, held, assumed))
     stays = kept(model.trained, run.model.view.keep)
     shared = replace(model, trained={name: t for name, t in model.trained.items() if name not in stays})

@@ -41,7 +41,9 @@ class Progress:
 
     def _round(self, record: Record) -> str:
         absent = [f"{c['name']} ({c['error']})" for c in record["clients"] if "error" in c]
+        without = [f"{c['name']} ({c['left_out']})" for c in record["clients"] if "left_out" in c]
         tail = f"; absent: {', '.join(absent)}" if absent else ""
+        tail += f"; left out: {', '.join(without)}" if without else ""
         carried = f"{record['bytes_down']:,} bytes down, {record['bytes_up']:,} up"
         return f"round {record['round']} of {self.rounds}: {carried}, {record['seconds']:.1f} s{tail}"
 

@@ -200,6 +200,9 @@ class CGFed(OnFactors):
     def weight(self, up: Coded) -> float:
         return 1 if self.average == "sum" else super().weight(up)
 
+    def origin(self, state: Global) -> Mapping[str, Tensor]:
+        return state.weights if self.encode == "state" else {}
+
     def step(
         self, state: Global, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Global, Metrics]:

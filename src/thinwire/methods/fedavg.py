@@ -59,6 +59,9 @@ class FedAvg(FirstOrder):
     def update(self, state: Weights, server: Server, up: Trained) -> Update:
         return Update(up.weights, self.weight(up), up.loss, up.skipped)
 
+    def origin(self, state: Weights) -> Mapping[str, Tensor]:
+        return state.weights
+
     def step(
         self, state: Weights, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Weights, Metrics]:

@@ -48,7 +48,7 @@ from thinwire.train.versions import Exact, coded, layout
 from thinwire.train.weights import fill
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST, check_rate
-from thinwire.wire.payload import LATE, Spec, specs_of
+from thinwire.wire.payload import LATE, LazyTensors, Spec, specs_of
 
 Tensors = Mapping[str, Tensor]
 STEPS = (1.0, 0.5, 0.25, 0.0)  # of which a server that checks takes the best
@@ -222,8 +222,16 @@ class FedCyBGD(Exact):
                 raise Illegal(f"the difference of {name} is beyond {LARGEST:g} or not finite")
 
     def update(self, state: Relay, server: Server, up: Block) -> Update:
-        tensors = dict(self._answered(state, up))
+        specs = specs_of(state.weights)
+
+        def read(name: str) -> Tensor:
+            return self._coder.exact(up.changes[name], name, state.weights[name], specs[name])
+
+        tensors = LazyTensors({name: specs[name] for name in up.changes}, read)
         return Update(tensors, self.weight(up), up.loss, up.skipped, {"block": up.block})
+
+    def origin(self, state: Relay) -> Mapping[str, Tensor]:
+        return state.weights
 
     def step(
         self, state: Relay, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]

@@ -19,18 +19,16 @@ the probabilities go as integers of four bits, and both ends draw with integers 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from thinwire.aggregate.mean import Metrics
+from thinwire.aggregate.mean import Counted, Metrics, Reports, Update
 from thinwire.core import Averaged, Client, Server
 from thinwire.costs.frames import Expected, Frames, simulated
 from thinwire.costs.memory import Memory, Side, holding, probing
@@ -38,6 +36,7 @@ from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.model.net import Net
 from thinwire.perturb import pool, probe
 from thinwire.perturb.directions import Directions, PoolLaw
+from thinwire.perturb.moves import Moves
 from thinwire.perturb.pool import TILTS, Levels, Pool, Shares
 from thinwire.perturb.scalars import as_floats, as_sent, check_picks, check_scalars, drawn
 from thinwire.perturb.spsa import shrink_of, walk, work
@@ -48,6 +47,7 @@ from thinwire.wire.legal import check_keys, check_rate
 from thinwire.wire.payload import LATE
 
 BLOCK = 128  # replies that the server adds up at a time
+GAINS = "gains"
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,15 @@ class FedKSeed(Averaged):
     Down, Up, State = Gains, Steps, Accumulators
     paper: ClassVar[str] = "Qin et al. 2024, arXiv:2312.06353"
 
+    @model_validator(mode="after")
+    def _combined(self) -> FedKSeed:
+        kinds, draws = self.aggregation.kinds, self.steps * self.queries
+        if self.pro and kinds != ("mean",):
+            raise ValueError("pro: its probabilities are of plain sums of what clients send: aggregation mean alone")
+        if {"median", "trimmed"} & {*kinds} and not self.shared and draws < self.seeds:
+            raise ValueError(f"aggregation: {draws} draws of {self.seeds} seeds have none in common; set shared = true")
+        return self
+
     def init(self, server: Server) -> Accumulators:
         key = server.key.fold("directions").word()
         zeros = torch.zeros(self.seeds, dtype=torch.float64)
@@ -142,13 +151,8 @@ class FedKSeed(Averaged):
             return Gains(*down, state.gains.float(), pool.seed_probabilities(amplitudes).float() if self.pro else None)
         known = server.versions.get(held) if held is not None else None
         levels, changes = Levels.of(state.gains, state.grid).encode(known)
-        return Gains(
-            *down,
-            grid=state.grid,
-            levels=levels,
-            base=held if changes else None,
-            tilts=pool.packed(pool.seed_tilts(amplitudes).tobytes()) if self.pro else None,
-        )
+        tilts = pool.packed(pool.seed_tilts(amplitudes).tobytes()) if self.pro else None
+        return Gains(*down, grid=state.grid, levels=levels, base=held if changes else None, tilts=tilts)
 
     def client_update(self, down: Gains, client: Client) -> Steps:
         self.receive(down, client)
@@ -183,72 +187,70 @@ class FedKSeed(Averaged):
     def aggregate(
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
     ) -> tuple[Accumulators, Metrics]:
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        known, draws, decay = self._pool(state.pool), pool.draws_key(server.key), shrink_of(lr, self.weight_decay)
-        shares = TILTS[pool.seed_tilts(state.amplitude / state.visits)] if self.pro and self.wire == "thin" else None
-        shape, gains, shrink = (self.steps, self.queries), np.zeros(self.seeds), 0.0
-        amplitude, visits = state.amplitude.numpy().copy(), state.visits.numpy().copy()
-        examples, loss, measured, skipped = 0.0, 0.0, 0.0, 0
-        lengths: list[NDArray[np.float64]] = []  # of each reply's moves, and of the same weighted
-
-        def add(block: list[tuple[int, float, tuple[Tensor, float], Tensor | None]]) -> None:
-            """All replies of a block in one go, in their order: one by one they would cost far more."""
-            nonlocal shrink, skipped
-            clients, each, sent, seeds = zip(*block, strict=True)
-            weights, scalars = np.array(each, np.float64), as_floats(sent, self._form, shape)
-            if self.wire == "paper":
-                picks = torch.stack(seeds).numpy().reshape(scalars.shape)
-            else:
-                picks = known.picks(draws, [0] * len(clients) if self.shared else clients, shape, shares)
-            taken = ~np.isnan(scalars[..., 0])
-            scalars[~taken] = 0.0
-            taken = taken.astype(np.float64)
-            # The client's weights are D w - sum_t lr g_t s^(steps after t) z_t, with s = 1 - lr wd and D = s^steps.
-            steps = taken.sum(axis=1)
-            after = steps[:, None] - taken.cumsum(axis=1) if self.weight_decay else np.zeros(1)
-            moves = ((lr / self.queries) * weights[:, None] * decay**after)[..., None] * scalars
-            clipped = np.minimum(np.abs(scalars), self.amplitude_clip)
-            visited = np.broadcast_to(taken[..., None], picks.shape)
-            if not state.grid:
-                long = np.sqrt(np.square(moves).sum(axis=(1, 2)))
-                lengths.append(np.stack([long / weights, long]))
-            for total, terms in ((gains, moves), (amplitude, clipped), (visits, visited)):
-                total += np.bincount(picks.ravel(), terms.ravel(), self.seeds)
-            shrink += float(weights @ decay**steps)
-            skipped += int(taken.size - steps.sum())
-
-        block = []
+        if self.aggregation.kind != "mean":  # which needs each client's vector; for the mean many are added in one go
+            return super().aggregate(state, server, replies)
+        moves, reports, block = self._moves(state, server), Reports(), list[Any]()
         for client_id, up in replies:
-            weight = self.weight(up)
+            reports.add(Update({}, weight := self.weight(up), up.loss))
             block.append((client_id, weight, (up.scalars, up.unit), up.seeds))  # no reply is held itself
-            examples += weight
-            if math.isfinite(up.loss):
-                measured += weight
-                loss += (up.loss - loss) * weight / measured
             if len(block) == BLOCK:
-                add(block)
+                self._add(moves, state, server, block)
                 block = []
         if block:
-            add(block)
-        if examples == 0:
+            self._add(moves, state, server, block)
+        if moves.weight == 0:
             return state, {}
-        shrink, gains = shrink / examples, gains / examples
-        moments = state.moments
+        moves.average()
+        state, own = self._moved(state, server, moves)
+        return state, reports.metrics | {"skipped": moves.skipped} | own
+
+    def update_of(self, state: Accumulators, server: Server, client_id: int, up: Steps) -> Update:
+        moves = self._moves(state, server)
+        self._add(moves, state, server, [(client_id, 1.0, (up.scalars, up.unit), up.seeds)])
+        return Update({GAINS: moves.tensor}, self.weight(up), up.loss, moves.skipped, moves.metrics)
+
+    def step(
+        self, state: Accumulators, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
+    ) -> tuple[Accumulators, Metrics]:
+        moves = self._moves(state, server)
+        moves.take(mean[GAINS], counted)
+        return self._moved(state, server, moves)
+
+    def _moves(self, state: Accumulators, server: Server) -> Moves:
+        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
+        law = lr / self.queries, shrink_of(lr, self.weight_decay), self.amplitude_clip
+        return Moves(state.amplitude, state.visits, *law)
+
+    def _add(self, moves: Moves, state: Accumulators, server: Server, block: Sequence[Any]) -> None:
+        """All replies of a block in one go, in their order: one by one they would cost far more."""
+        clients, weights, sent, seeds = zip(*block, strict=True)
+        shape = (self.steps, self.queries)
+        scalars = as_floats(sent, self._form, shape)
+        if self.wire == "paper":
+            picks = torch.stack(seeds).numpy().reshape(scalars.shape)
+        else:
+            tilts = TILTS[pool.seed_tilts(state.amplitude / state.visits)] if self.pro else None
+            streams = [0] * len(clients) if self.shared else clients
+            picks = self._pool(state.pool).picks(pool.draws_key(server.key), streams, shape, tilts)
+        moves.add(picks, scalars, np.array(weights, np.float64))
+
+    def _moved(self, state: Accumulators, server: Server, moves: Moves) -> tuple[Accumulators, Metrics]:
+        """The state under moves and a shrink that are those of the mean."""
+        gains, moments = moves.gains, state.moments
         if not self.server_step.plain:
-            move, moments = self.server_step(state.moments or {}, "gains", torch.from_numpy(gains))
+            move, moments = self.server_step(state.moments or {}, GAINS, torch.from_numpy(gains))
             gains = move.numpy()
-        gains = shrink * state.gains.numpy() + gains
+        gains = moves.shrink * state.gains.numpy() + gains
         touched = gains[gains != 0]
-        grid = pool.grid_of(touched, state.grid, np.concatenate(lengths, axis=1) if lengths else None)
-        sums, sizes, counts = (torch.from_numpy(array) for array in (gains, amplitude, visits))
+        grid = pool.grid_of(touched, state.grid, np.array(moves.lengths).T if moves.lengths else None)
+        sums, sizes, counts = (torch.from_numpy(array) for array in (gains, moves.amplitude, moves.visits))
         version = server.versions.put(Levels.of(sums, grid).table()) if self.wire == "thin" else None
-        state = Accumulators(state.pool, sums, state.shrink * shrink, sizes, counts, grid, version, moments)
-        return state, {"loss": loss, "skipped": skipped, "directions": int(touched.size)}
+        state = Accumulators(state.pool, sums, state.shrink * moves.shrink, sizes, counts, grid, version, moments)
+        return state, {"directions": int(touched.size)}
 
     def materialise(self, state: Accumulators, net: Net) -> None:
-        gains = state.gains
-        if self.wire == "thin":
-            gains = torch.from_numpy(Levels.of(gains, state.grid).values * state.grid)
+        thin = self.wire == "thin"
+        gains = torch.from_numpy(Levels.of(state.gains, state.grid).values * state.grid) if thin else state.gains
         self._pool(state.pool).rebuild(net, gains.float(), state.shrink)
 
     def reply_bytes(self, net: Net) -> int:
@@ -257,12 +259,10 @@ class FedKSeed(Averaged):
     def receive(self, down: Gains, client: Client) -> None:
         check_rate(down.lr)
         check_keys(down.pool, down.draws)
-        if self.wire == "paper":
-            gains = down.gains
-            if gains is None or gains.dtype != torch.float32 or gains.shape != (self.seeds,):
-                raise Illegal(f"gains are not float32 [{self.seeds}]")
-        else:
+        if self.wire == "thin":
             gains = pool.received(client, down.levels, down.base, down.grid, self.seeds)
+        else:
+            gains = pool.plain(down.gains, self.seeds)
         if not (gains.abs() <= LARGEST_GAIN).all() or not abs(down.shrink) <= 1:
             raise Illegal("gains or shrink are beyond their bounds, or not finite")
         self._pool(down.pool).rebuild(client.net, gains, down.shrink)

@@ -142,6 +142,9 @@ class FedOBD(FirstOrder):
         counts = {name: spec for name, spec in specs.items() if self.unsent == "cached" or name in up.weights}
         return Update(LazyTensors(counts, read), self.weight(up), up.loss, up.skipped, {"kept": share})
 
+    def origin(self, state: Cached) -> Mapping[str, Tensor]:
+        return state.weights
+
     def step(
         self, state: Cached, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Cached, Metrics]:

@@ -94,6 +94,9 @@ class FedZO(Averaged):
     def update(self, state: Start, server: Server, up: Trained) -> Update:
         return Update(up.weights, self.weight(up), up.loss, up.skipped)
 
+    def origin(self, state: Start) -> Mapping[str, Tensor]:
+        return state.weights
+
     def step(
         self, state: Start, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Start, Metrics]:

@@ -172,10 +172,9 @@ class GradualDiff(Exact):
         for name, change in self._differences(state, up).items():
             if not (change.abs() <= LARGEST).all():
                 raise Illegal(f"the difference of {name} is beyond {LARGEST:g} or not finite")
-            if self.codec != "lossless":  # there it is the dtype's own numbers that are decoded
-                old = state.weights[name]
-                if not torch.isfinite((old.float() + change).to(old.dtype)).all():
-                    raise Illegal(f"the difference of {name} leaves the range of {old.dtype}")
+            lossy = self.codec != "lossless"  # else it is the dtype's own numbers that are decoded
+            if lossy and not torch.isfinite(((old := state.weights[name]).float() + change).to(old.dtype)).all():
+                raise Illegal(f"the difference of {name} leaves the range of {old.dtype}")
 
     def update(self, state: Held, server: Server, up: Difference) -> Update:
         return Update(self._differences(state, up), self.weight(up), up.loss, up.skipped)
@@ -184,9 +183,8 @@ class GradualDiff(Exact):
         self, state: Held, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Held, Metrics]:
         key, weights, step = server.key.fold("code").word(), {}, {}
-        before = {f"first/{n}": t for n, t in (state.first or {}).items()}
-        before |= {f"second/{n}": t for n, t in (state.second or {}).items()}
-        kept: dict[str, dict[str, Tensor]] = {"first": {}, "second": {}, "residue": {}}
+        before = {f"{kind}/{n}": t for kind in ("first", "second") for n, t in (getattr(state, kind) or {}).items()}
+        kept: dict[str, Any] = {"first": {}, "second": {}, "residue": {}}
         for i, (name, old) in enumerate(state.weights.items()):
             move, entries = self.server_step(before, name, mean.pop(name))
             for entry, tensor in entries.items():
@@ -203,8 +201,7 @@ class GradualDiff(Exact):
             if self._keeps:
                 kept["residue"][name] = target - weights[name].float()
         after = Held(weights, server.versions.put(weights), state.version, step, key)
-        first, second, residue = (kept[name] or None for name in ("first", "second", "residue"))
-        return replace(after, first=first, second=second, residue=residue), {}
+        return replace(after, **{name: tensors for name, tensors in kept.items() if tensors}), {}
 
     def materialise(self, state: Held, net: Net) -> None:
         fill(net, state.weights)
@@ -248,6 +245,10 @@ class GradualDiff(Exact):
         """The version of the weights in the client's net, which is then in its store."""
         weights = {name: p.detach().to(self.held_dtype(p.dtype)) for name, p in client.net.parameters()}
         return client.versions.put(weights)
+
+    @property
+    def one_bit(self) -> bool:
+        return self.codec == "blocks" and self.bits == 1
 
     @property
     def _keeps(self) -> bool:

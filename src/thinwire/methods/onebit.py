@@ -42,7 +42,7 @@ from thinwire.model.numbers import fill
 from thinwire.train.differences import cosine
 from thinwire.train.local import Moments, Schedule
 from thinwire.train.probing import Probing
-from thinwire.train.stages import LEVELS, arrive, check_merges, check_stages, grown, name_of, settle
+from thinwire.train.stages import LEVELS, arrive, check_merges, check_stages, grown, name_of, on_levels, settle
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST, check_keys, check_rate
 from thinwire.wire.payload import LATE
@@ -170,6 +170,9 @@ class OneBit(Probing):
         share = 1.0 if up.probes is None else cosine(up.probes, found.numel())
         return Update({NUMBERS: found}, share * self.weight(up), up.loss, up.skipped)
 
+    def origin(self, state: Numbers) -> Mapping[str, Tensor]:
+        return {NUMBERS: state.numbers} if self.code.plain else {}
+
     def step(
         self, state: Numbers, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Numbers, Metrics]:
@@ -184,7 +187,7 @@ class OneBit(Probing):
         else:
             owed = carried(state.owed, self.down.carry)
             data, sent, _ = encode_with_debt(code, move, owed, key)
-            numbers = self._moved(state.numbers, sent)
+            numbers = on_levels(state.numbers, sent)
             owed = on_grid(state.numbers) + on_grid(move) + owed - on_grid(numbers)
         version = server.versions.put({NUMBERS: numbers, **stages})
         changes, keys = {**state.changes, state.version: to_tensor(data)}, [*state.keys, key]
@@ -233,7 +236,8 @@ class OneBit(Probing):
             if self.merge_every and not change.numel():
                 numbers, stages = torch.zeros(size), grown(stages, numbers, self.down.plain)
             else:
-                numbers = self._moved(numbers, _decoded(self.down.code(), change, (size,), key))
+                sent = _decoded(self.down.code(), change, (size,), key)
+                numbers = sent if self.down.plain else on_levels(numbers, sent)
         if client.versions.put({NUMBERS: numbers, **stages}) != down.version:
             raise Illegal(f"the changes do not make the version {down.version:.12}")
         if self.merge_every:
@@ -276,6 +280,10 @@ class OneBit(Probing):
         return self.merge_every > 0
 
     @property
+    def one_bit(self) -> bool:
+        return self.code.one_bit
+
+    @property
     def down(self) -> Coding:
         """How what is sent down is coded."""
         return self.code if self.code_down is None else self.code_down
@@ -283,14 +291,6 @@ class OneBit(Probing):
     @property
     def _levels(self) -> Blocks | Plain:
         return Plain() if self.down.plain else LEVELS
-
-    def _moved(self, numbers: Tensor, sent: Tensor) -> Tensor:
-        """The numbers after a change, on the levels that they travel in: the same at all ends."""
-        if self.down.plain:
-            return sent
-        # whatever many legal replies add up to, or a hub makes up, they stay numbers
-        moved = (on_grid(numbers) + on_grid(sent)).float().clamp_(-LARGEST, LARGEST)
-        return LEVELS.decode(LEVELS.encode(moved, 0), moved.shape, 0)
 
 
 def _decoded(code: TensorCode, change: Tensor, shape: Sequence[int], key: int) -> Tensor:

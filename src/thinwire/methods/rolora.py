@@ -87,6 +87,9 @@ class RoLora(FirstOrder):
     def update(self, state: Turns, server: Server, up: Trained) -> Update:
         return Update(up.weights, self.weight(up), up.loss, up.skipped)
 
+    def origin(self, state: Turns) -> Mapping[str, Tensor]:
+        return state.weights
+
     def step(
         self, state: Turns, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Turns, Metrics]:

@@ -132,6 +132,9 @@ class Scaffold(FirstOrder):
 
         return Update(LazyTensors(specs, read), self.weight(up), up.loss, up.skipped)
 
+    def origin(self, state: Controlled) -> Mapping[str, Tensor]:
+        return state.weights
+
     def step(
         self, state: Controlled, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Controlled, Metrics]:

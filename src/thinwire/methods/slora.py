@@ -90,6 +90,9 @@ class SLora(FirstOrder):
     def update(self, state: Stage, server: Server, up: Trained) -> Update:
         return Update(up.weights, self.weight(up), up.loss, up.skipped)
 
+    def origin(self, state: Stage) -> Mapping[str, Tensor]:
+        return state.values or state.factors
+
     def step(
         self, state: Stage, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Stage, Metrics]:

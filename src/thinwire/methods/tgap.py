@@ -90,6 +90,9 @@ class Tgap(OnFactors):
     def update(self, state: Factors, server: Server, up: Gathered) -> Update:
         return Update(up.update, self.weight(up), up.loss, up.skipped)
 
+    def origin(self, state: Factors) -> Mapping[str, Tensor]:
+        return state.weights if self.encode == "state" else {}
+
     def step(
         self, state: Factors, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Factors, Metrics]:

@@ -124,6 +124,13 @@ def received(client: Client, sent: bytes | None, base: str | None, grid: float, 
     return torch.from_numpy(levels.values * grid).float()
 
 
+def plain(sent: Tensor | None, count: int) -> Tensor:
+    """Gains off the wire as they are, float32 [count]; Illegal where they are none."""
+    if sent is None or sent.dtype != torch.float32 or sent.shape != (count,):
+        raise Illegal(f"gains are not float32 [{count}]")
+    return sent
+
+
 def grid_of(gains: NDArray[np.float64], grid: float, lengths: NDArray[np.float64] | None) -> float:
     """The grid of gains that are not 0: at first GRID steps in their root mean square, and then that one for the run.
 

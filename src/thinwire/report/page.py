@@ -43,11 +43,11 @@ def render(runs: Sequence[Recorded]) -> str:
         runs=runs,
         answers=answers(runs),
         dropped=[
-            (run.label, record["round"], visit.get("name", visit.get("id")), visit["error"])
+            (run.label, record["round"], visit.get("name", visit.get("id")), visit.get("error") or visit["left_out"])
             for run in runs
             for record in run.rounds
             for visit in record["clients"]
-            if visit.get("error")
+            if visit.get("error") or visit.get("left_out")
         ],
         style=_part("page.css"),
         data=_script_safe(json.dumps(_printable(data), allow_nan=False, separators=(",", ":"))),

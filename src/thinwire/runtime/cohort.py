@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from thinwire.errors import ConfigError
 from thinwire.keys import Key
+
+if TYPE_CHECKING:
+    from thinwire.core import Method
 
 
 class _Cohort(BaseModel):
@@ -70,6 +73,14 @@ def check_clients(segments: Sequence[Segment], clients: int) -> None:
         if unknown:
             there = f"are {clients} clients, 0 to {clients - 1}" if clients > 1 else "is one client, 0"
             raise ConfigError(f"cohort.{i}.clients: no client {', '.join(map(str, unknown))}: there {there}")
+
+
+def check(segments: Sequence[Segment], method: Method, clients: int) -> None:
+    """ConfigError where cohorts or a method name clients that are not there, or a round has too few for the method."""
+    check_clients(segments, clients)
+    method.check_clients(clients)
+    for segment in segments:
+        method.check_cohort(len(segment.pick(range(clients), 0, Key.root(0))))
 
 
 def cohort_of(segments: Sequence[Segment], clients: Sequence[int], round: int, key: Key) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class Course:
         self.memories = ClientMemories(self.states / "clients")
         self.held: dict[int, str] = {}
         parts = (job.net, self.versions, job.clients, self.memories, lambda client, _: self.held.get(client))
-        self.seats = Seats(job.key, job.rounds, *parts, job.public, len(job.names))
+        self.seats = Seats(job.key, job.rounds, *parts, job.public, len(job.names), job.loss)
         done = partial(_done, job.watch)
         endpoint = Endpoint(job.method, self.seats, {**ACTIONS, **job.actions}, done, self.spool)
         self.transport = job.transport or InProcess(endpoint)

@@ -66,6 +66,7 @@ class Job:
     evaluate: Callable[[], list[Record]]  # scores the weights in the net
     eval_every: int = 0  # 0: before the first and after the last round only
     public: Dataset | None = None
+    loss: Callable[[], float] | None = None  # on the public rows, of the weights in the net
     keep_versions: int = 8
     max_bytes: int = MAX_FRAME  # of a reply
     caps: Mapping[int, int] = field(default_factory=dict)

@@ -31,9 +31,7 @@ def record_of(at: Round, names: Sequence[str], metrics: Metrics, seconds: float,
 def _client(visit: Visit, names: Sequence[str]) -> Record:
     record = {"id": visit.client, "name": names[visit.client], **asdict(visit)}
     del record["client"]
-    if record["error"] is None:
-        del record["error"]
-    return record
+    return {name: value for name, value in record.items() if value is not None or name not in ("error", "left_out")}
 
 
 def first_examples(rounds: Sequence[Record]) -> dict[int, int]:

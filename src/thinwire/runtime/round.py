@@ -53,6 +53,7 @@ class Visit:
     examples: int | None = None
     loss: float | None = None
     error: str | None = None
+    left_out: str | None = None  # why a legal reply is not in what the round made
 
 
 @dataclass
@@ -92,6 +93,8 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
         frame = wire.encode(down, run=at.run, round=at.server.round, client=client, spool=at.spool)
         return at.ledger.down(client, frame)
 
+    kept: list[Frame] = []  # until the round has ended, where the method reads all replies at once
+
     def taken(reply: Reply) -> Reply:
         at.visits[reply.client].seconds += reply.seconds
         if reply.frame is not None:
@@ -112,7 +115,7 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
                 if reply.frame is None:
                     at.visits[reply.client].error = shown(reply.error or "no reply")
                 else:
-                    frames.append((reply.client, reply.frame))
+                    frames.append((reply.client, spooled(reply.client, reply.frame) if keeps else reply.frame))
             # step by step for the whole group, which takes a CPU half the time that it takes reply by reply
             ups = [_or_error(decode, client, frame) for client, frame in frames]
             ups = [_or_error(check, client, up) for (client, _), up in zip(frames, ups, strict=True)]
@@ -130,9 +133,20 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
                         at.held[client] = held
                     visit.examples, visit.loss = getattr(up, "examples", None), getattr(up, "loss", None)
                     at.seen(client, up)
+                    if keeps:
+                        kept.append(frame)
                     yield client, up
                 finally:
-                    frame.remove()
+                    if frame not in kept:
+                        frame.remove()
+
+    def spooled(client: int, frame: Frame) -> Frame:
+        """The frame in a file, unless it is small: all of a round in memory would be a model a client."""
+        if at.spool is None or len(frame) <= SMALL:
+            return frame
+        place = at.spool / f"{at.server.round}-{client}.frame"
+        frame.move_to(place)
+        return Frame.in_file(place)
 
     def decode(client: int, frame: Frame) -> Any:
         header = frame.header(at.max_header)
@@ -151,8 +165,14 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
         return up if claimed <= first else replace(up, examples=first)
 
     at.visits.update({client: Visit(client) for client in at.server.cohort})
-    state, metrics = method.aggregate(state, at.server, answers())
+    keeps, server = method.keeps_all, replace(at.server, spool=at.spool)
+    try:
+        state, metrics = method.aggregate(state, server, answers())
+    finally:
+        for frame in kept:
+            frame.remove()
     for client, visit in at.visits.items():
+        visit.left_out = shown(server.left_out[client]) if client in server.left_out else None
         visit.bytes_down = at.ledger.sent.get(client, 0)
         visit.bytes_up = at.ledger.received.get(client, 0)
     return state, metrics

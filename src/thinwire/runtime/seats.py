@@ -51,12 +51,14 @@ class Seats:
     held: Callable[[int, int], str | None] = lambda client, before: None
     public: Dataset | None = None
     clients: int | None = None  # of the run; None: those with rows here
+    loss: Callable[[], float] | None = None  # on the public rows, of the weights in the net
 
     def server(self, round: int, cohort: Sequence[int] = ()) -> Server:
         """What the server half is handed in a round; round 0 is `init`."""
         key = self.key.fold("server", round)
         clients = len(self.data) if self.clients is None else self.clients
-        return Server(self.net, key, round, self.rounds, tuple(cohort), self.versions, self.public, clients)
+        parts = (self.net, key, round, self.rounds, tuple(cohort), self.versions)
+        return Server(*parts, self.public, clients, self.loss)
 
     def client(self, id: int, round: int) -> Client:
         """What the client half of that client is handed in a round."""

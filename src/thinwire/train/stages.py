@@ -15,7 +15,7 @@ from torch import Tensor
 from thinwire.compress.catalogue import Plain
 from thinwire.compress.codecs.blocks import Blocks
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
-from thinwire.compress.feedback import DEBT
+from thinwire.compress.feedback import DEBT, on_grid
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.numbers import fill
@@ -28,6 +28,13 @@ from thinwire.wire.legal import LARGEST
 LEVELS = Blocks(8, 1024)  # that all round numbers to, and a newcomer receives them in
 STAGE = "stage"  # in a client's memory: how many were over when it was last written
 Stages = Mapping[str, Tensor]  # "stage/0", ... -> the bytes of its numbers, uint8
+
+
+def on_levels(numbers: Tensor, sent: Tensor) -> Tensor:
+    """The numbers after a change, on the levels that they travel in: the same at all ends."""
+    # whatever many legal replies add up to, or a hub makes up, they stay numbers
+    after = (on_grid(numbers) + on_grid(sent)).float().clamp_(-LARGEST, LARGEST)
+    return LEVELS.decode(LEVELS.encode(after, 0), after.shape, 0)
 
 
 def name_of(stage: int) -> str:
