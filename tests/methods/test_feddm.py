@@ -17,6 +17,7 @@ from thinwire import assemble, config, wire
 from thinwire.data.batch import Batch, collate
 from thinwire.data.tokenise import tokenise
 from thinwire.errors import ConfigError
+from thinwire.keys import Key
 from thinwire.methods.feddm import Distilled, FedDM
 from thinwire.model.net import Net
 from thinwire.train import embedded, objective
@@ -67,7 +68,7 @@ def test_answers_of_one_token_and_classes_are_scored_too(net: Net, tmp_path: Pat
     torch.testing.assert_close(single, torch.log_softmax(logits[:, [65, 66]], -1))
     first = torch.log_softmax(logits, -1)[:, [65, 66]]
     assert (several < first).all()  # a token more, of log-probability below 0
-    encoder = Net.open(str(tiny_encoder(tmp_path / "encoder")), classes=("a", "b", "c"))
+    encoder = Net.open(str(tiny_encoder(tmp_path / "encoder")), classes=("a", "b", "c"), head_key=Key.root(0))
     assert embedded.scores(encoder.model, points, ((), (), ())).exp().sum(1).tolist() == pytest.approx([1] * 3)
 
 
@@ -153,7 +154,7 @@ def test_the_ball_bounds_both_halves(rho: float, net: Net, tmp_path: Path) -> No
     federation = Federation(method, net, tmp_path, rounds=1)
     down = method.broadcast(federation.state, federation.server(1, (0,)), 0, None)
     method.client_update(down, federation.client(0, 1))
-    away = sum(float((p - net.base[n]).square().sum()) for n, p in net.parameters()) ** 0.5
+    away = sum(float((p.detach() - net.base[n]).square().sum()) for n, p in net.parameters()) ** 0.5
     assert away == pytest.approx(rho, rel=1e-3)
     federation.run()
     moved = sum(float((t - net.base[n]).square().sum()) for n, t in federation.state.weights.items()) ** 0.5

@@ -13,10 +13,10 @@ the loss. It sends mean(M) on, and the last client's is the model. The terms' gr
     (2 / a) (beta (m - m_0) - alpha (m - mean(M)))
 
 so a client holds the pool's sum and m_0, and not the pool. Down and up: the weights that are trained, all of them or
-those of a view. With `received = false` m_0 is not of the pool that is averaged; a pool of one without the two terms
-is then the plain relay. Left out of the published code: the choice of the best epoch on rows of the client's own, and
-the first client's warm-up, which is for models that begin at random. With several clients a round the server takes
-their mean.
+those of a view. With `received = false` m_0 is not of the pool, and the first model begins at it and not at a mean; a
+pool of one without the two terms is then the plain relay. Left out of the published code: the choice of the best epoch
+on rows of the client's own, and the first client's warm-up, which is for models that begin at random. With several
+clients a round the server takes their mean.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ class FedELMY(FirstOrder):
             for m, m0, sum_of in zip(weights, first, total, strict=True):
                 if m.grad is not None:
                     m.grad.add_(m - m0, alpha=unit * self.beta)
-                    if size:
-                        m.grad.sub_(m - sum_of / size, alpha=unit * self.alpha)
+                    m.grad.sub_(m - (sum_of / size if size else m0), alpha=unit * self.alpha)
 
         return adjust
 
