@@ -58,7 +58,7 @@ ROWS = {
         FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), 108_395, 108_397, 13.06
     ),
     "fedavg-median": Row(FedAvg(lr=3e-3, steps=4, batch_size=4, aggregation=Median()), 108_395, 108_397, 12.45),
-    "fedavg-air": Row(FedAvg(lr=3e-3, steps=4, batch_size=4, aggregation=Air(snr=20, jam=-30)), 108_395, 108_397, 1.0),
+    "fedavg-air": Row(FedAvg(lr=3e-3, steps=4, batch_size=4, aggregation=Air(snr=20, jam=-30)), 108_395, 108_397, 12.8),
     "fedavg-core": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_300, 1_302, 1.53),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
     "fedit-trimmed": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, aggregation=Trimmed()), 4_096, 4_098, 2.84),
@@ -181,10 +181,10 @@ ROWS = {
     "scaffold": Row(Scaffold(lr=0.5, steps=4, batch_size=4), 216_749, 216_755, 13.0),
     "scaffold-lora": Row(Scaffold(lr=1.0, steps=4, batch_size=4, warmup=2, weighting="examples"), 8_151, 8_157, 0.75),
     "feddm": Row(
-        FedDM(lr=3e-3, rows=2, length=6, steps=4, batch_size=4, server_steps=8, rho=1.0, rows_lr=0.1), 1, 1, 1.0
+        FedDM(lr=3e-3, rows=2, length=6, steps=4, batch_size=4, server_steps=8, rho=1.0, rows_lr=0.1), 108_389, 1_681, 11.22
     ),
-    "fedelmy": Row(FedELMY(lr=3e-3, steps=2, batch_size=4, pool=3), 108_394, 108_397, 1.0),
-    "fedelmy-lora": Row(FedELMY(lr=1e-2, steps=2, batch_size=4, pool=3, received=False, beta=0.5), 4_095, 4_098, 1.0),
+    "fedelmy": Row(FedELMY(lr=3e-3, steps=2, batch_size=4, pool=3), 108_395, 108_397, 12.61),
+    "fedelmy-lora": Row(FedELMY(lr=1e-2, steps=2, batch_size=4, pool=3, received=False, beta=0.5), 4_096, 4_098, 0.79),
     "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
     "feedsign": Row(FeedSign(lr=2e-3, eps=1e-3, steps=4, batch_size=4), 43, 44, 1.26),
     "ferret": Row(Ferret(lr=1e-2, steps=4, batch_size=4, coordinates=256), 107, 604, 5.69),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from thinwire import wire
 from thinwire.aggregate.air import Air, spread
 from thinwire.aggregate.mean import Mean, Setting, Update
+from thinwire.errors import ConfigError
 from thinwire.keys import Key
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedex import FedEx
@@ -107,6 +107,8 @@ def test_the_gains_are_rayleighs() -> None:
 
 def test_without_noise_it_is_the_mean_to_the_bit_and_nears_it_with_the_snr() -> None:
     exact, _ = Mean()(iter(updates()))
+    faint, _ = Air(snr=300)(iter(updates()), setting(3))
+    assert all(torch.equal(faint[name], exact[name]) for name in SHAPES)
     still, metrics = Air(snr=math.inf)(iter(updates()), setting(3))
     assert all(torch.equal(still[name], exact[name]) for name in SHAPES)
     assert metrics["noise"] == 0
@@ -201,8 +203,10 @@ def test_a_run_file_chooses_it() -> None:
     method = {"name": "fedavg", "aggregation": {"kind": "air", "snr": 5, "jam": -3.0}}
     assert config.parse(tree | {"method": method}).method.aggregation == Air(snr=5, jam=-3.0)  # type: ignore[attr-defined]
     assert config.parse(tree | {"method": {"name": "fedavg", "aggregation": "air"}}).method.aggregation == Air()  # type: ignore[attr-defined]
-    still = config.parse(tree | {"method": {"name": "fedavg", "aggregation": {"kind": "air", "snr": math.inf}}})
-    assert config.parse(tomllib.loads(still.to_toml())).method == still.method
+    with pytest.raises(ConfigError, match=r"method\.aggregation\.snr: must be a finite number"):
+        config.parse(tree | {"method": {"name": "fedavg", "aggregation": {"kind": "air", "snr": math.inf}}})
+    with pytest.raises(ConfigError, match=r"method\.aggregation\.snrr"):
+        config.parse(tree | {"method": {"name": "fedavg", "aggregation": {"kind": "air", "snrr": 3}}})
     assert FedAvg(aggregation={"kind": "mean"}).aggregation == Mean()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="stack"):  # a server that needs all factors has no use for their sum
         FedEx(aggregation={"kind": "air"})  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ class Air(Mean):
     """The weighted mean as one fading channel gives it; `noise` in the records is its error's deviation a number."""
 
     kind: Literal["air"] = "air"  # type: ignore[assignment]
-    snr: float = Field(20.0, ge=-100)  # dB: P over the receiver's noise; inf: there is none
+    snr: float = Field(20.0, ge=-100)  # dB: P over the receiver's noise; beyond 150 float32 shows none
     jam: float | None = Field(None, ge=-200, le=100)  # dB: a jammer's power over P; None: there is none
     fading: Literal["rayleigh", "none"] = "rayleigh"
 
