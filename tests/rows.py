@@ -181,7 +181,10 @@ ROWS = {
     "scaffold": Row(Scaffold(lr=0.5, steps=4, batch_size=4), 216_749, 216_755, 13.0),
     "scaffold-lora": Row(Scaffold(lr=1.0, steps=4, batch_size=4, warmup=2, weighting="examples"), 8_151, 8_157, 0.75),
     "feddm": Row(
-        FedDM(lr=3e-3, rows=2, length=6, steps=4, batch_size=4, server_steps=8, rho=1.0, rows_lr=0.1), 108_389, 1_681, 11.22
+        FedDM(lr=3e-3, rows=2, length=6, steps=4, batch_size=4, server_steps=8, rho=1.0, rows_lr=0.1),
+        108_389,
+        1_681,
+        11.22,
     ),
     "fedelmy": Row(FedELMY(lr=3e-3, steps=2, batch_size=4, pool=3), 108_395, 108_397, 12.61),
     "fedelmy-lora": Row(FedELMY(lr=1e-2, steps=2, batch_size=4, pool=3, received=False, beta=0.5), 4_096, 4_098, 0.79),

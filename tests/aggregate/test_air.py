@@ -17,10 +17,14 @@ from torch import Tensor
 from thinwire import wire
 from thinwire.aggregate.air import Air, spread
 from thinwire.aggregate.mean import Mean, Setting, Update
+from thinwire.core import Averaged
 from thinwire.errors import ConfigError
 from thinwire.keys import Key
+from thinwire.methods import METHODS
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedex import FedEx
+from thinwire.methods.fedkseed import FedKSeed
+from thinwire.train.products import OnProducts
 
 WEIGHTS = (12.0, 8.0, 16.0, 3.0)
 SHAPES = {"a": (60, 50), "b": (700,)}
@@ -194,6 +198,24 @@ def test_noise_is_of_the_size_of_what_a_round_moves(tmp_path: Path) -> None:
         most = max(federation.sizes[c] / 36 * spread for c, spread in spreads.items())
         squares, count = squares + net.base[name].numel() * most**2 / 10, count + net.base[name].numel()
     assert federation.metrics["noise"] == pytest.approx(math.sqrt(squares / count), rel=1e-4)
+
+
+def test_every_method_whose_server_takes_a_mean_has_it() -> None:
+    means = {name for name, cls in METHODS.items() if issubclass(cls, Averaged) and not issubclass(cls, OnProducts)}
+    assert {"fedavg", "fedkseed", "gradualdiff", "onebit", "scaffold", "fedelmy"} <= means
+    for name in means:
+        assert METHODS[name].model_validate({"aggregation": "air"}).aggregation == Air(), name  # type: ignore[attr-defined]
+
+
+def test_scalars_on_a_pool_are_sent_over_the_air_too(tmp_path: Path) -> None:
+    net, states = tiny_net(tmp_path / "model"), {}
+    for snr in (10.0, 300.0):
+        method = FedKSeed(seeds=16, steps=8, lr=1e-4, eps=1e-3, aggregation=Air(snr=snr))
+        federation = Federation(method, net, tmp_path / str(snr), rounds=1).run()
+        states[snr] = federation.state.gains
+        assert federation.metrics["noise"] > 0
+    apart = (states[10.0] - states[300.0]).norm() / states[300.0].norm()
+    assert 0.01 < float(apart) < 3
 
 
 def test_a_run_file_chooses_it() -> None:

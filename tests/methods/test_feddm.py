@@ -134,18 +134,22 @@ def test_the_servers_step_is_the_weighted_gradient_of_the_sets(net: Net, tmp_pat
         torch.testing.assert_close(after[name], parameter.detach() - 0.1 * gradient, rtol=0, atol=1e-5)
 
 
-def test_the_sets_are_of_what_they_stand_for_and_not_of_real_rows(net: Net, tmp_path: Path) -> None:
-    """More steps lower what is left of the distance; sets begin as noise, and end far from any token."""
-    left, table = [], net.base["model.embed_tokens.weight"]
-    for steps in (1, 60):
-        method = FedDM(**(SMALL | {"steps": steps, "rows_lr": 0.1}))
-        federation = Federation(method, net, tmp_path / str(steps), rounds=1)
-        down = method.broadcast(federation.state, federation.server(1, (0,)), 0, None)
-        up = method.client_update(down, federation.client(0, 1))
-        left.append(up.distance)
-        for rows in up.sets.values():
-            assert torch.cdist(rows.float().flatten(0, 1), table).min() > 0.3 * table.std() * 32**0.5
-    assert left[1] < left[0]
+def test_the_sets_have_the_gradient_of_what_they_stand_for_and_are_not_real_rows(net: Net, tmp_path: Path) -> None:
+    """Sets begin as noise, end with the gradient of all real rows of their class, and far from any token."""
+    method, table = FedDM(rows=4, length=8, steps=20), net.base["model.embed_tokens.weight"]
+    federation = Federation(method, net, tmp_path, rounds=1, sizes=(64,))
+    down = method.broadcast(federation.state, federation.server(1, (0,)), 0, None)
+    up, data = method.client_update(down, federation.client(0, 1)), federation.data[0]
+    assert up.distance < 0.1
+    assert data.candidates is not None
+    for label, rows in up.sets.items():
+        own = [example for example in data.examples if example.choice == int(label)]
+        wanted = gradients(net, objective.loss(net.model, collate(own, data.pad, data.candidates)))
+        labels = torch.full((4,), int(label))
+        found = gradients(net, embedded.losses(net.model, rows.float(), labels, data.candidates).mean())
+        one, other = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (found, wanted))
+        assert float(torch.cosine_similarity(one, other, dim=0)) > 0.95
+        assert torch.cdist(rows.float().flatten(0, 1), table).min() > 0.3 * table.std() * 32**0.5
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.05])

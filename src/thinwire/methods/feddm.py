@@ -102,7 +102,7 @@ class FedDM(Method):
     rows: PositiveInt = 4  # of a class
     length: PositiveInt = 8  # tokens that a row is as long as
     steps: PositiveInt = 20  # of a set's learning
-    rows_lr: float = Field(0.01, gt=0, le=100)  # of these steps, in units of the embedding's deviation
+    rows_lr: float = Field(0.1, gt=0, le=100)  # of these steps, in units of the embedding's deviation
     batch_size: PositiveInt = 8  # real rows a step
 
     Down, Up, State = Surrounded, Distilled, Known
