@@ -90,7 +90,9 @@ def test_factors_have_the_names_and_shapes_of_a_view(tmp_path: Path) -> None:
     assert frozen.kept < whole.kept
 
 
-@pytest.mark.parametrize("view", [Lora(rank=3), Lora(rank=3, freeze_a=True), Core(rank=3)])
+@pytest.mark.parametrize(
+    "view", [Lora(rank=3), Lora(rank=3, freeze_a=True), Core(rank=3, targets=("q_proj", "v_proj"))]
+)
 def test_a_factor_that_stays_as_it_is_is_in_memory_and_asks_for_no_activations(view: AnyView, tmp_path: Path) -> None:
     """FFA-LoRA's A, and both sides of a core: counted as weights, and no gradient of theirs needs what goes in."""
     from thinwire import assemble

@@ -20,9 +20,12 @@ from thinwire.aggregate.mean import Counted, Metrics
 from thinwire.aggregate.products import Pair, weighed
 from thinwire.core import Client, Server
 from thinwire.costs.frames import Expected, Frames
-from thinwire.train.merged import Merge, Merged, Merging, expected, follow, merged, way
-from thinwire.train.products import named, pairs, rank_of, rows, shares
-from thinwire.train.weights import Trained, fill_checked
+from thinwire.costs.memory import Memory, Side
+from thinwire.costs.sketch import Pass, Sketch
+from thinwire.model.net import Net
+from thinwire.train.merged import Merge, Merged, begun, check_merges, expected, fill_merged, follow, memory, merged, way
+from thinwire.train.products import OnProducts, named, pairs, rank_of, rows, shares
+from thinwire.train.weights import Trained, fill, fill_checked
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,16 @@ class Exact(Merge, Factors):
     """The factors first, for the last base's fields lead; and how to come to the weights below: see merged.Merge."""
 
 
-class FedEx(Merging):
+class FedEx(OnProducts):
     """Local first-order steps on both factors; their mean, and in the base weights what the mean lacks."""
 
     name: Literal["fedex"] = "fedex"
 
     Down, Up, State = Exact, Trained, Merged
     paper: ClassVar[str] = "Singhal et al. 2024, arXiv:2410.09432"
+
+    def init(self, server: Server) -> Merged:
+        return begun(server)
 
     def broadcast(self, state: Merged, server: Server, client_id: int, held: str | None) -> Exact:
         return Exact(factors=state.factors, **vars(way(state, held, self.rate(server))))
@@ -70,9 +76,21 @@ class FedEx(Merging):
         part = torch.cat([part, -torch.ones(rank, dtype=torch.float64)])
         return replace(merged(state, server, lacking, part), factors=factors), {}
 
+    def materialise(self, state: Merged, net: Net) -> None:
+        fill_merged(net, state.weights)
+        fill(net, state.factors)
+
     def receive(self, down: Exact, client: Client) -> None:
         follow(down, client)
         fill_checked(client.net, down.factors)
+
+    def fits(self, net: Net) -> None:
+        super().fits(net)
+        check_merges(net)
+
+    @property
+    def moves_base(self) -> bool:
+        return True
 
     def frames(self, at: Expected) -> Frames | None:
         return expected(
@@ -81,3 +99,6 @@ class FedEx(Merging):
             lambda way: Exact(factors=at.trained, **vars(way)),
             lambda client, examples: Trained(at.trained, examples, 0.0, 0),
         )
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        return memory(at, forward, side, self.optimiser, self.recompute)

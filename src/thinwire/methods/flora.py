@@ -18,18 +18,24 @@ from torch import Tensor
 from thinwire.aggregate.mean import Counted, Metrics
 from thinwire.core import Client, Server
 from thinwire.costs.frames import Expected, Frames
-from thinwire.train.merged import Merge, Merged, Merging, expected, follow, merged, way
+from thinwire.costs.memory import Memory, Side
+from thinwire.costs.sketch import Pass, Sketch
+from thinwire.model.net import Net
+from thinwire.train.merged import Merge, Merged, begun, check_merges, expected, fill_merged, follow, memory, merged, way
 from thinwire.train.products import Ranked, cut, fresh, pairs, rank_of, shares
 from thinwire.train.weights import Trained, fill
 
 
-class FLora(Merging, Ranked):
+class FLora(Ranked):
     """Local first-order steps on fresh factors; the exact mean of their products goes into the base weights."""
 
     name: Literal["flora"] = "flora"
 
     Down, Up, State = Merge, Trained, Merged
     paper: ClassVar[str] = "Wang et al. 2024, arXiv:2409.05976"
+
+    def init(self, server: Server) -> Merged:
+        return begun(server)
 
     def broadcast(self, state: Merged, server: Server, client_id: int, held: str | None) -> Merge:
         return way(state, held, self.rate(server))
@@ -48,9 +54,21 @@ class FLora(Merging, Ranked):
         ranks = [self.rank_of(reply.client, rank_of(state.factors)) for reply in counted]
         return merged(state, server, pairs(mean), shares(counted, ranks)), {}
 
+    def materialise(self, state: Merged, net: Net) -> None:
+        fill_merged(net, state.weights)
+        fill(net, state.factors)
+
     def receive(self, down: Merge, client: Client) -> None:
         follow(down, client)
         fill(client.net, client.net.base)
+
+    def fits(self, net: Net) -> None:
+        super().fits(net)
+        check_merges(net)
+
+    @property
+    def moves_base(self) -> bool:
+        return True
 
     def frames(self, at: Expected) -> Frames | None:
         most = rank_of(at.trained)
@@ -60,3 +78,6 @@ class FLora(Merging, Ranked):
             lambda way: way,
             lambda client, examples: Trained(cut(at.trained, self.rank_of(client, most)), examples, 0.0, 0),
         )
+
+    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
+        return memory(at, forward, side, self.optimiser, self.recompute)

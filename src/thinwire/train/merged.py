@@ -24,8 +24,7 @@ from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
-from thinwire.train.products import OnProducts, places
-from thinwire.train.weights import fill
+from thinwire.train.products import places
 from thinwire.wire import Illegal
 from thinwire.wire.legal import check_rate
 
@@ -70,32 +69,11 @@ class Merge:
     lr: float
 
 
-class Merging(OnProducts):
-    """Local steps on factors, of which the server merges products into the weights below."""
-
-    @property
-    def moves_base(self) -> bool:
-        return True
-
-    def init(self, server: Server) -> Merged:
-        weights = _start(server.net)
-        version = server.versions.put(weights)
-        return Merged({n: server.net.base[n] for n in server.net.names}, weights, version, version, {}, [])
-
-    def materialise(self, state: Merged, net: Net) -> None:
-        fill_merged(net, state.weights)
-        fill(net, state.factors)
-
-    def fits(self, net: Net) -> None:
-        super().fits(net)
-        check_merges(net)
-
-    def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
-        weights, _ = _expected(at.trained, [])
-        copies = 2 * nbytes(weights.values())  # beside the net's, and the next ones while they come about
-        if side == "client":
-            return training(at, forward, self.optimiser, self.recompute, copies)
-        return averaging(at, "plain", copies)
+def begun(server: Server) -> Merged:
+    """The start."""
+    weights = _start(server.net)
+    version = server.versions.put(weights)
+    return Merged({n: server.net.base[n] for n in server.net.names}, weights, version, version, {}, [])
 
 
 def layers_of(net: Net) -> dict[str, Layer]:
@@ -222,6 +200,15 @@ def expected(at: Expected, rows: Sequence[int], down: Callable[[Merge], Any], up
         return Span(there, there), Span(min(ends), max(ends))
 
     return frames
+
+
+def memory(at: Sketch, forward: Pass, side: Side, optimiser: str, recompute: bool) -> Memory:
+    """The peak of a side that holds the merged weights beside the net's, and the next ones while they come about."""
+    weights, _ = _expected(at.trained, [])
+    copies = 2 * nbytes(weights.values())
+    if side == "client":
+        return training(at, forward, optimiser, recompute, copies)
+    return averaging(at, "plain", copies)
 
 
 def _expected(trained: Tensors, rows: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
