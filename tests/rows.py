@@ -19,6 +19,7 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedobd import FedOBD
+from thinwire.methods.fedpeptao import FedPepTAO
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.feedsign import FeedSign
 from thinwire.methods.ferret import Ferret
@@ -54,6 +55,7 @@ ROWS = {
         FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), 108_395, 108_397, 13.06
     ),
     "fedavg-core": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_300, 1_302, 1.53),
+    "fedavg-prompt": Row(FedAvg(lr=3e-2, steps=4, batch_size=4), 0, 0, 1.0),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
     "fedit-kept": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, moments="kept", schedule="linear"), 4_096, 4_098, 1.00),
     "fedavg-keep": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 2_324, 2_326, 2.84),
@@ -169,6 +171,10 @@ ROWS = {
         11.48,
     ),
     "fedobd-plain": Row(FedOBD(lr=1e-2, steps=4, batch_size=4, codec="none"), 4_094, 2_067, 1.89),
+    "fedpeptao": Row(FedPepTAO(lr=3e-2, steps=4, batch_size=4, lanczos=4), 0, 0, 1.0),
+    "fedpeptao-lora": Row(
+        FedPepTAO(lr=1e-2, steps=4, batch_size=4, share=0.5, warmup=2, server_step=Momentum(momentum=0.5)), 0, 0, 1.0
+    ),
     "scaffold": Row(Scaffold(lr=0.5, steps=4, batch_size=4), 216_749, 216_755, 13.0),
     "scaffold-lora": Row(Scaffold(lr=1.0, steps=4, batch_size=4, warmup=2, weighting="examples"), 8_151, 8_157, 0.75),
     "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
@@ -192,6 +198,9 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(["fedavg-core", "onebit-core"], "core"),
     **dict.fromkeys(["fedavg-keep", "onebit-keep"], "lora keep"),
     "ffa": "lora of B",
+    "fedavg-prompt": "prompt",
+    "fedpeptao": "deep prompt",
+    "fedpeptao-lora": "lora",
     **dict.fromkeys(["flexlora", "hetlora", "rolora"], "lora"),
     **dict.fromkeys(["fedex", "flora", "flora-ranks", "slora"], "lora on weights that change"),
 }
@@ -201,6 +210,8 @@ MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but f
     "bfloat16": {"dtype": "bfloat16"},
     "lora": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
     "core": {"view": {"kind": "core", "rank": 8, "alpha": 8.0, "targets": TARGETS}},
+    "prompt": {"view": {"kind": "prompt", "tokens": 4}},
+    "deep prompt": {"view": {"kind": "prompt", "tokens": 4, "deep": True}},
     "lora keep": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS, "keep": ["*.B"]}},
     "lora of B": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS, "freeze_a": True}},
     "lora on weights that change": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},

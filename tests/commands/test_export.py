@@ -23,6 +23,7 @@ VIEWS: dict[str, dict[str, Any]] = {
     "weights": {"kind": "tied", "numbers": 3000, "over": "weights"},
     "core": {"kind": "core", "rank": 8, "targets": ["q_proj", "v_proj"]},
     "lora": {"kind": "lora", "rank": 1, "targets": ["q_proj", "v_proj"]},
+    "prompt": {"kind": "prompt", "tokens": 4},
 }
 
 

@@ -35,6 +35,7 @@ from thinwire.model.numbers import digest
 from thinwire.model.resolve import resolve
 from thinwire.model.views import AnyView, View
 from thinwire.model.views.keep import kept
+from thinwire.model.views.virtual import of as prompt_of
 from thinwire.wire.legal import LARGEST
 
 if TYPE_CHECKING:
@@ -216,6 +217,8 @@ class Shelf:
         if name != BASE:
             numbers.fill(file.net, _numbers(file.path, file.thin, file.net.size))
             self._last = name
+        if (prompt := prompt_of(file.net.model)) is not None:
+            prompt.present = name != BASE
         return file.net, file.thin
 
 

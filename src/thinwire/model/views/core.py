@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from thinwire.model.views.view import Adapted
+from thinwire.model.views.view import Adapted, Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +35,7 @@ class Core(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     trains: ClassVar[str] = "{} numbers of cores"
     float32: ClassVar[bool] = False
+    front: ClassVar[int] = 0
     forward_share: ClassVar[float] = 2 / 3  # the gradient of the weights falls away, a third of a step
 
     kind: Literal["core"] = "core"
@@ -51,7 +52,7 @@ class Core(BaseModel):
         """The rank of U and V, and beside which layers they stand."""
         return self.rank, self.targets
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """See factors.add_cores."""
         from thinwire.model.views import factors
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from thinwire.model.views.view import Adapted
+from thinwire.model.views.view import Adapted, Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,13 +27,14 @@ class Filter(BaseModel):
     forward_share: ClassVar[float] = 2 / 3  # the gradient of most weights falls away
     factors: ClassVar[None] = None
     float32: ClassVar[bool] = False
+    front: ClassVar[int] = 0
     trains: ClassVar[str] = "{} parameters of the model's own"
 
     kind: Literal["filter"] = "filter"
     parts: tuple[str, ...] = Field(("norm", "layernorm", "ln", "bias"), min_length=1)
     keep: tuple[str, ...] = ()  # patterns of names, such as *.B, of what stays at each client
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """Freeze the others. ModelError: a part that no name has."""
         chosen = {id(parameter) for _, parameter in self._chosen(model)}
         for parameter in model.parameters():

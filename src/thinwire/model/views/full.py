@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from thinwire.model.views.view import Adapted
+from thinwire.model.views.view import Adapted, Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +29,9 @@ class Full(BaseModel):
     trains: ClassVar[str] = "all {} parameters"
     factors: ClassVar[None] = None
     float32: ClassVar[bool] = False
+    front: ClassVar[int] = 0
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """Nothing to put in."""
 
     def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:

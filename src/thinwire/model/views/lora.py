@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_serializer
 
-from thinwire.model.views.view import Adapted
+from thinwire.model.views.view import Adapted, Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +32,7 @@ class Lora(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     trains: ClassVar[str] = "{} LoRA factors"
     float32: ClassVar[bool] = False
+    front: ClassVar[int] = 0
     forward_share: ClassVar[float] = 2 / 3  # the gradient of the weights falls away, a third of a step
 
     kind: Literal["lora"] = "lora"
@@ -54,7 +55,7 @@ class Lora(BaseModel):
         """Their rank, and beside which layers they stand."""
         return self.rank, self.targets
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """See factors.add."""
         from thinwire.model.views import factors
 

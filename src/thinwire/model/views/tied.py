@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 from thinwire.errors import ConfigError
-from thinwire.model.views.view import Adapted
+from thinwire.model.views.view import Adapted, Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +34,7 @@ class Tied(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     float32: ClassVar[bool] = True
+    front: ClassVar[int] = 0
 
     kind: Literal["tied"] = "tied"
     numbers: int = Field(115200, ge=1, le=1 << 24)
@@ -66,7 +67,7 @@ class Tied(BaseModel):
         """The rank of the factors, and beside which layers they stand."""
         return (self.rank, self.targets) if self.over == "factors" else None
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """See tying.tie."""
         from thinwire.model.views import factors, tying
 
