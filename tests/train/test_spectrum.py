@@ -60,7 +60,9 @@ def test_it_is_the_hessian_of_a_language_model(tmp_path: Path) -> None:
     vector = torch.from_numpy(signs / 8).float().view(parameter.shape)
 
     def product(direction: torch.Tensor) -> torch.Tensor:
-        logits = net.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids).logits
+        logits = net.model(
+            input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids
+        ).logits
         # the scores again, from functions that can be differentiated twice
         width = rows.labels.shape[1]
         log = logits[:, -width - 1 : -1].log_softmax(-1)
@@ -108,19 +110,19 @@ def test_a_layer_is_scored_by_its_rows_whatever_pads_them(view: Any, tmp_path: P
     rows = collate(closed.examples, 258, closed.candidates)
     found = layer_scores(net.model, rows, list(stack))
     states: list[list[torch.Tensor]] = [[], []]
+    last: list[Any] = []
+    hooks = [module.register_forward_hook(lambda module, args, out: last.append(out)) for module in stack]
     for ids, mask in zip(rows.input_ids, rows.attention_mask, strict=True):
         own = ids[mask.bool()][None]
+        last.clear()
         with torch.no_grad():
-            hidden = net.model(input_ids=own, output_hidden_states=True).hidden_states
-            last: list[Any] = []
-            hooks = [module.register_forward_hook(lambda m, a, out: last.append(out if isinstance(out, torch.Tensor) else out[0])) for module in stack]
             net.model(input_ids=own)
-        for hook in hooks:
-            hook.remove()
-        del hidden
-        for layer in (0, 1):
-            states[layer].append(last[layer][0, -own.shape[1] :].mean(0))
+        for own_states, out in zip(states, last, strict=True):
+            hidden = out if isinstance(out, torch.Tensor) else out[0]
+            own_states.append(hidden[0, -own.shape[1] :].mean(0))
+    for hook in hooks:
+        hook.remove()
     assert len(found) == 2
     for score, own_states in zip(found, states, strict=True):
         assert score == pytest.approx(alike(torch.stack(own_states)), rel=1e-2)
-    assert not stack[0]._forward_hooks or isinstance(view, Prompt)
+    assert not stack[0]._forward_hooks

@@ -2,7 +2,7 @@
 
 The clients of the first round rank the layers, each on one of its batches, before they train:
 
-    score_l = sum_i log e_i + 1 / e_i         e: eigenvalues of the cosine similarities of the rows behind layer l, + 1e-5
+    score_l = sum_i log e_i + 1 / e_i       e: eigenvalues of the cosine similarities of rows behind layer l, + 1e-5
     ratio   = the share of the spectrum of the loss's Hessian above the threshold where it stands still (Lanczos)
 
 and the mean ratio of the layers is shared from then on, those of the highest mean score; each client keeps its own of
@@ -51,7 +51,7 @@ HELD = "own"  # what a client reports that has its own of what is not shared
 
 @dataclass(frozen=True)
 class Shared:
-    """The weights, of what is no longer shared as it last was; c, float32; which layers are shared, empty: not known."""
+    """The weights, of what is not shared as it last was; c, float32; which layers are shared, empty: not known yet."""
 
     weights: Tensors
     controls: Tensors
@@ -193,7 +193,7 @@ class FedPepTAO(FirstOrder):
         if len(found) < 2 or max(found) >= depth:
             raise ModelError(
                 f"method: {self.name} shares the parameters of some layers, and this view trains those of "
-                f"{len(found)}: [model.view] with kind = \"prompt\" and deep = true, or another view"
+                f'{len(found)}: [model.view] with kind = "prompt" and deep = true, or another view'
             )
 
     def work(self, round: int) -> Work:
@@ -245,7 +245,9 @@ class FedPepTAO(FirstOrder):
         """The layers to share, by the means of what the clients found."""
         found, total = _layers(names), sum(reply.weight for reply in counted)
         mean = {k: sum(r.weight * r.metrics[k] for r in counted) / total for k in counted[0].metrics}
-        best = sorted(range(len(found)), key=lambda i: -mean[f"score {i}"])[: _count(self.share or mean["ratio"], len(found))]
+        best = sorted(range(len(found)), key=lambda i: -mean[f"score {i}"])[
+            : _count(self.share or mean["ratio"], len(found))
+        ]
         return [found[i] for i in sorted(best)]
 
     def _corrected(self, net: Net, shifts: Tensors, lr: float, rates: list[float]) -> Adjust:

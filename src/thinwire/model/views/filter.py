@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Filter(BaseModel):
-    """The parameters in whose name a word between dots is, or ends with _ and, one of `parts`; case does not matter."""
+    """The parameters in whose name a word between dots is, or ends with _ and, one of `parts`; case does not matter.
+
+    A part with * in it is a pattern of whole names, such as model.layers.29.*, as those of `keep`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     forward_share: ClassVar[float] = 2 / 3  # the gradient of most weights falls away
@@ -68,5 +72,7 @@ class Filter(BaseModel):
         return found.items()
 
     def _has(self, name: str) -> bool:
-        ends = "|".join(map(re.escape, self.parts))
+        if any("*" in part and fnmatchcase(name, part) for part in self.parts):
+            return True
+        ends = "|".join(re.escape(part) for part in self.parts if "*" not in part) or r"\Z."
         return any(re.fullmatch(rf"(.*[_\W])?({ends})(_?\d+)?", part, re.IGNORECASE) for part in name.split("."))

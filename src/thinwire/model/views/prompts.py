@@ -53,8 +53,8 @@ class Start(NamedTuple):
         count = embedding.weight.shape[0]
         ids = torch.tensor(self._words(count, tokens, key) if self.init == "vocabulary" else self._text(count, tokens))
         table = _table(model, self.source.folder)
-        # through the module, which may scale what it looks up; of a hollow model these rows alone are read
-        found: Tensor = functional_call(embedding, {"weight": table[ids]}, (torch.arange(tokens, device=table.device),))
+        # through the module, which may scale what it looks up
+        found: Tensor = functional_call(embedding, {"weight": table}, (ids.to(table.device),))
         return found.detach()
 
     def _words(self, count: int, tokens: int, key: Key) -> list[int]:
@@ -70,7 +70,9 @@ class Start(NamedTuple):
         assert self.source is not None
         found = self.source.tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]
         if not found or max(found) >= count:
-            raise ModelError(f"model.view.text: {self.text!r:.60} has no tokens that the model's embedding has rows for")
+            raise ModelError(
+                f"model.view.text: {self.text!r:.60} has no tokens that the model's embedding has rows for"
+            )
         return list(itertools.islice(itertools.cycle(found), tokens))
 
 
@@ -216,5 +218,3 @@ def _saved(folder: Path, shape: tuple[int, int], layer: int) -> Tensor:
     if found is None or found.shape != shape:
         raise ModelError(f"{file}: it does not have {shape[0]} virtual tokens of {shape[1]} numbers for layer {layer}")
     return found
-
-
