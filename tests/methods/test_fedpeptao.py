@@ -62,7 +62,7 @@ def test_with_sgd_and_all_layers_it_is_scaffold_for_less(net: Net, tmp_path: Pat
     for name, tensor in theirs.state.weights.items():
         torch.testing.assert_close(mine.state.weights[name], tensor, rtol=0, atol=1e-5)
         torch.testing.assert_close(mine.state.controls[name], theirs.state.controls[name], rtol=0, atol=1e-4)
-        assert theirs.state.controls[name].abs().max() > 1e-2
+        assert theirs.state.controls[name].abs().max() > 2e-3
     ups = [run.history[-1].visits[0].bytes_up for run in (mine, theirs)]
     assert ups[0] < 0.6 * ups[1]
 

@@ -134,6 +134,8 @@ def test_generation_sees_them_once_with_a_cache_and_without(folder: Path) -> Non
     longer = replace(rows, examples=behind(rows.examples, WORDS))
     wanted = generate(plain.model, plain.tokenizer, longer, 12, 4)
     assert generate(net.model, net.tokenizer, rows, 12, 4) == wanted
+    if not folder.name.startswith(("bloom", "mamba")):  # which repeat one letter whatever they read
+        assert generate(plain.model, plain.tokenizer, rows, 12, 4) != wanted
     batch = collate([Example(e.prompt, ()) for e in rows.examples], PAD)
     fields: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
