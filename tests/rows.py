@@ -55,7 +55,7 @@ ROWS = {
         FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), 108_395, 108_397, 13.06
     ),
     "fedavg-core": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_300, 1_302, 1.53),
-    "fedavg-prompt": Row(FedAvg(lr=3e-2, steps=4, batch_size=4), 0, 0, 1.0),
+    "fedavg-prompt": Row(FedAvg(lr=0.3, steps=4, batch_size=4), 586, 588, 0.18),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
     "fedit-kept": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, moments="kept", schedule="linear"), 4_096, 4_098, 1.00),
     "fedavg-keep": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 2_324, 2_326, 2.84),
@@ -171,9 +171,12 @@ ROWS = {
         11.48,
     ),
     "fedobd-plain": Row(FedOBD(lr=1e-2, steps=4, batch_size=4, codec="none"), 4_094, 2_067, 1.89),
-    "fedpeptao": Row(FedPepTAO(lr=3e-2, steps=4, batch_size=4, lanczos=4), 0, 0, 1.0),
+    "fedpeptao": Row(FedPepTAO(lr=0.3, steps=4, batch_size=4, lanczos=4), 2_223, 1_164, 0.21),
     "fedpeptao-lora": Row(
-        FedPepTAO(lr=1e-2, steps=4, batch_size=4, share=0.5, warmup=2, server_step=Momentum(momentum=0.5)), 0, 0, 1.0
+        FedPepTAO(lr=1e-2, steps=4, batch_size=4, share=0.5, warmup=2, server_step=Momentum(momentum=0.5)),
+        8_151,
+        4_128,
+        2.29,
     ),
     "scaffold": Row(Scaffold(lr=0.5, steps=4, batch_size=4), 216_749, 216_755, 13.0),
     "scaffold-lora": Row(Scaffold(lr=1.0, steps=4, batch_size=4, warmup=2, weighting="examples"), 8_151, 8_157, 0.75),

@@ -25,7 +25,7 @@ OPEN = {"prompt": "{input}: it was", "answer": " {output}"}
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has ended, beside the model and the rows."""
     place = tmp_path_factory.mktemp("prompt")
-    tiny_folder(place / "model")
+    tiny_folder(place / "model", initializer_range=0.2)  # so that what is in front matters
     write_jsonl(place / "rows.jsonl", tiny_rows(60, closed=True))
     tree = {
         "name": "prompt",
@@ -68,17 +68,16 @@ def test_its_folder_is_scored_with_the_prompt_and_says_so(place: Path) -> None:
 
 
 def test_it_is_talked_to_with_the_prompt(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares of a closed set's answers, which the prompt has moved."""
     with_it = spoken(place / "run", "amber splendid\n", monkeypatch)
     assert with_it.code == 0, with_it.err
     assert thinwire("export", place / "run", "--thin", "--out", place / "run.thin").code == 0
     thin = spoken(place / "run.thin", "amber splendid\n/use base\namber splendid\n", monkeypatch)
     assert thin.code == 0, thin.err
-    first, base = thin.out.splitlines()
-    assert first == with_it.out.strip()
-    assert base != first
-    open_ended = spoken(place / "run/model", "amber splendid\n", monkeypatch)  # a folder of no run: in its own words
-    assert open_ended.code == 0, open_ended.err
+    assert thin.out.splitlines()[0] == with_it.out.strip()
+    # folders of no run answer in their own words
+    with_it, without = (spoken(place / at, "amber splendid\n", monkeypatch) for at in ("run/model", "model"))
+    assert with_it.code == without.code == 0, with_it.err
+    assert with_it.out != without.out
 
 
 def test_a_thin_file_gives_the_prompt_or_the_bare_base(place: Path, tmp_path: Path) -> None:
@@ -125,7 +124,5 @@ def test_another_run_goes_on_from_it_or_refuses_in_a_line(place: Path, tmp_path:
 )
 def test_bad_input_is_one_line_before_anything_runs(place: Path, tmp_path: Path, changes: list[str], line: str) -> None:
     words = [place / "run.toml", *changes, "--out", tmp_path / "out"]
-    if "slora" in changes[0] or "fedpeptao" in changes[0]:
-        words += ["method.lr=1e-3"]
-    assert refused("run", *words).startswith(line)
+    assert refused("run", *words).removeprefix(f"{words[0]}: ").startswith(line)
     assert not (tmp_path / "out").exists()

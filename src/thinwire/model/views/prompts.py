@@ -63,7 +63,7 @@ class Start(NamedTuple):
         tokenizer = self.source.tokenizer
         special = set(tokenizer.all_special_ids)
         plain = [i for i in key.permutation(min(count, len(tokenizer))).tolist() if i not in special] or [0]
-        words = list(itertools.islice((i for i in plain if tokenizer.decode([i]).strip().isalpha()), tokens))
+        words = list(itertools.islice((i for i in plain if str(tokenizer.decode([i])).strip().isalpha()), tokens))
         return list(itertools.islice(itertools.cycle([*words, *(i for i in plain if i not in {*words})]), tokens))
 
     def _text(self, count: int, tokens: int) -> list[int]:
@@ -119,7 +119,7 @@ def save(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
 
     virtual, kept = of(model), head_of(model)
     assert virtual is not None
-    fronts = {name: front.weight.detach().contiguous() for name, front in virtual.named_children()}
+    fronts = {name.partition(".")[0]: p.detach().contiguous() for name, p in virtual.named_parameters()}
     folder.mkdir()
     save_file(fronts, folder / PROMPT.name)
     if len(fronts) == 1:
@@ -164,7 +164,7 @@ def _widths(model: PreTrainedModel, tokens: int, deep: bool) -> list[int]:
     if "inputs_embeds" not in inspect.signature(model.forward).parameters:
         raise ModelError(f"model.view: {name} takes no embeddings (inputs_embeds), so no prompt can stand among them")
     try:
-        width = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[union-attr,index,arg-type]
+        width = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[index]
     except (NotImplementedError, AttributeError, IndexError):
         raise ModelError(f"model.view: {name} has no input embeddings for a prompt to stand among") from None
     if room is not None and tokens + 2 > room:
