@@ -159,7 +159,9 @@ class FedPepTAO(FirstOrder):
     ) -> tuple[Shared, Metrics]:
         share = min(1.0, len(counted) / server.clients) if server.clients else 1.0
         changes = {name: mean.pop(CONTROL + name) for name in state.controls if CONTROL + name in mean}
-        controls = {n: c + share * changes[n] if n in changes else c for n, c in state.controls.items()}
+        controls = dict(state.controls)
+        for name, change in changes.items():  # within what a client takes, whatever one of them has answered
+            controls[name] = (controls[name] + share * change).clamp(-LARGEST, LARGEST)
         after, moments = stepped(self.server_step, state.weights, mean, state.moments)
         layers = state.layers or self._chosen(state.weights, counted)
         own = {"layers_shared": float(len(layers))}
@@ -245,10 +247,8 @@ class FedPepTAO(FirstOrder):
         """The layers to share, by the means of what the clients found."""
         found, total = _layers(names), sum(reply.weight for reply in counted)
         mean = {k: sum(r.weight * r.metrics[k] for r in counted) / total for k in counted[0].metrics}
-        best = sorted(range(len(found)), key=lambda i: -mean[f"score {i}"])[
-            : _count(self.share or mean["ratio"], len(found))
-        ]
-        return [found[i] for i in sorted(best)]
+        best = sorted(range(len(found)), key=lambda i: -mean[f"score {i}"])
+        return [found[i] for i in sorted(best[: _count(self.share or mean["ratio"], len(found))])]
 
     def _corrected(self, net: Net, shifts: Tensors, lr: float, rates: list[float]) -> Adjust:
         """A hand that takes c - c_i out of each step that will be taken, and notes the step's rate."""

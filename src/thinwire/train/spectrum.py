@@ -108,7 +108,8 @@ def _product(
 ) -> Tensor:
     """The Hessian's with a vector of length 1, float64."""
     scale = math.sqrt(sum(float(w.double().square().sum()) for w in start))
-    step = 1e-2 * max(1e-2, scale)
+    exact = all(p.dtype == torch.float32 for p in parameters)
+    step = (1e-2 if exact else 0.1) * max(1e-2, scale)  # where weights are coarse, above what they are rounded by
     sides = []
     for sign in (1, -1):
         _put(parameters, start, vector, sign * step)
