@@ -23,6 +23,7 @@ from thinwire.methods.fedelmy import FedELMY
 from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedobd import FedOBD
+from thinwire.methods.fedpeptao import FedPepTAO
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.feedsign import FeedSign
 from thinwire.methods.ferret import Ferret
@@ -60,6 +61,7 @@ ROWS = {
     "fedavg-median": Row(FedAvg(lr=3e-3, steps=4, batch_size=4, aggregation=Median()), 108_395, 108_397, 12.63),
     "fedavg-air": Row(FedAvg(lr=3e-3, steps=4, batch_size=4, aggregation=Air(snr=20, jam=-30)), 108_395, 108_397, 12.8),
     "fedavg-core": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_300, 1_302, 1.53),
+    "fedavg-prompt": Row(FedAvg(lr=0.3, steps=4, batch_size=4), 586, 588, 0.18),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
     "fedit-trimmed": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, aggregation=Trimmed()), 4_096, 4_098, 3.03),
     "fedit-kept": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, moments="kept", schedule="linear"), 4_096, 4_098, 1.00),
@@ -187,6 +189,13 @@ ROWS = {
         11.48,
     ),
     "fedobd-plain": Row(FedOBD(lr=1e-2, steps=4, batch_size=4, codec="none"), 4_094, 2_067, 1.89),
+    "fedpeptao": Row(FedPepTAO(lr=0.3, steps=4, batch_size=4, lanczos=4), 2_223, 1_164, 0.21),
+    "fedpeptao-lora": Row(
+        FedPepTAO(lr=1e-2, steps=4, batch_size=4, share=0.5, warmup=2, server_step=Momentum(momentum=0.5)),
+        8_151,
+        4_128,
+        2.29,
+    ),
     "scaffold": Row(Scaffold(lr=0.5, steps=4, batch_size=4), 216_749, 216_755, 13.0),
     "scaffold-lora": Row(Scaffold(lr=1.0, steps=4, batch_size=4, warmup=2, weighting="examples"), 8_151, 8_157, 0.75),
     "feddm": Row(
@@ -223,6 +232,9 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(["fedavg-core", "onebit-core"], "core"),
     **dict.fromkeys(["fedavg-keep", "onebit-keep"], "lora keep"),
     "ffa": "lora of B",
+    "fedavg-prompt": "prompt",
+    "fedpeptao": "deep prompt",
+    "fedpeptao-lora": "lora",
     **dict.fromkeys(["flexlora", "hetlora", "rolora"], "lora"),
     **dict.fromkeys(["fedex", "flora", "flora-ranks", "slora"], "lora on weights that change"),
 }
@@ -232,6 +244,8 @@ MODELS: dict[str, dict[str, Any]] = {  # as a run file's [model] has them, but f
     "bfloat16": {"dtype": "bfloat16"},
     "lora": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},
     "core": {"view": {"kind": "core", "rank": 8, "alpha": 8.0, "targets": TARGETS}},
+    "prompt": {"view": {"kind": "prompt", "tokens": 4}},
+    "deep prompt": {"view": {"kind": "prompt", "tokens": 4, "deep": True}},
     "lora keep": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS, "keep": ["*.B"]}},
     "lora of B": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS, "freeze_a": True}},
     "lora on weights that change": {"view": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": TARGETS}},

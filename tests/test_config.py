@@ -122,8 +122,11 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["model.dtype=int8"], "model.dtype: must be 'float32', 'bfloat16' or 'float16', got 'int8'"),
         (["model.bits=4"], "model: bits needs [model.lora]: quantised weights cannot be trained themselves"),
         (["model.bits=3", "model.lora.rank=4"], "model.bits: must be 8 or 4, got 3"),
-        (["model.view.kind=lore"], "model.view.kind: 'lore' is not one of 'core', 'filter', 'full', 'lora', 'tied'"),
-        (["model.view={}"], "model.view.kind: missing; known: core, filter, full, lora, tied"),
+        (
+            ["model.view.kind=lore"],
+            "model.view.kind: 'lore' is not one of 'core', 'filter', 'full', 'lora', 'prompt', 'tied'",
+        ),
+        (["model.view={}"], "model.view.kind: missing; known: core, filter, full, lora, prompt, tied"),
         (["model.view.kind=lora", "model.view.rank=0"], "model.view.rank: must be greater than 0, got 0"),
         (["model.view.kind=full", "model.view.rank=4"], "model.view.rank: unknown field; known: keep, kind"),
         (["model.lora.rnk=4"], "model.lora.rnk: unknown field (did you mean rank?); known: alpha, freeze_a, keep, "),

@@ -24,6 +24,7 @@ VIEWS: dict[str, dict[str, Any]] = {
     "core": {"kind": "core", "rank": 8, "targets": ["q_proj", "v_proj"]},
     "lora": {"kind": "lora", "rank": 1, "targets": ["q_proj", "v_proj"]},
     "merged": {"kind": "tied", "numbers": 3000, "targets": ["q_proj", "v_proj"]},
+    "prompt": {"kind": "prompt", "tokens": 4},
 }
 
 

@@ -28,6 +28,7 @@ ON_FACTORS: dict[str, dict[str, Any]] = {  # how a method on the view of LORA is
 }
 TIED: dict[str, Any] = {"kind": "tied", "numbers": 3000, "targets": ["q_proj", "v_proj"]}
 CORE: dict[str, Any] = {"kind": "core", "rank": 4, "targets": ["q_proj", "v_proj"]}
+PROMPT: dict[str, Any] = {"kind": "prompt", "tokens": 4}
 EXACT: dict[str, dict[str, Any]] = {
     "fedavg": {"method": {"name": "fedavg", "steps": 1}},
     "fedit": {
@@ -45,6 +46,11 @@ EXACT: dict[str, dict[str, Any]] = {
     **{name: {"method": {"name": name, "steps": 1, **fields}, "model": LORA} for name, fields in ON_FACTORS.items()},
     "fedavg on a tied view": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": TIED}},
     "fedavg on cores": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": CORE}},
+    "fedavg on a prompt": {"method": {"name": "fedavg", "steps": 1}, "model": {"view": PROMPT}},
+    "fedpeptao": {
+        "method": {"name": "fedpeptao", "steps": 1, "share": 0.5},
+        "model": {"view": PROMPT | {"deep": True}},
+    },
     "onebit": {"method": {"name": "onebit", "steps": 1}, "model": {"view": TIED}},
     "onebit, merged": {"method": {"name": "onebit", "steps": 1, "merge_every": 1}, "model": {"view": TIED}},
     "onebit, probed": {"method": {"name": "onebit", "steps": 1, "gradient": {"1": "probe"}}, "model": {"view": TIED}},
@@ -83,6 +89,10 @@ RANGE: dict[str, dict[str, Any]] = {
     "onebit, ternary": {
         "method": {"name": "onebit", "steps": 1, "code": {"name": "ternary", "part": 0.5}},
         "model": {"view": TIED},
+    },
+    "fedpeptao, its share unknown": {
+        "method": {"name": "fedpeptao", "steps": 1, "lanczos": 2},
+        "model": {"view": PROMPT | {"deep": True}},
     },
     "hetlora": {"method": {"name": "hetlora", "steps": 1, "ranks": {"1": 1}, "keep": 0.7}, "model": LORA},
     "fedobd": {"method": {"name": "fedobd", "lr": 1e-3, "steps": 2, "dropout": 0.4}},
@@ -169,7 +179,7 @@ def test_a_classifiers_frames_are_known_too(place: Path, tmp_path: Path, lora: A
     assert estimated.flops > 0
 
 
-@pytest.mark.parametrize("view", [TIED, CORE], ids=lambda view: view["kind"])
+@pytest.mark.parametrize("view", [TIED, CORE, PROMPT], ids=lambda view: view["kind"])
 def test_what_stands_beside_layers_and_is_not_trained_is_counted(place: Path, view: Any) -> None:
     run = run_of(place, {"method": {"name": "fedavg", "steps": 1}, "model": {"view": view}})
     estimated, net = estimate(run), assemble.net_of(assemble.prepared(run)[0])

@@ -48,6 +48,9 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
         if run.method.moves_base:
             alone = "the weights below them have changed too, so that there is no adapter for the start model"
         lines += [f"The LoRA factors are merged into these weights; {alone}.", ""]
+    if run.model.view.front:
+        alone = "These weights are the start model's: the prompt in front of every row stands in `adapter/`"
+        lines += [f"{alone}. Without it they know nothing of what was trained.", ""]
     lines += [
         "## Data",
         "",

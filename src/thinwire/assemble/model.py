@@ -75,6 +75,8 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         )
     if model.view.keep and not run.method.keeps:
         raise ModelError(f"model.view.keep: {config.method_name(run.method)} trains nothing that stays at its clients")
+    if run.data.pack and model.view.front:
+        raise ConfigError("data.pack: a prompt stands in front of a row, and not of each of its examples; leave it out")
     folder = resolve(model.path)
     net = Net.open(
         folder,

@@ -34,6 +34,7 @@ from thinwire.model.numbers import digest
 from thinwire.model.resolve import resolve
 from thinwire.model.views import AnyView, View
 from thinwire.model.views.keep import kept
+from thinwire.model.views.virtual import of as prompt_of
 from thinwire.train.stages import Stages, arrive, check_merges, check_stages
 from thinwire.wire.legal import LARGEST
 from thinwire.wire.payload import LATE
@@ -223,6 +224,8 @@ class Shelf:
         if name != BASE:
             arrive(file.net, file.thin.stages or {}, _numbers(file.path, file.thin, file.net.size))
             self._last = name
+        if (prompt := prompt_of(file.net.model)) is not None:
+            prompt.present = name != BASE
         return file.net, file.thin
 
 

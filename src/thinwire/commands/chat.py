@@ -40,6 +40,7 @@ def chat(
         from thinwire.model.classifier import labels_of, task_of
         from thinwire.model.net import Net
         from thinwire.model.resolve import resolve
+        from thinwire.model.views import Full, saved_in
 
         path = paths[0]
         if path.is_file() or len(paths) > 1:
@@ -52,7 +53,7 @@ def chat(
         classes = labels_of(folder) if task_of(folder) == "classification" else None
         if classes is None and task_of(folder) == "classification":
             raise config.ConfigError(f"{path}: the encoder has no head that names classes, so it answers nothing")
-        net = Net.open(folder, device=device, classes=classes)
+        net = Net.open(folder, device=device, classes=classes, view=saved_in(folder) or Full())
         answer = _answerer(net, data, classes, max_new_tokens, temperature)
         for line in _lines():
             answer(line)
@@ -203,7 +204,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
         held = tokenise([row], template, tokenizer, max_length=sys.maxsize, eos=False)
         assemble.check_tokens(net, "the model", held)
         prompt = torch.tensor([held.examples[0].prompt], device=net.device)
-        room = getattr(net.model.config, "max_position_embeddings", None)
+        room = net.positions
         length = prompt.shape[1]
         if room is not None and length >= room:
             talk.clear()

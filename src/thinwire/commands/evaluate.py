@@ -33,6 +33,7 @@ def evaluate(
         from thinwire import assemble, config
         from thinwire.commands.show import print_scores
         from thinwire.keys import Key
+        from thinwire.model.resolve import resolve
 
         if path.is_file():
             _thin(path, base, overrides or [], as_json)
@@ -43,12 +44,12 @@ def evaluate(
             settings = config.load(path / "run.toml", [*(overrides or []), _named(path / "model")])
             # the saved model has its factors merged in
             plain = settings.model.model_copy(update={"lora": None, "view": config.Full()})
-            settings = settings.model_copy(update={"model": plain})
+            settings = _with_prompt(settings.model_copy(update={"model": plain}), path / "model")
             rows = assemble.rows_of(settings.data, Key.root(settings.seed))
         elif path.is_dir():
             tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": {}}
             config.override(tree, [*(overrides or []), _named(path)])
-            settings = config.parse(tree, "the command line")
+            settings = _with_prompt(config.parse(tree, "the command line"), resolve(str(path)))
             rows = _all_of(settings)
         else:
             raise config.ConfigError(f"{path}: neither a folder nor a file")
@@ -59,6 +60,15 @@ def evaluate(
             echo_json(scores)
         else:
             print_scores(scores)
+
+
+def _with_prompt(settings: Run, folder: Path) -> Run:
+    """The settings with the prompt that belongs to the weights in a folder, if one does."""
+    from thinwire.model.views import saved_in
+
+    if (view := saved_in(folder)) is None:
+        return settings
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None, "view": view})})
 
 
 def _all_of(settings: Run) -> Rows:
@@ -101,6 +111,7 @@ def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, 
     from thinwire.evaluate.harness import harness
     from thinwire.model.net import Net
     from thinwire.model.resolve import resolve
+    from thinwire.model.views import saved_in
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -115,7 +126,7 @@ def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, 
     folder = resolve(settings.model.path)
     if assemble.classes_of(settings, folder) is not None:
         raise config.ConfigError(f"--tasks: {path} is a classifier, and the harness's tasks are for causal models")
-    net = Net.open(folder, settings.model.dtype, device=settings.model.device)
+    net = Net.open(folder, settings.model.dtype, device=settings.model.device, view=saved_in(folder) or config.Full())
     records = harness(net, names, settings.eval.batch_size, limit)
     if as_json:
         echo_json(records)

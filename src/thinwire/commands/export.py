@@ -52,7 +52,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
     base: Annotated[str | None, typer.Option(help="The base model, where it is not what the file calls it.")] = None,
 ) -> None:
-    """Make a thin file and its base one model; where factors were trained, `adapter` in it is one for peft."""
+    """Make a thin file and its base one model; where factors or a prompt were trained, `adapter` is one for peft."""
     with one_line():
         settle()
         from thinwire.assemble import thin as thin_file

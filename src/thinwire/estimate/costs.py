@@ -86,8 +86,9 @@ def estimate(run: Run) -> Estimate:
     else:
         assumed.append(f"answers of {min(ANSWER, length - 1)} tokens")
     probed = method_name(method) if work.probes else None
-    forward = one_pass(model, at_once, length, 1 if closed else ANSWER, run.model.view.factors, probed)
-    passes = fmean(method.work(round).rows for round in range(1, run.rounds + 1)) * run.model.view.forward_share
+    view, answer = run.model.view, 1 if closed else ANSWER
+    forward = one_pass(model, at_once, length + view.front, answer, view.factors, probed)
+    passes = fmean(method.work(round).rows for round in range(1, run.rounds + 1)) * view.forward_share
     return Estimate(
         method=method_name(method),
         model=run.model.path,

@@ -51,6 +51,7 @@ def harness(net: Net, tasks: Sequence[str], batch_size: int = 8, limit: int | No
             tokenizer=net.tokenizer,
             batch_size=batch_size,
             device=str(net.device),
+            max_length=net.positions,  # None: as the model's config has it
             backend="causal",
         )
         # it would ask git and the system about itself, and show what git prints where there is no repository

@@ -17,6 +17,7 @@ import torch
 
 from thinwire.data.batch import Dataset, Example, collate
 from thinwire.data.chat import stops
+from thinwire.model.trial import positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,11 +96,11 @@ def generate(
             picked = order[start : start + batch_size]
             batch = collate([Example(examples[i].prompt, ()) for i in picked], dataset.pad)
             length = batch.input_ids.shape[1]
-            positions = getattr(model.config, "max_position_embeddings", None) or length + max_new_tokens
+            room = positions(model) or length + max_new_tokens
             made = cast(Callable[..., torch.Tensor], model.generate)(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
-                max_new_tokens=max(1, min(max_new_tokens, positions - length)),
+                max_new_tokens=max(1, min(max_new_tokens, room - length)),
             )
             for i, tokens in zip(picked, made[:, length:].tolist(), strict=True):
                 answers[i] = answer_of(tokenizer, tokens, ends, texts)

@@ -18,6 +18,7 @@ PLACES = {
     "fedex": "thinwire.methods.fedex:FedEx",
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
     "fedobd": "thinwire.methods.fedobd:FedOBD",
+    "fedpeptao": "thinwire.methods.fedpeptao:FedPepTAO",
     "fedzo": "thinwire.methods.fedzo:FedZO",
     "feedsign": "thinwire.methods.feedsign:FeedSign",
     "ferret": "thinwire.methods.ferret:Ferret",

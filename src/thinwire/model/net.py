@@ -21,7 +21,7 @@ from thinwire.model.quantised import plain
 from thinwire.model.start import Base, spool, tied
 from thinwire.model.tokens_and_generation import caching, quiet
 from thinwire.model.trial import check_causal, positions
-from thinwire.model.views import Adapted, Full, View
+from thinwire.model.views import Adapted, Full, Source, View, check_prompt
 from thinwire.model.views.keep import kept
 from thinwire.wire.frame import raw
 
@@ -129,7 +129,8 @@ class Net:
 
         `name`: the model's, for people. `device`: where it goes, None: it stays where it is.
         """
-        view.adapt(model, view_key)
+        check_prompt(view, folder, name)
+        view.adapt(model, view_key, Source(tokenizer, folder))
         try:
             if device is not None:
                 model.to(device)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LENGTH, CUT = 21, 13  # tokens of a row, and the first that is another one; odd, so that it lies at no chunk's edge
+VIRTUAL = "virtual_tokens"  # of the transformer: what stands in front of every row, see views.virtual
 
 
 @torch.no_grad()
@@ -123,14 +124,16 @@ def tokens_of(model: PreTrainedModel, length: int, start: int = 0) -> list[int]:
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """How many tokens a row may have; None where the model sets no end."""
+    """How many tokens a row may have, behind a prompt that stands in front; None where the model sets no end."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(found, int) or found < 1:  # -1 is XLNet's word for no end
         return None
     embeddings = getattr(model.base_model, "embeddings", None)
     counted = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
     # RoBERTa and its kin count positions from the one after the padding's
-    return found if counted is None else found - counted - 1
+    room = found if counted is None else found - counted - 1
+    front = getattr(model.base_model, VIRTUAL, None)
+    return room if front is None else room - cast(int, front.count)
 
 
 def _forward(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from federation import closed_data, tiny_net
+from federation import Federation, closed_data, tiny_net
 
 from thinwire.keys import Key
+from thinwire.methods.fedavg import FedAvg
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.views import Filter
@@ -25,6 +26,11 @@ from thinwire.train.local import Rule, train_locally
         ),
         (("lm_head",), ["lm_head.weight"], ["model.embed_tokens.weight", "head.weight"]),
         (("layers.",), [], ["model.layers.0.norm"]),
+        (
+            ("h.1.*", "head"),
+            ["h.1.ln_1.weight", "h.1.mlp.bias", "head.weight"],
+            ["h.11.bias", "a.h.1.bias", "lm.weight"],
+        ),
     ],
 )
 def test_names_are_chosen_by_their_words(parts: tuple[str, ...], chosen: list[str], others: list[str]) -> None:
@@ -49,3 +55,20 @@ def test_a_view_that_hits_nothing_is_refused_in_a_line(tmp_path: Path) -> None:
     tiny_net(tmp_path)
     with pytest.raises(ModelError, match=r"model.view.parts: no parameter is called c_attn; there are: .*q_proj"):
         Net.open(str(tmp_path), view=Filter(parts=("c_attn",)))
+
+
+@pytest.mark.parametrize("parts", [("norm",), ("*.self_attn.*",), ("embed_tokens",), ("*",)])
+def test_fedpeft_is_fedavg_on_the_part(parts: tuple[str, ...], tmp_path: Path) -> None:
+    """What is outside keeps its bits and is in no frame; all of the model is plain FedAvg, bit for bit."""
+    plain = tiny_net(tmp_path / "start")
+    net = Net.open(str(tmp_path / "start"), view=Filter(parts=parts), remember=True)
+    method = FedAvg(lr=1e-2, steps=2, batch_size=4)
+    mine = Federation(method, net, tmp_path / "mine", rounds=2).run()
+    method.materialise(mine.state, net)
+    for name, parameter in net.model.named_parameters():
+        assert torch.equal(parameter, plain.base[name]) != (name in net.names), name
+    assert mine.history[0].visits[0].bytes_up == pytest.approx(4 * net.size, abs=100 * len(net.names) + 100)
+    if parts == ("*",):
+        theirs = Federation(method, plain, tmp_path / "theirs", rounds=2).run()
+        assert all(torch.equal(mine.state.weights[name], tensor) for name, tensor in theirs.state.weights.items())
+        assert mine.history[1].ledger == theirs.history[1].ledger

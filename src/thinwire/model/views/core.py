@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from thinwire.model.views.view import Table
+from thinwire.model.views.view import Source, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Core(Table):
         """The rank of U and V, and beside which layers they stand."""
         return self.rank, self.targets
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """See factors.add_cores."""
         from thinwire.model.views import factors
 

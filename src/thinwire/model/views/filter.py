@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from thinwire.model.views.view import Table
+from thinwire.model.views.view import Source, Table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Filter(Table):
-    """The parameters in whose name a word between dots is, or ends with _ and, one of `parts`; case does not matter."""
+    """The parameters in whose name a word between dots is, or ends with _ and, one of `parts`; case does not matter.
+
+    A part with * in it is a pattern of whole names, such as model.layers.29.*, as those of `keep`.
+    """
 
     forward_share: ClassVar[float] = 2 / 3  # the gradient of most weights falls away
     factors: ClassVar[None] = None
@@ -29,7 +33,7 @@ class Filter(Table):
     parts: tuple[str, ...] = Field(("norm", "layernorm", "ln", "bias"), min_length=1)
     keep: tuple[str, ...] = ()  # patterns of names, such as *.B, of what stays at each client
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """Freeze the others. ModelError: a part that no name has."""
         chosen = {id(parameter) for _, parameter in self._chosen(model)}
         for parameter in model.parameters():
@@ -50,5 +54,7 @@ class Filter(Table):
         return found.items()
 
     def _has(self, name: str) -> bool:
-        ends = "|".join(map(re.escape, self.parts))
+        if any("*" in part and fnmatchcase(name, part) for part in self.parts):
+            return True
+        ends = "|".join(re.escape(part) for part in self.parts if "*" not in part) or r"\Z."
         return any(re.fullmatch(rf"(.*[_\W])?({ends})(_?\d+)?", part, re.IGNORECASE) for part in name.split("."))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from thinwire.model.views.view import Table
+from thinwire.model.views.view import Source, Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ class Full(Table):
     factors: ClassVar[None] = None
     float32: ClassVar[bool] = False
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """Nothing to put in."""
 
     def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

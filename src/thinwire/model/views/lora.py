@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_serializer
 
-from thinwire.model.views.view import Adapted, Table
+from thinwire.model.views.view import Adapted, Source, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class Lora(Table):
         """Their rank, and beside which layers they stand."""
         return self.rank, self.targets
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """See factors.add."""
         from thinwire.model.views import factors
 

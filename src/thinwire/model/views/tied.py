@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from thinwire.errors import ConfigError
-from thinwire.model.views.view import Adapted, Table
+from thinwire.model.views.view import Adapted, Source, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,7 +64,7 @@ class Tied(Table):
         """The rank of the factors, and beside which layers they stand."""
         return (self.rank, self.targets) if self.over == "factors" else None
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """See tying.tie."""
         from thinwire.model.views import factors, tying
 

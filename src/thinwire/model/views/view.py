@@ -11,9 +11,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from thinwire.keys import Key
+
+
+PROMPT = Path("adapter", "virtual_tokens.safetensors")  # in a model's folder: the prompt that belongs to its weights
+
+
+class Source(NamedTuple):
+    """Where a model is from: its tokenizer, and the folder with its files."""
+
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
 
 
 class Adapted(NamedTuple):
@@ -40,6 +50,10 @@ class View(Protocol):
         """Of the passes of a step on all weights, the share that a step on this view takes."""
 
     @property
+    def front(self) -> int:
+        """How many positions it takes in front of every row."""
+
+    @property
     def keep(self) -> tuple[str, ...]:
         """Patterns of the names of what is trained at the clients and stays there, see keep.kept."""
 
@@ -58,8 +72,10 @@ class View(Protocol):
     def factors(self) -> tuple[int, tuple[str, ...]] | None:
         """The rank of the factors that it puts beside layers, and beside which; None: it puts none."""
 
-    def adapt(self, model: PreTrainedModel, key: Key) -> None:
+    def adapt(self, model: PreTrainedModel, key: Key, source: Source | None = None) -> None:
         """Put what is trained into the model, drawn from `key`, in place; requires_grad then says what is trained.
+
+        `source` is for a view that begins at words, or at what a hollow model has in its files alone.
 
         ModelError: the model has no place for it.
         """
@@ -87,6 +103,11 @@ class Table(BaseModel):
     """What most views have in common: nothing is read of the start weights, follows, or stands beside a layer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def front(self) -> int:
+        """Nothing stands in front of a row."""
+        return 0
 
     def start(self, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
         """Nothing is read."""
