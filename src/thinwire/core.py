@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from thinwire.aggregate.mean import Counted, Mean, Metrics, Update
 from thinwire.aggregate.server_step import AnyServerStep, Plain
+from thinwire.aggregate.weights import Weighing
 from thinwire.costs.sketch import Work
 from thinwire.keys import Key
 from thinwire.privacy.released import Released
@@ -54,6 +55,7 @@ class Server:
     versions: Versions
     data: Dataset | None = None  # public data, never a client's
     clients: int = 0  # of the run, in the cohort or not; 0: not known
+    weighing: Weighing = field(default_factory=Weighing)  # how much each reply counts
 
 
 @dataclass
@@ -178,8 +180,10 @@ class Averaged(Method):
         counted: list[Counted] = []
 
         def updates() -> Iterator[tuple[int, Update]]:
-            for client, up in replies:
+            for client, up, weight in self.weighed(server, replies):
                 update = self.update(state, server, up)
+                if server.weighing.agreement is not None:
+                    update = update._replace(weight=weight)
                 counted.append(Counted(client, update.weight, update.metrics))
                 yield client, update
                 del up, update  # large ones are gone before the next one comes
@@ -191,5 +195,9 @@ class Averaged(Method):
         return state, metrics | own
 
     def weight(self, up: Any) -> float:
-        """How much a reply counts in the mean."""
+        """How much a reply counts in the mean, where the run has no agreement."""
         return up.examples if self.weighting == "examples" else 1
+
+    def weighed(self, server: Server, replies: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any, float]]:
+        """Each reply that counts, with how much it does."""
+        return server.weighing(replies, self.weight)

@@ -51,6 +51,8 @@ def server(
             listening(host, port, "--listen")
         # what follows takes its time to import
         from thinwire import config
+        from thinwire.assemble.agreement import check_agreement
+        from thinwire.assemble.choice import check_choice
         from thinwire.commands.show import print_summary
         from thinwire.federation import proxy
         from thinwire.federation.progress import Progress
@@ -62,6 +64,8 @@ def server(
         check_clients(settings.cohort, len(sites))
         check_model(settings, _splits(settings))
         settings.method.check_clients(len(sites))
+        check_agreement(settings, sites)
+        check_choice(settings, list(_splits(settings)))
         folder = out if out is not None else Path("runs") / settings.name
         if stack.enter_context(claimed(folder, settings, resume)):
             return
@@ -117,5 +121,5 @@ def server(
 
 def _splits(settings: Any) -> dict[str, str]:
     """The rows that the server scores itself: of files that the run names. What sites hold stays there."""
-    named = {"heldout": settings.data.heldout, "heldout_tasks": settings.data.heldout_tasks}
+    named = {name: getattr(settings.data, name) for name in ("heldout", "heldout_tasks", "selection")}
     return {name: path for name, path in named.items() if isinstance(path, str)}

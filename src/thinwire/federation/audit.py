@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from thinwire.runtime.audit import sha256 as sha256
 from thinwire.wire import Frame
 
 NONE = "0" * 64  # the hash before the first line
@@ -87,14 +88,6 @@ def broken(path: Path) -> str | None:
             )
         chained, before = chained or named is not None, _hash(line)
     return None
-
-
-def sha256(frame: Frame) -> str:
-    """Of a frame."""
-    digest = hashlib.sha256()
-    for chunk in frame.chunks():
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _lines(path: Path) -> tuple[list[bytes], bool]:

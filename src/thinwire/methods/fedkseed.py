@@ -218,8 +218,7 @@ class FedKSeed(Averaged):
             skipped += int(taken.size - steps.sum())
 
         block = []
-        for client_id, up in replies:
-            weight = self.weight(up)
+        for client_id, up, weight in self.weighed(server, replies):
             block.append((client_id, weight, (up.scalars, up.unit), up.seeds))  # no reply is held itself
             examples += weight
             if math.isfinite(up.loss):

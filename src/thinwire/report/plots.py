@@ -13,7 +13,15 @@ from thinwire.records import MEASURED
 from thinwire.report.runs import Recorded, number
 from thinwire.units import size
 
-SPLITS = {"heldout": "Held-out", "heldout_tasks": "Held-out tasks", "validation": "Validation", "train": "Training"}
+SPLITS = {
+    "heldout": "Held-out",
+    "heldout_tasks": "Held-out tasks",
+    "validation": "Validation",
+    "selection": "Selection",  # by which a round is chosen
+    "train": "Training",
+    "sites": "Sites'",
+    "sites_train": "Clients' own",
+}
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
 
 
@@ -36,7 +44,15 @@ def plots(runs: Sequence[Recorded]) -> list[Plot]:
     found = [plot for split in _splits(runs) for score in MEASURED if (plot := _score(runs, groups, split, score))]
     found += [
         plot
-        for plot in (_front(runs, groups), _training(runs, groups), _bytes(runs), _memory(runs), _clients(runs))
+        for plot in (
+            _front(runs, groups),
+            _training(runs, groups),
+            _bytes(runs),
+            _memory(runs),
+            _clients(runs),
+            _own(runs),
+            _shares(runs),
+        )
         if plot
     ]
     return found
@@ -185,9 +201,42 @@ def _clients(runs: Sequence[Recorded]) -> Plot | None:
         for visit in record["clients"]
         if (value := number(visit.get("loss"))) is not None
     ]
+    title = "Loss of each client"
+    caption = "Mean training loss of each client's local steps in the rounds in which it took part. Unit: nats a token."
+    return _each("clients", title, caption, "loss (nats a token)", rows)
+
+
+def _own(runs: Sequence[Recorded]) -> Plot | None:
+    rows = [
+        _at(run, row["round"]) | {"client": str(line["name"]), "value": value}
+        for run in runs
+        for row in run.evals
+        for line in row.get("each") or []
+        if (value := number(line.get("loss"))) is not None
+    ]
+    title = "Loss on each client's own rows"
+    caption = "How the common model scores where each client is: the highest line is served worst. Unit: nats a token."
+    return _each("own", title, caption, "loss (nats a token)", rows)
+
+
+def _shares(runs: Sequence[Recorded]) -> Plot | None:
+    rows = [
+        _at(run, record["round"]) | {"client": str(visit.get("name") or visit["id"]), "value": value}
+        for run in runs
+        for record in run.rounds
+        for visit in record["clients"]
+        if (value := number(visit.get("share"))) is not None
+    ]
+    title = "How much each client counted"
+    caption = "The share of a client's reply in what its round made of all replies. Unit: 1, all of it."
+    return _each("shares", title, caption, "share of the round", rows)
+
+
+def _each(name: str, title: str, caption: str, unit: str, rows: list[dict[str, Any]]) -> Plot | None:
+    """A curve a client."""
     if not rows:
         return None
-    spec = _curve([], "loss (nats a token)")
+    spec = _curve([], unit)
     spec["encoding"] |= {
         "color": {"field": "client", "type": "nominal", "title": "client", "legend": {"symbolLimit": 24}},
         "detail": {"field": "client"},
@@ -195,13 +244,7 @@ def _clients(runs: Sequence[Recorded]) -> Plot | None:
     }
     del spec["encoding"]["shape"]
     return Plot(
-        "clients",
-        "Loss of each client",
-        "Mean training loss of each client's local steps in the rounds in which it took part. Unit: nats a token.",
-        "clients",
-        (("run", "run"), ("client", "client"), *_columns("loss (nats a token)")[1:]),
-        rows,
-        spec,
+        name, title, caption, "clients", (("run", "run"), ("client", "client"), *_columns(unit)[1:]), rows, spec
     )
 
 

@@ -92,6 +92,9 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
         frame = wire.encode(down, run=at.run, round=at.server.round, client=client, spool=at.spool)
         return at.ledger.down(client, frame)
 
+    kept: list[Frame] = []  # until the round has ended, where no share is known before all replies have come
+    keeps = at.server.weighing.keeps_all
+
     def taken(reply: Reply) -> Reply:
         at.visits[reply.client].seconds += reply.seconds
         if reply.frame is not None:
@@ -130,9 +133,12 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
                         at.held[client] = held
                     visit.examples, visit.loss = getattr(up, "examples", None), getattr(up, "loss", None)
                     at.seen(client, up)
+                    if keeps:
+                        kept.append(frame)
                     yield client, up
                 finally:
-                    frame.remove()
+                    if frame not in kept:
+                        frame.remove()
 
     def decode(client: int, frame: Frame) -> Any:
         header = frame.header(at.max_header)
@@ -151,7 +157,11 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
         return up if claimed <= first else replace(up, examples=first)
 
     at.visits.update({client: Visit(client) for client in at.server.cohort})
-    state, metrics = method.aggregate(state, at.server, answers())
+    try:
+        state, metrics = method.aggregate(state, at.server, answers())
+    finally:
+        for frame in kept:
+            frame.remove()
     for client, visit in at.visits.items():
         visit.bytes_down = at.ledger.sent.get(client, 0)
         visit.bytes_up = at.ledger.received.get(client, 0)
