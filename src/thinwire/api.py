@@ -54,7 +54,7 @@ class Result:
 
     @property
     def evals(self) -> Any:
-        """A row for each evaluation and split, without samples or each site's own scores: a DataFrame where pandas is, else a list of dicts."""
+        """A row for each evaluation and split, without samples or lines of clients: a DataFrame, or a list of dicts."""
         records = read_records(self.folder / "evals.jsonl")
         return _table([{key: value for key, value in r.items() if key not in ("samples", "each")} for r in records])
 

@@ -221,7 +221,7 @@ def test_a_log_that_was_changed_is_not_gone_on_with(net: Net, tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         train(job(net, tmp_path, watch=StopIn(2, 1)))
     changed(tmp_path / "audit.jsonl")
-    with pytest.raises(Damaged, match="audit.jsonl:1: was changed"):
+    with pytest.raises(Damaged, match=r"audit\.jsonl:1: was changed"):
         train(job(net, tmp_path))
     assert checkpoint.rounds(tmp_path / "state") == [0, 1]
 

@@ -105,8 +105,9 @@ def test_the_records_of_a_run(net: Net, tmp_path: Path) -> None:
         "round", "clients", "bytes_down", "bytes_up", "seconds", "peak_memory_bytes", "metrics"
     }  # fmt: skip
     client = rounds[1]["clients"][0]
-    assert set(client) == {"id", "name", "bytes_down", "bytes_up", "seconds", "examples", "loss"}
+    assert set(client) == {"id", "name", "bytes_down", "bytes_up", "seconds", "examples", "loss", "share", "why"}
     assert (client["name"], client["examples"]) == ("a", 12)
+    assert (client["share"], client["why"]) == (pytest.approx(12 / 36), "by examples")
     assert sum(c["bytes_up"] for r in rounds for c in r["clients"]) == summary["bytes_up"]
     assert [r["round"] for r in read_records(tmp_path / "evals.jsonl")] == [0, 2, 4]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -519,6 +520,6 @@ def test_the_best_round_is_the_one_that_is_found_by_hand(net: Net, tmp_path: Pat
     state = checkpoint.on_disk(tmp_path / "hand" / "state", 6, method.State)
     method.materialise(state, net)
     by_hand[6] = (mean_loss(net.model, held, 16)[0], net.state_sha256())
-    best = min(by_hand, key=lambda round: by_hand[round][0])
+    best = min(by_hand, key=lambda at: by_hand[at][0])
     assert kept["kept"]["round"] == best
     assert kept["sha256"] == by_hand[best][1]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from thinwire.commands.terminal import echo, one_line
+from thinwire.records import Record
 
 
 def audit(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     certificate: Annotated[
         Path | None, typer.Option("--crt", help="The server's certificate: whether it is its key that has signed.")
+    ] = None,
+    sites: Annotated[
+        list[Path] | None, typer.Option("--site", help="A site's own audit.jsonl: whether it has sent what counted.")
     ] = None,
     head: Annotated[str | None, typer.Option(help="A line's hash that was noted earlier: whether it is there.")] = None,
 ) -> None:
@@ -36,6 +41,8 @@ def audit(
             own = certified(certificate)
             if found.keys != [own]:
                 problems.append(f"{file}: is not signed with the key of {certificate}")
+        for site in sites or []:
+            problems += _others(site, log.read(file)[0])
         for line in problems[:-1]:
             echo(line, err=True)
         if problems:
@@ -49,3 +56,26 @@ def audit(
         echo(
             f"the last line is {found.head}; noted elsewhere, it shows later (--head) that nothing up to it has changed"
         )
+
+
+def _others(site: Path, entries: Sequence[Record]) -> list[str]:
+    """The replies of a site's client that counted in a run, and have not left that site by its own log."""
+    from thinwire.errors import ConfigError
+    from thinwire.federation.audit import broken, sent
+
+    if not site.is_file():
+        raise ConfigError(f"--site: {site} is not a file")
+    if (wrong := broken(site)) is not None:
+        return [wrong]
+    known = sent(site)
+    run = next((entry["run"] for entry in entries if entry["event"] == "begin"), None)
+    clients = {client for number, _, client in known if number == run}
+    if not clients:
+        return [f"{site}: has no reply to this run"]
+    return [
+        f"{site}: the reply of {reply['name']} in round {entry['round']} is none that it has sent"
+        for entry in entries
+        if entry["event"] == "round"
+        for reply in entry["counted"]
+        if reply["id"] in clients and reply["sha256"] not in known.get((run, entry["round"], reply["id"]), ())
+    ]

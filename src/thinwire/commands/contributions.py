@@ -41,8 +41,8 @@ def contributions(
             clients, asked = replay.clients, most(len(replay.clients), orders)
             way = "exactly" if exact(len(clients), orders) else f"from {orders} random orders"
             echo(
-                f"round {replay.round}, {len(clients)} replies, Shapley values {way}: at most {asked:,} times the round's "
-                f"mean and {replay.rows:,} public rows forward"
+                f"round {replay.round}, {len(clients)} replies, Shapley values {way}: at most {asked:,} times the "
+                f"round's mean and {replay.rows:,} public rows forward"
             )
             started = time.perf_counter()
             value(frozenset())

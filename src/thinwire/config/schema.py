@@ -118,9 +118,7 @@ class Data(Section):
     pooled: bool = False  # a reference: all the clients' rows with one client
     public: str | None = None  # a source whose rows the server holds, for checks and calibration
     validation: float = Field(default=0.0, ge=0, lt=1)  # score on this share of the clients' rows, not on held-out ones
-    selection: float | str | None = (
-        None  # a share of the clients' rows, or a source: to choose the round, never reported
-    )
+    selection: float | str | None = None  # a share of the clients' rows, or a source: it chooses the round
 
     @field_validator("heldout")
     @classmethod
@@ -167,9 +165,10 @@ class Eval(Section):
     """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split.
 
     After `patience` evaluations without a lower loss the run ends early (0: never), and where the loss has come down to
-    `target`; `keep`: whether model/ then has the weights of the last round, or of the best: that of the lowest loss, the
-    start among them. Rounds up to `warmup` are neither the best nor waited for. The loss is that of the split `on`; by
-    default of the rows of data.selection, or of the first split; sites: the mean of the clients' own evaluation.
+    `target`; `keep`: whether model/ then has the weights of the last round, or of the best: that of the lowest loss,
+    the start among them. Rounds up to `warmup` are neither the best nor waited for. The loss is that of the split `on`,
+    by default of the rows of data.selection, which no summary reports, or of the first split; sites: the mean of the
+    clients' own evaluation.
     `prompts`: public texts, nobody's rows, whose answers a report shows. `show_rows`: records and reports may hold a
     few held-out rows, with what the model answers, too.
     """

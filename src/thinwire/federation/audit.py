@@ -90,6 +90,16 @@ def broken(path: Path) -> str | None:
     return None
 
 
+def sent(path: Path) -> dict[tuple[int, int, int], set[str]]:
+    """(run, round, client) -> the hashes of the replies to training that have left, by a log."""
+    found: dict[tuple[int, int, int], set[str]] = {}
+    for line in _lines(path)[0]:
+        entry = json.loads(line)
+        if (entry["direction"], entry.get("action"), entry["verdict"]) == ("out", "train", "passed"):
+            found.setdefault((entry["run"], entry["round"], entry["client"]), set()).add(entry["sha256"])
+    return found
+
+
 def _lines(path: Path) -> tuple[list[bytes], bool]:
     """The lines, and whether the last one is without its end."""
     content = path.read_bytes() if path.exists() else b""
