@@ -176,14 +176,17 @@ def print_clients(console: Screen, rounds: Sequence[Record], evals: Sequence[Rec
         return
     scores = [name for name in MEASURED if any(client.last.get(name) is not None for client in found)]
     heads = ["rows", "counted", *(f"{MEASURED[name].title} {when}" for name in scores for when in ("before", "after"))]
-    table = Table("client", *(Column(head, justify="right") for head in heads), "why")
+    table = Table("client", *(Column(head, justify="right") for head in heads))
     for client in found[:LISTED]:
         counted = "" if client.share is None else f"{client.share:.1%}"
         cells = [_points(end.get(name)) for name in scores for end in (client.first, client.last)]
-        why = "; ".join(filter(None, (client.why, "its scores are withheld" if client.withheld else "")))
         rows = "" if client.rows is None else f"{client.rows:,}"
-        table.add_row(client.name, rows, counted, *cells, why)
+        table.add_row(client.name, rows, counted, *cells)
     console.print(table)
+    for client in found[:LISTED]:
+        why = [*([client.why] if client.why not in plain else []), *(["scores withheld"] if client.withheld else [])]
+        if why:
+            console.print(f"  {client.name}: {'; '.join(why)}", soft_wrap=True)
     if len(found) > LISTED:
         console.print(f"and {_many(len(found) - LISTED, 'client')} more, in evals.jsonl and rounds.jsonl")
 

@@ -115,14 +115,14 @@ def client_table(run: Recorded) -> tuple[list[str], list[list[str]]] | None:
         return None
     scores = [name for name in MEASURED if any(number(client.last.get(name)) is not None for client in found)]
     worth = any(client.worth for client in found)
-    heads = ["client", "rows", "rounds counted", "share", "why, in its last round"]
+    heads = ["client", "rows", "rounds counted", "share"]
     heads += [f"own {MEASURED[name].title}, {when}" for name in scores for when in ("before", "after")]
-    heads += ["leave-one-out", "Shapley value"] if worth else []
+    heads += [*(["leave-one-out", "Shapley value"] if worth else []), "why this share, in its last round"]
     lines = []
     for client in found:
         counted = f"{client.counted}" + (f", {client.dropped} dropped" if client.dropped else "")
         share = "-" if client.share is None else f"{client.share:.1%}"
-        line = [client.name, "-" if client.rows is None else f"{client.rows:,}", counted, share, client.why or "-"]
+        line = [client.name, "-" if client.rows is None else f"{client.rows:,}", counted, share]
         for name in scores:
             ends = [_three(end.get(name)) for end in (client.first, client.last)]
             line += ["withheld"] * 2 if client.withheld else ends
@@ -130,7 +130,7 @@ def client_table(run: Recorded) -> tuple[list[str], list[list[str]]] | None:
             alone, value, error = (number(client.worth.get(name)) for name in ("leave_one_out", "shapley", "error"))
             line += ["-" if alone is None else f"{alone:+.4f}"]
             line += ["-" if value is None else f"{value:+.4f}" + (f" ± {error:.4f}" if error else "")]
-        lines.append(line)
+        lines.append([*line, client.why or "-"])
     return heads, lines
 
 

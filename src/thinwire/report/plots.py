@@ -260,11 +260,12 @@ def _columns(value: str) -> tuple[tuple[str, str], ...]:
 
 def _curve(groups: Sequence[str], title: str) -> dict[str, Any]:
     named = {"field": "group", "type": "nominal", "title": None, "sort": list(groups)}
+    scale = {"scale": {"zero": False}, "axis": {"format": "~r"}}  # of one value alone Vega would print a whole number
     return {
         "mark": {"type": "line", "point": {"filled": True, "size": 46}, "strokeWidth": 2},
         "encoding": {
             "x": {"field": "round", "type": "quantitative", "title": "round"},
-            "y": {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}},
+            "y": {"field": "value", "type": "quantitative", "title": title} | scale,
             "color": {**named, "scale": {"domain": list(groups)}},
             "shape": {**named, "scale": {"domain": list(groups), "range": [SHAPES[i % 8] for i in range(len(groups))]}},
             "detail": {"field": "run"},
