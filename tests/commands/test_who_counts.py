@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -170,3 +171,32 @@ def test_the_page_has_a_line_a_client(place: Path) -> None:
     assert heads[-3:] == ["leave-one-out", "Shapley value", "why this share, in its last round"]
     assert len(lines) == 4
     assert all(len(line) == len(heads) for line in lines)
+
+
+def test_replies_are_held_to_the_log_of_their_site(place: Path, tmp_path: Path) -> None:
+    """A site's own log, as its worker writes it, but for one reply that it has sent in another form."""
+    run = place / "fedavg"
+    begin, *lines = (json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines())
+    rounds = [(line["round"], line["counted"][0]) for line in lines if line["event"] == "round"]
+
+    def write(file: Path, changed: int | None) -> None:
+        before = b""
+        for number, reply in rounds:
+            sent = "0" * 64 if number == changed else reply["sha256"]
+            entry = {"direction": "out", "action": "train", "run": begin["run"], "round": number, "client": reply["id"]}
+            entry |= {"sha256": sent, "verdict": "passed"}
+            entry["before"] = hashlib.sha256(before).hexdigest() if before else "0" * 64
+            before = json.dumps(entry).encode()
+            with file.open("ab") as log:
+                log.write(before + b"\n")
+
+    write(tmp_path / "same.jsonl", None)
+    assert thinwire("audit", run, "--site", tmp_path / "same.jsonl").code == 0
+    write(tmp_path / "other.jsonl", 2)
+    result = thinwire("audit", run, "--site", tmp_path / "other.jsonl")
+    assert (result.code, f"the reply of {rounds[0][1]['name']} in round 2 is none that it has sent" in result.err) == (
+        1,
+        True,
+    )
+    (tmp_path / "empty.jsonl").touch()
+    assert "has no reply to this run" in thinwire("audit", run, "--site", tmp_path / "empty.jsonl").err

@@ -36,7 +36,7 @@ class Replay:
     def __init__(self, folder: Path, place: Path, overrides: Iterable[str] = ()) -> None:
         run, self.replies = config.load(folder / "run.toml", list(overrides)), Replies(folder / "replies")
         self.folder, self.states = folder, folder / "state"
-        if run.data.public is None:
+        if (public := run.data.public) is None:
             raise ConfigError("data.public: missing; contributions are measured on rows that the server holds")
         records = [record for record in read_records(folder / "rounds.jsonl") if self.replies.clients(record["round"])]
         there = checkpoint.rounds(self.states)
@@ -53,7 +53,7 @@ class Replay:
             run = settled(run, rows_of(run.data, Key.root(run.seed)))
         use_threads(run)
         self.run, self.net = run, net_of(run, remember=True)
-        data = dataset(run.data, read_source(run.data.public), self.net.tokenizer, classes_of(run, self.net.folder))
+        data = dataset(run.data, read_source(public), self.net.tokenizer, classes_of(run, self.net.folder))
         check_context(self.net.positions, run.model.path, data.examples)
         self.public = data
         self.data = replace(data, examples=data.examples[: run.eval.rows])

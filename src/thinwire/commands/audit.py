@@ -68,7 +68,7 @@ def _others(site: Path, entries: Sequence[Record]) -> list[str]:
     if (wrong := broken(site)) is not None:
         return [wrong]
     known = sent(site)
-    run = next((entry["run"] for entry in entries if entry["event"] == "begin"), None)
+    run = next((entry["run"] for entry in entries if entry["event"] == "begin"), -1)
     clients = {client for number, _, client in known if number == run}
     if not clients:
         return [f"{site}: has no reply to this run"]

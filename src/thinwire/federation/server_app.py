@@ -124,8 +124,8 @@ def _train(grid: Grid, folder: Path) -> None:
     most = federation.max_examples
     caps = {id: most for id in range(len(hub.sites)) if most is not None} | caps_of(Path(hub.keys), hub.sites)
     signer = signer_of(Path(hub.keys)) if job.audit else None
-    there = {"names": list(hub.sites), "transport": transport, "keep_versions": keep, "caps": caps, "signer": signer}
-    train(replace(job, **there))
+    job = replace(job, names=list(hub.sites), transport=transport, signer=signer)
+    train(replace(job, keep_versions=keep, caps=caps))
 
 
 def counted(folder: Path) -> dict[int, int]:

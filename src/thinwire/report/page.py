@@ -44,7 +44,7 @@ def render(runs: Sequence[Recorded]) -> str:
         runs=runs,
         answers=answers(runs),
         worth=any(run.contributions for run in runs),
-        clients=[(run.label, found) for run in runs if (found := client_table(run))],
+        clients=[(run.label, each) for run in runs if (each := client_table(run))],
         dropped=[
             (run.label, record["round"], visit.get("name", visit.get("id")), visit["error"])
             for run in runs

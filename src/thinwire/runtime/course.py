@@ -223,7 +223,7 @@ class Course:
         if job.carry is None:
             job.method.materialise(state, job.net)
         evals = read_records(self.evals)
-        summary = {
+        summary: Record = {
             "rounds": now.round,
             "bytes_up": now.bytes_up,
             "bytes_down": now.bytes_down,
