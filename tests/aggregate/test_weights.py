@@ -149,6 +149,14 @@ def test_who_counts_nothing_is_not_averaged() -> None:
     assert (found, shares(weighing)) == ([1.0], [0.0, 1.0])
 
 
+def test_who_is_left_out_leaves_its_share_to_the_others() -> None:
+    _, weighing = weigh(Agreement(by="examples"), [Up(60), Up(30), Up(10)])
+    weighing.leave_out([0, 3])
+    assert (shares(weighing), reasons(weighing)) == ([0.0, 0.75, 0.25], ["by examples"] * 3)
+    weighing.leave_out([1, 2])
+    assert shares(weighing) == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("fields", "line"),
     [

@@ -116,6 +116,13 @@ class Weighing:
                 yield client, up, self.shares[client].share
             del up
 
+    def leave_out(self, clients: Iterable[int]) -> None:
+        """These had a share, and are not in the result after all: it goes to the others, in proportion."""
+        aside = {*clients} & {*self.shares}
+        rest = sum(found.share for client, found in self.shares.items() if client not in aside)
+        for client, found in self.shares.items():
+            self.shares[client] = Share(0.0 if client in aside or not rest else found.share / rest, found.why)
+
     def _count(self, client: int, up: Any, own: Callable[[Any], float]) -> float:
         agreed = self.agreement
         if agreed is None:
