@@ -97,6 +97,8 @@ def test_who_counted_how_much_and_how_each_is_served(agreed: Path) -> None:
     assert cells["site-3"][3:7] == ["withheld"] * 4
     plots = data_of(html)["plots"]
     assert {"own", "shares"} <= set(plots)
+    assert "agreed ended after round 4: the loss on heldout is 0.4000." in html
+    assert "agreed has the weights of round 3, chosen by the loss on selection." in html
     assert {row["client"] for row in plots["own"]["rows"]} == {*cells} - {"site-3", "agreed"}
     assert len(plots["shares"]["rows"]) == 23  # of 24 visits one was dropped
 

@@ -44,6 +44,7 @@ def render(runs: Sequence[Recorded]) -> str:
         runs=runs,
         answers=answers(runs),
         worth=any(run.contributions for run in runs),
+        endings=endings(runs),
         clients=[(run.label, each) for run in runs if (each := client_table(run))],
         dropped=[
             (run.label, record["round"], visit.get("name", visit.get("id")), visit["error"])
@@ -132,6 +133,19 @@ def client_table(run: Recorded) -> tuple[list[str], list[list[str]]] | None:
             line += ["-" if value is None else f"{value:+.4f}" + (f" ± {error:.4f}" if error else "")]
         lines.append([*line, client.why or "-"])
     return heads, lines
+
+
+def endings(runs: Sequence[Recorded]) -> list[str]:
+    """Why runs have ended before their last round, and which round's weights they have kept."""
+    found = []
+    for run in runs:
+        if (why := (run.summary or {}).get("ended")) is not None:
+            found.append(f"{run.label} ended after round {len(run.rounds)}: {why}.")
+        if isinstance(kept := (run.summary or {}).get("kept"), dict):
+            found.append(
+                f"{run.label} has the weights of round {kept.get('round')}, chosen by the loss on {kept.get('on')}."
+            )
+    return found
 
 
 def answers(runs: Sequence[Recorded]) -> list[dict[str, Any]]:
