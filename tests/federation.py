@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tiny import CHOICES, tiny_folder, tiny_rows
 
+from thinwire.aggregate.weights import Agreement, Weighing
 from thinwire.core import Client, Method, Metrics, Server
 from thinwire.data.batch import Dataset
 from thinwire.data.templates import Template
@@ -60,6 +61,7 @@ class Federation:
     held: dict[int, str] = field(default_factory=dict)
     caps: dict[int, int] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)
+    agreement: Agreement | None = None  # who counts how much
     metrics: Metrics = field(default_factory=dict)
     history: list[Round] = field(default_factory=list)
 
@@ -97,7 +99,9 @@ class Federation:
         cohort = tuple(range(len(self.sizes))) if cohort is None else tuple(cohort)
         inner = InProcess(Endpoint(self.method, self.seats, ACTIONS, spool=self.spool))
         transport = Tampered(inner, self.tamper, self.watch)
-        at = Round(1, self.server(self.round, cohort), transport, self.held, self.spool)
+        names = [f"client-{i}" for i in range(len(self.sizes))]
+        server = replace(self.server(self.round, cohort), weighing=Weighing(self.agreement, names))
+        at = Round(1, server, transport, self.held, self.spool)
         at.max_header = header_room(self.method.Up, self.net.names)
         at.caps, at.examples = self.caps, self.examples
         self.state, self.metrics = run_round(self.method, self.state, at)

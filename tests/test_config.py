@@ -60,7 +60,20 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (['federation.sites=["a", "a"]'], "federation.sites: a name is there twice"),
         (['federation.sites=["../a"]'], "federation.sites: '../a' is not a name"),
         (["federation.deadline=0"], "federation.deadline: must be greater than 0, got 0"),
-        (["federation.site=1"], "federation.site: unknown field (did you mean sites?); known: chunk_bytes, deadline"),
+        (["federation.site=1"], "federation.site: unknown field (did you mean sites?); known: audit, chunk_bytes"),
+        (["federation.weights.caps=0.5"], "federation.weights.caps: unknown field (did you mean cap?); known: by, cap"),
+        (["federation.weights.by=size"], "federation.weights.by: must be 'method', 'examples', 'equal' or 'table'"),
+        (["federation.weights.cap=0"], "federation.weights.cap: must be greater than 0, got 0"),
+        (["federation.weights.by=table"], 'federation.weights: by = "table" and a table go together'),
+        (["federation.weights.floor=0.5", "federation.weights.cap=0.4"], "federation.weights: a floor of 0.5 is above"),
+        (
+            ["federation.weights.by=table", "federation.weights.table={a=0.5, b=0.4}"],
+            "federation.weights.table: its shares sum to 0.9, not to 1",
+        ),
+        (["eval.target=1.5"], "eval.target: is compared with evaluations, so it goes together with eval.every"),
+        (["eval.warmup=2"], 'eval.warmup: goes with eval.patience, eval.target or eval.keep = "best"'),
+        (["eval.on=sites"], 'eval.on: goes with eval.patience, eval.target or eval.keep = "best"'),
+        (["data.selection=1.5"], "data.selection: 1.5 is neither a share between 0 and 1 nor a source"),
         # unknown names
         (["method.name=fedkseeed"], "method.name: 'fedkseeed' is not a method (did you mean fedkseed?); known: cgfed"),
         (["method.name=zzz"], "method.name: 'zzz' is not a method; known: cgfed"),
@@ -228,10 +241,11 @@ def test_what_came_later_and_is_not_used_changes_no_runs_number(tmp_path: Path) 
     as_it_was = run.model_copy(update=aside).to_toml({"eval": {"patience", "keep"}, "data": {"order", "focus"}})
     assert "patience" not in as_it_was
     assert assemble.identity(run) == int.from_bytes(hashlib.sha256(as_it_was.encode()).digest()[:4], "little")
-    changes = ("eval.patience=3", "eval.keep=best", "data.order=lfr")
-    assert (
-        len({assemble.identity(run), *(assemble.identity(run_of("eval.every=1", change)) for change in changes)}) == 4
-    )
+    changes = ("eval.patience=3", "eval.keep=best", "data.order=lfr", "eval.target=1.5", "data.selection=0.1")
+    changes += ("federation.weights.cap=0.5", "federation.weights.fair=0.1")
+    others = [assemble.identity(run_of("eval.every=1", change)) for change in changes]
+    assert len({assemble.identity(run), *others}) == 1 + len(changes)
+    assert assemble.identity(run_of("eval.every=1", "federation.deadline=5")) == assemble.identity(run)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +281,8 @@ def test_the_resolved_file_is_a_run_file_of_the_same_run(tmp_path: Path, changes
         (["data.rows=9"], "data.rows is None there, 9 here"),
         (["threads=2"], None),
         (["eval.keep=best"], "eval.keep is 'last' there, 'best' here"),
+        (["federation.deadline=5", "federation.audit=false"], None),
+        (["federation.weights.cap=0.5"], "federation.weights.by is None there, 'method' here"),
     ],
 )
 def test_the_first_difference_is_named(changes: list[str], line: str | None) -> None:

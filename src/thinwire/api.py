@@ -54,9 +54,9 @@ class Result:
 
     @property
     def evals(self) -> Any:
-        """A row for each evaluation and split, without samples: a DataFrame where pandas is, else a list of dicts."""
+        """A row for each evaluation and split, without samples or lines of clients: a DataFrame, or a list of dicts."""
         records = read_records(self.folder / "evals.jsonl")
-        return _table([{key: value for key, value in r.items() if key != "samples"} for r in records])
+        return _table([{key: value for key, value in r.items() if key not in ("samples", "each")} for r in records])
 
     def save(self, folder: str | Path) -> Path:
         """Write a run folder with the records and `model/`, which from_pretrained loads; the folder's path.

@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 
 from thinwire import __version__
+from thinwire.commands.audit import audit
 from thinwire.commands.chat import chat
 from thinwire.commands.client import client
 from thinwire.commands.codec import fit_codec
 from thinwire.commands.compare import compare
+from thinwire.commands.contributions import contributions
 from thinwire.commands.data import data
 from thinwire.commands.estimate import estimate
 from thinwire.commands.evaluate import evaluate
@@ -27,6 +29,7 @@ from thinwire.commands.report import report
 from thinwire.commands.run import run
 from thinwire.commands.schema import schema
 from thinwire.commands.server import server
+from thinwire.commands.summary import show
 from thinwire.commands.terminal import echo
 
 app = typer.Typer(
@@ -61,6 +64,9 @@ for command in (
     merge,
     estimate,
     report,
+    show,
+    contributions,
+    audit,
     server,
     client,
     local_federation,

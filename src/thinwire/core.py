@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from thinwire.aggregate.mean import Counted, Mean, Metrics, Setting, Update
 from thinwire.aggregate.robust import AnyAggregation
 from thinwire.aggregate.server_step import AnyServerStep, Plain
+from thinwire.aggregate.weights import Weighing
 from thinwire.costs.sketch import Work
 from thinwire.errors import ConfigError
 from thinwire.keys import Key
@@ -65,6 +66,7 @@ class Server:
     loss: Callable[[], float] | None = None
     spool: Path | None = None
     left_out: dict[int, str] = field(default_factory=dict)
+    weighing: Weighing = field(default_factory=Weighing)  # how much each reply counts
 
 
 @dataclass
@@ -221,17 +223,20 @@ class Averaged(Method):
         counted: list[Counted] = []
 
         def updates() -> Iterator[tuple[int, Update]]:
-            for client, up in replies:
+            for client, up, weight in self.weighed(server, replies):
                 update = self.update_of(state, server, client, up)
+                if server.weighing.agreement is not None:
+                    update = update._replace(weight=weight)
                 counted.append(Counted(client, update.weight, update.metrics))
                 yield client, update
                 del up, update  # large ones are gone before the next one comes
 
-        rise = self._rise(state, server, server.loss) if self.measures and server.loss is not None else None
+        rise = self._rise(state, server, server.loss) if self.measures and server.loss else None
         setting = Setting(self.origin(state), rise, server.spool, server.left_out, server.key)
         mean, metrics = self.aggregation(updates(), setting)
         if server.left_out:
             metrics = metrics | {"left_out": len(server.left_out)}
+            server.weighing.leave_out(server.left_out)
         if not mean:
             return state, metrics
         counted = [each for each in counted if each.client not in server.left_out]
@@ -239,8 +244,12 @@ class Averaged(Method):
         return state, metrics | own
 
     def weight(self, up: Any) -> float:
-        """How much a reply counts in the mean."""
+        """How much a reply counts in the mean, where the run has no agreement."""
         return up.examples if self.weighting == "examples" else 1
+
+    def weighed(self, server: Server, replies: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any, float]]:
+        """Each reply that counts, with how much it does."""
+        return server.weighing(replies, self.weight)
 
     def check_cohort(self, clients: int) -> None:
         try:
@@ -270,17 +279,14 @@ class Averaged(Method):
             return measured()
 
         def rise(client: int, update: Update) -> float:
-            if not before:
-                before.append(loss(state))
+            before.extend([] if before else [loss(state)])
             mean, _ = Mean()([(client, update)])
-            after, _ = self.step(state, trial, mean, [Counted(client, update.weight, update.metrics)])
-            return loss(after) - before[0]
+            return loss(self.step(state, trial, mean, [Counted(client, update.weight, update.metrics)])[0]) - before[0]
 
         return rise
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """The versions of a state that is only tried: none is kept."""
 
     known: Versions

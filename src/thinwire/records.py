@@ -13,6 +13,7 @@ from thinwire import files
 from thinwire.errors import Damaged, first_wrong
 
 Record = dict[str, Any]
+SELECTION = "selection"  # the split by which a round may be chosen, and which no summary reports
 K = TypeVar("K")
 
 

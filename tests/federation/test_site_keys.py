@@ -14,6 +14,7 @@ from test_cli import refused, thinwire
 from thinwire.config import ConfigError
 from thinwire.federation import keys
 from thinwire.federation.server_app import nodes_of, public_keys
+from thinwire.runtime.audit import signed
 
 
 def test_a_site_s_private_half_is_its_owner_s_alone_and_is_never_printed(tmp_path: Path) -> None:
@@ -91,3 +92,16 @@ def test_a_site_is_its_key_whatever_number_the_engine_gives_it(tmp_path: Path) -
             ]
 
     assert nodes_of(Nodes(), ("north", "south", "west"), known) == {0: 4, 2: 9}
+
+
+def test_a_log_is_signed_with_the_key_of_the_servers_certificate(tmp_path: Path) -> None:
+    keys.make_server(["localhost"], tmp_path)
+    signer = keys.signer_of(tmp_path)
+    assert signer.public == keys.certified(tmp_path / "server.crt") != keys.certified(tmp_path / "ca.crt")
+    signature = signer.sign("a line")
+    assert signed(signer.public, "a line", signature)
+    assert not signed(signer.public, "another", signature)
+    assert not signed(keys.certified(tmp_path / "ca.crt"), "a line", signature)
+    assert not signed(signer.public, "a line", "?")
+    with pytest.raises(ConfigError, match="is no certificate"):
+        keys.certified(tmp_path / "server.key")

@@ -280,6 +280,32 @@ def test_the_site_s_policy_is_kept(policy: str, reason: str, silos: Silos, tmp_p
         course.train(job)
 
 
+@pytest.mark.parametrize("evaluate", ["false", '"mean"'])
+def test_what_a_site_withholds_is_absent_and_said_so(evaluate: str, silos: Silos, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(f"{OPEN}evaluate = {evaluate}\n")
+    run = silos.run(THIN, rounds=1, federation={"evaluate": True})
+    job, grid, _ = federate(silos, run, tmp_path / "run")
+    for client in (0, 2):
+        grid.workers[client] = Worker(replace(grid.workers[client].site, policy=str(file)))
+    job.card = None
+    course.train(job)
+    last = [row for row in course.read_records(tmp_path / "run" / "evals.jsonl") if row["split"] == "sites_train"][-1]
+    assert [each["name"] for each in last["each"]] == [job.names[1]]
+    if evaluate == "false":
+        assert last["sites"] == 1
+        assert all("does not allow evaluation" in last["errors"][str(client)] for client in (0, 2))
+    else:
+        assert (last["sites"], last["withheld"]) == (3, [job.names[0], job.names[2]])
+    log = [json.loads(line) for line in (tmp_path / "run" / "audit.jsonl").read_text().splitlines()]
+    sent = [
+        entry
+        for entry in entries(tmp_path / "run", job.names[1])
+        if (entry["direction"], entry["action"]) == ("out", "train")
+    ]
+    assert [each["sha256"] for each in log[1]["counted"] if each["id"] == 1] == [entry["sha256"] for entry in sent]
+
+
 def test_a_class_from_elsewhere_is_not_even_imported(silos: Silos, tmp_path: Path) -> None:
     job, grid, _ = federate(silos, silos.run(THIN, rounds=1), tmp_path / "run")
     tree = json.loads(grid.settings)

@@ -57,3 +57,42 @@ def run_folder(path: Path, name: str = "fedavg", seed: int = 0, rounds: int = 4,
     ]
     (path / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evals))
     return path
+
+
+def agreed_folder(path: Path, clients: int = 6) -> Path:
+    """A run under an agreement, with scores of each client but for one that withholds them, and contributions."""
+    run_folder(path, "agreed", rounds=4)
+    rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    names = ["north", "south", "the-hospital-with-a-long-name.example", *(f"site-{i}" for i in range(3, clients))]
+    shares = [0.4, 0.25, 0.15, *[0.2 / (clients - 3)] * (clients - 3)]
+    for record in rounds:
+        visit = record["clients"][0]
+        record["clients"] = [
+            visit | {"id": i, "name": names[i], "examples": 100 * (i + 1), "loss": 1.0 + i / record["round"]}
+            for i in range(clients)
+        ]
+        for i, each in enumerate(record["clients"]):
+            each |= {"share": shares[i], "why": "by examples, capped from 0.61, leant from 0.4 by a loss of 2.313"}
+    gone = rounds[1]["clients"][1]
+    gone["error"] = "the engine did not answer"
+    del gone["share"], gone["why"]
+    (path / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rounds))
+    with (path / "evals.jsonl").open("a") as file:
+        for round in (0, 2, 4):
+            each = [
+                {"id": i, "name": names[i], "rows": 10 + i, "loss": 3.0 - round / 4 + i / 5, "accuracy": 0.5}
+                for i in range(clients)
+                if i != 3
+            ]
+            line = {"round": round, "split": "sites", "loss": 3.0 - round / 4, "accuracy": 0.5, "rows": 60}
+            more = {"sites": clients, "samples": [], "each": each, "withheld": [names[3], names[1]][:1]}
+            file.write(json.dumps(line | more) + "\n")
+    worth = {
+        str(i): {"name": name, "leave_one_out": 0.01 * i, "shapley": 0.02 * i - 0.03, "error": 0.004}
+        for i, name in enumerate(names)
+    }
+    found = {"round": 4, "rows": 8, "orders": 50, "before": 2.0, "after": 1.9, "clients": worth}
+    (path / "contributions.json").write_text(json.dumps(found))
+    summary = {"rounds": 4, "ended": "the loss on heldout is 0.4000", "kept": {"round": 3, "on": "selection"}}
+    (path / "summary.json").write_text(json.dumps(summary))
+    return path

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import SECRET, run_folder
+from folders import SECRET, agreed_folder, run_folder
 
 from thinwire.data.shown import printable
 from thinwire.report.page import _library, render
@@ -76,6 +76,35 @@ def test_text_of_a_run_is_text(page: Path) -> None:
     html = page.read_text()
     assert "How are &lt;/script&gt; you?" in html
     assert "<b>fine</b>" not in html
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("agreed")
+    agreed_folder(folder / "run")
+    (folder / "report.html").write_text(render(collect([folder])))
+    return folder / "report.html"
+
+
+def test_who_counted_how_much_and_how_each_is_served(agreed: Path) -> None:
+    html = agreed.read_text()
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</th>(.*?)</tr>", html)
+    cells = {name: re.findall(r"<td[^>]*>(.*?)</td>", line) for name, line in rows}
+    assert cells["north"][:3] == ["10", "4", "40.0%"]
+    assert cells["north"][-1] == "by examples, capped from 0.61, leant from 0.4 by a loss of 2.313"
+    assert cells["north"][3:-1] == ["3.000", "2.000", "0.500", "0.500", "+0.0000", "-0.0300 ± 0.0040"]
+    assert cells["south"][1] == "3, 1 dropped"
+    assert cells["site-3"][3:7] == ["withheld"] * 4
+    plots = data_of(html)["plots"]
+    assert {"own", "shares"} <= set(plots)
+    assert "agreed ended after round 4: the loss on heldout is 0.4000." in html
+    assert "agreed has the weights of round 3, chosen by the loss on selection." in html
+    assert {row["client"] for row in plots["own"]["rows"]} == {*cells} - {"site-3", "agreed"}
+    assert len(plots["shares"]["rows"]) == 23  # of 24 visits one was dropped
+
+
+def test_a_run_of_before_has_no_clients_table(page: Path) -> None:
+    assert 'id="clients-title"' not in page.read_text()
 
 
 def test_a_run_without_a_round_has_a_page(tmp_path: Path) -> None:
@@ -156,6 +185,19 @@ def test_it_fits_the_screen(page: Path, browser: Any, width: int, dark: bool) ->
     assert browser.execute_script(wide)
     ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") != dark
+    assert shown.errors() == []
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_clients_fit_the_screen(agreed: Path, browser: Any, width: int) -> None:
+    from browser import Page
+
+    shown = Page(browser, agreed)
+    shown.look(width, False)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    table = "document.querySelector('details.clients .wide')"
+    assert browser.execute_script(f"return {table}.getBoundingClientRect().height") > 150
+    assert browser.execute_script(f"return {table}.getBoundingClientRect().right <= innerWidth")
     assert shown.errors() == []
 
 

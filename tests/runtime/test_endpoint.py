@@ -20,6 +20,7 @@ from thinwire.methods.fedcybgd import FedCyBGD
 from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.payloads import Hello, Ready, Scores
+from thinwire.runtime.round import Reply
 from thinwire.runtime.survey import Survey
 from thinwire.wire import Illegal
 
@@ -91,8 +92,46 @@ def test_clients_score_the_state_that_they_are_sent(net: Any, tmp_path: Path) ->
     whole = evaluate(net, Split("all", replace(federation.data[0], examples=examples)))
     assert row["loss"] == pytest.approx(whole.loss, rel=1e-5)
     assert (row["split"], row["rows"], row["sites"]) == ("sites_train", 36, 3)
+    alone = [evaluate(net, Split("one", data)) for data in federation.data]
+    assert [each["loss"] for each in row["each"]] == pytest.approx([one.loss for one in alone], rel=1e-5)
+    assert [(each["id"], each["name"], each["rows"]) for each in row["each"]] == [
+        (0, "0", 12),
+        (1, "1", 8),
+        (2, "2", 16),
+    ]
     assert row["bytes_down"] > 3 * 4 * net.size
     assert 0 < row["bytes_up"] < 1000
+
+
+class Answers:
+    """Clients with these scores."""
+
+    def __init__(self, *scores: Scores) -> None:
+        self.scores = scores
+
+    def exchange(self, frames: Any, action: str = "train") -> Any:
+        for client, frame in frames:
+            yield Reply(client, wire.encode(self.scores[client], run=5, round=frame.header().round, client=client))
+
+
+def test_who_lets_its_scores_into_a_mean_alone_has_no_line(net: Any, tmp_path: Path) -> None:
+    federation = Federation(FedAvg(steps=1), net, tmp_path)
+    server, names = federation.server(1, (0, 1, 2)), ["north", "south", "east"]
+
+    def survey(*withheld: int) -> dict[str, Any]:
+        scores = [Scores(10, float(i), None, None, True, True if i in withheld else None) for i in range(3)]
+        transport: Any = Answers(*scores)
+        (row,) = Survey(transport, federation.method, 5, tmp_path, names)(federation.state, server, {})
+        return row
+
+    row = survey()
+    assert ([each["name"] for each in row["each"]], row["loss"], "withheld" in row) == (names, 1.0, False)
+    row = survey(1, 2)
+    assert ([each["name"] for each in row["each"]], row["loss"], row["sites"]) == (["north"], 1.0, 3)
+    assert row["withheld"] == ["south", "east"]
+    row = survey(2)  # the mean of all, and the others one by one, would reveal it
+    assert ([each["name"] for each in row["each"]], row["loss"], row["sites"]) == (["north", "south"], 0.5, 2)
+    assert (row["withheld"], row["errors"]) == (["east"], {"2": "the only one whose scores are for a mean alone"})
 
 
 def test_a_method_whose_clients_never_receive_the_model_is_not_asked(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.net import Net
 from thinwire.runtime import checkpoint
 from thinwire.runtime.cohort import All, Only, Uniform
-from thinwire.runtime.course import Job, Watch, read_records, train
+from thinwire.runtime.course import Course, Job, Watch, read_records, train
 
 METHODS = {
     "fedkseed": FedKSeed(seeds=32, steps=4, batch_size=4, lr=1e-4, pro=True),
@@ -105,8 +105,9 @@ def test_the_records_of_a_run(net: Net, tmp_path: Path) -> None:
         "round", "clients", "bytes_down", "bytes_up", "seconds", "peak_memory_bytes", "metrics"
     }  # fmt: skip
     client = rounds[1]["clients"][0]
-    assert set(client) == {"id", "name", "bytes_down", "bytes_up", "seconds", "examples", "loss"}
+    assert set(client) == {"id", "name", "bytes_down", "bytes_up", "seconds", "examples", "loss", "share", "why"}
     assert (client["name"], client["examples"]) == ("a", 12)
+    assert (client["share"], client["why"]) == (pytest.approx(12 / 36), "by examples")
     assert sum(c["bytes_up"] for r in rounds for c in r["clients"]) == summary["bytes_up"]
     assert [r["round"] for r in read_records(tmp_path / "evals.jsonl")] == [0, 2, 4]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -445,3 +446,80 @@ def test_without_held_out_rows_there_is_no_best(net: Net, tmp_path: Path) -> Non
     for changes in ({"keep": "best"}, {"stop": patient(1)}):
         with pytest.raises(ConfigError, match="no rows are held out"):
             train(job(net, tmp_path / next(iter(changes)), evaluate=list, **changes))
+
+
+def test_a_run_ends_at_its_target_and_says_why(net: Net, tmp_path: Path) -> None:
+    run = by_loss(net, tmp_path / "run", stop=lambda now: f"{now['loss']} on {now['on']}" if now["loss"] <= 1 else None)
+    summary = train(run)
+    assert (summary["rounds"], summary["ended"]) == (2, "1.0 on heldout")
+    assert train(by_loss(net, tmp_path / "other", on="other", stop=lambda now: now["loss"] <= -1))["rounds"] == 1
+    whole = train(by_loss(net, tmp_path / "whole", stop=lambda now: now["loss"] < 0))
+    assert (whole["rounds"], "ended" in whole) == (6, False)
+
+
+def test_the_reason_survives_a_stop(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends after the checkpoint of the last round, and before its summary."""
+
+    def cut(self: Course) -> None:
+        raise KeyboardInterrupt
+
+    stop = {"stop": lambda now: "enough" if now["waited"] >= 2 else None}
+    with monkeypatch.context() as patched:
+        patched.setattr(Course, "end", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(by_loss(net, tmp_path, **stop))
+    summary = train(by_loss(net, tmp_path, **stop))
+    assert (summary["rounds"], summary["ended"]) == (4, "enough")
+
+
+def test_a_round_of_the_warmup_is_neither_the_best_nor_waited_for(net: Net, tmp_path: Path) -> None:
+    losses = [0.1, 0.2, 1.0, 0.9, 1.1, 1.2, 1.3]
+    plain = train(by_loss(net, tmp_path / "plain", losses, keep="best", stop=patient(2)))
+    assert (plain["rounds"], plain["kept"]) == (2, {"round": 0, "on": "heldout"})
+    warm = train(by_loss(net, tmp_path / "warm", losses, keep="best", stop=patient(2), warmup=1))
+    assert (warm["rounds"], warm["kept"]) == (5, {"round": 3, "on": "heldout"})
+    assert warm["sha256"] == weights_after(net, tmp_path / "three", 3)
+
+
+def test_the_rows_that_choose_are_not_the_ones_that_are_reported(net: Net, tmp_path: Path) -> None:
+    run = by_loss(net, tmp_path, LOSSES[:5], keep="best", on="selection")
+    inner = run.evaluate
+    run.evaluate = lambda: [*inner()[1:], {**inner()[0], "split": "selection"}]
+    summary = train(run)
+    assert summary["kept"] == {"round": 2, "on": "selection"}
+    assert {row["split"] for row in summary["first"] + summary["final"]} == {"other"}
+    assert {row["split"] for row in read_records(tmp_path / "evals.jsonl")} == {"other", "selection"}
+    assert summary["sha256"] == weights_after(net, tmp_path / "two", 2)
+
+
+def test_the_sites_mean_may_choose(net: Net, tmp_path: Path) -> None:
+    run = by_loss(net, tmp_path, LOSSES[:5], keep="best", on="sites")
+    inner = run.evaluate
+    run.evaluate = lambda: [*inner()[1:], {**inner()[0], "split": "sites_train"}]
+    assert train(run)["kept"] == {"round": 2, "on": "sites"}
+
+
+def test_the_best_round_is_the_one_that_is_found_by_hand(net: Net, tmp_path: Path) -> None:
+    """Every round scored by hand, on the weights that the method makes of its state."""
+    from thinwire.evaluate.loss import mean_loss
+
+    held = closed_data(net, 12, 99)
+
+    def score() -> list[dict[str, Any]]:
+        return [{"split": "heldout", "loss": mean_loss(net.model, held, 16)[0]}]
+
+    method = FedAvg(steps=4, batch_size=4, lr=3e-2)
+    shared: dict[str, Any] = {"evaluate": score, "eval_every": 1, "rounds": 6}
+    kept = train(job(net, tmp_path / "kept", method, keep="best", **shared))
+    by_hand: dict[int, tuple[float, str]] = {}
+
+    def seen(now: Any) -> None:
+        by_hand[now["round"]] = (mean_loss(net.model, held, 16)[0], net.state_sha256())
+
+    train(job(net, tmp_path / "hand", method, stop=seen, **shared))
+    state = checkpoint.on_disk(tmp_path / "hand" / "state", 6, method.State)
+    method.materialise(state, net)
+    by_hand[6] = (mean_loss(net.model, held, 16)[0], net.state_sha256())
+    best = min(by_hand, key=lambda at: by_hand[at][0])
+    assert kept["kept"]["round"] == best
+    assert kept["sha256"] == by_hand[best][1]

@@ -43,6 +43,11 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
         "```",
         "",
     ]
+    if (kept := summary.get("kept")) is not None:
+        lines += [
+            f"The weights are those of round {kept['round']}, which the loss on {kept['on']} rows has chosen.",
+            "",
+        ]
     if run.model.view.factors is not None:
         alone = "they stand alone in `adapter/`, for peft"
         if run.method.moves_base:

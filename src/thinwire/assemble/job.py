@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import xxhash
 
 from thinwire import config, memory
+from thinwire.assemble.agreement import agreement_of, check_agreement
 from thinwire.assemble.card import card
+from thinwire.assemble.choice import check_choice, choice_of, stop_of
 from thinwire.assemble.datasets import check_answers, check_context, check_tokens, clients_data, datasets, public_data
 from thinwire.assemble.model import classes_of, net_of, settled, use_threads
 from thinwire.assemble.rows import Rows, rows_of
@@ -47,6 +49,7 @@ def prepared(run: Run, rows: Rows | None = None) -> tuple[Run, Rows]:
     """
     if rows is None:
         rows = rows_of(run.data, Key.root(run.seed))
+    check_agreement(run, list(rows.clients))
     return settled(run, rows), rows
 
 
@@ -65,7 +68,10 @@ def identity(run: Run) -> int:
     unset = {"eval": {name for name, default in newer.items() if getattr(run.eval, name) == default}}
     if run.data.order == "random":
         unset["data"] = {"order", "focus"}
-    return int.from_bytes(hashlib.sha256(same.to_toml(unset).encode()).digest()[:4], "little")
+    text = same.to_toml(unset)
+    if (weights := agreement_of(run)) is not None:
+        text += weights.model_dump_json()
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
 def fingerprints(job: Job) -> dict[str, str]:
@@ -98,7 +104,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         scored = datasets(run.data, list(rows.clients.values()), net.tokenizer, classes) if clients else []
         few = {id: replace(data, examples=data.examples[: run.eval.rows]) for id, data in enumerate(scored)}
         actions["evaluate"] = Evaluation(few, heldout=False, settings=run.eval)
-    patience = run.eval.patience
+    check_choice(run, list(rows.splits))
     return Job(
         method=run.method,
         net=net,
@@ -119,8 +125,13 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         watch=watch,
         card=lambda summary: card(run, rows, summary, classes),
         actions=actions,
-        stop=(lambda now: bool(now["waited"] >= patience)) if patience else None,
+        stop=stop_of(run),
         keep=run.eval.keep,
+        on=choice_of(run),
+        warmup=run.eval.warmup or 0,
+        weights=agreement_of(run),
+        audit=run.federation is not None and run.federation.audit,
+        replies=run.federation is not None and run.federation.keep_replies,
     )
 
 

@@ -14,6 +14,7 @@ from thinwire.data.rows import Row
 from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
 from thinwire.data.tokenise import shuffle_answers
 from thinwire.keys import Key
+from thinwire.records import SELECTION
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,15 @@ def rows_of(data: config.Data, key: Key) -> Rows:
         splits = {"validation": [row for _, held in parts.values() for row in held]}
         if not splits["validation"]:
             raise ConfigError(f"data.validation: {data.validation} of each client's rows holds out none at all")
+    if isinstance(data.selection, str):
+        splits[SELECTION] = read_source(data.selection)
+    elif data.selection is not None:
+        keys = key.fold(SELECTION)
+        parts = {name: partition.holdout(held, data.selection, keys.fold(name)) for name, held in clients.items()}
+        clients = {name: kept for name, (kept, _) in parts.items()}
+        splits[SELECTION] = [row for _, held in parts.values() for row in held]
+        if not splits[SELECTION]:
+            raise ConfigError(f"data.selection: {data.selection} of each client's rows holds out none at all")
     if data.shuffle_answers:
         # Within each client, so that its skew stays; the held-out rows keep their true answers.
         template = template_of(data)

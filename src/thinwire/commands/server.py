@@ -52,6 +52,8 @@ def server(
         # what follows takes its time to import
         from thinwire import config
         from thinwire.assemble import check_clients
+        from thinwire.assemble.agreement import check_agreement
+        from thinwire.assemble.choice import check_choice
         from thinwire.commands.show import print_summary
         from thinwire.federation import proxy
         from thinwire.federation.progress import Progress
@@ -61,6 +63,8 @@ def server(
         sites = federation_of(settings)
         check_clients(settings, len(sites))
         check_model(settings, _splits(settings))
+        check_agreement(settings, sites)
+        check_choice(settings, list(_splits(settings)))
         folder = out if out is not None else Path("runs") / settings.name
         if stack.enter_context(claimed(folder, settings, resume)):
             return
@@ -116,5 +120,5 @@ def server(
 
 def _splits(settings: Any) -> dict[str, str]:
     """The rows that the server scores itself: of files that the run names. What sites hold stays there."""
-    named = {"heldout": settings.data.heldout, "heldout_tasks": settings.data.heldout_tasks}
+    named = {name: getattr(settings.data, name) for name in ("heldout", "heldout_tasks", "selection")}
     return {name: path for name, path in named.items() if isinstance(path, str)}

@@ -15,6 +15,7 @@ from thinwire import config
 from thinwire.commands.screen import Screen
 from thinwire.config import Run, method_name
 from thinwire.records import MEASURED, SCORES, Record, read_records
+from thinwire.report.sites import clients_of
 from thinwire.runtime.course import Watch
 from thinwire.units import number, share, size, span
 
@@ -150,6 +151,11 @@ def print_summary(folder: Path, note: str | None = None) -> None:
             line = " | ".join(parts)
             for text in [line] if len(line) <= 76 else parts:
                 console.print(f"    {text}")
+    print_clients(console, rounds, read_records(folder / "evals.jsonl"))
+    if "ended" in summary:
+        console.print(f"ended after round {summary['rounds']}: {summary['ended']}", soft_wrap=True)
+    if (kept := summary.get("kept")) is not None:
+        console.print(f"the model is that of round {kept['round']}, chosen by the loss on {kept['on']}", soft_wrap=True)
     console.print(
         f"{_many(summary['rounds'], 'round')} in {span(summary['seconds'])}, peak memory "
         f"{size(summary['peak_memory_bytes'])}; in all {size(summary['bytes_down'])} down, "
@@ -162,6 +168,29 @@ def print_summary(folder: Path, note: str | None = None) -> None:
         console.print(f"what was learnt is in {thin}; thinwire merge makes it and its base a model", soft_wrap=True)
     else:
         console.print(f"the model is in {model}", soft_wrap=True)
+
+
+def print_clients(console: Screen, rounds: Sequence[Record], evals: Sequence[Record]) -> None:
+    """A line a client: how much it counted and why, its own scores; where there are scores, or shares by agreement."""
+    found = clients_of(rounds, evals)
+    plain = {"", "by examples", "equally"}
+    if not any(client.first or client.withheld or client.why not in plain for client in found):
+        return
+    scores = [name for name in MEASURED if any(client.last.get(name) is not None for client in found)]
+    heads = ["rows", "counted", *(f"{MEASURED[name].title} {when}" for name in scores for when in ("before", "after"))]
+    table = Table("client", *(Column(head, justify="right") for head in heads))
+    for client in found[:LISTED]:
+        counted = "" if client.share is None else f"{client.share:.1%}"
+        cells = [_points(end.get(name)) for name in scores for end in (client.first, client.last)]
+        rows = "" if client.rows is None else f"{client.rows:,}"
+        table.add_row(client.name, rows, counted, *cells)
+    console.print(table)
+    for client in found[:LISTED]:
+        why = [*([client.why] if client.why not in plain else []), *(["scores withheld"] if client.withheld else [])]
+        if why:
+            console.print(f"  {client.name}: {'; '.join(why)}", soft_wrap=True)
+    if len(found) > LISTED:
+        console.print(f"and {_many(len(found) - LISTED, 'client')} more, in evals.jsonl and rounds.jsonl")
 
 
 def _many(count: int, thing: str) -> str:

@@ -137,7 +137,8 @@ class Plan:
         if self.shuffled or self.name == "base" or not self.grid or not self.rounds or math.isnan(base := self.rate()):
             return {}
         first, rates = self.seeds[0], [float(f"{base * factor:.3g}") for factor in sorted(self.grid)]
-        changes: Tree = {"data": {"validation": self.validation}, "eval": {"every": 0, "generate": 0}}
+        plain = {"every": 0, "generate": 0, "patience": 0, "keep": "last", "on": None, "target": None, "warmup": None}
+        changes: Tree = {"data": {"validation": self.validation, "selection": None}, "eval": plain}
         if self.tuning_rounds is not None:
             changes["rounds"] = min(self.rounds, self.tuning_rounds)
         if self.clients:

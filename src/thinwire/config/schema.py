@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NewType
 
 import tomli_w
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -23,7 +19,9 @@ from pydantic import (
 )
 
 from thinwire.config.explain import leaves
+from thinwire.config.federation import Federation
 from thinwire.config.method import method_of
+from thinwire.config.section import Section
 from thinwire.errors import ConfigError
 from thinwire.methods import PLACES
 from thinwire.model.views import AnyView, Full, Lora
@@ -35,11 +33,7 @@ else:
     Method = NewType("Method", Any)  # the class comes with torch; `Run` sees to it itself that it has one
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Model(_Section):
+class Model(Section):
     """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or what packages carry:
     smollm2-135m-instruct, minilm.
 
@@ -80,7 +74,7 @@ class Model(_Section):
         return found
 
 
-class Data(_Section):
+class Data(Section):
     """The clients' rows, and how they are shown to the model.
 
     A source is a .jsonl, .csv, .tsv or .parquet file, a packaged set, or a Hugging Face data set: a folder that
@@ -124,12 +118,20 @@ class Data(_Section):
     pooled: bool = False  # a reference: all the clients' rows with one client
     public: str | None = None  # a source whose rows the server holds, for checks and calibration
     validation: float = Field(default=0.0, ge=0, lt=1)  # score on this share of the clients' rows, not on held-out ones
+    selection: float | str | None = None  # a share of the clients' rows, or a source: it chooses the round
 
     @field_validator("heldout")
     @classmethod
     def _heldout(cls, value: float | int | str) -> float | int | str:
         if not isinstance(value, str) and (value < 0 or (isinstance(value, float) and value >= 1)):
             raise ValueError(f"{value} is neither a share below 1, a number of rows nor a source")
+        return value
+
+    @field_validator("selection")
+    @classmethod
+    def _selection(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError(f"{value} is neither a share between 0 and 1 nor a source")
         return value
 
     @field_validator("choices")
@@ -159,11 +161,14 @@ class Data(_Section):
         return self
 
 
-class Eval(_Section):
+class Eval(Section):
     """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split.
 
-    After `patience` evaluations without a lower loss the run ends early (0: never); `keep`: whether model/ then has the
-    weights of the last round, or of the best: that of the lowest loss on the first split, the start among them.
+    After `patience` evaluations without a lower loss the run ends early (0: never), and where the loss has come down to
+    `target`; `keep`: whether model/ then has the weights of the last round, or of the best: that of the lowest loss,
+    the start among them. Rounds up to `warmup` are neither the best nor waited for. The loss is that of the split `on`,
+    by default of the rows of data.selection, which no summary reports, or of the first split; sites: the mean of the
+    clients' own evaluation.
     `prompts`: public texts, nobody's rows, whose answers a report shows. `show_rows`: records and reports may hold a
     few held-out rows, with what the model answers, too.
     """
@@ -177,54 +182,31 @@ class Eval(_Section):
     show_rows: bool = False
     patience: NonNegativeInt = 0
     keep: Literal["last", "best"] = "last"
+    on: str | None = None
+    target: float | None = None
+    warmup: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _patience(self) -> Eval:
         if self.patience and not self.every:
             raise ConfigError("eval.patience: counts evaluations, so it goes together with eval.every")
+        if self.target is not None and not self.every:
+            raise ConfigError("eval.target: is compared with evaluations, so it goes together with eval.every")
+        if not self.patience and self.target is None and self.keep == "last":
+            for name in ("on", "warmup"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f'eval.{name}: goes with eval.patience, eval.target or eval.keep = "best"')
         return self
 
 
-class Track(_Section):
+class Track(Section):
     """Experiment trackers that receive the run's numbers, each on this machine: extras of their names."""
 
     to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     project: str = "thinwire"
 
 
-class Federation(_Section):
-    """A run on other machines: `sites`, by name, are its clients, in this order; each holds its own rows.
-
-    A reply that takes longer than `deadline` seconds counts as absent for the round; a round with fewer replies than
-    `quorum` ends the run, which can go on later. A site that is not connected is waited for at most `patience` seconds.
-    Frames beyond `chunk_bytes` travel in pieces. With `evaluate` each site scores the weights on its held-out rows
-    too; in one process each client does, on its own rows.
-    `max_examples`: that a site may claim, and so count in a mean, where it was not registered with a number of its own.
-    Without `model` the server has no weights in memory, where the method can do without: it scores nothing itself, and
-    the run ends with model.thin, which a machine that can hold the model makes one of.
-    """
-
-    sites: tuple[str, ...] = ()
-    deadline: PositiveFloat = 3600.0
-    quorum: PositiveInt = 1
-    patience: NonNegativeFloat = 120.0
-    chunk_bytes: int = Field(3 << 24, ge=1 << 10, le=1 << 30)
-    evaluate: bool = False
-    max_examples: PositiveInt | None = None
-    model: bool = True
-
-    @field_validator("sites")
-    @classmethod
-    def _sites(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-                raise ValueError(f"{name!r} is not a name: letters, digits, dots, dashes; 64 at most")
-        if len(set(value)) < len(value):
-            raise ValueError("a name is there twice")
-        return value
-
-
-class Run(_Section):
+class Run(Section):
     """A whole run. `threads`: of torch and of the kernels; None leaves torch's choice."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -273,7 +255,7 @@ class Run(_Section):
             "environment": True,
             "threads": True,
             "track": True,
-            "federation": Federation.model_fields.keys() - {"sites"},
+            "federation": Federation.model_fields.keys() - {"sites", "weights"},
         }
         mine, theirs = (dict(leaves(r.model_dump(exclude=aside))) for r in (self, other))
         for key in dict.fromkeys([*mine, *theirs]):

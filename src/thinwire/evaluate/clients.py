@@ -19,13 +19,14 @@ from thinwire.wire import Frame, Illegal
 class Evaluation:
     """The action `evaluate`: how the weights that a broadcast means score on a client's rows.
 
-    `data`: client -> the rows that it scores; `heldout`: whether it trains on none of them;
-    `settings`: [eval] of the run file.
+    `data`: client -> the rows that it scores; `heldout`: whether it trains on none of them; `settings`: [eval] of the
+    run file; `mean_only`: see Scores.
     """
 
     data: Mapping[int, Dataset]
     heldout: bool
     settings: Any
+    mean_only: bool = False
 
     def __call__(self, method: Method, frame: Frame, client: Client, spool: Path | None = None) -> Frame:
         """The frame of the client's Scores."""
@@ -36,5 +37,5 @@ class Evaluation:
             raise Illegal("a broadcast that builds on a version which this client does not hold") from None
         split = Split("sites", self.data[client.id], self.settings.generate)
         found = evaluate(client.net, split, self.settings.batch_size, self.settings.max_new_tokens)
-        scores = Scores(found.rows, found.loss, found.accuracy, found.rouge_l, self.heldout)
+        scores = Scores(found.rows, found.loss, found.accuracy, found.rouge_l, self.heldout, self.mean_only or None)
         return wire.encode(scores, run=header.run, round=header.round, client=client.id)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from thinwire.runtime.audit import sha256 as sha256
 from thinwire.wire import Frame
 
 NONE = "0" * 64  # the hash before the first line
@@ -89,12 +90,14 @@ def broken(path: Path) -> str | None:
     return None
 
 
-def sha256(frame: Frame) -> str:
-    """Of a frame."""
-    digest = hashlib.sha256()
-    for chunk in frame.chunks():
-        digest.update(chunk)
-    return digest.hexdigest()
+def sent(path: Path) -> dict[tuple[int, int, int], set[str]]:
+    """(run, round, client) -> the hashes of the replies to training that have left, by a log."""
+    found: dict[tuple[int, int, int], set[str]] = {}
+    for line in _lines(path)[0]:
+        entry = json.loads(line)
+        if (entry["direction"], entry.get("action"), entry["verdict"]) == ("out", "train", "passed"):
+            found.setdefault((entry["run"], entry["round"], entry["client"]), set()).add(entry["sha256"])
+    return found
 
 
 def _lines(path: Path) -> tuple[list[bytes], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import ipaddress
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thinwire.config import ConfigError
+from thinwire.runtime.audit import Signer
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -119,6 +121,31 @@ def check_server(folder: Path) -> None:
         raise ConfigError(f"{folder / 'server.crt'}: is not of the authority in ca.crt; {again}")
     if key.public_key() != own.public_key():
         raise ConfigError(f"{folder / 'server.key'}: is not the key of server.crt; {again}")
+
+
+def signer_of(folder: Path) -> Signer:
+    """What signs with server.key; ConfigError for a key that cannot."""
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = form.load_pem_private_key((folder / "server.key").read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{folder / 'server.key'}: not an elliptic curve's key, as `thinwire keys server` makes them")
+    public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo).decode()
+    return Signer(public, lambda text: base64.b64encode(key.sign(text.encode(), ec.ECDSA(hashes.SHA384()))).decode())
+
+
+def certified(path: Path) -> str:
+    """The public key of a certificate's file, as PEM; ConfigError for another file."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization as form
+
+    try:
+        found = x509.load_pem_x509_certificates(path.read_bytes())[0].public_key()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--crt: {path} is no certificate ({error})") from None
+    return found.public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def _issued(own: x509.Certificate, root: x509.Certificate) -> bool:

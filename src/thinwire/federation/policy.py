@@ -23,7 +23,8 @@ LEAST = Annotated[int, Field(ge=2)]
 class Policy(BaseModel):
     """`methods`: names, as `thinwire methods` lists them. `kinds`: of payloads that may leave, None: any of a method's.
 
-    `max_bytes`: of a frame that leaves, `max_bytes_in`: of one that arrives. `evaluate`: whether scores may leave.
+    `max_bytes`: of a frame that leaves, `max_bytes_in`: of one that arrives. `evaluate`: whether scores may leave,
+    mean: for the server's records only within a mean of several sites.
     `code`: classes of methods that are not thinwire's own, as method.path names them.
 
     How rows are read: `templates`, names and `task_of` other ones; `choices`, sets of answers; `lengths`, the least and
@@ -40,7 +41,7 @@ class Policy(BaseModel):
     kinds: tuple[str, ...] | None = None
     max_bytes: PositiveInt = 1 << 38
     max_bytes_in: PositiveInt = 1 << 38
-    evaluate: bool = True
+    evaluate: bool | Literal["mean"] = True
     code: tuple[str, ...] = ()
     templates: tuple[str, ...] | Literal["any"] = tuple(NAMED)
     choices: tuple[tuple[str, ...], ...] | Literal["any"] = ()

@@ -87,7 +87,7 @@ def _train(grid: Grid, folder: Path) -> None:
     from thinwire.assemble import thin
     from thinwire.data.source import read_file
     from thinwire.federation.fingerprint import fingerprints
-    from thinwire.federation.keys import caps_of
+    from thinwire.federation.keys import caps_of, signer_of
     from thinwire.federation.progress import Notices, notices_of
     from thinwire.federation.questions import join
     from thinwire.federation.transport import Flower
@@ -123,7 +123,9 @@ def _train(grid: Grid, folder: Path) -> None:
     keep = 8 + run.method.versions_each * len(hub.sites)
     most = federation.max_examples
     caps = {id: most for id in range(len(hub.sites)) if most is not None} | caps_of(Path(hub.keys), hub.sites)
-    train(replace(job, names=list(hub.sites), transport=transport, keep_versions=keep, caps=caps))
+    signer = signer_of(Path(hub.keys)) if job.audit else None
+    job = replace(job, names=list(hub.sites), transport=transport, signer=signer)
+    train(replace(job, keep_versions=keep, caps=caps))
 
 
 def counted(folder: Path) -> dict[int, int]:

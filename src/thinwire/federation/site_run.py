@@ -44,6 +44,7 @@ def run_settings(run: config.Run, sites: tuple[str, ...], session: str) -> str:
         "heldout_tasks": None,
         "public": None,
         "values": None,
+        "selection": None,
     }
     if isinstance(run.data.heldout, str):
         data["heldout"] = 0
@@ -199,7 +200,7 @@ class Visits:
             assemble.check_tokens(self.net, run.model.path, each)
         versions = VersionStore(self.folder / "versions")
         seats = Seats(self.key, run.rounds, self.net, versions, {self.id: data}, self.kept, self.kept.held)
-        found = Evaluation({self.id: some}, bool(scored), run.eval)
+        found = Evaluation({self.id: some}, bool(scored), run.eval, self.policy.evaluate == "mean")
         self.endpoint = Endpoint(run.method, seats, {**ACTIONS, "evaluate": found}, spool=self.spool)
         self.data = data
         memory.trim()  # loading has left as much again as the model

@@ -190,8 +190,8 @@ class FedKSeed(Averaged):
         if self.aggregation.kind != "mean":  # which needs each client's vector; for the mean many are added in one go
             return super().aggregate(state, server, replies)
         moves, reports, block = self._moves(state, server), Reports(), list[Any]()
-        for client_id, up in replies:
-            reports.add(Update({}, weight := self.weight(up), up.loss))
+        for client_id, up, weight in self.weighed(server, replies):
+            reports.add(Update({}, weight, up.loss))
             block.append((client_id, weight, (up.scalars, up.unit), up.seeds))  # no reply is held itself
             if len(block) == BLOCK:
                 self._add(moves, state, server, block)

@@ -39,7 +39,6 @@ from thinwire.core import Client, Server, StaleVersion
 from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.model.net import Net
 from thinwire.model.numbers import fill
-from thinwire.train.differences import cosine
 from thinwire.train.local import Moments, Schedule
 from thinwire.train.probing import Probing
 from thinwire.train.stages import LEVELS, arrive, check_merges, check_stages, grown, name_of, on_levels, settle
@@ -166,9 +165,7 @@ class OneBit(Probing):
 
     def update(self, state: Numbers, server: Server, up: Learnt) -> Update:
         found = _decoded(self.code.code(), up.change, state.numbers.shape, server.key.fold("code").word())
-        # of updates of one length, what has little of the gradient in it counts by its cosine with it
-        share = 1.0 if up.probes is None else cosine(up.probes, found.numel())
-        return Update({NUMBERS: found}, share * self.weight(up), up.loss, up.skipped)
+        return Update({NUMBERS: found}, self.counts(up, found.numel()), up.loss, up.skipped)
 
     def origin(self, state: Numbers) -> Mapping[str, Tensor]:
         return {NUMBERS: state.numbers} if self.code.plain else {}

@@ -50,7 +50,15 @@
     const plot = page.plots[name];
     const made = JSON.parse(JSON.stringify(plot.spec));
     let rows = plot.rows;
-    if (plot.kind === "clients") rows = rows.filter((row) => row.run === (chosen[name] ?? page.runs[0]));
+    if (plot.kind === "clients") {
+      const run = chosen[name] ?? page.runs[0];
+      const of = (each) => each.rows.filter((row) => row.run === run);
+      rows = of(plot);
+      // a client has one colour in all plots, also where another one is absent
+      const all = Object.values(page.plots).filter((each) => each.kind === "clients").flatMap(of);
+      made.encoding.color.scale = { domain: [...new Set(all.map((row) => row.client))].sort() };
+      made.encoding.color.legend.values = [...new Set(rows.map((row) => row.client))].sort();
+    }
     Object.assign(made, {
       $schema: "https://vega.github.io/schema/vega-lite/v6.json",
       description: plot.title,

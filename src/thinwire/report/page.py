@@ -13,9 +13,10 @@ import jinja2
 
 from thinwire.data.errors import DataError
 from thinwire.data.shown import printable
-from thinwire.records import MEASURED
+from thinwire.records import MEASURED, SELECTION
 from thinwire.report.plots import SPLITS, plots
 from thinwire.report.runs import Recorded, number
+from thinwire.report.sites import clients_of
 from thinwire.units import size
 
 PARTS = {"kind", "columns", "rows", "spec", "title"}  # of a plot, that the page's code needs
@@ -42,6 +43,9 @@ def render(runs: Sequence[Recorded]) -> str:
         curves=any(plot.kind in ("curve", "clients") for plot in found),
         runs=runs,
         answers=answers(runs),
+        worth=any(run.contributions for run in runs),
+        endings=endings(runs),
+        clients=[(run.label, each) for run in runs if (each := client_table(run))],
         dropped=[
             (run.label, record["round"], visit.get("name", visit.get("id")), visit.get("error") or visit["left_out"])
             for run in runs
@@ -80,6 +84,7 @@ def table(runs: Sequence[Recorded]) -> tuple[list[str], list[list[str]]]:
     scores = [
         (split, score)
         for split in dict.fromkeys(str(row.get("split")) for run in runs for row in run.evals)
+        if split != SELECTION
         for score in MEASURED
         if any(number(row.get(score)) is not None for run in runs for row in run.evals if row.get("split") == split)
     ]
@@ -102,6 +107,45 @@ def table(runs: Sequence[Recorded]) -> tuple[list[str], list[list[str]]]:
         line.append(size(peak) if peak else "-")
         lines.append(line)
     return heads, lines
+
+
+def client_table(run: Recorded) -> tuple[list[str], list[list[str]]] | None:
+    """A line a client, with its own scores and how much it counted; None where the run has recorded neither."""
+    found = clients_of(run.rounds, run.evals, run.contributions)
+    if not any(client.share is not None or client.first or client.withheld for client in found):
+        return None
+    scores = [name for name in MEASURED if any(number(client.last.get(name)) is not None for client in found)]
+    worth = any(client.worth for client in found)
+    heads = ["client", "rows", "rounds counted", "share"]
+    heads += [f"own {MEASURED[name].title}, {when}" for name in scores for when in ("before", "after")]
+    heads += [*(["leave-one-out", "Shapley value"] if worth else []), "why this share, in its last round"]
+    lines = []
+    for client in found:
+        counted = f"{client.counted}" + (f", {client.dropped} dropped" if client.dropped else "")
+        share = "-" if client.share is None else f"{client.share:.1%}"
+        line = [client.name, "-" if client.rows is None else f"{client.rows:,}", counted, share]
+        for name in scores:
+            ends = [_three(end.get(name)) for end in (client.first, client.last)]
+            line += ["withheld"] * 2 if client.withheld else ends
+        if worth:
+            alone, value, error = (number(client.worth.get(name)) for name in ("leave_one_out", "shapley", "error"))
+            line += ["-" if alone is None else f"{alone:+.4f}"]
+            line += ["-" if value is None else f"{value:+.4f}" + (f" ± {error:.4f}" if error else "")]
+        lines.append([*line, client.why or "-"])
+    return heads, lines
+
+
+def endings(runs: Sequence[Recorded]) -> list[str]:
+    """Why runs have ended before their last round, and which round's weights they have kept."""
+    found = []
+    for run in runs:
+        if (why := (run.summary or {}).get("ended")) is not None:
+            found.append(f"{run.label} ended after round {len(run.rounds)}: {why}.")
+        if isinstance(kept := (run.summary or {}).get("kept"), dict):
+            found.append(
+                f"{run.label} has the weights of round {kept.get('round')}, chosen by the loss on {kept.get('on')}."
+            )
+    return found
 
 
 def answers(runs: Sequence[Recorded]) -> list[dict[str, Any]]:

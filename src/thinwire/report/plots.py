@@ -13,7 +13,15 @@ from thinwire.records import MEASURED
 from thinwire.report.runs import Recorded, number
 from thinwire.units import size
 
-SPLITS = {"heldout": "Held-out", "heldout_tasks": "Held-out tasks", "validation": "Validation", "train": "Training"}
+SPLITS = {
+    "heldout": "Held-out",
+    "heldout_tasks": "Held-out tasks",
+    "validation": "Validation",
+    "selection": "Selection",  # by which a round is chosen
+    "train": "Training",
+    "sites": "Sites'",
+    "sites_train": "Clients' own",
+}
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
 
 
@@ -34,12 +42,9 @@ def plots(runs: Sequence[Recorded]) -> list[Plot]:
     """All plots that the runs have records for."""
     groups = list(dict.fromkeys(run.group for run in runs))
     found = [plot for split in _splits(runs) for score in MEASURED if (plot := _score(runs, groups, split, score))]
-    found += [
-        plot
-        for plot in (_front(runs, groups), _training(runs, groups), _bytes(runs), _memory(runs), _clients(runs))
-        if plot
-    ]
-    return found
+    made = [_front(runs, groups), _training(runs, groups)]
+    made += [make(runs) for make in (_bytes, _memory, _clients, _own, _shares)]
+    return found + [plot for plot in made if plot]
 
 
 def _splits(runs: Sequence[Recorded]) -> list[str]:
@@ -184,9 +189,42 @@ def _clients(runs: Sequence[Recorded]) -> Plot | None:
         for visit in record["clients"]
         if (value := number(visit.get("loss"))) is not None
     ]
+    title = "Loss of each client"
+    caption = "Mean training loss of each client's local steps in the rounds in which it took part. Unit: nats a token."
+    return _each("clients", title, caption, "loss (nats a token)", rows)
+
+
+def _own(runs: Sequence[Recorded]) -> Plot | None:
+    rows = [
+        _at(run, row["round"]) | {"client": str(line["name"]), "value": value}
+        for run in runs
+        for row in run.evals
+        for line in row.get("each") or []
+        if (value := number(line.get("loss"))) is not None
+    ]
+    title = "Loss on each client's own rows"
+    caption = "How the common model scores where each client is: the highest line is served worst. Unit: nats a token."
+    return _each("own", title, caption, "loss (nats a token)", rows)
+
+
+def _shares(runs: Sequence[Recorded]) -> Plot | None:
+    rows = [
+        _at(run, record["round"]) | {"client": str(visit.get("name") or visit["id"]), "value": value}
+        for run in runs
+        for record in run.rounds
+        for visit in record["clients"]
+        if (value := number(visit.get("share"))) is not None
+    ]
+    title = "How much each client counted"
+    caption = "The share of a client's reply in what its round made of all replies. Unit: 1, all of it."
+    return _each("shares", title, caption, "share of the round", rows)
+
+
+def _each(name: str, title: str, caption: str, unit: str, rows: list[dict[str, Any]]) -> Plot | None:
+    """A curve a client."""
     if not rows:
         return None
-    spec = _curve([], "loss (nats a token)")
+    spec = _curve([], unit)
     spec["encoding"] |= {
         "color": {"field": "client", "type": "nominal", "title": "client", "legend": {"symbolLimit": 24}},
         "detail": {"field": "client"},
@@ -194,13 +232,7 @@ def _clients(runs: Sequence[Recorded]) -> Plot | None:
     }
     del spec["encoding"]["shape"]
     return Plot(
-        "clients",
-        "Loss of each client",
-        "Mean training loss of each client's local steps in the rounds in which it took part. Unit: nats a token.",
-        "clients",
-        (("run", "run"), ("client", "client"), *_columns("loss (nats a token)")[1:]),
-        rows,
-        spec,
+        name, title, caption, "clients", (("run", "run"), ("client", "client"), *_columns(unit)[1:]), rows, spec
     )
 
 
@@ -216,11 +248,12 @@ def _columns(value: str) -> tuple[tuple[str, str], ...]:
 
 def _curve(groups: Sequence[str], title: str) -> dict[str, Any]:
     named = {"field": "group", "type": "nominal", "title": None, "sort": list(groups)}
+    scale = {"scale": {"zero": False}, "axis": {"format": "~r"}}  # of one value alone Vega would print a whole number
     return {
         "mark": {"type": "line", "point": {"filled": True, "size": 46}, "strokeWidth": 2},
         "encoding": {
             "x": {"field": "round", "type": "quantitative", "title": "round"},
-            "y": {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}},
+            "y": {"field": "value", "type": "quantitative", "title": title} | scale,
             "color": {**named, "scale": {"domain": list(groups)}},
             "shape": {**named, "scale": _shapes(groups)},
             "detail": {"field": "run"},

@@ -19,7 +19,8 @@ class Recorded:
     """One run. `group` is its name, which runs that differ by their seed alone share; `label` is its own.
 
     `after` has for each round the (bytes, seconds) that had passed at its end, evaluations left out. `cost` is what
-    was measured with a process for either side, where that lies beside the run.
+    was measured with a process for either side, where that lies beside the run; `contributions` what the clients'
+    replies were worth, where that was measured.
     """
 
     label: str
@@ -31,6 +32,7 @@ class Recorded:
     summary: Record | None
     cost: Record | None
     after: dict[int, tuple[int, float]]
+    contributions: Record | None = None
 
     @property
     def method(self) -> str:
@@ -95,9 +97,9 @@ def _read(folder: Path, settings: Record, label: str) -> Recorded:
     beside = (folder / "cost.json", folder.parent.parent / "cost" / "cost.json")  # as `compare` lays it out
     cost = next((_json(file) for file in beside if file.exists()), None)
     summary = _json(folder / "summary.json") if (folder / "summary.json").exists() else None
-    return Recorded(
-        label, str(settings.get("name", folder.name)), folder, settings, rounds, evals, summary, cost, after
-    )
+    worth = _json(folder / "contributions.json") if (folder / "contributions.json").exists() else None
+    name = str(settings.get("name", folder.name))
+    return Recorded(label, name, folder, settings, rounds, evals, summary, cost, after, worth)
 
 
 def _labels(trees: dict[Path, Record]) -> list[str]:

@@ -31,7 +31,8 @@ class Progress:
 
     `held`: client -> version. `memory`: client -> the round of its newest file of memory; `evals`: lines of
     evals.jsonl; `versions`: those that the store keeps; None in the checkpoints of a version that did not write them.
-    `best`: the round of the best loss, `waited`: the evaluations since, where the run goes by them.
+    `best`: the round of the best loss, `waited`: the evaluations since, where the run goes by them; `why` it has ended
+    before its last round.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -49,6 +50,7 @@ class Progress:
     best: int | None = None
     best_loss: float | None = None
     waited: int = 0
+    why: str | None = None
 
 
 @dataclass(frozen=True)

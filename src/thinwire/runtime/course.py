@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from thinwire import files, memory, records
+from thinwire.aggregate.weights import Weighing
 from thinwire.core import Client
 from thinwire.errors import ConfigError, RunError
-from thinwire.records import Record, read_records
+from thinwire.records import SELECTION, Record, read_records
 from thinwire.runtime import checkpoint
+from thinwire.runtime.audit import Book, sha256
 from thinwire.runtime.checkpoint import Progress
 from thinwire.runtime.cohort import check_clients
 from thinwire.runtime.endpoint import ACTIONS, Endpoint
+from thinwire.runtime.folder import clear, logged
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.job import Job as Job
 from thinwire.runtime.job import Watch as Watch
-from thinwire.runtime.outcome import check_scores, check_state, first_examples, record_of
+from thinwire.runtime.outcome import check_scores, check_state, first_examples, loss_on, record_of
+from thinwire.runtime.replies import Replies
 from thinwire.runtime.round import LOG, Round
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.runtime.survey import Survey
 from thinwire.wire.frame import header_room
-
-LOGFILE = "log.txt"
 
 
 def train(job: Job) -> Record:
@@ -42,7 +40,7 @@ def train(job: Job) -> Record:
     last loss are not finite, and there is no model; the checkpoint before them stays. Damaged: no checkpoint can be
     read; nothing is changed then.
     """
-    with _log(job.folder):
+    with logged(job.folder):
         course = Course(job)
         course.begin()
         while not course.ended:
@@ -70,14 +68,17 @@ class Course:
         self.transport = job.transport or InProcess(endpoint)
         self.survey = job.survey
         if self.survey is None and "evaluate" in job.actions:
-            self.survey = Survey(self.transport, job.method, job.run, self.spool)
+            self.survey = Survey(self.transport, job.method, job.run, self.spool, job.names)
         self.header = header_room(job.method.Up, job.net.names)
         self.caps = job.caps or {id: len(data) for id, data in enumerate(job.clients)}
         self.examples: dict[int, int] = {}
         self.progress = Progress(0, {}, 0, 0, 0.0, 0)
         self.scores = 0  # lines of evals.jsonl
         self.kept: int | None = None  # the best round in the last checkpoint
-        self.split: str | None = None  # the one by whose loss a round is the best
+        self.split: str | None = job.on  # the one by whose loss a round is the best
+        self.loss: float | None = None  # of that split, now
+        self.book: Book | None = None
+        self.replies = Replies(job.folder / "replies")
         self.clock = self.began = time.perf_counter()
         self.first = 0  # the round after which this process began
 
@@ -107,7 +108,7 @@ class Course:
             ]
         round = self.first = self.progress.round
         self.kept = self.progress.best
-        _clear(job.folder)
+        clear(job.folder)
         self.held.update({int(id): version for id, version in self.progress.held.items()})
         self.memories.rewind(round)
         if self.progress.versions is not None:
@@ -118,8 +119,14 @@ class Course:
             LOG.warning(note)
             job.watch.noticed(note)
         before = read_records(self.evals)
-        self.scores, self.split = len(before), next((row.get("split") for row in before), None)
-        self.examples = first_examples(read_records(self.rounds))
+        self.scores, self.split = len(before), job.on or next((row.get("split") for row in before), None)
+        recorded = read_records(self.rounds)
+        self.examples = first_examples(recorded)
+        if job.audit:
+            self.book = Book(job.folder, job.signer)
+            self.book.catch_up(recorded, round)
+            weights = None if job.weights is None else job.weights.model_dump(mode="json")
+            self.book.begin(round, run=job.run, clients=list(job.names), weights=weights)
         if found is None:
             self.score()
             self.save()
@@ -131,11 +138,13 @@ class Course:
         cohort = self.seats.cohort(job.segments, len(job.names), round)
         job.watch.round_begins(round, job.rounds, cohort)
         started = time.perf_counter()
-        server = self.seats.server(round, cohort)
+        server = replace(self.seats.server(round, cohort), weighing=Weighing(job.weights, job.names))
         at = Round(job.run, server, self.transport, self.held, self.spool, job.max_bytes, self.header)
         at.caps, at.examples = self.caps, self.examples
-        if job.seen is not None:
-            at.seen = partial(job.seen, round)
+        at.ledger.digest = sha256 if job.audit else None
+        at.seen = partial(self._seen, round)
+        if job.replies:
+            self.replies.begin(round)
         self.state, metrics = job.round(job.method, self.state, at)
         up, down = self.progress.bytes_up + at.ledger.bytes_up, self.progress.bytes_down + at.ledger.bytes_down
         seconds, peak = time.perf_counter() - started, memory.peak() - job.memory_before_model
@@ -148,10 +157,14 @@ class Course:
         last = round == job.rounds
         if last or (job.eval_every and round % job.eval_every == 0):
             scored = self.score()
-            last = last or (job.stop is not None and job.stop(self.standing))
+            why = job.stop(self.standing) if job.stop is not None and not last and round > job.warmup else None
+            if why:
+                last, self.progress = True, replace(self.progress, why=why if isinstance(why, str) else "stopped")
             if last and job.keep == "last":
                 check_scores(scored, round)
         self.save(finished=last)
+        if self.book is not None:
+            self.book.round(record)
         self.memories.prune(checkpoint.rounds(self.states)[-checkpoint.KEPT :][0])
 
     def score(self) -> list[Record]:
@@ -175,7 +188,8 @@ class Course:
     def standing(self) -> Record:
         """What `Job.stop` is called with."""
         now = self.progress
-        return {"round": now.round, "best": now.best, "best_loss": now.best_loss, "waited": now.waited}
+        best = {"best": now.best, "best_loss": now.best_loss, "waited": now.waited}
+        return {"round": now.round, "loss": self.loss, "on": self.split, **best}
 
     def save(self, finished: bool = False) -> None:
         """Write the checkpoint of the round that the run has come to."""
@@ -209,7 +223,7 @@ class Course:
         if job.carry is None:
             job.method.materialise(state, job.net)
         evals = read_records(self.evals)
-        summary = {
+        summary: Record = {
             "rounds": now.round,
             "bytes_up": now.bytes_up,
             "bytes_down": now.bytes_down,
@@ -217,17 +231,30 @@ class Course:
             "peak_memory_bytes": now.peak_memory_bytes,
             "parameters": job.net.size,
             "model_bytes": job.net.nbytes,
-            "first": [row for row in evals if row["round"] == 0],
-            "final": [row for row in evals if row["round"] == chosen],
+            "first": [row for row in evals if row["round"] == 0 and row.get("split") != SELECTION],
+            "final": [row for row in evals if row["round"] == chosen and row.get("split") != SELECTION],
             "sha256": job.net.state_sha256() if job.carry is None else None,
         }
+        if now.why is not None:
+            summary["ended"] = now.why
+        if job.keep == "best":
+            summary["kept"] = {"round": chosen, "on": self.split}
         if job.carry is None:
             job.net.save(job.folder / "model", job.card(summary) if job.card is not None else None)
         else:
             job.carry(state, job.folder)
         shutil.rmtree(self.spool)
+        if self.book is not None:
+            self.book.end(now.round, summary["sha256"])
+            summary["audit"] = self.book.head
         files.write(job.folder / "summary.json", records.dumps(summary, indent=2) + "\n")
         return summary
+
+    def _seen(self, round: int, client: int, up: Any) -> None:
+        if self.job.replies:
+            self.replies.keep(round, client, up)
+        if self.job.seen is not None:
+            self.job.seen(round, client, up)
 
     def _check(self, kept: Progress) -> None:
         self.memories.check({int(id): written for id, written in (kept.memory or {}).items()})
@@ -236,11 +263,13 @@ class Course:
         """Whether this is the best round so far; a loss that is not finite is worse than any."""
         now = self.progress
         if now.round == 0:
-            self.split = next((row["split"] for row in rows), None)
+            self.split = self.job.on or next((row["split"] for row in rows), None)
         if self.split is None:
             raise ConfigError("eval.patience, eval.keep: no rows are held out to show which round is better")
-        loss = next((row["loss"] for row in rows if row["split"] == self.split), None)
-        if loss is not None and math.isfinite(loss) and (now.best_loss is None or loss < now.best_loss):
+        self.loss = loss = loss_on(rows, self.split)
+        if self.job.warmup and now.round <= self.job.warmup:
+            return
+        if loss is not None and (now.best_loss is None or loss < now.best_loss):
             self.progress = replace(now, best=now.round, best_loss=loss, waited=0)
         else:
             self.progress = replace(now, waited=now.waited + 1)
@@ -248,30 +277,3 @@ class Course:
 
 def _done(watch: Watch, client: Client) -> None:
     watch.client_done(client.id)
-
-
-@contextlib.contextmanager
-def _log(folder: Path) -> Iterator[None]:
-    """What went wrong on the way, with its traceback, goes to log.txt of the run's folder."""
-    handler = logging.FileHandler(folder / LOGFILE, delay=True, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    LOG.addHandler(handler)
-    passed_on, LOG.propagate = LOG.propagate, False
-    try:
-        yield
-    finally:
-        LOG.removeHandler(handler)
-        LOG.propagate = passed_on
-        handler.close()
-
-
-def _clear(folder: Path) -> None:
-    """Make the empty folder for large frames; what a process that was killed has left half-written goes."""
-    spool = folder / "spool"
-    left = [spool, *folder.glob(".model.*.tmp"), *folder.glob(".model.*.old"), *(folder / "state").glob("*.part")]
-    for place in left:
-        shutil.rmtree(place, ignore_errors=True)
-    for pattern in (".tmp*", "*.part", "*.tmp"):
-        for file in (folder / "state").rglob(pattern):
-            file.unlink(missing_ok=True)
-    spool.mkdir(parents=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 from thinwire.errors import ConfigError
 
 FILE = ".lock"
+LOGFILE = "log.txt"
+LOG = logging.getLogger("thinwire")
 
 
 def ended(folder: Path) -> bool:
@@ -61,3 +65,30 @@ def _held(folder: Path) -> int:
             raise
         os.close(descriptor)
         folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """What went wrong on the way, with its traceback, goes to log.txt of the run's folder."""
+    handler = logging.FileHandler(folder / LOGFILE, delay=True, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    LOG.addHandler(handler)
+    passed_on, LOG.propagate = LOG.propagate, False
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.propagate = passed_on
+        handler.close()
+
+
+def clear(folder: Path) -> None:
+    """Make the empty folder for large frames; what a process that was killed has left half-written goes."""
+    spool = folder / "spool"
+    left = [spool, *folder.glob(".model.*.tmp"), *folder.glob(".model.*.old"), *(folder / "state").glob("*.part")]
+    for place in left:
+        shutil.rmtree(place, ignore_errors=True)
+    for pattern in (".tmp*", "*.part", "*.tmp"):
+        for file in (folder / "state").rglob(pattern):
+            file.unlink(missing_ok=True)
+    spool.mkdir(parents=True)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from thinwire.aggregate.weights import Agreement
 from thinwire.core import Method, Server
 from thinwire.keys import Key
 from thinwire.records import Record
+from thinwire.runtime.audit import Signer
 from thinwire.runtime.cohort import Segment
 from thinwire.runtime.endpoint import Action
 from thinwire.runtime.round import RoundFunction, Transport, run_round
@@ -48,10 +50,14 @@ class Job:
     evals.jsonl too; clients in this process are asked where `evaluate` is among their actions. `caps`: client -> the
     most examples that it may claim; of clients in this process their rows.
 
-    `stop` is called after each evaluation with where the run stands (`round`, the `best` round and its
-    `best_loss`, and how many evaluations it has `waited` for a better one); true ends it. `keep`: whose weights
-    `model/` has at the end, those of the last round or of the best. The loss is that of the first split. `carry` is for
-    a net without weights, which nothing is scored on: at the end it writes what the state is worth into the folder.
+    `stop` is called after each evaluation with where the run stands (`round`, its `loss`, the `best` round and its
+    `best_loss`, and how many evaluations it has `waited` for a better one); the reason that it returns ends it. `keep`:
+    whose weights `model/` has at the end, those of the last round or of the best. The loss is that of the split `on`,
+    by default of the first; rounds up to `warmup` are neither the best nor waited for. `carry` is for a net without
+    weights, which nothing is scored on: at the end it writes what the state is worth into the folder.
+
+    `weights`: who counts how much, None: as the method has it. `audit`: the run keeps a log that can be checked, signed
+    where there is a `signer`. `replies`: those of the last round stay in the folder.
     """
 
     method: Method
@@ -78,6 +84,12 @@ class Job:
     survey: Callable[[Any, Server, dict[int, str]], list[Record]] | None = None
     round: RoundFunction = run_round
     seen: Callable[[int, int, Any], None] | None = None  # given each reply that counts: round, client, what it is
-    stop: Callable[[Record], bool] | None = None
+    stop: Callable[[Record], str | bool | None] | None = None
+    on: str | None = None
+    warmup: int = 0
     keep: Literal["last", "best"] = "last"
     carry: Callable[[Any, Path], None] | None = None
+    weights: Agreement | None = None
+    audit: bool = False
+    signer: Signer | None = None
+    replies: bool = False

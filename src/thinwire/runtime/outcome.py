@@ -19,7 +19,7 @@ def record_of(at: Round, names: Sequence[str], metrics: Metrics, seconds: float,
     """The line of rounds.jsonl. `names`: of all clients; `peak`: memory of this process in bytes."""
     return {
         "round": at.server.round,
-        "clients": [_client(visit, names) for visit in at.visits.values()],
+        "clients": [_client(visit, names) | counted(at, visit.client) for visit in at.visits.values()],
         "bytes_down": at.ledger.bytes_down,
         "bytes_up": at.ledger.bytes_up,
         "seconds": seconds,
@@ -32,6 +32,20 @@ def _client(visit: Visit, names: Sequence[str]) -> Record:
     record = {"id": visit.client, "name": names[visit.client], **asdict(visit)}
     del record["client"]
     return {name: value for name, value in record.items() if value is not None or name not in ("error", "left_out")}
+
+
+def counted(at: Round, client: int) -> Record:
+    """How much of the round its reply was, and why, where it was averaged; its hash, where those are kept."""
+    found = at.server.weighing.shares.get(client)
+    digest = {"sha256": at.ledger.digests[client]} if client in at.ledger.digests else {}
+    return digest if found is None else {"share": found.share, "why": found.why} | digest
+
+
+def loss_on(rows: Sequence[Record], split: str) -> float | None:
+    """The loss of a split of an evaluation, if it is a number; of the clients' own rows, whichever those are."""
+    names = (split, f"{split}_train") if split == "sites" else (split,)
+    loss = next((row["loss"] for row in rows if row["split"] in names), None)
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def first_examples(rounds: Sequence[Record]) -> dict[int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from thinwire.wire.payload import LATE
+
 
 def release() -> Any:
     """A field that derives from a client's data."""
@@ -23,10 +25,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Scores:
-    """How the weights score on a client's rows; `heldout`: whether it trains on none of them."""
+    """How the weights score on a client's rows; `heldout`: whether it trains on none of them.
+
+    `mean_only`: true where they may be kept as a part of a mean of several clients alone.
+    """
 
     examples: int = release()
     loss: float = release()
     accuracy: float | None = release()
     rouge_l: float | None = release()
     heldout: bool = release()
+    mean_only: bool | None = field(default=None, metadata=LATE)

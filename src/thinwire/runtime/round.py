@@ -93,7 +93,8 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
         frame = wire.encode(down, run=at.run, round=at.server.round, client=client, spool=at.spool)
         return at.ledger.down(client, frame)
 
-    kept: list[Frame] = []  # until the round has ended, where the method reads all replies at once
+    kept: list[Frame] = []  # until the round has ended, where all replies are read at once, or shares follow from all
+    keeps = method.keeps_all or at.server.weighing.keeps_all
 
     def taken(reply: Reply) -> Reply:
         at.visits[reply.client].seconds += reply.seconds
@@ -165,7 +166,7 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
         return up if claimed <= first else replace(up, examples=first)
 
     at.visits.update({client: Visit(client) for client in at.server.cohort})
-    keeps, server = method.keeps_all, replace(at.server, spool=at.spool)
+    server = replace(at.server, spool=at.spool)
     try:
         state, metrics = method.aggregate(state, server, answers())
     finally:

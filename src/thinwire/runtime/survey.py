@@ -1,9 +1,9 @@
-"""Evaluation at the clients: how a state scores on their own rows."""
+"""Evaluation at the clients: how a state scores on their own rows, all together and each by itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ SMALL = 1 << 16  # bytes of an answer that holds no weights
 
 
 class Survey:
-    """Scores of a state on the clients' own rows, a mean weighted by how many each has: one record a kind of rows."""
+    """Scores of a state on the clients' own rows, a mean weighted by how many each has: one record a kind of rows.
 
-    def __init__(self, transport: Transport, method: Method, run: int, spool: Path) -> None:
-        self.transport, self.method, self.run, self.spool = transport, method, run, spool
+    A record has them one by one too, as `each`, but for clients that let theirs into a mean alone: their names are
+    `withheld`. Where that is one client it is not in the mean either, from which the others would reveal it.
+    """
+
+    def __init__(self, transport: Transport, method: Method, run: int, spool: Path, names: Sequence[str] = ()) -> None:
+        self.transport, self.method, self.run, self.spool, self.names = transport, method, run, spool, names
 
     def __call__(self, state: Any, server: Server, held: dict[int, str]) -> list[dict[str, Any]]:
         """Records for evals.jsonl; the bytes of these frames are in them, not in the rounds'."""
@@ -35,7 +39,7 @@ class Survey:
                 frame = wire.encode(down, run=self.run, round=server.round, client=client, spool=self.spool)
                 yield client, ledger.down(client, frame)
 
-        scores: list[Scores] = []
+        scores: dict[int, Scores] = {}
         errors: dict[str, str] = {}
         for reply in self.transport.exchange(frames(), "evaluate"):
             try:
@@ -48,16 +52,38 @@ class Survey:
                     raise WireError("scores of another run, client, or of no rows")
                 if not math.isfinite(found.loss):
                     raise WireError("a loss that is no number")
-                scores.append(found)
+                scores[reply.client] = found
             except WireError as error:
                 errors[str(reply.client)] = f"{type(error).__name__}: {error}"
-        groups = {"sites": [s for s in scores if s.heldout], "sites_train": [s for s in scores if not s.heldout]}
-        records = [record(split, group) for split, group in groups.items() if group]
+        records: list[dict[str, Any]] = []
+        for split, heldout in (("sites", True), ("sites_train", False)):
+            group = {client: found for client, found in scores.items() if found.heldout == heldout}
+            withheld = [client for client, found in group.items() if found.mean_only]
+            if len(withheld) == 1:
+                del group[withheld[0]]
+                errors[str(withheld[0])] = "the only one whose scores are for a mean alone"
+            if group:
+                records.append(record(split, [*group.values()]) | self._each(group))
+            if group and withheld:
+                records[-1]["withheld"] = [self._name(client) for client in withheld]
         for row in records[:1]:
             row.update({"bytes_down": ledger.bytes_down, "bytes_up": ledger.bytes_up})
             if errors:
                 row["errors"] = errors
         return records
+
+    def _each(self, group: Mapping[int, Scores]) -> dict[str, Any]:
+        return {
+            "each": [
+                {"id": client, "name": self._name(client), "rows": found.examples}
+                | {name: value for name in SCORES if (value := getattr(found, name, None)) is not None}
+                for client, found in group.items()
+                if not found.mean_only
+            ]
+        }
+
+    def _name(self, client: int) -> str:
+        return self.names[client] if client < len(self.names) else str(client)
 
 
 def record(split: str, scores: Sequence[Scores]) -> dict[str, Any]:

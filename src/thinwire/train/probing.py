@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from thinwire.core import Client
+from thinwire.core import Client, Server
 from thinwire.costs.memory import Memory, Side, probing
 from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.errors import ConfigError
-from thinwire.train.differences import Differences
+from thinwire.train.differences import Differences, cosine
 from thinwire.train.first_order import FirstOrder
 
 Gradient: TypeAlias = Literal["backward", "probe"]
@@ -34,6 +35,13 @@ class Probing(FirstOrder):
         """How many a client makes in a visit of which so many steps are skipped; None: it has backward passes."""
         gradient = self.gradient.get(client) if isinstance(self.gradient, dict) else self.gradient
         return max(1, self.probes * (self.steps - skipped)) if gradient == "probe" else None
+
+    def counts(self, up: Any, size: int) -> float:
+        """How much a reply counts: of updates of one length, what probes have found by its cosine with the gradient."""
+        return self.weight(up) * (1.0 if up.probes is None else cosine(up.probes, size))
+
+    def weighed(self, server: Server, replies: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any, float]]:
+        return server.weighing(replies, lambda up: self.counts(up, server.net.size))
 
     def check_clients(self, clients: int) -> None:
         named = self.gradient if isinstance(self.gradient, dict) else {}

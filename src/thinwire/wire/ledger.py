@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Sized)
 
 
 @dataclass
 class Ledger:
-    """Bytes of one round: client -> bytes, each way. A frame sent twice is counted twice."""
+    """Bytes of one round: client -> bytes, each way. A frame sent twice is counted twice.
+
+    With a `digest` of frames, `digests` has that of each client's last reply.
+    """
 
     sent: dict[int, int] = field(default_factory=dict)
     received: dict[int, int] = field(default_factory=dict)
+    digest: Callable[[Any], str] | None = None
+    digests: dict[int, str] = field(default_factory=dict)
 
     def down(self, client: int, frame: F) -> F:
         """Count a frame to a client, and hand it on."""
@@ -24,6 +29,8 @@ class Ledger:
     def up(self, client: int, frame: F) -> F:
         """Count a frame from a client, and hand it on."""
         self.received[client] = self.received.get(client, 0) + len(frame)
+        if self.digest is not None:
+            self.digests[client] = self.digest(frame)
         return frame
 
     @property
