@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from federation import tiny_net
 
+from thinwire.aggregate.air import Air
 from thinwire.aggregate.robust import Clipped, Median, Trimmed, Vote
 from thinwire.aggregate.server_step import Momentum
 from thinwire.compress.coding import Coding
@@ -17,6 +18,8 @@ from thinwire.core import Method
 from thinwire.methods.cgfed import CGFed
 from thinwire.methods.fedavg import FedAvg
 from thinwire.methods.fedcybgd import FedCyBGD
+from thinwire.methods.feddm import FedDM
+from thinwire.methods.fedelmy import FedELMY
 from thinwire.methods.fedex import FedEx
 from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedobd import FedOBD
@@ -55,6 +58,7 @@ ROWS = {
         FedAvg(lr=0.5, steps=4, batch_size=4, optimiser="sgd", weighting="uniform"), 108_395, 108_397, 13.06
     ),
     "fedavg-median": Row(FedAvg(lr=3e-3, steps=4, batch_size=4, aggregation=Median()), 108_395, 108_397, 12.63),
+    "fedavg-air": Row(FedAvg(lr=3e-3, steps=4, batch_size=4, aggregation=Air(snr=20, jam=-30)), 108_395, 108_397, 12.8),
     "fedavg-core": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 1_300, 1_302, 1.53),
     "fedit": Row(FedAvg(lr=1e-2, steps=4, batch_size=4), 4_096, 4_098, 2.84),
     "fedit-trimmed": Row(FedAvg(lr=1e-2, steps=4, batch_size=4, aggregation=Trimmed()), 4_096, 4_098, 3.03),
@@ -176,6 +180,14 @@ ROWS = {
     "fedobd-plain": Row(FedOBD(lr=1e-2, steps=4, batch_size=4, codec="none"), 4_094, 2_067, 1.89),
     "scaffold": Row(Scaffold(lr=0.5, steps=4, batch_size=4), 216_749, 216_755, 13.0),
     "scaffold-lora": Row(Scaffold(lr=1.0, steps=4, batch_size=4, warmup=2, weighting="examples"), 8_151, 8_157, 0.75),
+    "feddm": Row(
+        FedDM(lr=3e-3, rows=2, length=6, steps=4, batch_size=4, server_steps=8, rho=1.0, rows_lr=0.1),
+        108_389,
+        1_681,
+        11.22,
+    ),
+    "fedelmy": Row(FedELMY(lr=3e-3, steps=2, batch_size=4, pool=3), 108_395, 108_397, 12.61),
+    "fedelmy-lora": Row(FedELMY(lr=1e-2, steps=2, batch_size=4, pool=3, received=False, beta=0.5), 4_096, 4_098, 0.79),
     "tgap": Row(Tgap(lr=1e-2, steps=4, batch_size=4), 4_096, 4_099, 2.84),
     "feedsign": Row(FeedSign(lr=2e-3, eps=1e-3, steps=4, batch_size=4), 43, 44, 1.26),
     "ferret": Row(Ferret(lr=1e-2, steps=4, batch_size=4, coordinates=256), 107, 604, 5.69),
@@ -193,6 +205,7 @@ VIEWS = {  # rows that run on another net than the whole model in float32
     **dict.fromkeys(
         ["fedkseed-lora", "fedobd-plain", "gradualdiff-lora", "onebit-lora", "scaffold-lora", "tgap"], "lora"
     ),
+    "fedelmy-lora": "lora",
     **dict.fromkeys(["gradualdiff-bf16", "gradualdiff-lowrank", "gradualdiff-residue", "gradualdiff-topk"], "bfloat16"),
     **dict.fromkeys(["fedkseed-tied", "onebit", "onebit-part", "onebit-plain", "onebit-vote"], "tied factors"),
     "onebit-weights": "tied weights",

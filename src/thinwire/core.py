@@ -108,6 +108,7 @@ class Method(BaseModel):
     needs_weights: ClassVar[bool] = True  # whether the server half needs more than those of the net before the end
     keeps: ClassVar[bool] = False  # its client half trains what a view keeps at the clients too
     moves_base: ClassVar[bool] = False  # weights that the view freezes end as others too
+    classes_only: ClassVar[bool] = False  # works with a closed set of answers alone
     versions_each: ClassVar[int] = 0  # versions of their own that the server keeps for each client
 
     def init(self, server: Server) -> Any:
@@ -223,7 +224,7 @@ class Averaged(Method):
                 del up, update  # large ones are gone before the next one comes
 
         rise = self._rise(state, server, server.loss) if self.measures and server.loss is not None else None
-        setting = Setting(self.origin(state), rise, server.spool, server.left_out)
+        setting = Setting(self.origin(state), rise, server.spool, server.left_out, server.key)
         mean, metrics = self.aggregation(updates(), setting)
         if server.left_out:
             metrics = metrics | {"left_out": len(server.left_out)}

@@ -50,6 +50,7 @@ EXACT: dict[str, dict[str, Any]] = {
         "method": {"name": "onebit", "steps": 1, "code_down": {"name": "blocks", "bits": 4}},
         "model": {"dtype": "bfloat16", "view": {"kind": "tied", "numbers": 3000, "over": "weights"}},
     },
+    "fedelmy": {"method": {"name": "fedelmy", "steps": 1}},
     "scaffold": {"method": {"name": "scaffold", "steps": 1}},
     "fedobd in 32 bits": {"method": {"name": "fedobd", "steps": 1, "codec": "none", "dropout": 0.0}},
     "fedzo": {"method": {"name": "fedzo", "steps": 2, "law": "sign"}},

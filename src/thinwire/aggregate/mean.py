@@ -12,6 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from thinwire.keys import Key
+
 Metrics = dict[str, float]
 
 
@@ -43,13 +45,14 @@ class Setting:
 
     `origin`: by name what a tensor was at the round's start, of those that are states and not changes. `rise`: how much
     the loss on the server's rows rises by a client's update alone. `spool`: a folder for what is too large for memory.
-    `left_out`: client -> why its update is not in the result.
+    `left_out`: client -> why its update is not in the result. `key`: the round's, for what is drawn.
     """
 
     origin: Mapping[str, Tensor] = field(default_factory=dict)
     rise: Callable[[int, Update], float] | None = None
     spool: Path | None = None
     left_out: dict[int, str] = field(default_factory=dict)
+    key: Key | None = None
 
 
 class Reports:

@@ -26,6 +26,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, Po
 from torch import Tensor
 
 from thinwire.aggregate import columns
+from thinwire.aggregate.air import Air
 from thinwire.aggregate.mean import Mean, Metrics, Reports, Setting, Update
 
 Updates = Iterable[tuple[int, Update]]
@@ -233,7 +234,7 @@ class Gated(Mean):
 
 
 AnyAggregation: TypeAlias = Annotated[
-    Annotated[Mean | Clipped | Median | Trimmed | Krum | Vote | Gated, Field(discriminator="kind")],
+    Annotated[Mean | Clipped | Median | Trimmed | Krum | Vote | Gated | Air, Field(discriminator="kind")],
     BeforeValidator(_named),
 ]
 """Of a run file: a table told apart by `kind`, or the kind alone."""

@@ -71,6 +71,11 @@ def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Data
     training = run.data.model_copy(update={"choices": None}) if run.data.loss == "answer" else run.data
     pack = run.data.max_length if run.data.pack else 0
     found = datasets(training, groups, net.tokenizer, classes_of(run, net.folder))
+    if run.method.classes_only and found and found[0].candidates is None:
+        raise ConfigError(
+            f"data.choices: missing; {config.method_name(run.method)} is for a closed set of answers that are scored, "
+            "and these are open"
+        )
     focus = run.data.focus if run.data.order == "lfr" else None
     if focus is not None and ranks()[1] > 1:
         raise ConfigError(

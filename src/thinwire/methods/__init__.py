@@ -13,6 +13,8 @@ PLACES = {
     "cgfed": "thinwire.methods.cgfed:CGFed",
     "fedavg": "thinwire.methods.fedavg:FedAvg",
     "fedcybgd": "thinwire.methods.fedcybgd:FedCyBGD",
+    "feddm": "thinwire.methods.feddm:FedDM",
+    "fedelmy": "thinwire.methods.fedelmy:FedELMY",
     "fedex": "thinwire.methods.fedex:FedEx",
     "fedkseed": "thinwire.methods.fedkseed:FedKSeed",
     "fedobd": "thinwire.methods.fedobd:FedOBD",

@@ -43,12 +43,13 @@ class FirstOrder(Averaged):
         keep: bool = False,
         steps: int | None = None,
         adjust: Adjust | None = None,
+        losses: list[float] | None = None,
     ) -> Local:
         """The local steps on the client's net, or on the `names` of a model's parameters, in place; see train_locally.
 
         `names` are those that its moments are kept under, one a parameter. Of the net its personal parameters are
         trained with the others; the weights of the result are those of the others. `steps`: where they are not the
-        field's; `adjust`: a hand on the gradients, beside FedProx's.
+        field's; `adjust`: a hand on the gradients, beside FedProx's; `losses` is given each step's before that.
         """
         shared = None
         if parameters is None:
@@ -70,6 +71,7 @@ class FirstOrder(Averaged):
             recompute=self.recompute,
             keep=keep,
             kept=Kept(client.memory, names) if self.moments == "kept" else None,
+            losses=losses,
         )
         return local._replace(weights=local.weights[:shared])
 

@@ -104,13 +104,15 @@ def train_locally(
     recompute: bool = False,
     keep: bool = False,
     kept: Kept | None = None,
+    losses: list[float] | None = None,
 ) -> Local:
     """Steps on these parameters of the model, in place.
 
     The optimiser is fresh, unless its moments are `kept`. A step whose loss or gradient is not finite is skipped and
     counted. bf16 and fp16 weights are trained through a float32 copy, and rounded once a step; with `keep` the result
     has those copies as the last step left them. Of several processes (train.parallel) each takes a share of every
-    batch. `recompute`: what is within a transformer layer is computed again on the way back, and not kept.
+    batch. `recompute`: what is within a transformer layer is computed again on the way back, and not kept. `losses` is
+    given each batch's loss before `adjust` is called.
     """
     masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
     if rule.optimiser == "adamw":
@@ -125,6 +127,8 @@ def train_locally(
             loss = torch.zeros(()) if mine is None else share * batch_loss(model, mine)
             if not math.isfinite(value := parallel.summed(loss.detach().clone()).item()):
                 continue
+            if losses is not None:
+                losses.append(value)
             if mine is not None:
                 loss.backward()
             for parameter, master in zip(parameters, masters, strict=True):
