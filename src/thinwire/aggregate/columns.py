@@ -72,11 +72,11 @@ def combined(
 ) -> dict[str, Tensor]:
     """Each tensor as a rule makes it of [clients, numbers], those that hold it; the rule may write to what it gets."""
     found: dict[str, Tensor] = {}
-    held = _holders(updates)
+    held, room = _holders(updates), _room(len(updates))
     likes = {name: _like(updates[holders[0]], name) for name, holders in held.items()}
     for name in sorted(held, key=lambda name: -likes[name].numel()):  # a large one while little else is there
         made = torch.empty_like(likes[name], device="cpu")
-        for start, block in _blocks([partial(_read, updates[i], name) for i in held[name]], made, spool):
+        for start, block in _blocks([partial(_read, updates[i], name) for i in held[name]], made, room, spool):
             made.view(-1)[start : start + block.shape[1]] = torch.from_numpy(rule(block))
         found[name] = made
     return {name: found[name] for name in held}
@@ -84,13 +84,13 @@ def combined(
 
 def squared_distances(updates: Sequence[Tensors], origin: Tensors, spool: Path | None) -> NDArray[np.float64]:
     """|u_i - u_j|^2 of any two, all tensors together, float64 [clients, clients]; what one does not hold it leaves."""
-    total = torch.zeros(len(updates) * (len(updates) - 1) // 2, dtype=torch.float64)
+    total, room = torch.zeros(len(updates) * (len(updates) - 1) // 2, dtype=torch.float64), _room(len(updates))
     for name, holders in _holders(updates).items():
         like = _like(updates[holders[0]], name)
         reads = [partial(torch.zeros, like.shape, dtype=like.dtype) for _ in updates]
         for i in holders:
             reads[i] = partial(change, updates[i], origin, name)
-        for _, block in _blocks(reads, like, spool):
+        for _, block in _blocks(reads, like, room, spool):
             total += pdist(torch.from_numpy(block).double()).square()  # exact where products would cancel
     found = np.zeros((len(updates), len(updates)))
     found[np.triu_indices(len(updates), 1)] = total.numpy()
@@ -115,19 +115,26 @@ def _like(tensors: Tensors, name: str) -> Tensor:
     return torch.empty_like(_read(tensors, name), device="meta")
 
 
+def _room(clients: int) -> NDArray[np.uint8]:
+    """What all blocks share: made anew for each, between results that stay, they would leave holes in memory."""
+    return np.empty(max(ROOM, 8 * clients), np.uint8)
+
+
 def _blocks(
-    reads: Sequence[Callable[[], Tensor]], like: Tensor, spool: Path | None
+    reads: Sequence[Callable[[], Tensor]], like: Tensor, room: NDArray[np.uint8], spool: Path | None
 ) -> Iterator[tuple[int, NDArray[Any]]]:
-    """(the first column, [clients, columns]) of tensors such as `like`, flattened; a block is there to be changed."""
+    """(the first column, [clients, columns]) of tensors such as `like`, flattened; a block may be written to."""
     size, width = like.numel(), like.element_size()
-    columns = max(1, ROOM // (width * len(reads)))
-    if size <= columns:
-        yield 0, np.stack([read().flatten().numpy() for read in reads])
+    columns = min(size, len(room) // (width * len(reads)))
+    whole = room[: len(reads) * columns * width].view(f"f{width}").reshape(len(reads), columns)
+    if columns == size:
+        for row, read in zip(whole, reads, strict=True):
+            row[:] = read().flatten().numpy()
+        yield 0, whole
         return
     with tempfile.TemporaryFile(dir=spool) as file:
         for read in reads:
             file.write(read().flatten().numpy().data.cast("B"))
-        whole = np.empty((len(reads), columns), f"f{width}")
         for start in range(0, size, columns):
             block = whole[:, : size - start]
             for i, row in enumerate(block):

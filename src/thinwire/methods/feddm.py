@@ -111,10 +111,9 @@ class FedDM(Method):
 
     def init(self, server: Server) -> Known:
         net = server.net
-        width, classes = net.model.get_input_embeddings().weight.shape[1], 0
-        if is_classifier(net.model):
-            classes = int(net.model.config.num_labels)
-        return Known({name: net.base[name] for name in net.names}, int(width), min(net.rows), classes)
+        classes = int(net.model.config.num_labels or 0) if is_classifier(net.model) else 0
+        width = embedded.table(net.model).shape[1]
+        return Known({name: net.base[name] for name in net.names}, width, min(net.rows), classes)
 
     def broadcast(self, state: Known, server: Server, client_id: int, held: str | None) -> Surrounded:
         return Surrounded(state.weights)
@@ -124,7 +123,7 @@ class FedDM(Method):
         net, data = client.net, client.data
         if data.candidates is None:
             raise Illegal("the answers are open, and have no classes")
-        table = net.model.get_input_embeddings().weight.detach()
+        table = embedded.table(net.model).detach()
         unit = float(table.float().std())
         sets, counts, apart, losses = dict[str, Tensor](), list[int](), 0.0, list[tuple[float, int]]()
         for label in sorted({example.choice or 0 for example in data.examples}):
@@ -256,7 +255,7 @@ class FedDM(Method):
         fill_checked(client.net, down.weights)
 
     def reply_bytes(self, net: Net) -> int:
-        width = int(net.model.get_input_embeddings().weight.shape[1])
+        width = embedded.table(net.model).shape[1]
         return MANY * (2 * self.rows * self.length * width + 4 * LONGEST)
 
     def fits(self, net: Net) -> None:

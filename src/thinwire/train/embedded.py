@@ -22,6 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Answers = Sequence[Sequence[int]]  # the tokens of each class's answer; without any, a classifier's classes
 
 
+def table(model: nn.Module) -> Tensor:
+    """The model's input embeddings: [tokens, width]."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    weight: Tensor = embedding.weight
+    return weight
+
+
 def scores(model: nn.Module, rows: Tensor, answers: Answers) -> Tensor:
     """The log-probabilities of the classes' answers after each row, float32 [rows, classes], of a sum that is not 1.
 
