@@ -226,6 +226,19 @@ def test_a_log_that_was_changed_is_not_gone_on_with(net: Net, tmp_path: Path) ->
     assert checkpoint.rounds(tmp_path / "state") == [0, 1]
 
 
+def test_a_log_that_began_late_says_since_when(net: Net, tmp_path: Path) -> None:
+    """Of a run that an older thinwire began, or whose log somebody has taken away."""
+    from test_loop import StopIn
+
+    with pytest.raises(KeyboardInterrupt):
+        train(job(net, tmp_path, watch=StopIn(3, 1)))
+    (tmp_path / "audit.jsonl").unlink()
+    train(job(net, tmp_path))
+    found = audit(tmp_path)
+    assert (found.rounds, len(found.problems)) == (1, 1)
+    assert found.problems[0].endswith("audit.jsonl: begins after round 2: what came before is in no log")
+
+
 def test_a_run_without_a_log_has_none(net: Net, tmp_path: Path) -> None:
     train(job(net, tmp_path, audit=False))
     assert not (tmp_path / "audit.jsonl").exists()

@@ -115,7 +115,10 @@ def audit(folder: Path) -> Audited:
             logged = {round: line for round, line in logged.items() if round <= entry["round"]}
     ended = bool(entries) and entries[-1]["event"] == "end"
     if problem is None:  # else what is missing from the log would be taken for what is missing here
-        problems += _differences(folder, logged)
+        since = entries[0]["round"] if entries else 0
+        if since:
+            problems.append(f"{path}: begins after round {since}: what came before is in no log")
+        problems += _differences(folder, logged, since)
         problems += _ending(folder, entries)
     head = entries[-1]["hash"] if entries else NONE
     return Audited(problems, len(entries), len(logged), ended, head, keys)
@@ -173,9 +176,10 @@ def _parsed(line: bytes) -> Record | None:
         return None
 
 
-def _differences(folder: Path, logged: Mapping[int, Record]) -> list[str]:
+def _differences(folder: Path, logged: Mapping[int, Record], since: int) -> list[str]:
     path, problems = folder / "rounds.jsonl", list[str]()
-    recorded = {record["round"]: line for line, record in records.lines(path) if isinstance(record, dict)}
+    found = [(line, record["round"]) for line, record in records.lines(path) if isinstance(record, dict)]
+    recorded = {round: line for line, round in found if round > since}
     for round in sorted({*logged, *recorded}):
         if round not in recorded:
             problems.append(f"{path}: has no record of round {round}, which the log has")
@@ -187,7 +191,7 @@ def _differences(folder: Path, logged: Mapping[int, Record]) -> list[str]:
         state = logged[round]["state"] if round in logged else None
         if state is not None and state != state_of(folder, round):
             problems.append(f"{folder / 'state'}: the state of round {round} is not the one that was logged")
-        if round and round not in logged and round not in recorded:
+        if round > since and round not in logged and round not in recorded:
             problems.append(f"{folder / FILE}: ends before round {round}, of which there is a checkpoint: it was cut")
     return problems
 
