@@ -261,6 +261,10 @@ class FedDM(Method):
     def fits(self, net: Net) -> None:
         if "inputs_embeds" not in inspect.signature(net.model.forward).parameters:
             raise ModelError(f"model.path: {self.name} needs a model that takes embeddings for tokens")
+        if net.view.front:
+            raise ModelError(
+                f"model.view: {self.name} trains on embeddings, and a prompt stands in front of tokens alone"
+            )
 
     def work(self, round: int) -> Work:
         return Work(self.steps, math.nan, self.batch_size)  # for each class that a client has, which a run file has not

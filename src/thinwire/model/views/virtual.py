@@ -71,6 +71,8 @@ class Virtual(nn.Module):
         if not self.present:
             return args, kwargs
         given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        if given.get("input_ids") is None:
+            raise ModelError("model.view: a prompt stands in front of tokens, and not of embeddings in their place")
         ids, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
         real = torch.ones_like(ids) if mask is None else mask
         starts = (real.cumsum(1) == 0).sum(1, keepdim=True)  # after what is padding
