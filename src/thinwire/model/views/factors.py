@@ -95,7 +95,7 @@ def add(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str],
     ModelError: a target that is no layer's name, a rank above the smaller side of a layer, a layer whose weights are
     read and that is not called.
     """
-    _put(model, rank, alpha, targets, lambda name, *sides: drawn(key.fold(name), rank, *sides))
+    _put(model, rank, alpha, targets, lambda name, n, m: drawn(key.fold(name), rank, n, m))
 
 
 def add_cores(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], key: Key) -> None:
@@ -103,7 +103,7 @@ def add_cores(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence
 
     Signs drawn from `key`, of A over sqrt(in). ModelError as `add`, of the table model.view.
     """
-    _put(model, rank, alpha, targets, lambda name, n, m: drawn(key.fold(name), rank, n, m, core=True), VIEW)
+    _put(model, rank, alpha, targets, lambda name, n, m: drawn(key.fold(name), rank, n, m, True), VIEW)
     for layer in _factored(model).values():
         for side in (layer.lora_A, layer.lora_B):
             side.requires_grad_(False)
