@@ -65,8 +65,8 @@ class Net:
         self.merged: tuple[str, ...] = ()  # of each stage that has gone into the frozen weights, its name
         self._resting = False
         self._kept: tuple[bytes, dict[str, Tensor]] | None = None
-        for name, names in tied(model).items() if trainable is not None else ():
-            if not any(map(trainable, names)):
+        for name, names in tied(model).items():
+            if trainable is not None and not any(map(trainable, names)):
                 model.get_parameter(name).requires_grad_(False)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.personal = {name: self._parameters.pop(name) for name in kept([*self._parameters], view.keep)}
