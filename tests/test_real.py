@@ -38,6 +38,17 @@ SMALL = [
 
 @real
 @pytest.mark.real
+def test_a_model_of_a_package_is_scored_by_its_name(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "Name a colour.", "input": "", "output": "Blue"}\n')
+    command = ["eval", "smollm2-135m-instruct", f"data.path={rows}", "eval.rows=1", "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0]["loss"] > 0
+
+
+@real
+@pytest.mark.real
 def test_the_demo_leaves_a_model_that_transformers_loads(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

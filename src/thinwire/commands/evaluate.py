@@ -24,7 +24,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Of rows, for each of --tasks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Evaluate a run on its held-out rows; a Hugging Face folder, or thin files of one base, on data.path=FILE."""
+    """Evaluate a run on its held-out rows; a model (a folder, or smollm2-135m-instruct), or thin files of one base, on data.path=FILE."""
     with one_line():
         settle()
         if tasks is not None:
@@ -33,7 +33,7 @@ def evaluate(
         from thinwire import assemble, config
         from thinwire.commands.show import print_scores
         from thinwire.keys import Key
-        from thinwire.model.resolve import resolve
+        from thinwire.model.resolve import PACKAGED, resolve
 
         if path.is_file():
             _thin(path, base, overrides or [], as_json)
@@ -46,13 +46,13 @@ def evaluate(
             plain = settings.model.model_copy(update={"lora": None, "view": config.Full()})
             settings = _with_prompt(settings.model_copy(update={"model": plain}), path / "model")
             rows = assemble.rows_of(settings.data, Key.root(settings.seed))
-        elif path.is_dir():
+        elif path.is_dir() or str(path).lower() in PACKAGED:
             tree: dict[str, Any] = {"name": "eval", "method": {"name": "fedavg"}, "data": {}}
             config.override(tree, [*(overrides or []), _named(path)])
             settings = _with_prompt(config.parse(tree, "the command line"), resolve(str(path)))
             rows = _all_of(settings)
         else:
-            raise config.ConfigError(f"{path}: neither a folder nor a file")
+            raise config.ConfigError(f"{path}: neither a folder nor a file, nor one of {', '.join(PACKAGED)}")
         assemble.use_threads(settings)
         net = assemble.net_of(settings)
         scores = assemble.scorer(settings, net, assemble.splits_of(settings, rows, net))()
@@ -110,7 +110,7 @@ def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, 
     from thinwire import assemble, config
     from thinwire.evaluate.harness import harness
     from thinwire.model.net import Net
-    from thinwire.model.resolve import resolve
+    from thinwire.model.resolve import PACKAGED, resolve
     from thinwire.model.views import saved_in
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
