@@ -24,7 +24,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Of rows, for each of --tasks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Evaluate a run on its held-out rows; a model (a folder, or smollm2-135m-instruct), or thin files of one base, on data.path=FILE."""
+    """Evaluate a run on its held-out rows; a model, or thin files of one base, on data.path=FILE."""
     with one_line():
         settle()
         if tasks is not None:
@@ -110,7 +110,7 @@ def _tasks(path: Path, tasks: str, overrides: Sequence[str], limit: int | None, 
     from thinwire import assemble, config
     from thinwire.evaluate.harness import harness
     from thinwire.model.net import Net
-    from thinwire.model.resolve import PACKAGED, resolve
+    from thinwire.model.resolve import resolve
     from thinwire.model.views import saved_in
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
