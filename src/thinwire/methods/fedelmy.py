@@ -38,7 +38,7 @@ from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder
-from thinwire.train.local import Adjust, scheduled
+from thinwire.train.local import Adjust
 from thinwire.train.weights import Trained, check_weights, fill, fill_checked
 from thinwire.wire.legal import check_rate
 
@@ -70,7 +70,7 @@ class FedELMY(FirstOrder):
         return Passed({name: server.net.base[name] for name in server.net.names})
 
     def broadcast(self, state: Passed, server: Server, client_id: int, held: str | None) -> Passed:
-        return Passed(state.weights, scheduled(self.schedule, self.lr, server.round, server.rounds))
+        return Passed(state.weights, self.rate(server))
 
     def client_update(self, down: Passed, client: Client) -> Trained:
         self.receive(down, client)

@@ -37,7 +37,7 @@ from thinwire.model.blocks import layers_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder
-from thinwire.train.local import Adjust, scheduled
+from thinwire.train.local import Adjust
 from thinwire.train.spectrum import density, layer_scores, share_above
 from thinwire.train.weights import check_weights, fill
 from thinwire.wire import Illegal, LazyTensors
@@ -106,7 +106,7 @@ class FedPepTAO(FirstOrder):
         return Shared(weights, {name: torch.zeros(tensor.shape) for name, tensor in weights.items()}, [])
 
     def broadcast(self, state: Shared, server: Server, client_id: int, held: str | None) -> Part:
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
+        lr = self.rate(server)
         shared = _shared(state.weights, state.layers)
         weights = {name: state.weights[name] for name in (shared if state.layers and held == HELD else state.weights)}
         return Part(weights, {n: state.controls[n].to(state.weights[n].dtype) for n in shared}, state.layers, lr)
@@ -139,7 +139,7 @@ class FedPepTAO(FirstOrder):
             raise Illegal(f"a score that is not finite, or a ratio of {up.ratio:g}")
 
     def update(self, state: Shared, server: Server, up: Ranked) -> Update:
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
+        lr = self.rate(server)
         rates = sum(_rate(lr, self.warmup, step) for step in range(self.steps - up.skipped))
         specs = specs_of(up.weights)
         specs = {**specs, **{CONTROL + name: Spec(torch.float32, spec.shape) for name, spec in specs.items()}}
