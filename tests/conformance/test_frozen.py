@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from federation import Federation  # noqa: E402
+from pinned import other_versions  # noqa: E402
 from rows import ROWS, net_for, opened  # noqa: E402
 
 from thinwire import wire  # noqa: E402
@@ -27,7 +27,6 @@ from thinwire.core import Method  # noqa: E402
 from thinwire.model.net import Net  # noqa: E402
 
 TABLE = HERE / "frozen.json"
-CONSTRAINTS = HERE.parents[1] / "constraints.txt"
 ROUNDS = 3
 
 
@@ -36,13 +35,6 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return " ".join(about.get(name, "?") for name in ("vendor_id", "cpu family", "model"))
-
-
-def other_versions() -> list[str]:
-    """The libraries whose arithmetic the digests hold, where others are installed than make installs."""
-    pinned = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if "==" in line)
-    installed = {name: version(name).partition("+")[0] for name in ("torch", "transformers", "numpy")}
-    return [f"{name} {found}, not {pinned[name]}" for name, found in installed.items() if found != pinned[name]]
 
 
 def digest(frame: wire.Frame) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from federation import Federation
+from pinned import other_versions
 from rows import ROWS
 
 from thinwire import wire
@@ -177,7 +178,9 @@ def test_materialise_is_what_the_clients_receive(method: Method, net: Net, tmp_p
 
 def test_bytes_of_a_client_and_round(row: str, method: Method, net: Net, tmp_path: Path) -> None:
     at = Federation(method, net, tmp_path, rounds=1).step()
-    assert (at.visits[0].bytes_down, at.visits[0].bytes_up) == (ROWS[row].down, ROWS[row].up)
+    room = 2 if other_versions() else 0  # scalars that round otherwise pack otherwise, by a byte or two
+    assert abs(at.visits[0].bytes_down - ROWS[row].down) <= room
+    assert abs(at.visits[0].bytes_up - ROWS[row].up) <= room
 
 
 def test_the_loss_falls(row: str, method: Method, net: Net, tmp_path: Path) -> None:
