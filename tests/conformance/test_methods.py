@@ -178,9 +178,10 @@ def test_materialise_is_what_the_clients_receive(method: Method, net: Net, tmp_p
 
 def test_bytes_of_a_client_and_round(row: str, method: Method, net: Net, tmp_path: Path) -> None:
     at = Federation(method, net, tmp_path, rounds=1).step()
-    room = 2 if other_versions() else 0  # scalars that round otherwise pack otherwise, by a byte or two
-    assert abs(at.visits[0].bytes_down - ROWS[row].down) <= room
-    assert abs(at.visits[0].bytes_up - ROWS[row].up) <= room
+    # scalars that round otherwise pack otherwise, by a byte or two
+    room = (0, 1, 2, -1, -2) if other_versions() else (0,)
+    assert any(at.visits[0].bytes_down + off == ROWS[row].down for off in room)
+    assert any(at.visits[0].bytes_up + off == ROWS[row].up for off in room)
 
 
 def test_the_loss_falls(row: str, method: Method, net: Net, tmp_path: Path) -> None:
