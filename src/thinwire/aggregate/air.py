@@ -47,7 +47,7 @@ class Air(Mean):
             raise ValueError("the channel is drawn from a round's key")
         key, totals, worst, gains = at.key.fold("air"), dict[str, float](), dict[str, float](), list[float]()
 
-        def heard() -> Iterator[tuple[int, Update]]:
+        def received() -> Iterator[tuple[int, Update]]:
             for client, update in updates:
                 gain = self.gain(float(key.fold("gain", client).uniform(1)[0]))
                 gains.append(gain)
@@ -59,7 +59,7 @@ class Air(Mean):
 
                 yield client, update._replace(tensors=_Noted(update.tensors, note))
 
-        mean, metrics = Mean()(heard(), at)
+        mean, metrics = Mean()(received(), at)
         squares, count = 0.0, 0
         for name, tensor in mean.items():
             variance = self.noise * worst[name] / totals[name] ** 2

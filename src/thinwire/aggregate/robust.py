@@ -237,4 +237,4 @@ AnyAggregation: TypeAlias = Annotated[
     Annotated[Mean | Clipped | Median | Trimmed | Krum | Vote | Gated | Air, Field(discriminator="kind")],
     BeforeValidator(_named),
 ]
-"""Of a run file: a table told apart by `kind`, or the kind alone."""
+"""Of a run file: a table known by its `kind`, or the kind alone."""

@@ -181,14 +181,19 @@ def _memory(runs: Sequence[Recorded]) -> Plot | None:
     )
 
 
-def _clients(runs: Sequence[Recorded]) -> Plot | None:
-    rows = [
+def _visits(runs: Sequence[Recorded], field: str) -> list[dict[str, Any]]:
+    """A row for each visit whose record has a number in that field."""
+    return [
         _at(run, record["round"]) | {"client": str(visit.get("name") or visit["id"]), "value": value}
         for run in runs
         for record in run.rounds
         for visit in record["clients"]
-        if (value := number(visit.get("loss"))) is not None
+        if (value := number(visit.get(field))) is not None
     ]
+
+
+def _clients(runs: Sequence[Recorded]) -> Plot | None:
+    rows = _visits(runs, "loss")
     title = "Loss of each client"
     caption = "Mean training loss of each client's local steps in the rounds in which it took part. Unit: nats a token."
     return _each("clients", title, caption, "loss (nats a token)", rows)
@@ -208,13 +213,7 @@ def _own(runs: Sequence[Recorded]) -> Plot | None:
 
 
 def _shares(runs: Sequence[Recorded]) -> Plot | None:
-    rows = [
-        _at(run, record["round"]) | {"client": str(visit.get("name") or visit["id"]), "value": value}
-        for run in runs
-        for record in run.rounds
-        for visit in record["clients"]
-        if (value := number(visit.get("share"))) is not None
-    ]
+    rows = _visits(runs, "share")
     title = "How much each client counted"
     caption = "The share of a client's reply in what its round made of all replies. Unit: 1, all of it."
     return _each("shares", title, caption, "share of the round", rows)

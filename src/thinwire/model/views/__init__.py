@@ -1,4 +1,4 @@
-"""The views of a model that a run file may name: one file each, a frozen class told apart by `kind`."""
+"""The views of a model that a run file may name: one file each, a frozen class known by its `kind`."""
 
 from __future__ import annotations
 

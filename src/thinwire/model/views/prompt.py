@@ -2,7 +2,7 @@
 
     E(row) becomes [P; E(row)], P [tokens, width]          deep: layer l finds P_l in their places
 
-All that a frozen model is told of a task then lies in a few rows of its embedding space (arXiv:2104.08691). With `deep`
+All that a frozen model has of a task then lies in a few rows of its embedding space (arXiv:2104.08691). With `deep`
 each layer has rows of its own in place of what the layer below has made of them, as in P-tuning v2 (Liu et al., 2022,
 arXiv:2110.07602) and VPT-deep (Jia et al., 2022, arXiv:2203.12119): keys and values are what the layer's own
 projections make of them, so it goes with every model that has a list of layers. Prefixes of keys and values are

@@ -39,7 +39,7 @@ class Adapted(NamedTuple):
 
 
 class View(Protocol):
-    """A frozen table of a run file, told apart from the others by `kind`; its fields are its settings."""
+    """A frozen table of a run file, known by its `kind`; its fields are its settings."""
 
     @property
     def kind(self) -> str:
