@@ -21,7 +21,8 @@ SOURCE = ROOT / "src" / "thinwire"
 
 # the floors of the house, the lowest first: a part imports parts of lower floors only, and none of its own floor
 FLOORS = (
-    {"errors", "files", "keys", "memory", "moved", "privacy", "streams", "threads", "units", "wire"},
+    {"errors", "files", "keys", "memory", "moved", "streams", "threads", "units", "versions", "wire"},
+    {"privacy"},
     {"aggregate", "records"},
     {"compress", "data", "model"},
     {"costs"},

@@ -13,19 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from thinwire.aggregate.mean import Counted, Mean, Metrics, Setting, Update
+from thinwire.aggregate.noised import noised_mean
 from thinwire.aggregate.robust import AnyAggregation
 from thinwire.aggregate.server_step import AnyServerStep, Plain
 from thinwire.aggregate.weights import Weighing
 from thinwire.costs.sketch import Work
 from thinwire.errors import ConfigError
 from thinwire.keys import Key
-from thinwire.privacy.released import Released
+from thinwire.privacy.protection import Level, Protection
+from thinwire.privacy.released import Released, of_update
 from thinwire.privacy.secrets import Secrets, SystemSecrets
+from thinwire.versions import Trial
+from thinwire.versions import Versions as Versions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,14 +41,6 @@ if TYPE_CHECKING:
     from thinwire.costs.sketch import Pass, Sketch
     from thinwire.data.batch import Dataset
     from thinwire.model.net import Net
-
-
-class Versions(Protocol):
-    """Content-addressed named tensors: a bounded number of versions of the global weights."""
-
-    def put(self, tensors: Mapping[str, Tensor]) -> str: ...
-
-    def get(self, version: str) -> Mapping[str, Tensor] | None: ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,8 @@ class Server:
     spool: Path | None = None
     left_out: dict[int, str] = field(default_factory=dict)
     weighing: Weighing = field(default_factory=Weighing)  # how much each reply counts
+    protection: Protection | None = None  # of whole clients: what a private run's mean is noised with
+    secrets: Secrets = field(default_factory=SystemSecrets)
 
 
 @dataclass
@@ -87,6 +85,7 @@ class Client:
     versions: Versions
     held: str | None = None
     secrets: Secrets = field(default_factory=SystemSecrets)
+    protection: Protection | None = None  # in a private run: of its examples, or of all that it sends
 
 
 class StaleVersion(Exception):
@@ -111,6 +110,7 @@ class Method(BaseModel):
     keeps: ClassVar[bool] = False  # its client half trains what a view keeps at the clients too
     classes_only: ClassVar[bool] = False  # works with a closed set of answers alone
     versions_each: ClassVar[int] = 0  # versions of their own that the server keeps for each client
+    private: ClassVar[tuple[Level, ...]] = ()  # levels at which its replies can be noised, or its mean
 
     def init(self, server: Server) -> Any:
         """The state before the first round."""
@@ -148,9 +148,9 @@ class Method(BaseModel):
         """Whether its clients can evaluate: whether it has a `receive` of its own."""
         return type(self).receive is not Method.receive
 
-    def released(self, privacy: Any) -> Released | None:
-        """In what state each field of `Up` leaves a run with that privacy; None: the method offers none."""
-        return None
+    def released(self, level: Level) -> Released | None:
+        """In what state each field of `Up` leaves a run private at that level; None: the method offers none."""
+        return of_update(level, self.Up) if level in self.private else None
 
     def receive(self, down: Any, client: Client) -> None:
         """Fill the client's net as `down` means it, without training: for evaluation at the clients."""
@@ -233,6 +233,10 @@ class Averaged(Method):
 
         rise = self._rise(state, server, server.loss) if self.measures and server.loss else None
         setting = Setting(self.origin(state), rise, server.spool, server.left_out, server.key)
+        if server.protection is not None:
+            mean = noised_mean(updates(), setting.origin, server.protection, len(server.cohort), server.secrets)
+            state, metrics = self.step(state, server, mean, [each._replace(metrics={}) for each in counted])
+            return state, metrics
         mean, metrics = self.aggregation(updates(), setting)
         if server.left_out:
             metrics = metrics | {"left_out": len(server.left_out)}
@@ -284,17 +288,3 @@ class Averaged(Method):
             return loss(self.step(state, trial, mean, [Counted(client, update.weight, update.metrics)])[0]) - before[0]
 
         return rise
-
-
-class Trial(NamedTuple):
-    """The versions of a state that is only tried: none is kept."""
-
-    known: Versions
-
-    def put(self, tensors: Mapping[str, Tensor]) -> str:
-        """A name that no version has."""
-        return "0" * 32
-
-    def get(self, version: str) -> Mapping[str, Tensor] | None:
-        """A version that is held."""
-        return self.known.get(version)

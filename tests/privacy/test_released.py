@@ -17,6 +17,7 @@ from torch import Tensor
 from thinwire import wire
 from thinwire.core import Client, Method
 from thinwire.methods.fedavg import FedAvg
+from thinwire.privacy.protection import Level, Protection
 from thinwire.privacy.released import Released
 from thinwire.privacy.secrets import SystemSecrets
 from thinwire.runtime.endpoint import serve
@@ -50,8 +51,8 @@ class Noisy(Method):
         careless: dict[str, Any] = {"": {}, "examples": {"examples": 3}, "names": {"names": ["a"]}}[self.careless]
         return Answer(len(client.data) + noise, **careless)
 
-    def released(self, privacy: Any) -> Released | None:
-        assert privacy == {"epsilon": 1}
+    def released(self, level: Level) -> Released | None:
+        assert level == "record"
         return self.states  # type: ignore[return-value]
 
 
@@ -64,18 +65,21 @@ class Known:
     def sampled(self, count: int, rate: float) -> NDArray[np.int64]:
         return np.arange(count)
 
+    def integers(self, count: int, deviation: int) -> NDArray[np.int64]:
+        return np.zeros(count, np.int64)
 
-def answer(method: Method, folder: Path, privacy: Any) -> Answer:
+
+def answer(method: Method, folder: Path, protection: Protection | None) -> Answer:
     client = Federation(FedAvg(), tiny_net(folder), folder / "run").client(0, 1)
     assert isinstance(client.secrets, SystemSecrets)
-    client.secrets = Known()
+    client.secrets, client.protection = Known(), protection
     frame = wire.encode(Ask(0.5), run=1, round=1, client=0)
-    found: Answer = wire.decode(Answer, serve(method, frame, client, privacy=privacy))
+    found: Answer = wire.decode(Answer, serve(method, frame, client))
     assert torch.equal(found.total, len(client.data) + torch.full((2,), 0.5, dtype=torch.float64))
     return found
 
 
-PRIVATE = {"epsilon": 1}
+PRIVATE = Protection("record", 1.0, 1.0)
 
 
 def test_what_is_spoken_for_leaves(tmp_path: Path) -> None:

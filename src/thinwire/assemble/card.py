@@ -11,6 +11,7 @@ from thinwire import __version__
 from thinwire.assemble.rows import Rows
 from thinwire.config import Run, method_name
 from thinwire.config.schema import without_none
+from thinwire.privacy.released import in_words
 from thinwire.records import SCORES
 
 
@@ -56,6 +57,9 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
     if run.model.view.front:
         alone = "These weights are the start model's: the prompt in front of every row stands in `adapter/`"
         lines += [f"{alone}. Without it they know nothing of what was trained.", ""]
+    if (promised := summary.get("privacy")) is not None:
+        counted = [f"- {line}" for line in promised["not_counted"]]
+        lines += ["## Privacy", "", f"{in_words(promised)}.", "", "Not counted in it:", "", *counted, ""]
     lines += [
         "## Data",
         "",

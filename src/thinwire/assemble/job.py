@@ -16,6 +16,7 @@ from thinwire.assemble.card import card
 from thinwire.assemble.choice import check_choice, choice_of, stop_of
 from thinwire.assemble.datasets import check_answers, check_context, check_tokens, clients_data, datasets, public_data
 from thinwire.assemble.model import classes_of, net_of, settled, use_threads
+from thinwire.assemble.privacy import budget_of, check_privacy
 from thinwire.assemble.rows import Rows, rows_of
 from thinwire.assemble.scores import loss_on, scorer, splits_of
 from thinwire.config import ConfigError, Run
@@ -50,6 +51,7 @@ def prepared(run: Run, rows: Rows | None = None) -> tuple[Run, Rows]:
     if rows is None:
         rows = rows_of(run.data, Key.root(run.seed))
     check_agreement(run, list(rows.clients))
+    check_privacy(run, list(rows.clients))
     return settled(run, rows), rows
 
 
@@ -62,15 +64,21 @@ def begin(run: Run, rows: Rows, hollow: bool = False) -> Start:
 
 def identity(run: Run) -> int:
     """The number that a run's frames carry: 32 bits of a hash of its file, without what makes no other run of it."""
-    aside: dict[str, Any] = {"environment": {}, "threads": None, "track": config.Track(), "federation": None}
+    aside: dict[str, Any] = {
+        "environment": {},
+        "threads": None,
+        "track": config.Track(),
+        "federation": None,
+        "privacy": None,
+    }
     same = run.model_copy(update=aside)
     newer = {"patience": 0, "keep": "last"}  # a run that goes without them is the one that it was before they came
     unset = {"eval": {name for name, default in newer.items() if getattr(run.eval, name) == default}}
     if run.data.order == "random":
         unset["data"] = {"order", "focus"}
     text = same.to_toml(unset)
-    if (weights := agreement_of(run)) is not None:
-        text += weights.model_dump_json()
+    for part in (agreement_of(run), run.privacy):
+        text += "" if part is None else part.model_dump_json()
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
@@ -130,6 +138,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         on=choice_of(run),
         warmup=run.eval.warmup or 0,
         weights=agreement_of(run),
+        budget=budget_of(run, [len(data) for data in clients]) if clients else None,
         audit=run.federation is not None and run.federation.audit,
         replies=run.federation is not None and run.federation.keep_replies,
     )

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from thinwire import config
 from thinwire.commands.screen import Screen
 from thinwire.config import Run, method_name
+from thinwire.privacy.released import in_words
 from thinwire.records import MEASURED, SCORES, Record, read_records
 from thinwire.report.sites import clients_of
 from thinwire.runtime.course import Watch
@@ -85,12 +86,16 @@ class Live(Watch):
         loss = metrics.get("loss")
         self.sent += record["bytes_down"] + record["bytes_up"]
         parts = [f"loss {loss:.3f}"] if loss is not None else []
+        if (spent := metrics.get("epsilon")) is not None:
+            parts.append(f"epsilon {spent:.3g}")
         parts += [self.scored] if self.scored else []
         memory = f"memory {size(record['peak_memory_bytes'])}"
         self.note = ", ".join([*parts, size(self.sent), memory, f"{span(left)} left"])
         parts = [_many(len(visits) - len(lost), "client") + (f" ({len(lost)} dropped)" if lost else "")]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
+        if (spent := metrics.get("epsilon")) is not None:
+            parts.append(f"epsilon {spent:.3g}")
         if metrics.get("skipped"):
             parts.append(f"{_many(round(metrics['skipped']), 'step')} skipped")
         parts += [
@@ -152,6 +157,9 @@ def print_summary(folder: Path, note: str | None = None) -> None:
             for text in [line] if len(line) <= 76 else parts:
                 console.print(f"    {text}")
     print_clients(console, rounds, read_records(folder / "evals.jsonl"))
+    if (promised := summary.get("privacy")) is not None:
+        console.print(in_words(promised), soft_wrap=True)
+        console.print(f"  not counted: {'; '.join(promised['not_counted'])}", soft_wrap=True)
     if "ended" in summary:
         console.print(f"ended after round {summary['rounds']}: {summary['ended']}", soft_wrap=True)
     if (kept := summary.get("kept")) is not None:

@@ -21,6 +21,7 @@ from pydantic import (
 from thinwire.config.explain import leaves
 from thinwire.config.federation import Federation
 from thinwire.config.method import method_of
+from thinwire.config.privacy import Privacy
 from thinwire.config.section import Section
 from thinwire.errors import ConfigError
 from thinwire.methods import PLACES
@@ -220,6 +221,7 @@ class Run(Section):
     eval: Eval = Eval()
     track: Track = Track()
     federation: Federation | None = None
+    privacy: Privacy | None = None
     environment: Mapping[str, str] = {}  # written by a run: for the reader, and to see that it goes on with the same
 
     @field_validator("method", mode="before")

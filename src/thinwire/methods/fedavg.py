@@ -18,6 +18,7 @@ from thinwire.aggregate.server_step import stepped
 from thinwire.core import Client, Server
 from thinwire.costs.frames import Expected, Frames, fixed
 from thinwire.model.net import Net
+from thinwire.privacy.protection import BOTH
 from thinwire.train.first_order import FirstOrder
 from thinwire.train.weights import Trained, check_weights, fill, fill_checked
 from thinwire.wire.legal import check_rate
@@ -40,6 +41,7 @@ class FedAvg(FirstOrder):
 
     Down, Up, State = Weights, Trained, Weights
     paper: ClassVar[str] = "McMahan et al. 2017, arXiv:1602.05629"
+    private = BOTH
 
     def init(self, server: Server) -> Weights:
         return Weights({name: server.net.base[name] for name in server.net.names})

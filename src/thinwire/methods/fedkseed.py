@@ -37,17 +37,17 @@ from thinwire.model.net import Net
 from thinwire.perturb import pool, probe
 from thinwire.perturb.directions import Directions, PoolLaw
 from thinwire.perturb.moves import Moves
-from thinwire.perturb.pool import TILTS, Levels, Pool, Shares
+from thinwire.perturb.pool import TILTS, Levels, Pool
 from thinwire.perturb.scalars import as_floats, as_sent, check_picks, check_scalars, drawn
 from thinwire.perturb.spsa import shrink_of, walk, work
+from thinwire.privacy.protection import BOTH, Level
+from thinwire.privacy.released import Released
 from thinwire.train.local import Schedule, scheduled
-from thinwire.wire import Illegal
-from thinwire.wire.legal import LARGEST as LARGEST_GAIN
-from thinwire.wire.legal import check_keys, check_rate
+from thinwire.train.protected import protected_at
+from thinwire.wire import Illegal, legal
 from thinwire.wire.payload import LATE
 
 BLOCK = 128  # replies that the server adds up at a time
-GAINS = "gains"
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class FedKSeed(Averaged):
 
     Down, Up, State = Gains, Steps, Accumulators
     paper: ClassVar[str] = "Qin et al. 2024, arXiv:2312.06353"
+    private = BOTH
 
     @model_validator(mode="after")
     def _combined(self) -> FedKSeed:
@@ -157,8 +158,9 @@ class FedKSeed(Averaged):
     def client_update(self, down: Gains, client: Client) -> Steps:
         self.receive(down, client)
         known = self._pool(down.pool)
-        stream = [0 if self.shared else client.id]
-        picks = known.picks(down.draws, stream, (self.steps, self.queries), self._shares(down))[0]
+        sent = down.probabilities if self.wire == "paper" else down.tilts
+        shares = pool.shares_sent(sent, self.seeds) if self.pro else None
+        picks = known.picks(down.draws, [0 if self.shared else client.id], (self.steps, self.queries), shares)[0]
         scalars, loss = walk(
             client.net,
             known.directions,
@@ -168,11 +170,12 @@ class FedKSeed(Averaged):
             eps=self.eps,
             shrink=shrink_of(down.lr, self.weight_decay),
             together=self.together,
-            # What travels is what is applied, so that a rebuild repeats the training; int8 alone is rounded at the
-            # end, when its unit is known. Nobody would see the last move: the server makes it from the scalars.
+            # What travels is applied, so that a rebuild repeats the training; int8 alone is rounded at the end, when
+            # its unit is known. Nobody would see the last move: the server makes it from the scalars.
             applied=lambda found: found.astype(np.float16) if self._form == "float16" else found,
             last=False,
             sides=self.sides,
+            protected=protected_at(client, self.batch_size),
         )
         seeds = torch.from_numpy(picks.ravel().astype(np.int32)) if self.wire == "paper" else None
         return Steps(seeds, *as_sent(scalars.ravel(), self._form), len(client.data), loss)
@@ -187,7 +190,7 @@ class FedKSeed(Averaged):
     def aggregate(
         self, state: Accumulators, server: Server, replies: Iterable[tuple[int, Steps]]
     ) -> tuple[Accumulators, Metrics]:
-        if self.aggregation.kind != "mean":  # which needs each client's vector; for the mean many are added in one go
+        if server.protection or self.aggregation.kind != "mean":  # each vector is needed; a mean adds many in one go
             return super().aggregate(state, server, replies)
         moves, reports, block = self._moves(state, server), Reports(), list[Any]()
         for client_id, up, weight in self.weighed(server, replies):
@@ -207,13 +210,13 @@ class FedKSeed(Averaged):
     def update_of(self, state: Accumulators, server: Server, client_id: int, up: Steps) -> Update:
         moves = self._moves(state, server)
         self._add(moves, state, server, [(client_id, 1.0, (up.scalars, up.unit), up.seeds)])
-        return Update({GAINS: moves.tensor}, self.weight(up), up.loss, moves.skipped, moves.metrics)
+        return Update({"gains": moves.tensor}, self.weight(up), up.loss, moves.skipped, moves.metrics)
 
     def step(
         self, state: Accumulators, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Accumulators, Metrics]:
         moves = self._moves(state, server)
-        moves.take(mean[GAINS], counted)
+        moves.take(mean["gains"], counted)
         return self._moved(state, server, moves)
 
     def _moves(self, state: Accumulators, server: Server) -> Moves:
@@ -238,7 +241,7 @@ class FedKSeed(Averaged):
         """The state under moves and a shrink that are those of the mean."""
         gains, moments = moves.gains, state.moments
         if not self.server_step.plain:
-            move, moments = self.server_step(state.moments or {}, GAINS, torch.from_numpy(gains))
+            move, moments = self.server_step(state.moments or {}, "gains", torch.from_numpy(gains))
             gains = move.numpy()
         gains = moves.shrink * state.gains.numpy() + gains
         touched = gains[gains != 0]
@@ -257,13 +260,13 @@ class FedKSeed(Averaged):
         return 8 * self.steps * self.queries  # a scalar and a seed of four bytes each
 
     def receive(self, down: Gains, client: Client) -> None:
-        check_rate(down.lr)
-        check_keys(down.pool, down.draws)
+        legal.check_rate(down.lr)
+        legal.check_keys(down.pool, down.draws)
         if self.wire == "thin":
             gains = pool.received(client, down.levels, down.base, down.grid, self.seeds)
         else:
             gains = pool.plain(down.gains, self.seeds)
-        if not (gains.abs() <= LARGEST_GAIN).all() or not abs(down.shrink) <= 1:
+        if not (gains.abs() <= legal.LARGEST).all() or not abs(down.shrink) <= 1:
             raise Illegal("gains or shrink are beyond their bounds, or not finite")
         self._pool(down.pool).rebuild(client.net, gains, down.shrink)
 
@@ -274,11 +277,8 @@ class FedKSeed(Averaged):
     def _pool(self, key: int) -> Pool:
         return Pool(Directions(key, self.law, self.rank, self.seeds), self.seeds)
 
-    def _shares(self, down: Gains) -> Shares | None:
-        """Pro's shares of the directions, none uniform: integers on the thin wire, floats in the paper's form."""
-        if self.wire == "paper":
-            return pool.shares_of(down.probabilities, self.seeds) if self.pro else None
-        return pool.tilted(down.tilts, self.seeds) if self.pro else None
+    def released(self, level: Level) -> Released | None:
+        return None if self.pro or self.sides == 1 or self.weight_decay else super().released(level)
 
     def fits(self, net: Net) -> None:
         probe.check(net, self._pool(0).directions, self.together, self.name)

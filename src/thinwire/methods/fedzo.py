@@ -26,7 +26,9 @@ from thinwire.perturb import probe
 from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.pool import Pool
 from thinwire.perturb.spsa import shrink_of, walk, work
+from thinwire.privacy.protection import BOTH
 from thinwire.train.local import Schedule, scheduled
+from thinwire.train.protected import protected_at
 from thinwire.train.weights import Trained, check_weights, fill, fill_checked
 from thinwire.wire.legal import check_keys, check_rate
 from thinwire.wire.payload import LATE
@@ -64,6 +66,7 @@ class FedZO(Averaged):
 
     Down, Up, State = Start, Trained, Start
     paper: ClassVar[str] = "Fang et al. 2022, arXiv:2201.09531"
+    private = BOTH
 
     def init(self, server: Server) -> Start:
         return Start({name: server.net.base[name] for name in server.net.names}, server.key.fold("directions").word())
@@ -84,6 +87,7 @@ class FedZO(Averaged):
             eps=self.eps,
             shrink=shrink_of(down.lr, self.weight_decay),
             together=self.together,
+            protected=protected_at(client, self.batch_size),
         )
         weights = {name: p.detach() for name, p in client.net.parameters()}
         return Trained(weights, len(client.data), loss, int(np.isnan(scalars).any(axis=1).sum()))

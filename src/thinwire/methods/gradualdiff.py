@@ -33,6 +33,7 @@ from thinwire.costs.frames import VERSION, Expected, Frames
 from thinwire.costs.memory import MOMENTS, Memory, Side, exact_coding, holding, training
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.net import Net
+from thinwire.privacy.protection import BOTH
 from thinwire.train.versions import Exact, coded, decoded, key_below, layout, lossy_decoded
 from thinwire.train.weights import fill
 from thinwire.wire import Illegal, LazyTensors
@@ -106,6 +107,7 @@ class GradualDiff(Exact):
 
     Down, Up, State = Change, Difference, Held
     paper: ClassVar[str] = "Faiyaz and Salman 2025, arXiv:2506.19164"
+    private = BOTH
 
     @model_validator(mode="before")
     @classmethod
@@ -263,14 +265,12 @@ class GradualDiff(Exact):
     def _lossy(self, code: TensorCode, old: Tensor, wanted: Tensor, key: int, stream: int) -> tuple[Tensor, Tensor]:
         """The code of what is wanted of this tensor, and what it decodes to, float32."""
         sent = torch.where(moves(old, wanted), wanted, 0.0) if self.gate else wanted
-        own = key_below(key, stream)
-        data = code.encode(sent, own)
+        data = code.encode(sent, own := key_below(key, stream))
         return to_tensor(data), code.decode(data, old.shape, own)
 
     def _differences(self, state: Held, up: Difference) -> LazyTensors:
         """What the reply changes in each tensor, float32, decoded when asked for."""
-        specs = specs_of(state.weights)
-        order = {name: i for i, name in enumerate(specs)}
+        specs, order = specs_of(state.weights), {name: i for i, name in enumerate(state.weights)}
 
         def read(name: str) -> Tensor:
             if self.codec != "lossless":

@@ -39,6 +39,7 @@ from thinwire.core import Client, Server, StaleVersion
 from thinwire.costs.frames import VERSION, Expected, Frames, Span
 from thinwire.model.net import Net
 from thinwire.model.numbers import fill
+from thinwire.privacy.protection import BOTH
 from thinwire.train.local import Moments, Schedule
 from thinwire.train.probing import Probing
 from thinwire.train.stages import LEVELS, arrive, check_merges, check_stages, grown, name_of, on_levels, settle
@@ -112,6 +113,7 @@ class OneBit(Probing):
 
     Down, Up, State = Step, Learnt, Numbers
     paper: ClassVar[str] = "error feedback at both ends: Tang et al. 2019, arXiv:1905.05957"
+    private = BOTH
     needs_weights: ClassVar[bool] = False
 
     def init(self, server: Server) -> Numbers:

@@ -180,6 +180,11 @@ def shares_of(sent: Tensor | None, count: int) -> Shares:
     return sent.numpy().astype(np.float64)
 
 
+def shares_sent(sent: bytes | Tensor | None, count: int) -> Shares:
+    """Pro's shares of the directions, none uniform: tilts on the thin wire, probabilities in the paper's form."""
+    return shares_of(sent, count) if isinstance(sent, Tensor) else tilted(sent, count)
+
+
 def draws_key(key: Key) -> int:
     """The key of the directions that clients draw in a round, from the server's: known at both ends, 64 bits."""
     return key.fold("draws").word()

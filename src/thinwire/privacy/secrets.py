@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from thinwire.privacy.integers import of_uniform
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,6 +27,9 @@ class Secrets(Protocol):
 
     def sampled(self, count: int, rate: float) -> NDArray[np.int64]:
         """Poisson sampling: each of range(count) with probability `rate`, apart from the others; ascending."""
+
+    def integers(self, count: int, deviation: int) -> NDArray[np.int64]:
+        """Independent discrete normal numbers of mean 0 and that deviation: int64 [count]."""
 
 
 class SystemSecrets:
@@ -50,6 +55,10 @@ class SystemSecrets:
         if not 0 <= rate <= 1:
             raise ValueError(f"the rate {rate} is not in [0, 1]")
         return np.flatnonzero(_uniform(count) < rate)
+
+    def integers(self, count: int, deviation: int) -> NDArray[np.int64]:
+        """A word of 64 bits each, see privacy.integers."""
+        return of_uniform(np.frombuffer(os.urandom(8 * count), dtype=np.uint64), deviation)
 
 
 def _uniform(count: int) -> NDArray[np.float64]:

@@ -62,7 +62,8 @@ class Course:
         self.memories = ClientMemories(self.states / "clients")
         self.held: dict[int, str] = {}
         parts = (job.net, self.versions, job.clients, self.memories, lambda client, _: self.held.get(client))
-        self.seats = Seats(job.key, job.rounds, *parts, job.public, len(job.names), job.loss)
+        private = (job.budget.protected, job.budget.protection) if job.budget is not None else ({}, None)
+        self.seats = Seats(job.key, job.rounds, *parts, job.public, len(job.names), job.loss, *private)
         done = partial(_done, job.watch)
         endpoint = Endpoint(job.method, self.seats, {**ACTIONS, **job.actions}, done, self.spool)
         self.transport = job.transport or InProcess(endpoint)
@@ -85,7 +86,11 @@ class Course:
     @property
     def ended(self) -> bool:
         """Whether there is no round left, or the run has been stopped."""
-        return self.progress.round >= self.job.rounds or (self.job.stop is not None and self.progress.finished)
+        return self.progress.round >= self.job.rounds or (self._may_stop and self.progress.finished)
+
+    @property
+    def _may_stop(self) -> bool:
+        return self.job.stop is not None or self.job.budget is not None
 
     def begin(self) -> None:
         """Go to the last checkpoint, or make the first, with the start model's scores."""
@@ -148,6 +153,8 @@ class Course:
         self.state, metrics = job.round(job.method, self.state, at)
         up, down = self.progress.bytes_up + at.ledger.bytes_up, self.progress.bytes_down + at.ledger.bytes_down
         seconds, peak = time.perf_counter() - started, memory.peak() - job.memory_before_model
+        if job.budget is not None:
+            metrics = metrics | {"epsilon": job.budget.spent(round)}
         record = record_of(at, job.names, metrics, seconds, peak)
         check_state(self.state, round)
         self.progress = replace(self.progress, round=round, bytes_up=up, bytes_down=down)
@@ -155,6 +162,8 @@ class Course:
         mean = (time.perf_counter() - self.began) / (round - self.first)
         job.watch.round_ends(record, mean * (job.rounds - round))
         last = round == job.rounds
+        if job.budget is not None and (over := job.budget.ends(round)) is not None:
+            last, self.progress = True, replace(self.progress, why=over)
         if last or (job.eval_every and round % job.eval_every == 0):
             scored = self.score()
             why = job.stop(self.standing) if job.stop is not None and not last and round > job.warmup else None
@@ -237,6 +246,8 @@ class Course:
         }
         if now.why is not None:
             summary["ended"] = now.why
+        if job.budget is not None:
+            summary["privacy"] = job.budget.statement(now.round)
         if job.keep == "best":
             summary["kept"] = {"round": chosen, "on": self.split}
         if job.carry is None:

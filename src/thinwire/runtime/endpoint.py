@@ -9,7 +9,7 @@ from typing import Any
 from thinwire import wire
 from thinwire.core import Client, Method, StaleVersion
 from thinwire.model.personal import at_home
-from thinwire.privacy.released import check_released
+from thinwire.privacy.released import check_released, withheld
 from thinwire.runtime.payloads import Ready
 from thinwire.runtime.seats import Seats
 from thinwire.wire import Frame, Illegal, Stale
@@ -23,11 +23,11 @@ def serve(
     client: Client,
     spool: Path | None = None,
     max_bytes: int = wire.frame.MAX_FRAME,
-    privacy: Any = None,
 ) -> Frame:
     """The action `train`: the client half's reply. Raises WireError for a frame that it cannot use.
 
-    In a private run RuntimeError for a reply that may not leave, see privacy.released.
+    In a private run the reply is without what it reports beside its update; RuntimeError for one that may not leave:
+    see privacy.released.
     """
     header = frame.header()
     if header.client != client.id:
@@ -35,8 +35,10 @@ def serve(
     down: Any = wire.decode(method.Down, frame, max_bytes)
     try:
         up = method.client_update(down, client)
-        if privacy is not None:
-            check_released(up, method.released(privacy))
+        if client.protection is not None:
+            released = method.released(client.protection.level)
+            up = withheld(up, released or {})
+            check_released(up, released)
     except StaleVersion:
         up = Stale(client.held)
     return wire.encode(up, run=header.run, round=header.round, client=client.id, held=client.held, spool=spool)

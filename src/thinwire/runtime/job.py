@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from thinwire.aggregate.weights import Agreement
 from thinwire.core import Method, Server
@@ -20,6 +20,7 @@ from thinwire.wire.frame import MAX_FRAME
 if TYPE_CHECKING:
     from thinwire.data.batch import Dataset
     from thinwire.model.net import Net
+    from thinwire.privacy.protection import Protection
 
 
 class Watch:
@@ -41,6 +42,27 @@ class Watch:
         """What people must know of a run that goes on, such as records that are lost; the log has it too."""
 
 
+class Spending(Protocol):
+    """What a private run may spend."""
+
+    @property
+    def protected(self) -> Mapping[int, Protection]:
+        """Client -> how it is."""
+
+    @property
+    def protection(self) -> Protection | None:
+        """Of whole clients, in the server's mean."""
+
+    def spent(self, round: int) -> float:
+        """The epsilon after a round."""
+
+    def ends(self, round: int) -> str | None:
+        """Why the run ends after a round, before its rounds are over."""
+
+    def statement(self, round: int) -> Record:
+        """What was promised by a run of so many rounds, for its summary."""
+
+
 @dataclass
 class Job:
     """A run, assembled: what it trains, on whom, how long, and where it keeps its records.
@@ -57,7 +79,7 @@ class Job:
     weights, which nothing is scored on: at the end it writes what the state is worth into the folder.
 
     `weights`: who counts how much, None: as the method has it. `audit`: the run keeps a log that can be checked, signed
-    where there is a `signer`. `replies`: those of the last round stay in the folder.
+    where there is a `signer`. `replies`: those of the last round stay in the folder. `budget`: of a private run.
     """
 
     method: Method
@@ -93,3 +115,4 @@ class Job:
     audit: bool = False
     signer: Signer | None = None
     replies: bool = False
+    budget: Spending | None = None

@@ -8,7 +8,7 @@ key -- "server", round
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from thinwire.core import Client, Server
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from thinwire.data.batch import Dataset
     from thinwire.keys import Key
+    from thinwire.privacy.protection import Protection
     from thinwire.runtime.cohort import Segment
 
 
@@ -52,20 +53,23 @@ class Seats:
     public: Dataset | None = None
     clients: int | None = None  # of the run; None: those with rows here
     loss: Callable[[], float] | None = None  # on the public rows, of the weights in the net
+    protected: Mapping[int, Protection] = field(default_factory=dict)  # client -> how, in a private run
+    protection: Protection | None = None  # of whole clients, in the server's mean
 
     def server(self, round: int, cohort: Sequence[int] = ()) -> Server:
         """What the server half is handed in a round; round 0 is `init`."""
         key = self.key.fold("server", round)
         clients = len(self.data) if self.clients is None else self.clients
         parts = (self.net, key, round, self.rounds, tuple(cohort), self.versions)
-        return Server(*parts, self.public, clients, self.loss)
+        return Server(*parts, self.public, clients, self.loss, protection=self.protection)
 
     def client(self, id: int, round: int) -> Client:
         """What the client half of that client is handed in a round."""
         key = self.key.fold("client", id, "round", round)
         memory = {} if self.memories is None else self.memories.of(id, round)
         data = self.data[id].remembered(memory)
-        return Client(id, self.net, data, key, memory, self.versions, self.held(id, round))
+        held = self.held(id, round)
+        return Client(id, self.net, data, key, memory, self.versions, held, protection=self.protected.get(id))
 
     def cohort(self, segments: Sequence[Segment], clients: int, round: int) -> tuple[int, ...]:
         """Who of so many clients takes part in a round."""

@@ -14,6 +14,7 @@ from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.train.differences import Differences
 from thinwire.train.local import Adjust, Kept, Local, Moments, Optimiser, Rule, Schedule, scheduled, train_locally
+from thinwire.train.protected import protected_at
 
 
 class FirstOrder(Averaged):
@@ -80,6 +81,7 @@ class FirstOrder(Averaged):
             kept=Kept(client.memory, names) if self.moments == "kept" else None,
             differences=differences,
             losses=losses,
+            protected=protected_at(client, self.batch_size),
         )
         return local._replace(weights=local.weights[:shared])
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from thinwire.data.batch import Batch
 from thinwire.train import parallel
 from thinwire.train.differences import Differences
 from thinwire.train.objective import loss as batch_loss
+from thinwire.train.protected import Protected
 
 Optimiser = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -108,6 +109,7 @@ def train_locally(
     kept: Kept | None = None,
     differences: Differences | None = None,
     losses: list[float] | None = None,
+    protected: Protected | None = None,
 ) -> Local:
     """Steps on these parameters of the model, in place.
 
@@ -115,7 +117,8 @@ def train_locally(
     counted. bf16 and fp16 weights are trained through a float32 copy, and rounded once a step; with `keep` the result
     has those copies as the last step left them. Of several processes (train.parallel) each takes a share of every
     batch. `recompute`: what is within a transformer layer is computed again on the way back, and not kept. `losses` is
-    given each batch's loss before `adjust` is called.
+    given each batch's loss before `adjust` is called. `protected`: the examples are drawn and bounded, and the gradient
+    noised, as it says; the batches are not asked, the mean loss is NaN, and no step is skipped.
     """
     masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
     if rule.optimiser == "adamw":
@@ -124,8 +127,17 @@ def train_locally(
         optimiser = torch.optim.SGD(masters, lr=rule.lr, weight_decay=rule.weight_decay)
     before = kept.restore(optimiser, masters) if kept is not None and rule.optimiser == "adamw" else 0
     total, taken = 0.0, 0
+    source: Iterator[Any] = batches if protected is None else protected.batches()
     with _recomputing(model) if recompute else contextlib.nullcontext():
-        for step, batch in enumerate(islice(batches, rule.steps)):
+        for step, batch in enumerate(islice(source, rule.steps)):
+            if protected is not None:
+                found = protected.clipped_gradient(model, parameters, batch)
+                for master, gradient in zip(masters, found, strict=True):
+                    master.grad = gradient
+                if adjust is not None:
+                    adjust(masters)
+                taken += _stepped(optimiser, masters, parameters, rule, before + taken)
+                continue
             mine, share = parallel.part(batch)
 
             def measured(mine: Batch | None = mine, share: float = share) -> Tensor:
@@ -145,20 +157,33 @@ def train_locally(
             parallel.sum_gradients(masters)
             if adjust is not None:
                 adjust(masters)
-            norm = torch.nn.utils.clip_grad_norm_(masters, rule.clip or math.inf)
-            if torch.isfinite(norm):
-                for group in optimiser.param_groups:
-                    group["lr"] = rule.lr * min(1.0, (before + taken + 1) / (rule.warmup + 1))
-                optimiser.step()
+            if _stepped(optimiser, masters, parameters, rule, before + taken, rule.clip):
                 total, taken = total + value, taken + 1
-            optimiser.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for parameter, master in zip(parameters, masters, strict=True):
-                    if parameter is not master:
-                        parameter.copy_(master)
     if kept is not None and rule.optimiser == "adamw":
         kept.keep(optimiser, masters, before + taken)
-    return Local(total / taken if taken else math.nan, rule.steps - taken, masters if keep else [])
+    mean = total / taken if taken and protected is None else math.nan
+    return Local(mean, rule.steps - taken, masters if keep else [])
+
+
+def _stepped(
+    optimiser: torch.optim.Optimizer,
+    masters: Sequence[Tensor],
+    parameters: Sequence[nn.Parameter],
+    rule: Rule,
+    before: int,
+    clip: float = 0.0,
+) -> bool:
+    """A step along the gradients of the masters, after so many before; False where they are not finite."""
+    if known := bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(masters, clip or math.inf))):
+        for group in optimiser.param_groups:
+            group["lr"] = rule.lr * min(1.0, (before + 1) / (rule.warmup + 1))
+        optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for parameter, master in zip(parameters, masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+    return known
 
 
 @contextlib.contextmanager

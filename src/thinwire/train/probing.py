@@ -11,6 +11,8 @@ from thinwire.core import Client, Server
 from thinwire.costs.memory import Memory, Side, probing
 from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.errors import ConfigError
+from thinwire.privacy.protection import Level
+from thinwire.privacy.released import Released
 from thinwire.train.differences import Differences, cosine
 from thinwire.train.first_order import FirstOrder
 
@@ -48,6 +50,9 @@ class Probing(FirstOrder):
         if unknown := [client for client in named if client >= clients]:
             there = f"are {clients} clients, 0 to {clients - 1}" if clients > 1 else "is one client, 0"
             raise ConfigError(f"method.gradient: no client {', '.join(map(str, unknown))}: there {there}")
+
+    def released(self, level: Level) -> Released | None:
+        return super().released(level) if self.gradient == "backward" else None
 
     def work(self, round: int) -> Work:
         if self.gradient != "probe":
