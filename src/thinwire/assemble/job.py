@@ -138,7 +138,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         on=choice_of(run),
         warmup=run.eval.warmup or 0,
         weights=agreement_of(run),
-        budget=budget_of(run, [len(data) for data in clients]) if clients else None,
+        budget=budget_of(run, {id: len(data) for id, data in enumerate(clients)}, len(clients)) if clients else None,
         audit=run.federation is not None and run.federation.audit,
         replies=run.federation is not None and run.federation.keep_replies,
     )

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from thinwire.config import ConfigError, Run, method_name
+from thinwire.config.privacy import Privacy
 from thinwire.core import Averaged
 from thinwire.keys import Key
-from thinwire.privacy.accountant import epsilon, least_noise
+from thinwire.privacy.accountant import epsilon, grid_for, least_noise
 from thinwire.privacy.protection import Protection
 from thinwire.records import Record
 from thinwire.runtime.seats import Seats
 from thinwire.train import parallel
 
 NOT_COUNTED = (
-    "tuning on the same rows: rates, clip and noise that earlier runs have chosen",
+    "other runs on the same rows, and what they have chosen: rates, clip, noise",
     "evaluation on rows of the clients, and which round they choose",
     "a codec that was fitted to the clients' updates",
     "how many rows a client has, how long a visit takes, and that it fails",
@@ -30,9 +31,9 @@ class Unit:
     rate: float
     releases: int
 
-    def spent(self, visits: int, delta: float) -> float:
+    def spent(self, visits: int, asked: Privacy) -> float:
         """The epsilon of so many visits."""
-        return epsilon(self.noise, self.rate, self.releases * visits, delta)
+        return epsilon(self.noise, self.rate, self.releases * visits, asked.delta, grid_for(asked.epsilon))
 
 
 class Budget:
@@ -43,7 +44,7 @@ class Budget:
     """
 
     def __init__(self, run: Run, rows: Mapping[int, int], clients: int) -> None:
-        """`rows`: client -> how many it has. ConfigError for a delta that is not below 1 / rows."""
+        """`rows`: client -> how many it has, of those here. ConfigError for a delta that is not below 1 / rows."""
         assert run.privacy is not None
         self.privacy, self.rounds = run.privacy, run.rounds
         seats = Seats(Key.root(run.seed), run.rounds)
@@ -82,25 +83,32 @@ class Budget:
             return None
         return Protection("client", asked.clip, max(unit.noise for unit in self.units.values()))
 
-    def spent(self, round: int) -> float:
-        """The epsilon after a round, of the client who has spent most."""
+    def spent(self, round: int) -> float | None:
+        """The epsilon after a round, of the client who has spent most; None where each site counts its own."""
         if self.protection is not None:
-            noise = self.protection.noise
-            return max(epsilon(noise, 1.0, visits[round], self.privacy.delta) for visits in self.visits.values())
-        return max(unit.spent(self.visits[id][round], self.privacy.delta) for id, unit in self.units.items())
+            each = Unit(self.protection.noise, 1.0, 1)
+            return each.spent(max(visits[round] for visits in self.visits.values()), self.privacy)
+        found = [unit.spent(self.visits[id][round], self.privacy) for id, unit in self.units.items()]
+        return max(found, default=None)
+
+    def beyond(self, client: int, answers: int) -> bool:
+        """Whether so many answers of a client, each with noise of its own, would spend more than the run may."""
+        unit = self.units.get(client)
+        return unit is not None and unit.spent(answers, self.privacy) > self.privacy.epsilon
 
     def statement(self, round: int) -> Record:
         """What was promised by a run of so many rounds, for its summary."""
         asked = self.privacy
-        noises = {unit.noise for unit in self.units.values()} if self.protection is None else {self.protection.noise}
-        spent = {"epsilon": self.spent(round), "delta": asked.delta, "clip": asked.clip, "noise": sorted(noises)}
+        noises = {each.noise for each in self.protected.values()} or {asked.noise or 0.0}
+        epsilon = self.spent(round) or asked.epsilon
+        spent = {"epsilon": epsilon, "delta": asked.delta, "clip": asked.clip, "noise": sorted(noises)}
         return {"level": asked.level, **spent, "not_counted": list(NOT_COUNTED)}
 
     def ends(self, round: int) -> str | None:
         """Why the run ends after a round, before its rounds are over; None where the next one is within the budget."""
-        if round >= self.rounds or (after := self.spent(round + 1)) <= self.privacy.epsilon:
-            return None
         most = self.privacy.epsilon
+        if round >= self.rounds or (after := self.spent(round + 1)) is None or after <= most:
+            return None
         return f"round {round + 1} would spend an epsilon of {after:.4g}, and privacy.epsilon is {most:g}"
 
 
@@ -133,11 +141,11 @@ def check_privacy(run: Run, names: Sequence[str]) -> None:
             raise ConfigError(f"cohort: a round of {few} clients, and privacy.minimum is {asked.minimum}")
 
 
-def budget_of(run: Run, rows: Sequence[int]) -> Budget | None:
-    """The budget of a run whose clients have so many rows; ConfigError where the first round is beyond it."""
+def budget_of(run: Run, rows: Mapping[int, int], clients: int) -> Budget | None:
+    """The budget of a run, and of its clients that are here their rows; ConfigError where round 1 is beyond it."""
     if run.privacy is None:
         return None
-    budget = Budget(run, dict(enumerate(rows)), len(rows))
+    budget = Budget(run, rows, clients)
     if (why := budget.ends(0)) is not None:
         raise ConfigError(f"privacy.epsilon: {why}")
     return budget

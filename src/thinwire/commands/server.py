@@ -54,6 +54,7 @@ def server(
         from thinwire.assemble import check_clients
         from thinwire.assemble.agreement import check_agreement
         from thinwire.assemble.choice import check_choice
+        from thinwire.assemble.privacy import check_privacy
         from thinwire.commands.show import print_summary
         from thinwire.federation import proxy
         from thinwire.federation.progress import Progress
@@ -64,6 +65,7 @@ def server(
         check_clients(settings, len(sites))
         check_model(settings, _splits(settings))
         check_agreement(settings, sites)
+        check_privacy(settings, sites)
         check_choice(settings, list(_splits(settings)))
         folder = out if out is not None else Path("runs") / settings.name
         if stack.enter_context(claimed(folder, settings, resume)):

@@ -20,6 +20,25 @@ EMPTY = ("Ready", "Stale")  # kinds that reveal nothing of a site's rows
 LEAST = Annotated[int, Field(ge=2)]
 
 
+class Asked(BaseModel):
+    """The least privacy that a site asks for: noise that it adds itself (`record`), or at either end (`client`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epsilon_at_most: PositiveFloat
+    delta_at_most: PositiveFloat = 1e-3
+    level: Literal["record", "client"] = "record"
+
+    def admit(self, run: Run) -> None:
+        """Illegal for a run that does not give it."""
+        given, asks = run.privacy, f"this site's policy asks for privacy of a {self.level}"
+        if given is None or (given.level == "client" and self.level == "record"):
+            raise Illegal(f"{asks}, and the run has " + ("none" if given is None else "that of a client alone"))
+        for name, most in (("epsilon", self.epsilon_at_most), ("delta", self.delta_at_most)):
+            if (value := getattr(given, name)) > most:
+                raise Illegal(f"{asks} with {name} {most:g} at most, and the run has {value:g}")
+
+
 class Policy(BaseModel):
     """`methods`: names, as `thinwire methods` lists them. `kinds`: of payloads that may leave, None: any of a method's.
 
@@ -32,7 +51,7 @@ class Policy(BaseModel):
     the start model of a site that names none.
 
     How much: `max_rounds` answers of a kind in a run, `max_runs` run files in all, `max_steps` and `max_batch` of a
-    visit, whose time is `seconds` at most. `kept_runs`: folders of runs that stay here.
+    visit, whose time is `seconds` at most. `kept_runs`: folders of runs that stay here. `privacy`: what runs must give.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +73,7 @@ class Policy(BaseModel):
     max_batch: PositiveInt = 1024
     seconds: PositiveFloat = 86_400.0
     kept_runs: PositiveInt = 8
+    privacy: Asked | None = None
 
     @classmethod
     def load(cls, path: Path | None) -> Policy:
@@ -92,6 +112,8 @@ class Policy(BaseModel):
             raise Illegal(f"this site's policy does not allow data.max_length = {data.max_length}")
         if data.too_long == "drop" and not self.drop:
             raise Illegal('this site\'s policy does not allow data.too_long = "drop"')
+        if self.privacy is not None:
+            self.privacy.admit(run)
         self._admit_work(run, path)
 
     def _admit_work(self, run: Run, path: str | None) -> None:

@@ -85,6 +85,7 @@ def serve(grid: Grid, folder: Path) -> None:
 def _train(grid: Grid, folder: Path) -> None:
     from thinwire import assemble, config, memory
     from thinwire.assemble import thin
+    from thinwire.assemble.privacy import budget_of
     from thinwire.data.source import read_file
     from thinwire.federation.fingerprint import fingerprints
     from thinwire.federation.keys import caps_of, signer_of
@@ -124,7 +125,8 @@ def _train(grid: Grid, folder: Path) -> None:
     most = federation.max_examples
     caps = {id: most for id in range(len(hub.sites)) if most is not None} | caps_of(Path(hub.keys), hub.sites)
     signer = signer_of(Path(hub.keys)) if job.audit else None
-    job = replace(job, names=list(hub.sites), transport=transport, signer=signer)
+    budget = budget_of(run, {}, len(hub.sites))
+    job = replace(job, names=list(hub.sites), transport=transport, signer=signer, budget=budget)
     train(replace(job, keep_versions=keep, caps=caps))
 
 

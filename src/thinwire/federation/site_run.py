@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinwire import assemble, config, files, memory
+from thinwire.assemble.privacy import Budget, budget_of
 from thinwire.config import method_name
 from thinwire.data import partition
 from thinwire.data.rows import Row
@@ -144,6 +145,7 @@ class Visits:
         self.replies, self.kept = Replies(self.folder / "replies"), Kept(self.folder)
         self.fingerprints: dict[str, str] = {}
         self.data: Dataset | None = None
+        self.budget: Budget | None = None
 
     @property
     def id(self) -> int:
@@ -199,7 +201,10 @@ class Visits:
             assemble.check_context(self.net.positions, run.model.path, each.examples)
             assemble.check_tokens(self.net, run.model.path, each)
         versions = VersionStore(self.folder / "versions")
-        seats = Seats(self.key, run.rounds, self.net, versions, {self.id: data}, self.kept, self.kept.held)
+        self.budget = budget_of(run, {self.id: len(data)}, len(self.sites))
+        protected = {} if self.budget is None else self.budget.protected
+        parts = (self.net, versions, {self.id: data}, self.kept, self.kept.held)
+        seats = Seats(self.key, run.rounds, *parts, protected=protected)
         found = Evaluation({self.id: some}, bool(scored), run.eval, self.policy.evaluate == "mean")
         self.endpoint = Endpoint(run.method, seats, {**ACTIONS, "evaluate": found}, spool=self.spool)
         self.data = data
@@ -212,6 +217,8 @@ class Visits:
         """
         if action != "train":
             return self.endpoint.answer(action, frame)
+        if self.budget is not None and self.budget.beyond(self.id, self.spent.of(self.name, action)[0] + 1):
+            raise Refused("another answer would spend more than the run's privacy.epsilon")
         round = frame.header().round
         self.kept.rewind(min(counted, round - 1))
         answer = self.endpoint.answer(action, frame)

@@ -13,7 +13,7 @@ from typing import Any
 from thinwire.errors import ConfigError
 
 NEAR = 1e-3  # to which the least noise is found, as a share of it
-GRID, COARSE = 1e-4, 1e-3  # of what is lost, which is rounded up to it: epsilon is never too small
+GRID = 1e-4  # of what is lost, which is rounded up to it: epsilon is never too small
 
 
 @lru_cache(maxsize=4096)
@@ -25,17 +25,22 @@ def epsilon(noise: float, rate: float, releases: int, delta: float, grid: float 
     return found
 
 
+def grid_for(most: float) -> float:
+    """The grid that suits epsilons up to this: the account of a large one on GRID takes seconds."""
+    return max(GRID, most / 4000)
+
+
 @lru_cache(maxsize=1024)
 def least_noise(most: float, rate: float, releases: int, delta: float) -> float:
     """The least noise under which so many releases stay within an epsilon at delta, to NEAR of it, from above."""
-    low, high = 0.0, 0.5
-    while epsilon(high, rate, releases, delta, COARSE) > most:
+    low, high, grid = 0.0, 0.5, grid_for(most)
+    while epsilon(high, rate, releases, delta, grid) > most:
         low, high = high, 2 * high
     while high - low > NEAR * high:
         middle = (low + high) / 2 if low else high / 2
         if middle < 1e-2:  # so little that a unit's part stands bare
             break
-        low, high = (low, middle) if epsilon(middle, rate, releases, delta, COARSE) <= most else (middle, high)
+        low, high = (low, middle) if epsilon(middle, rate, releases, delta, grid) <= most else (middle, high)
     return math.ceil(high * 1e4) / 1e4
 
 

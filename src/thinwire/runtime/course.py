@@ -153,8 +153,8 @@ class Course:
         self.state, metrics = job.round(job.method, self.state, at)
         up, down = self.progress.bytes_up + at.ledger.bytes_up, self.progress.bytes_down + at.ledger.bytes_down
         seconds, peak = time.perf_counter() - started, memory.peak() - job.memory_before_model
-        if job.budget is not None:
-            metrics = metrics | {"epsilon": job.budget.spent(round)}
+        if job.budget is not None and (spent := job.budget.spent(round)) is not None:
+            metrics = metrics | {"epsilon": spent}
         record = record_of(at, job.names, metrics, seconds, peak)
         check_state(self.state, round)
         self.progress = replace(self.progress, round=round, bytes_up=up, bytes_down=down)

@@ -53,8 +53,8 @@ class Spending(Protocol):
     def protection(self) -> Protection | None:
         """Of whole clients, in the server's mean."""
 
-    def spent(self, round: int) -> float:
-        """The epsilon after a round."""
+    def spent(self, round: int) -> float | None:
+        """The epsilon after a round; None where each site counts its own."""
 
     def ends(self, round: int) -> str | None:
         """Why the run ends after a round, before its rounds are over."""
