@@ -37,7 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedkseed": {"name": "fedkseed", "seeds": 64, "lr": 2e-4, "eps": 1e-3, "steps": 3, "batch_size": 4, "queries": 2},
     "fedzo": {"name": "fedzo", "lr": 2e-4, "eps": 1e-3, "steps": 3, "batch_size": 4},
 }
-VIEWS = {"onebit": {"view": {"kind": "tied", "numbers": 64, "rank": 2}}}
+TRUSTED = {"cgfed": {"name": "cgfed", **FIRST}}  # whose server alone can add the noise
+VIEWS = {"cgfed": {"lora": {"rank": 2}}, "onebit": {"view": {"kind": "tied", "numbers": 64, "rank": 2}}}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Silos:
 
 
 def run_of(silos: Silos, name: str, privacy: dict[str, Any], **fields: Any) -> Run:
-    return silos.run(METHODS[name], model=VIEWS.get(name, {}), privacy=privacy, **fields)
+    return silos.run((METHODS | TRUSTED)[name], model=VIEWS.get(name, {}), privacy=privacy, **fields)
 
 
 def trained(run: Run, folder: Path) -> dict[str, Any]:
@@ -54,8 +55,11 @@ def trained(run: Run, folder: Path) -> dict[str, Any]:
     return summary
 
 
-@pytest.mark.parametrize("privacy", [RECORD, CLIENT], ids=["record", "client"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "privacy"),
+    [*((name, privacy) for name in METHODS for privacy in (RECORD, CLIENT)), *((name, CLIENT) for name in TRUSTED)],
+    ids=lambda value: value if isinstance(value, str) else value["level"],
+)
 def test_a_private_run_says_what_it_spends_and_nothing_of_any_reply(
     name: str, privacy: dict[str, Any], silos: Silos, tmp_path: Path
 ) -> None:
@@ -143,6 +147,7 @@ def test_what_cannot_be_private_is_refused(
     [
         ({"name": "scaffold"}, "privacy.level: scaffold cannot be made private of a record as it is set here"),
         ({"name": "fedkseed", "sides": 1}, "privacy.level: fedkseed cannot be made private of a record as it is set"),
+        ({"name": "cgfed"}, "privacy.level: cgfed cannot be made private of a record as it is set here"),
         ({"name": "fedavg", "aggregation": "median"}, "method.aggregation: [privacy] noises a mean alone, and this is"),
     ],
 )

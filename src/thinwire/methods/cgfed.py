@@ -39,6 +39,8 @@ from thinwire.costs.memory import Memory, Side, averaging, image_coding, trainin
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
+from thinwire.privacy.protection import Level
+from thinwire.privacy.released import Released
 from thinwire.train.factors import OnFactors, moved
 from thinwire.train.weights import fill, fill_checked
 from thinwire.wire import Illegal
@@ -106,6 +108,7 @@ class CGFed(OnFactors):
 
     Down, Up, State = Told, Coded, Global
     paper: ClassVar[str] = "Wu et al. 2024, arXiv:2405.13746"
+    private = ("client",)  # clip, encode, decode, noise: what an encoder makes of one update bounds no other's part
 
     @model_validator(mode="after")
     def _fits(self) -> CGFed:
@@ -184,6 +187,9 @@ class CGFed(OnFactors):
             client.memory["residue"] = wanted - decoded
         return Coded(to_tensor(data), key, spare, cosine, len(client.data), loss, skipped)
 
+    def released(self, level: Level) -> Released | None:
+        return super().released(level) if self.average == "mean" else None
+
     def check(self, state: Global, client_id: int, up: Coded) -> None:
         check_keys(up.key)
         if not -1.001 <= up.cosine <= 1.001:
@@ -206,12 +212,11 @@ class CGFed(OnFactors):
     def step(
         self, state: Global, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Global, Metrics]:
-        image = self._image(server.net)
-        metrics = {
-            "cosine": sum(reply.metrics["cosine"] for reply in counted) / len(counted),
-            "fallbacks": sum(reply.metrics["fallback"] for reply in counted),
-        }
-        if len(counted) > 1:  # near 1 where the decoder gives the same whatever it is given
+        image, metrics = self._image(server.net), dict[str, float]()
+        if known := [reply.metrics for reply in counted if reply.metrics]:  # a private mean comes without
+            metrics["cosine"] = sum(each["cosine"] for each in known) / len(known)
+            metrics["fallbacks"] = sum(each["fallback"] for each in known)
+        if len(known) > 1:  # near 1 where the decoder gives the same whatever it is given
             metrics["alike"] = alike_all(float(image.stack(mean).norm()), counted)
         if self.average == "sum":
             mean = {name: tensor * len(counted) for name, tensor in mean.items()}
