@@ -132,7 +132,7 @@ def test_no_module_is_named_for_nothing() -> None:
     assert not [p for p in SOURCE.rglob("*.py") if p.stem in {"utils", "common", "helpers", "base", "misc"}]
 
 
-PAGES = ("README.md", "docs/methods.md", "docs/howto/choosing.md", "docs/reference/run-file.md")
+PAGES = ("docs/methods.md", "docs/howto/choosing.md", "docs/reference/run-file.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from test_cli import refused, thinwire
 from tiny import tiny_folder, tiny_rows, write_jsonl
+from typer.testing import CliRunner
 
 from thinwire import config
+from thinwire.cli import app
 
 
 def tickets(folder: Path, rows: int = 48) -> Path:
@@ -117,3 +119,28 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         assert refused("init", *args).startswith(line)
     assert mine.read_text() == "x = 1\n"
     assert not (tmp_path / "a.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("link", "memory", "method", "view"),
+    [
+        ("kilobytes", "inference", "fedkseed", "full"),
+        ("kilobytes", "lora", "onebit", "tied"),
+        ("megabytes", "lora", "fedavg", "lora"),
+        ("megabytes", "training", "gradualdiff", "full"),
+        ("gigabytes", "training", "fedavg", "full"),
+    ],
+)
+def test_link_and_memory_choose_the_method(link: str, memory: str, method: str, view: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    assert f"\n  {method}" in thinwire("init", file, "--link", link, "--memory", memory).out
+    run = config.load(file)
+    assert (config.method_name(run.method), run.model.view.kind) == (method, view)
+
+
+def test_asked_for_it_asks_three_questions(tmp_path: Path) -> None:
+    asked = CliRunner().invoke(app, ["init", str(tmp_path / "run.toml"), "--ask"], input="kilobytes\ninference\nopen\n")
+    assert asked.exit_code == 0, asked.output
+    assert asked.output.count("?") == 3
+    assert "open answers: without gradients hardly anything" in asked.output
+    assert config.method_name(config.load(tmp_path / "run.toml").method) == "fedkseed"

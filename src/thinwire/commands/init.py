@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import click
 import typer
 
 from thinwire.commands.terminal import echo, one_line
@@ -13,6 +15,7 @@ from thinwire.commands.terminal import echo, one_line
 if TYPE_CHECKING:
     from thinwire.data.guess_columns import Proposal
 
+Kind = TypeVar("Kind", bound=StrEnum)
 CLIENTS = 4  # where the data does not name them
 
 FILE = """\
@@ -28,11 +31,7 @@ path = "smollm2-135m-instruct"     # or a Hugging Face folder, a name on the hub
 dtype = "float32"                  # or bfloat16, float16
 device = "cpu"                     # or cuda
 
-[model.lora]                       # small factors are trained in place of all parameters; without this table, all are
-rank = 8
-alpha = 16.0
-
-[data]
+{view}[data]
 {data}
 # A row that is longer loses the end of its answer. "cut" cuts prompts too, at their beginning; "drop" leaves rows out.
 too_long = "answer"
@@ -40,15 +39,7 @@ heldout = 0.1                      # the share of each client's rows that is sco
 # pack = true                      # short examples share a row of max_length tokens: a step sees more of them
 
 [method]                           # thinwire methods lists them all, with their fields
-name = "fedavg"                    # what is trained travels whole: a few MB a client and round with [model.lora]
-lr = 5e-4                          # without [model.lora], rather 2e-5
-steps = 12                         # of a client in a round
-batch_size = 8
-# name = "onebit"                  # 15 kB for a client and round, and in our runs about what LoRA factors learn: with
-# lr = 4.5e-3                      # [model.view] kind = "tied" in place of [model.lora]; docs/onebit.md has a file
-# name = "fedkseed"                # all parameters for about 1 kB a client and round; learns far more slowly. Leave
-#                                  # [model.lora] out, and lr, steps and batch_size to their defaults at first
-
+{method}
 [cohort]
 kind = "all"                       # all clients in every round; or kind = "uniform" with n = 4 of them
 
@@ -58,11 +49,95 @@ rows = 100                         # held-out rows that are scored
 """
 
 
+LORA = """\
+[model.lora]                       # small factors are trained in place of all parameters; without this table, all are
+rank = 8
+alpha = 16.0
+
+"""
+TIED = """\
+[model.view]                       # few numbers are trained, which LoRA factors of all layers follow
+kind = "tied"
+numbers = 115200                   # a bit each: 14.4 kB; 32768: 4.1 kB
+
+"""
+FEDIT = """\
+name = "fedavg"                    # what is trained travels whole: a few MB a client and round with [model.lora]
+lr = 5e-4                          # without [model.lora], rather 2e-5
+steps = 12                         # of a client in a round
+batch_size = 8
+"""
+OTHERS = """\
+# name = "onebit"                  # 15 kB for a client and round, and in our runs about what LoRA factors learn: with
+# lr = 4.5e-3                      # [model.view] kind = "tied" in place of [model.lora]; docs/onebit.md has a file
+# name = "fedkseed"                # all parameters for about 1 kB a client and round; learns far more slowly. Leave
+#                                  # [model.lora] out, and lr, steps and batch_size to their defaults at first
+"""
+ONEBIT = """\
+name = "onebit"                    # each number is sent as one bit, what that loses is sent later
+lr = 4.5e-3
+steps = 20                         # of a client in a round
+batch_size = 8
+"""
+FEDKSEED = """\
+name = "fedkseed"                  # a scalar a step: learns far more slowly than gradients do, and sends least
+"""
+GRADUALDIFF = """\
+name = "gradualdiff"               # the differences of all weights, coded without loss
+lr = 2e-5
+steps = 12                         # of a client in a round
+batch_size = 8
+"""
+FEDAVG = FEDIT.replace(" with [model.lora]", "").replace("a few MB", "gigabytes").replace("5e-4 ", "2e-5 ")
+
+# (link, memory) -> the view and the method that suit them, and why
+CHOICES: dict[tuple[str, str], tuple[str, str, str]] = {
+    ("kilobytes", "inference"): ("", FEDKSEED, "fedkseed: scalars travel, and a client needs the memory of inference"),
+    ("kilobytes", "lora"): (TIED, ONEBIT, "onebit: one bit a number travels, and it learns about what LoRA does"),
+    ("kilobytes", "training"): (TIED, ONEBIT, "onebit: one bit a number travels; nothing learns more for these bytes"),
+    ("megabytes", "inference"): ("", FEDKSEED, "fedkseed: of the methods without gradients the one that sends least"),
+    ("megabytes", "lora"): (LORA, FEDIT, "fedavg on LoRA factors (FedIT)"),
+    ("megabytes", "training"): ("", GRADUALDIFF, "gradualdiff: all weights are trained, their differences travel"),
+    ("gigabytes", "inference"): ("", FEDKSEED, "fedkseed: of the methods without gradients the one that sends least"),
+    ("gigabytes", "lora"): (LORA, FEDIT, "fedavg on LoRA factors (FedIT)"),
+    ("gigabytes", "training"): ("", FEDAVG, "fedavg: all weights are trained, and travel"),
+}
+
+
+class Link(StrEnum):
+    """What a client may send in a round."""
+
+    kilobytes = "kilobytes"
+    megabytes = "megabytes"
+    gigabytes = "gigabytes"
+
+
+class Memory(StrEnum):
+    """What a client has room for: the weights, factors beside them, or gradients and moments of all of them."""
+
+    inference = "inference"
+    lora = "lora"
+    training = "training"
+
+
+class Answers(StrEnum):
+    """A few that are known, or any text."""
+
+    closed = "closed"
+    open = "open"
+
+
 def init(
     file: Annotated[Path, typer.Argument(metavar="[FILE.toml]", help="The run file to write.")] = Path("run.toml"),
     data: Annotated[
         str | None, typer.Option(help="Your data: a .jsonl, .csv, .tsv or .parquet file, or a folder of them.")
     ] = None,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Ask for link, memory and answers, and choose the method.")
+    ] = False,
+    link: Annotated[Link | None, typer.Option(help="What a client may send in a round.")] = None,
+    memory: Annotated[Memory | None, typer.Option(help="What a client has room for.")] = None,
+    answers: Annotated[Answers | None, typer.Option(help="Whether answers are a closed set.")] = None,
 ) -> None:
     """Write a commented run file for your data; it looks at the columns and proposes prompt and answer."""
     with one_line():
@@ -74,7 +149,19 @@ def init(
             raise ConfigError(f"{file}: {file.parent} is not a folder")
         lines, notes = _placeholder() if data is None else _own(data)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "run"
-        text = FILE.format(file=file, name=_line("name", name), data="\n".join(lines))
+        if ask:
+            link = link or _asked("What may a client send in a round?", Link, Link.kilobytes)
+            memory = memory or _asked("What has a client room for?", Memory, Memory.lora)
+            answers = answers or _asked("Are answers a closed set, or open text?", Answers, Answers.open)
+        view, method = LORA, FEDIT + OTHERS
+        if link or memory or answers:
+            view, method, why = CHOICES[link or "kilobytes", memory or "lora"]
+            notes.append(why)
+            if answers == Answers.open and method is FEDKSEED:
+                notes.append(
+                    "open answers: without gradients hardly anything was learnt of them here (docs/results.md)"
+                )
+        text = FILE.format(file=file, name=_line("name", name), data="\n".join(lines), view=view, method=method)
         try:
             with open(file, "x", encoding="utf-8") as out:
                 out.write(text)
@@ -84,6 +171,11 @@ def init(
         for line in notes:
             echo(f"  {line}")
         echo(f"look at it, then: thinwire data {file}")
+
+
+def _asked(question: str, known: type[Kind], default: Kind) -> Kind:
+    choice = typer.prompt(question, default=default.value, type=click.Choice([kind.value for kind in known]))
+    return known(choice)
 
 
 def _placeholder() -> tuple[list[str], list[str]]:
