@@ -33,6 +33,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from cells import read
 from torch import Tensor
 
 from thinwire import assemble, config
@@ -295,7 +296,7 @@ def main() -> None:
     parser.add_argument("--attackers", nargs="+", type=int, default=[0, 2, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     asked = parser.parse_args()
-    done = read_records(asked.out)
+    done = read(asked.out)
     if asked.table:
         print("\n".join(table(done)))  # noqa: T201
         return

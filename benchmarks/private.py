@@ -22,10 +22,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from cells import read
+
 from thinwire import assemble, config
 from thinwire.data.bundled import film_desk
 from thinwire.keys import Key
-from thinwire.records import Record, append, read_records
+from thinwire.records import Record, append
 from thinwire.runtime.course import Watch, train
 
 ROWS, HELDOUT = 6800, 400
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[])
     asked = parser.parse_args()
-    done = read_records(asked.out)
+    done = read(asked.out)
     if asked.table:
         print("\n".join(table(done)))  # noqa: T201
         return

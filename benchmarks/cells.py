@@ -1,0 +1,16 @@
+"""A file of cells, a line of JSON each, which a benchmark goes on with where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The cells that are there; a last line that was cut off is none."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            found.append(json.loads(line))
+    return found
