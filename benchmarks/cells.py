@@ -9,8 +9,5 @@ from typing import Any
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The cells that are there; a last line that was cut off is none."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-        if line.endswith("\n"):
-            found.append(json.loads(line))
-    return found
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

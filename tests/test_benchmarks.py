@@ -40,3 +40,12 @@ def test_a_picture_of_many_methods_tells_them_apart(tmp_path: Path) -> None:
     assert "<!-- 400 -->" not in picture
     styles = {(i % 10, results.STROKES[i // 10], results.MARKS[i // 10]) for i in range(40)}
     assert len(styles) == 40
+
+
+def test_cells_that_are_there_are_known_and_one_that_was_cut_off_is_not(tmp_path: Path) -> None:
+    """What `records` reads are rounds: cells are none, and were once all done again."""
+    file = tmp_path / "cells.jsonl"
+    file.write_text('{"method": "fedit", "seed": 0, "loss": 0.3}\n{"method": "fed')
+    code = f"import pathlib, cells; print(cells.read(pathlib.Path({str(file)!r})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    assert done.stdout == "[{'method': 'fedit', 'seed': 0, 'loss': 0.3}]\n"
