@@ -311,3 +311,12 @@ def test_a_small_comparison(place: Path, tmp_path: Path) -> None:
     assert json.loads((out / "table.json").read_text()) == table
     assert (out / "fedavg/final/seed-0/summary.json").stat().st_mtime_ns == before
     assert "holds another run: method.steps is 4 there, 5 here" in refused(*arguments, "method.steps=5")
+
+
+def test_a_control_has_no_round_to_choose() -> None:
+    """eval.patience counts evaluations, of which a control has none on the way."""
+    tree = TREE | {"eval": {"every": 1, "patience": 2, "keep": "best", "target": 0.1, "on": "heldout"}}
+    run, control = compare.plans(tree, Settings(methods=OWN), ["fedavg"], True)
+    assert run.run_of(0, None).eval.patience == 2
+    found = control.run_of(0, None).eval
+    assert (found.every, found.patience, found.keep, found.target, found.on) == (0, 0, "last", None, None)

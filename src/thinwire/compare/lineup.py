@@ -58,8 +58,11 @@ def plans(tree: Tree, settings: Settings, names: Sequence[str], control: bool) -
         made.append(plan)
         if control and control_seeds and name != "base":
             twin = copy.deepcopy(plan)
-            changes = {"data": {"shuffle_answers": True}, "eval": {"every": 0}}  # its curve is of no interest
+            # its curve is of no interest, so no round of it is chosen, and none ends it
+            changes = {"data": {"shuffle_answers": True}, "eval": {"every": 0, "patience": 0, "keep": "last"}}
             twin.shuffled, twin.tree = True, merge(twin.tree, changes)
+            for name in ("target", "on", "warmup"):
+                twin.tree["eval"].pop(name, None)
             twin.seeds = control_seeds
             made.append(twin)
     check_rounds(made)
