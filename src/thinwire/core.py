@@ -48,7 +48,8 @@ class Server:
     """All that the server half may touch. `round` counts from 1; it is 0 in `init`.
 
     `loss`: of the weights in its net, on its rows. `spool`: a folder for what is too large for memory. `left_out`:
-    client -> why its reply is not in what the round makes, for the records.
+    client -> why its reply is not in what the round makes, for the records. `late`: client -> the state of an earlier
+    round, and its context, in which it was asked for the reply that comes only now.
     """
 
     net: Net
@@ -65,6 +66,11 @@ class Server:
     weighing: Weighing = field(default_factory=Weighing)  # how much each reply counts
     protection: Protection | None = None  # of whole clients: what a private run's mean is noised with
     secrets: Secrets = field(default_factory=SystemSecrets)
+    late: Mapping[int, tuple[Any, Server]] = field(default_factory=dict)
+
+    def asked(self, client: int, state: Any) -> tuple[Any, Server]:
+        """In what a client was asked: in the round's state, and here, unless its reply is late."""
+        return self.late.get(client, (state, self))
 
 
 @dataclass
@@ -224,7 +230,7 @@ class Averaged(Method):
 
         def updates() -> Iterator[tuple[int, Update]]:
             for client, up, weight in self.weighed(server, replies):
-                update = self.update_of(state, server, client, up)
+                update = self.update_of(*server.asked(client, state), client, up)
                 if server.weighing.agreement is not None:
                     update = update._replace(weight=weight)
                 counted.append(Counted(client, update.weight, update.metrics))
@@ -260,6 +266,11 @@ class Averaged(Method):
             self.aggregation.check_cohort(clients)
         except ValueError as error:
             raise ConfigError(f"method.aggregation: {error}") from None
+
+    @property
+    def additive(self) -> bool:
+        """Whether an update, by the round in which it was asked for, is a change that a later state can take too."""
+        return False
 
     @property
     def one_bit(self) -> bool:

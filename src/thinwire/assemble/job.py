@@ -141,6 +141,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         budget=budget_of(run, {id: len(data) for id, data in enumerate(clients)}, len(clients)) if clients else None,
         audit=run.federation is not None and run.federation.audit,
         replies=run.federation is not None and run.federation.keep_replies,
+        late=0 if run.federation is None else run.federation.late,
     )
 
 

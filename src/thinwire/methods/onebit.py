@@ -117,8 +117,7 @@ class OneBit(Probing):
     needs_weights: ClassVar[bool] = False
 
     def init(self, server: Server) -> Numbers:
-        start = torch.zeros(server.net.size)
-        owed = torch.zeros(server.net.size, dtype=torch.float64)
+        start, owed = torch.zeros(server.net.size), torch.zeros(server.net.size, dtype=torch.float64)
         version = server.versions.put({NUMBERS: start})
         return Numbers(start, version, version, owed, {}, [])
 
@@ -281,6 +280,10 @@ class OneBit(Probing):
     @property
     def one_bit(self) -> bool:
         return self.code.one_bit
+
+    @property
+    def additive(self) -> bool:
+        return not self.code.plain and not self.merge_every  # after a merge the numbers are others
 
     @property
     def down(self) -> Coding:

@@ -11,7 +11,7 @@ from typing import Any
 
 from thinwire import files, memory, records
 from thinwire.aggregate.weights import Weighing
-from thinwire.core import Client
+from thinwire.core import Client, Server
 from thinwire.errors import ConfigError, RunError
 from thinwire.records import SELECTION, Record, read_records
 from thinwire.runtime import checkpoint
@@ -143,7 +143,9 @@ class Course:
         cohort = self.seats.cohort(job.segments, len(job.names), round)
         job.watch.round_begins(round, job.rounds, cohort)
         started = time.perf_counter()
-        server = replace(self.seats.server(round, cohort), weighing=Weighing(job.weights, job.names))
+        late = self._late(round)
+        weighing = Weighing(job.weights, job.names, dict.fromkeys(late, 1))
+        server = replace(self.seats.server(round, cohort), weighing=weighing, late=late)
         at = Round(job.run, server, self.transport, self.held, self.spool, job.max_bytes, self.header)
         at.caps, at.examples = self.caps, self.examples
         at.ledger.digest = sha256 if job.audit else None
@@ -260,6 +262,15 @@ class Course:
             summary["audit"] = self.book.head
         files.write(job.folder / "summary.json", records.dumps(summary, indent=2) + "\n")
         return summary
+
+    def _late(self, round: int) -> dict[int, tuple[Any, Server]]:
+        """Who is still busy with the round before, and in what it was asked: the checkpoint has that round's state."""
+        busy = self.transport.under_way() if self.job.late else ()
+        if not busy:
+            return {}
+        state = checkpoint.on_disk(self.states, round - 2, self.job.method.State)
+        cohort = self.seats.cohort(self.job.segments, len(self.job.names), round - 1)
+        return dict.fromkeys(busy, (state, self.seats.server(round - 1, cohort)))
 
     def _seen(self, round: int, client: int, up: Any) -> None:
         if self.job.replies:

@@ -28,10 +28,13 @@ def record_of(at: Round, names: Sequence[str], metrics: Metrics, seconds: float,
     }
 
 
+ABSENT = ("error", "left_out", "late")  # of a visit, where there is none
+
+
 def _client(visit: Visit, names: Sequence[str]) -> Record:
     record = {"id": visit.client, "name": names[visit.client], **asdict(visit)}
     del record["client"]
-    return {name: value for name, value in record.items() if value is not None or name not in ("error", "left_out")}
+    return {name: value for name, value in record.items() if value is not None or name not in ABSENT}
 
 
 def counted(at: Round, client: int) -> Record:
