@@ -67,6 +67,7 @@ class Server:
     protection: Protection | None = None  # of whole clients: what a private run's mean is noised with
     secrets: Secrets = field(default_factory=SystemSecrets)
     late: Mapping[int, tuple[Any, Server]] = field(default_factory=dict)
+    lengths: Sequence[float] = ()  # of each earlier round the median of its updates', where its metrics have it
 
     def asked(self, client: int, state: Any) -> tuple[Any, Server]:
         """In what a client was asked: in the round's state, and here, unless its reply is late."""
@@ -238,7 +239,7 @@ class Averaged(Method):
                 del up, update  # large ones are gone before the next one comes
 
         rise = self._rise(state, server, server.loss) if self.measures and server.loss else None
-        setting = Setting(self.origin(state), rise, server.spool, server.left_out, server.key)
+        setting = Setting(self.origin(state), rise, server.spool, server.left_out, server.key, server.lengths)
         if server.protection is not None:
             mean = noised_mean(updates(), setting.origin, server.protection, len(server.cohort), server.secrets)
             state, metrics = self.step(state, server, mean, [each._replace(metrics={}) for each in counted])

@@ -40,7 +40,7 @@ def begun(
     net: Net,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    late: set[tuple[int, int]],
+    slow: set[tuple[int, int]],
     forge: Forge = lambda frame: frame,
     stale: float = 1.0,
     **changes: Any,
@@ -62,7 +62,7 @@ def begun(
     }
     folder.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(course, "InProcess", lambda endpoint: Slow(endpoint, late, forge))
+        patch.setattr(course, "InProcess", lambda endpoint: Slow(endpoint, slow, forge))
         run = Course(Job(**(fields | changes)))
     run.begin()
     return run

@@ -23,7 +23,7 @@ from thinwire.runtime.folder import clear, logged
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.job import Job as Job
 from thinwire.runtime.job import Watch as Watch
-from thinwire.runtime.outcome import check_scores, check_state, first_examples, loss_on, record_of
+from thinwire.runtime.outcome import check_scores, check_state, first_examples, lengths_of, loss_on, record_of
 from thinwire.runtime.replies import Replies
 from thinwire.runtime.round import LOG, Round
 from thinwire.runtime.seats import Seats
@@ -73,6 +73,7 @@ class Course:
         self.header = header_room(job.method.Up, job.net.names)
         self.caps = job.caps or {id: len(data) for id, data in enumerate(job.clients)}
         self.examples: dict[int, int] = {}
+        self.lengths: list[float] = []
         self.progress = Progress(0, {}, 0, 0, 0.0, 0)
         self.scores = 0  # lines of evals.jsonl
         self.kept: int | None = None  # the best round in the last checkpoint
@@ -126,7 +127,7 @@ class Course:
         before = read_records(self.evals)
         self.scores, self.split = len(before), job.on or next((row.get("split") for row in before), None)
         recorded = read_records(self.rounds)
-        self.examples = first_examples(recorded)
+        self.examples, self.lengths = first_examples(recorded), lengths_of(recorded)
         if job.audit:
             self.book = Book(job.folder, job.signer)
             self.book.catch_up(recorded, round)
@@ -145,7 +146,7 @@ class Course:
         started = time.perf_counter()
         late = self._late(round)
         weighing = Weighing(job.weights, job.names, dict.fromkeys(late, 1))
-        server = replace(self.seats.server(round, cohort), weighing=weighing, late=late)
+        server = replace(self.seats.server(round, cohort), weighing=weighing, late=late, lengths=self.lengths)
         at = Round(job.run, server, self.transport, self.held, self.spool, job.max_bytes, self.header)
         at.caps, at.examples = self.caps, self.examples
         at.ledger.digest = sha256 if job.audit else None
@@ -158,6 +159,7 @@ class Course:
         if job.budget is not None and (spent := job.budget.spent(round)) is not None:
             metrics = metrics | {"epsilon": spent}
         record = record_of(at, job.names, metrics, seconds, peak)
+        self.lengths += lengths_of([record])
         check_state(self.state, round)
         self.progress = replace(self.progress, round=round, bytes_up=up, bytes_down=down)
         records.append(self.rounds, record)
