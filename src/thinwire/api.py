@@ -98,7 +98,7 @@ def federate(
     trained one is `.model` of the result. `clients`: the rows of each, in a dict by name or a list; rows are dicts, a
     datasets.Dataset or a pandas.DataFrame. `method`: such as FedKSeed(steps=50), or a name. `heldout`: rows to score
     on, or a share of each client's. `data` and `eval` are fields of the run file's tables of these names, such as
-    {"prompt": "{text}", "answer": "{label}"} and {"every": 1}; `weights` are of federation.weights: who counts for what,
+    {"prompt": "{text}", "answer": "{label}"} and {"every": 1}; `weights` of federation.weights: who counts how much,
     {"by": "equal"} or {"cap": 0.4}. `folder` keeps the run; by default it is a temporary one, gone with the result.
     ConfigError, DataError, ModelError (all ValueErrors): what is wrong, in one line.
     """
