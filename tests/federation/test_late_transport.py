@@ -115,6 +115,7 @@ def test_a_site_that_is_late_is_not_asked_to_evaluate(silos: Silos, tmp_path: Pa
         if row["split"] == "sites_train"
     }
     assert rows == {0: None, 1: None, 2: {"1": "busy with round 2"}, 3: None}
+    assert counted(tmp_path / "run") == transport.counted == {0: 3, 1: 2, 2: 3}  # its memory is that of round 2
 
 
 @pytest.mark.parametrize("tamper", [other_run, other_client, Replay()])
