@@ -28,8 +28,7 @@ from thinwire.keys import Key
 from thinwire.privacy.protection import Level, Protection
 from thinwire.privacy.released import Released, of_update
 from thinwire.privacy.secrets import Secrets, SystemSecrets
-from thinwire.versions import Trial
-from thinwire.versions import Versions as Versions
+from thinwire.versions import Trial, Versions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,8 +47,7 @@ class Server:
     """All that the server half may touch. `round` counts from 1; it is 0 in `init`.
 
     `loss`: of the weights in its net, on its rows. `spool`: a folder for what is too large for memory. `left_out`:
-    client -> why its reply is not in what the round makes, for the records. `late`: client -> the state of an earlier
-    round, and its context, in which it was asked for the reply that comes only now.
+    client -> why its reply is not in what the round makes, for the records.
     """
 
     net: Net
@@ -66,7 +64,7 @@ class Server:
     weighing: Weighing = field(default_factory=Weighing)  # how much each reply counts
     protection: Protection | None = None  # of whole clients: what a private run's mean is noised with
     secrets: Secrets = field(default_factory=SystemSecrets)
-    late: Mapping[int, tuple[Any, Server]] = field(default_factory=dict)
+    late: Mapping[int, tuple[Any, Server]] = field(default_factory=dict)  # client -> state and context of its round
     lengths: Sequence[float] = ()  # of each earlier round the median of its updates', where its metrics have it
 
     def asked(self, client: int, state: Any) -> tuple[Any, Server]:

@@ -61,6 +61,10 @@ LATE = "federation.late: a reply of {}, as it is set, means nothing after its ro
         (["federation.late=1", "method.name=fedkseed"], None),
         (["federation.late=1", "method.name=onebit"], None),
         (["federation.late=1", "method.name=gradualdiff", "method.aggregation=median"], None),
+        (
+            ["federation.late=1", "method.name=fedkseed", "privacy.level=client", "privacy.epsilon=2"],
+            "federation.late: what a private run may spend is counted by who is drawn for a round",
+        ),
         (["federation.late=1"], LATE.format("fedavg")),
         (["federation.late=1", "method.name=feedsign"], LATE.format("feedsign")),
         (["federation.late=1", "method.name=onebit", "method.merge_every=2"], LATE.format("onebit")),

@@ -11,10 +11,9 @@ scalars are averaged before they move anything. sides=1: g = (L(w + eps z) - L(w
 queries, are BAFFLE (Feng et al., 2023, arXiv:2301.12195).
 
 What travels, in the paper's form: down A (float32) and with Pro the probabilities of the K directions; up one pair
-(direction, g) a step. In the thin form: down A in whole multiples of a grid that is fixed for the run, to a client that
-holds an earlier version only the changes; up the scalars alone, for which directions a client draws follows from a key
-that the server knows. What rounding to the grid leaves stays in the server's accumulators and is sent later. With Pro
-the probabilities go as integers of four bits, and both ends draw with integers only.
+(direction, g) a step. In the thin form: down A in whole multiples of a grid fixed for the run, to a client that holds a
+version only the changes; up the scalars alone, for a client's directions follow from a key that the server knows. What
+rounding leaves is sent later. Pro's probabilities go as integers of four bits, and both ends draw with integers only.
 """
 
 from __future__ import annotations
@@ -217,8 +216,7 @@ class FedKSeed(Averaged):
     def step(
         self, state: Accumulators, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Accumulators, Metrics]:
-        moves = Moves(state.amplitude, state.visits, self.amplitude_clip)
-        moves.take(mean["gains"], counted)
+        moves = Moves(state.amplitude, state.visits, self.amplitude_clip).take(mean["gains"], counted)
         return self._moved(state, server, moves)
 
     def _add(self, moves: Moves, state: Accumulators, server: Server, block: Sequence[Any]) -> None:

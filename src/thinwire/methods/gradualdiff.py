@@ -293,8 +293,7 @@ class GradualDiff(Exact):
         return differences(at, heads, dtype, bits, lossy, self.start == "sent")
 
     def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
-        held = at.size * self.held_dtype(at.dtype).itemsize
-        coding = exact_coding(at) if self.codec == "lossless" else 0
+        held, coding = at.size * self.held_dtype(at.dtype).itemsize, exact_coding(at) if self.codec == "lossless" else 0
         if side == "client":  # Net.rebuild's copy, and the weights that the difference is taken to
             return training(at, forward, self.optimiser, self.recompute, at.trained_bytes + held, coding)
         floats = 1 + self._keeps + MOMENTS[self.server_step.kind]

@@ -65,9 +65,10 @@ class Moves:
         """Of a single reply, of weight 1: what `take` asks of it beside its moves."""
         return {"shrink": self.shrink, "length": self.lengths[0][0]}
 
-    def take(self, gains: Tensor, counted: Sequence[Counted]) -> None:
+    def take(self, gains: Tensor, counted: Sequence[Counted]) -> Moves:
         """Moves that replies were combined to, float [K], in place of sums; the shrink is their weighted mean."""
         self.gains, total = gains.double().numpy(), sum(each.weight for each in counted)
         known = [each for each in counted if each.metrics]  # a private mean comes without numbers about any reply
         self.shrink = sum(each.weight * each.metrics["shrink"] for each in known) / total if known else 1.0
         self.lengths = [(each.metrics["length"], each.weight * each.metrics["length"]) for each in known]
+        return self

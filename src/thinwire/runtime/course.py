@@ -72,10 +72,7 @@ class Course:
             self.survey = Survey(self.transport, job.method, job.run, self.spool, job.names)
         self.header = header_room(job.method.Up, job.net.names)
         self.caps = job.caps or {id: len(data) for id, data in enumerate(job.clients)}
-        self.examples: dict[int, int] = {}
-        self.lengths: list[float] = []
         self.progress = Progress(0, {}, 0, 0, 0.0, 0)
-        self.scores = 0  # lines of evals.jsonl
         self.kept: int | None = None  # the best round in the last checkpoint
         self.split: str | None = job.on  # the one by whose loss a round is the best
         self.loss: float | None = None  # of that split, now
