@@ -21,6 +21,7 @@ from thinwire import FedAvg, FedKSeed, Uniform, api, federate
 from thinwire.config import ConfigError
 from thinwire.data.errors import DataError
 from thinwire.methods import METHODS
+from thinwire.records import read_records
 
 DATA = {"prompt": "{input}: it was", "answer": " {output}", "choices": list(CHOICES)}
 FAST: dict[str, Any] = {"lr": 3e-3, "steps": 2, "batch_size": 4}
@@ -72,6 +73,15 @@ def test_the_same_call_gives_the_same_and_its_records_are_tables(tmp_path: Path)
         federate(path, CLIENTS, method, 1, data=DATA, folder=tmp_path / "a")
 
 
+def test_who_counts_how_much_is_an_argument(tmp_path: Path) -> None:
+    path, shares = tiny_folder(tmp_path / "m"), {"north": 0.8, "south": 0.2}
+    weights = {"by": "table", "table": shares, "cap": 0.7}
+    found = federate(path, CLIENTS, FedAvg(**FAST), 1, data=DATA, weights=weights)
+    (record,) = read_records(found.folder / "rounds.jsonl")
+    assert {line["name"]: line["share"] for line in record["clients"]} == pytest.approx({"north": 0.7, "south": 0.3})
+    assert not (found.folder / "audit.jsonl").exists()
+
+
 def test_without_pandas_records_are_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_folder(tmp_path / "m")
     monkeypatch.setattr(api, "find_spec", lambda name: None)
@@ -110,6 +120,9 @@ def test_an_encoder_names_classes(tmp_path: Path) -> None:
         ({"clients": "x.jsonl"}, "clients: is a str"),
         ({"method": "fedx"}, "method.name: 'fedx' is not a method"),
         ({"rounds": 0}, "rounds: must be greater than"),
+        ({"weights": {"cap": 0.3}}, "federation.weights.cap: 0.3 cannot hold in a round of 2 clients"),
+        ({"weights": {"by": "size"}}, "federation.weights.by"),
+        ({"eval": {"keep": "best"}, "heldout": 0}, "no rows are held out to show which round is better"),
         ({"data": {"promt": "x"}}, "data.promt: unknown field"),
         ({"model": 7}, "model: is a int"),
         ({"model": tiny_model()}, "tokenizer: missing"),

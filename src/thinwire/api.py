@@ -88,6 +88,7 @@ def federate(
     dtype: str | None = None,
     device: str = "cpu",
     lora: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     watch: Watch | None = None,
 ) -> Result:
@@ -97,8 +98,9 @@ def federate(
     trained one is `.model` of the result. `clients`: the rows of each, in a dict by name or a list; rows are dicts, a
     datasets.Dataset or a pandas.DataFrame. `method`: such as FedKSeed(steps=50), or a name. `heldout`: rows to score
     on, or a share of each client's. `data` and `eval` are fields of the run file's tables of these names, such as
-    {"prompt": "{text}", "answer": "{label}"} and {"every": 1}. `folder` keeps the run; by default it is a temporary
-    one, gone with the result. ConfigError, DataError, ModelError (all ValueErrors): what is wrong, in one line.
+    {"prompt": "{text}", "answer": "{label}"} and {"every": 1}; `weights` of federation.weights: who counts how much,
+    {"by": "equal"} or {"cap": 0.4}. `folder` keeps the run; by default it is a temporary one, gone with the result.
+    ConfigError, DataError, ModelError (all ValueErrors): what is wrong, in one line.
     """
     place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="thinwire-"))
     if folder is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -119,6 +121,7 @@ def federate(
                     "device": device,
                     **({"lora": dict(lora)} if lora is not None else {}),
                 },
+                **({"federation": {"weights": dict(weights), "audit": False}} if weights is not None else {}),
             },
             place,
             watch or Watch(),

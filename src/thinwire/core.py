@@ -28,8 +28,7 @@ from thinwire.keys import Key
 from thinwire.privacy.protection import Level, Protection
 from thinwire.privacy.released import Released, of_update
 from thinwire.privacy.secrets import Secrets, SystemSecrets
-from thinwire.versions import Trial
-from thinwire.versions import Versions as Versions
+from thinwire.versions import Trial, Versions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,6 +64,12 @@ class Server:
     weighing: Weighing = field(default_factory=Weighing)  # how much each reply counts
     protection: Protection | None = None  # of whole clients: what a private run's mean is noised with
     secrets: Secrets = field(default_factory=SystemSecrets)
+    late: Mapping[int, tuple[Any, Server]] = field(default_factory=dict)  # client -> state and context of its round
+    lengths: Sequence[float] = ()  # of each earlier round the median of its updates', where its metrics have it
+
+    def asked(self, client: int, state: Any) -> tuple[Any, Server]:
+        """In what a client was asked: in the round's state, and here, unless its reply is late."""
+        return self.late.get(client, (state, self))
 
 
 @dataclass
@@ -224,7 +229,7 @@ class Averaged(Method):
 
         def updates() -> Iterator[tuple[int, Update]]:
             for client, up, weight in self.weighed(server, replies):
-                update = self.update_of(state, server, client, up)
+                update = self.update_of(*server.asked(client, state), client, up)
                 if server.weighing.agreement is not None:
                     update = update._replace(weight=weight)
                 counted.append(Counted(client, update.weight, update.metrics))
@@ -232,7 +237,7 @@ class Averaged(Method):
                 del up, update  # large ones are gone before the next one comes
 
         rise = self._rise(state, server, server.loss) if self.measures and server.loss else None
-        setting = Setting(self.origin(state), rise, server.spool, server.left_out, server.key)
+        setting = Setting(self.origin(state), rise, server.spool, server.left_out, server.key, server.lengths)
         if server.protection is not None:
             mean = noised_mean(updates(), setting.origin, server.protection, len(server.cohort), server.secrets)
             state, metrics = self.step(state, server, mean, [each._replace(metrics={}) for each in counted])
@@ -260,6 +265,11 @@ class Averaged(Method):
             self.aggregation.check_cohort(clients)
         except ValueError as error:
             raise ConfigError(f"method.aggregation: {error}") from None
+
+    @property
+    def additive(self) -> bool:
+        """Whether an update, by the round in which it was asked for, is a change that a later state can take too."""
+        return False
 
     @property
     def one_bit(self) -> bool:

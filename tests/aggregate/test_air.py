@@ -17,6 +17,7 @@ from torch import Tensor
 from thinwire import wire
 from thinwire.aggregate.air import Air, spread
 from thinwire.aggregate.mean import Mean, Setting, Update
+from thinwire.aggregate.robust import Clipped
 from thinwire.core import Averaged
 from thinwire.errors import ConfigError
 from thinwire.keys import Key
@@ -123,6 +124,19 @@ def test_without_noise_it_is_the_mean_to_the_bit_and_nears_it_with_the_snr() -> 
     jammed = [Air(snr=40, jam=jam)(iter(updates()), setting(3))[1]["noise"] for jam in (None, -60, -40, 0)]
     assert jammed[0] < jammed[1] < jammed[2] < jammed[3]
     assert jammed[2] == pytest.approx(math.sqrt(2) * jammed[0])  # a jammer as strong as the noise
+
+
+def test_one_long_update_sets_the_noise_for_all_unless_it_is_clipped_before() -> None:
+    honest, hostile = updates(), updates()
+    hostile[3] = (3, hostile[3][1]._replace(tensors={n: 1e4 * t for n, t in hostile[3][1].tensors.items()}))
+
+    def noise(aggregation: Any, sent: list[tuple[int, Update]]) -> float:
+        return float(aggregation(iter(sent), setting(3))[1]["noise"])
+
+    capped = Clipped(then=Air())
+    assert noise(Air(), hostile) > 1e3 * noise(Air(), honest)
+    assert noise(capped, hostile) <= 1.001 * noise(Air(), honest)  # each is as long as the middle one at most
+    assert noise(capped, hostile) == pytest.approx(noise(capped, honest), rel=0.3)
 
 
 def test_what_all_know_is_not_sent() -> None:

@@ -207,6 +207,27 @@ def test_a_bound_holds_one_update_at_a_time_and_its_median_all() -> None:
     assert len(alive) == 6
 
 
+def test_a_running_bound_is_the_median_of_the_last_rounds_medians() -> None:
+    """Also where most of a round are hostile, which its own median would follow."""
+    draw, history = np.random.Generator(np.random.PCG64(0)), list[float]()
+    running, once = Clipped(bound="running"), Clipped()
+    assert running.keeps_all
+    for round in range(14):
+        changes = draw.standard_normal((6, 20)) * draw.exponential(1.0 + round, (6, 1))
+        if round == 13:
+            changes[:4] *= 1e3
+        updates = [(i, Update({"w": torch.from_numpy(row)}, 1.0)) for i, row in enumerate(changes)]
+        found, metrics = running(iter(updates), Setting(lengths=history))
+        middle = float(np.median(np.linalg.norm(changes, axis=1)))
+        bound = float(np.median([*history[-9:], middle]))
+        assert (metrics["length"], metrics["bound"]) == pytest.approx((middle, bound))
+        np.testing.assert_allclose(found["w"].numpy(), mean(clipped(changes, bound), np.ones(6)), rtol=1e-5, atol=1e-6)
+        history.append(metrics["length"])
+    assert metrics["bound"] < 2 * np.median(history[3:13])
+    assert once(iter(updates), Setting())[1]["bound"] > 100 * metrics["bound"]
+    assert "length" not in once(iter(updates), Setting())[1]
+
+
 @pytest.mark.parametrize("aggregation", [rule for rule, _ in RULES.values()], ids=list(RULES))
 def test_nothing_is_made_of_no_update(aggregation: Mean) -> None:
     assert aggregation(iter([]), Setting()) == ({}, {})

@@ -19,6 +19,8 @@ from thinwire.methods import METHODS
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.model.net import Net
 from thinwire.model.views import Lora
+from thinwire.wire import LazyTensors
+from thinwire.wire.payload import Spec
 
 STEP: TypeAdapter[Any] = TypeAdapter(AnyServerStep)
 RULES = ("plain", "momentum", "nesterov", "adam", "yogi")
@@ -125,3 +127,14 @@ def test_it_moves_every_method_that_takes_a_mean(name: str, tmp_path: Path) -> N
     assert abs(half - plain) > 1e-6
     moments = state.first if name == "gradualdiff" else state.moments
     assert moments
+
+
+def test_a_plain_step_reads_no_weights_of_before() -> None:
+    """They lie in a file: of the largest tensor that would be as much memory again."""
+
+    def read(name: str) -> Tensor:
+        raise AssertionError(name)
+
+    before = LazyTensors({"w": Spec(torch.bfloat16, (3,))}, read)
+    after, memory = stepped(Plain(), before, {"w": torch.tensor([1.0, 2.0, 3.0])}, None)
+    assert (after["w"].dtype, after["w"].tolist(), memory) == (torch.bfloat16, [1.0, 2.0, 3.0], None)

@@ -23,6 +23,7 @@ def run_of(*overrides: str) -> config.Run:
 
 
 TABLE = "federation.weights.by=table"
+LATE = "federation.late: a reply of {}, as it is set, means nothing after its round"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,16 @@ TABLE = "federation.weights.by=table"
             ["federation.weights.cap=0.5", "method.name=feedsign"],
             "federation.weights: feedsign takes no mean of its clients' replies: each counts as it has it",
         ),
+        (["federation.late=1", "method.name=fedkseed"], None),
+        (["federation.late=1", "method.name=onebit"], None),
+        (["federation.late=1", "method.name=gradualdiff", "method.aggregation=median"], None),
+        (
+            ["federation.late=1", "method.name=fedkseed", "privacy.level=client", "privacy.epsilon=2"],
+            "federation.late: what a private run may spend is counted by who is drawn for a round",
+        ),
+        (["federation.late=1"], LATE.format("fedavg")),
+        (["federation.late=1", "method.name=feedsign"], LATE.format("feedsign")),
+        (["federation.late=1", "method.name=onebit", "method.merge_every=2"], LATE.format("onebit")),
     ],
 )
 def test_an_agreement_that_cannot_be_kept_is_refused(changes: list[str], line: str | None) -> None:

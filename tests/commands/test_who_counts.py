@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import shutil
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,16 @@ import tomli_w
 from test_cli import refused, thinwire
 from tiny import CHOICES, tiny_folder, tiny_rows, write_jsonl
 
+from thinwire import assemble, config, wire
 from thinwire.assemble.replay import Replay
+from thinwire.evaluate.splits import Split, evaluate
+from thinwire.keys import Key
 from thinwire.records import read_records
 from thinwire.report.page import client_table
 from thinwire.report.runs import collect
+from thinwire.runtime import checkpoint
+from thinwire.train.weights import fill
+from thinwire.wire import Frame
 
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"name": "fedavg", "steps": 2, "batch_size": 4, "lr": 1e-2},
@@ -115,8 +123,6 @@ def test_contributions_are_those_of_the_definition(name: str, place: Path, tmp_p
 
 def test_the_whole_round_again_is_the_state_of_the_run(place: Path, tmp_path: Path) -> None:
     """The value of all replies is that of the weights which the run had then."""
-    from thinwire.runtime import checkpoint
-
     (tmp_path / "work").mkdir()
     replay = Replay(place / "gradualdiff", tmp_path / "work")
     replay.loss(frozenset(range(4)))
@@ -146,6 +152,59 @@ def test_what_is_not_there_is_named(place: Path, tmp_path: Path) -> None:
     assert refused("contributions", tmp_path / "run").startswith("data.public: missing")
     (tmp_path / "run" / "audit.jsonl").unlink()
     assert "no audit.jsonl is there" in refused("audit", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["fedavg", "onebit"])
+def test_what_each_has_learnt_is_scored_on_the_rows_of_each(name: str, place: Path, tmp_path: Path) -> None:
+    """Of factors that are averaged: each reply's own weights on each client's rows, by hand."""
+    tree = tomllib.loads((place / "fedavg.toml").read_text())
+    tree["model"]["lora"] = {"rank": 2, "targets": ["q_proj", "v_proj"]}
+    tree["method"] |= {"name": name}
+    tree["data"] = {field: value for field, value in tree["data"].items() if field not in ("public", "selection")}
+    tree["eval"] = {"rows": 8}
+    if name == "fedavg":
+        tree["method"] |= {"aggregation": "median", "server_step": "momentum"}
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(tree))
+    run = tmp_path / "run"
+    assert thinwire("run", tmp_path / "run.toml", "--out", run).code == 0
+    result = thinwire("contributions", run, "--matrix")
+    assert result.code == 0, result.err
+    found = json.loads((run / "cross.json").read_text())
+    settings = config.load(run / "run.toml")
+    net = assemble.net_of(settings, remember=True)
+    rows = assemble.rows_of(settings.data, Key.root(settings.seed)).clients
+    splits = [
+        Split(client, replace(data, examples=data.examples[:8]))
+        for client, held in rows.items()
+        for data in [assemble.dataset(settings.data, held, net.tokenizer)]
+    ]
+    count = sum(len(split.data) for split in splits)
+    assert f"2, 4 replies on the rows of 4 clients: 5 models, and 5 times {count} rows forward" in result.out
+    last = checkpoint.on_disk(run / "state", 2, settings.method.State)
+    settings.method.materialise(last, net)
+    assert found["together"] == pytest.approx([evaluate(net, split).loss for split in splits], abs=1e-6)
+    if name == "onebit":
+        return
+    for client in range(4):
+        frame = Frame.load(run / "replies" / "round-000002" / f"{client}.frame")
+        fill(net, wire.decode(settings.method.Up, frame).weights)
+        want = [evaluate(net, split).loss for split in splits]
+        assert found["clients"][str(client)]["losses"] == pytest.approx(want, abs=1e-6)
+    assert len({loss for line in found["clients"].values() for loss in line["losses"]}) > 8
+
+
+def test_a_matrix_is_of_adapters_and_cores(place: Path) -> None:
+    line = "model.view: adapters and cores are compared, and this run trains whole models"
+    assert refused("contributions", place / "fedavg", "--matrix") == line
+
+
+def test_a_choice_without_rows_is_refused_before_anything_is_shown(place: Path, tmp_path: Path) -> None:
+    text = (place / "fedavg.toml").read_text().replace("selection = 0.1\n", "heldout = 0\n")
+    (tmp_path / "run.toml").write_text(text)
+    given = ("run", tmp_path / "run.toml", "federation.evaluate=false", "--out", tmp_path / "run")
+    why = "eval.patience, eval.target, eval.keep: no rows are held out to show which round is better"
+    assert refused(*given) == why
+    assert thinwire(*given).out == ""
 
 
 def test_an_audit_says_what_it_found(place: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,29 @@ def test_a_large_model_needs_its_config_alone(tmp_path: Path, fields: dict[str, 
     low, high = found.link_seconds(100) or (0.0, 0.0)
     assert low == pytest.approx(8 * 8 * size / 1e8, rel=0.01)
     assert high - low < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "replies"),
+    [
+        ({"aggregation": "mean"}, 0),
+        ({"aggregation": {"kind": "clipped", "bound": 1.0}}, 0),
+        ({"aggregation": "median"}, 4),
+        ({"aggregation": "clipped", "cohort": {"kind": "uniform", "n": 3}}, 3),
+        ({"federation": {"weights": {"cap": 0.5}}}, 4),
+        ({"federation": {"weights": {"by": "equal"}}}, 0),
+    ],
+)
+def test_replies_that_are_read_side_by_side_stay_until_the_round_has_ended(
+    fields: dict[str, Any], replies: int, tmp_path: Path
+) -> None:
+    method = {"name": "fedavg", "batch_size": 1} | {n: v for n, v in fields.items() if n == "aggregation"}
+    run = run_of(config_folder(tmp_path / "model", **MIDDLE), method)
+    others = {name: value for name, value in fields.items() if name != "aggregation"}
+    run = config.parse(tomllib.loads(run.to_toml()) | others)
+    found = estimate(run)
+    assert found.kept is not None
+    assert found.kept == pytest.approx(replies * 4 * found.trained, rel=1e-3)
 
 
 def loss_of(model: Any) -> torch.Tensor:

@@ -79,7 +79,7 @@ def test_pieces_of_any_size_carry_the_same_bytes(
 
 def test_large_frames_pass_through_files(silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire.frame, "SPOOL_ABOVE", 50_000)
-    monkeypatch.setattr("thinwire.federation.transport.SPOOL_ABOVE", 50_000)
+    monkeypatch.setattr("thinwire.federation.call.SPOOL_ABOVE", 50_000)
     run = silos.run(WIDE, rounds=1)
     job, grid, _ = federate(silos, run, tmp_path / "there", chunk_bytes=30_000)
     course.train(job)
@@ -91,7 +91,7 @@ def test_large_frames_pass_through_files(silos: Silos, tmp_path: Path, monkeypat
 
 def test_what_is_left_of_frames_is_removed(silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire.frame, "SPOOL_ABOVE", 50_000)
-    monkeypatch.setattr("thinwire.federation.transport.SPOOL_ABOVE", 50_000)
+    monkeypatch.setattr("thinwire.federation.call.SPOOL_ABOVE", 50_000)
     job, grid, transport = federate(silos, silos.run(WIDE, rounds=1), tmp_path / "there", chunk_bytes=30_000)
     course.train(job)
     spool = tmp_path / "there" / "spool"

@@ -17,6 +17,7 @@ import pytest
 from federation import closed_data, tiny_net
 from tiny import tiny_folder, tiny_rows, write_jsonl
 
+from thinwire.aggregate.robust import Clipped
 from thinwire.core import Method, Server
 from thinwire.errors import ConfigError, Damaged, RunError
 from thinwire.keys import Key
@@ -31,6 +32,7 @@ from thinwire.runtime.course import Course, Job, Watch, read_records, train
 METHODS = {
     "fedkseed": FedKSeed(seeds=32, steps=4, batch_size=4, lr=1e-4, pro=True),
     "fedavg": FedAvg(steps=2, batch_size=4, lr=1e-3),
+    "clipped": FedAvg(steps=2, batch_size=4, lr=1e-3, aggregation=Clipped(bound="running")),
 }
 
 

@@ -12,10 +12,11 @@ so the channel is undone, and what is left is the weighted mean and an error, in
 
     (N + J) / eta = (10^(-snr / 10) + 10^(jam / 10)) max_k (p_k s_k)^2 / |h_k|^2
 
-The client in the deepest fade sets it for all. N is the receiver's noise and J a jammer's, both beside P in decibels;
-|h_k|^2 follows Rayleigh's law, one draw a client and round, exponential of mean 1. Here the mean is taken as ever and
-the error is drawn beside it, all from the round's key. It is a simulation: what travels are the frames of any other
-run, and their bytes, not a channel's uses, are what is counted.
+The client in the deepest fade or with the longest update sets it for all, without a bound: `clipped`, with
+`then = "air"`, bounds updates first. N is the receiver's noise and J a jammer's, both beside P in decibels; |h_k|^2
+follows Rayleigh's law, one draw a client and round, exponential of mean 1. Here the mean is taken as ever and the error
+is drawn beside it, all from the round's key. It is a simulation: what travels are the frames of any other run, and
+their bytes, not a channel's uses, are what is counted.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from thinwire.aggregate.mean import Mean, Metrics, Setting, Update
+from thinwire.aggregate.mean import Aggregation, Mean, Metrics, Setting, Update
 
 
-class Air(Mean):
+class Air(Aggregation):
     """The weighted mean as one fading channel gives it; `noise` in the records is its error's deviation a number."""
 
-    kind: Literal["air"] = "air"  # type: ignore[assignment]
+    kind: Literal["air"] = "air"
     snr: float = Field(20.0, ge=-100)  # dB: P over the receiver's noise; beyond 150 float32 shows none
     jam: float | None = Field(None, ge=-200, le=100)  # dB: a jammer's power over P; None: there is none
     fading: Literal["rayleigh", "none"] = "rayleigh"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from thinwire.keys import Key
 
 Metrics = dict[str, float]
+LENGTH = "length"  # in a round's metrics: the median of its updates' lengths, which later rounds may ask for
 
 
 class Update(NamedTuple):
@@ -45,7 +46,8 @@ class Setting:
 
     `origin`: by name what a tensor was at the round's start, of those that are states and not changes. `rise`: how much
     the loss on the server's rows rises by a client's update alone. `spool`: a folder for what is too large for memory.
-    `left_out`: client -> why its update is not in the result. `key`: the round's, for what is drawn.
+    `left_out`: client -> why its update is not in the result. `key`: the round's, for what is drawn. `lengths`: of each
+    earlier round the median of its updates' lengths, where the aggregation has put it into that round's metrics.
     """
 
     origin: Mapping[str, Tensor] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Setting:
     spool: Path | None = None
     left_out: dict[int, str] = field(default_factory=dict)
     key: Key | None = None
+    lengths: Sequence[float] = ()
 
 
 class Reports:
@@ -74,12 +77,12 @@ class Reports:
         return {"loss": self.loss, "skipped": self.skipped}
 
 
-class Mean(BaseModel):
-    """m += (u - m) n_i / n: one client's tensor in memory at a time. A tensor's mean is over those that hold it."""
+class Aggregation(BaseModel):
+    """How a round's updates are combined; known by its `kind`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["mean"] = "mean"
+    kind: str
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -93,6 +96,18 @@ class Mean(BaseModel):
 
     def check_cohort(self, clients: int) -> None:
         """Raise ConfigError where so many clients in a round are too few for it."""
+
+    def __call__(
+        self, updates: Iterable[tuple[int, Update]], at: Setting | None = None
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """What the updates come to, by name, and numbers for the records; nothing without updates."""
+        raise NotImplementedError
+
+
+class Mean(Aggregation):
+    """m += (u - m) n_i / n: one client's tensor in memory at a time. A tensor's mean is over those that hold it."""
+
+    kind: Literal["mean"] = "mean"
 
     def __call__(
         self, updates: Iterable[tuple[int, Update]], at: Setting | None = None

@@ -2,7 +2,8 @@
 
 u_i is what client i's update changes, n the clients of a round, f those that may be hostile:
 
-    clipped   u_i <- u_i min(1, c / |u_i|), then as `then` combines them; c is a bound, or the median of all |u_i|
+    clipped   u_i <- u_i min(1, c / |u_i|), then as `then` combines them; c is a bound, or the median of all |u_i|, or
+              the median of the last ROUNDS rounds' medians, this one's among them
     median    of each number the middle one, or the mean of the two in the middle
     trimmed   of each number the mean without the k lowest and the k highest, k = ceil(share n)
     krum      the mean of the `keep` with the lowest s_i = sum of the n - f - 2 least |u_i - u_j|^2
@@ -27,8 +28,9 @@ from torch import Tensor
 
 from thinwire.aggregate import columns
 from thinwire.aggregate.air import Air
-from thinwire.aggregate.mean import Mean, Metrics, Reports, Setting, Update
+from thinwire.aggregate.mean import LENGTH, Aggregation, Mean, Metrics, Reports, Setting, Update
 
+ROUNDS = 10  # whose lengths are in a running median
 Updates = Iterable[tuple[int, Update]]
 Block = NDArray[Any]  # float32 or float64, [clients, numbers]
 Result = tuple[dict[str, Tensor], Metrics]
@@ -47,7 +49,7 @@ def middle(block: Block) -> Block:
     return mean_without(block, (block.shape[0] - 1) // 2)
 
 
-class _EachNumber(Mean):
+class _EachNumber(Aggregation):
     """A rule for each number apart, of all clients that hold it."""
 
     @property
@@ -70,7 +72,7 @@ class _EachNumber(Mean):
 class Median(_EachNumber):
     """Of each number the median: holds while fewer than half of the clients are hostile."""
 
-    kind: Literal["median"] = "median"  # type: ignore[assignment]
+    kind: Literal["median"] = "median"
 
     def rule(self, block: Block) -> Block:
         return middle(block)
@@ -79,7 +81,7 @@ class Median(_EachNumber):
 class Trimmed(_EachNumber):
     """Of each number the mean without the share of the lowest and of the highest, rounded up to whole clients."""
 
-    kind: Literal["trimmed"] = "trimmed"  # type: ignore[assignment]
+    kind: Literal["trimmed"] = "trimmed"
     share: float = Field(0.2, ge=0, lt=0.5)  # at each end: as many as may be hostile
 
     def cut(self, clients: int) -> int:
@@ -98,7 +100,7 @@ class Trimmed(_EachNumber):
 class Vote(_EachNumber):
     """Of each number the sign that most have, of codes of one bit: each client has one vote, and none a length."""
 
-    kind: Literal["vote"] = "vote"  # type: ignore[assignment]
+    kind: Literal["vote"] = "vote"
     scale: PositiveFloat | Literal["median"] = "median"  # how far each number moves; median: of the clients' scales
 
     def rule(self, block: Block) -> Block:
@@ -108,10 +110,10 @@ class Vote(_EachNumber):
         return found
 
 
-class Krum(Mean):
+class Krum(Aggregation):
     """The mean of the updates that have the nearest neighbours; the others are left out."""
 
-    kind: Literal["krum"] = "krum"  # type: ignore[assignment]
+    kind: Literal["krum"] = "krum"
     attackers: PositiveInt = 1  # f, that may be hostile: a round needs 2 f + 3 clients
     keep: PositiveInt = 1  # of the updates; above 1 it is multi-Krum
 
@@ -152,15 +154,15 @@ def _named(value: Any) -> Any:
 
 
 AnyRule: TypeAlias = Annotated[
-    Annotated[Mean | Median | Trimmed | Krum | Vote, Field(discriminator="kind")], BeforeValidator(_named)
+    Annotated[Mean | Median | Trimmed | Krum | Vote | Air, Field(discriminator="kind")], BeforeValidator(_named)
 ]
 
 
-class Clipped(Mean):
+class Clipped(Aggregation):
     """Updates of no more than a length, combined in another way; by default their weighted mean."""
 
-    kind: Literal["clipped"] = "clipped"  # type: ignore[assignment]
-    bound: PositiveFloat | Literal["median"] = "median"  # of an update's length; median: that of the round's lengths
+    kind: Literal["clipped"] = "clipped"
+    bound: PositiveFloat | Literal["median", "running"] = "median"  # of a length; of the round's, of the last ones'
     then: AnyRule = Mean()
 
     @property
@@ -169,19 +171,22 @@ class Clipped(Mean):
 
     @property
     def keeps_all(self) -> bool:
-        return self.bound == "median" or self.then.keeps_all
+        return isinstance(self.bound, str) or self.then.keeps_all
 
     def check_cohort(self, clients: int) -> None:
         self.then.check_cohort(clients)
 
     def __call__(self, updates: Updates, at: Setting | None = None) -> Result:
-        at, clipped = at or Setting(), 0
+        at, clipped, known = at or Setting(), 0, dict[str, float]()
         measured: Iterable[tuple[int, Update, float]] = (
             (client, update, columns.norm(update.tensors, at.origin)) for client, update in updates
         )
         if isinstance(self.bound, str):
             measured = held = list(measured)
             bound = float(np.median([length for *_, length in held])) if held else 0.0
+            if self.bound == "running":
+                known = {LENGTH: bound}
+                bound = float(np.median([*at.lengths, bound][-ROUNDS:]))
         else:
             bound = self.bound
 
@@ -194,18 +199,19 @@ class Clipped(Mean):
                 yield client, update
 
         found, metrics = self.then(within(), at)
-        return found, metrics | {"clipped": clipped, "bound": bound} if found else {}
+        return found, metrics | {"clipped": clipped, "bound": bound} | known if found else {}
 
 
 AnyUngated: TypeAlias = Annotated[
-    Annotated[Mean | Clipped | Median | Trimmed | Krum | Vote, Field(discriminator="kind")], BeforeValidator(_named)
+    Annotated[Mean | Clipped | Median | Trimmed | Krum | Vote | Air, Field(discriminator="kind")],
+    BeforeValidator(_named),
 ]
 
 
-class Gated(Mean):
+class Gated(Aggregation):
     """The updates that do no harm on the server's rows, each tried alone, combined in another way."""
 
-    kind: Literal["gated"] = "gated"  # type: ignore[assignment]
+    kind: Literal["gated"] = "gated"
     bound: NonNegativeFloat = 0.1  # nats that the loss on data.public may rise by
     then: AnyUngated = Mean()
 

@@ -18,6 +18,8 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError
 from torch import Tensor
 
+from thinwire.wire.payload import specs_of
+
 Memory = Mapping[str, Tensor]
 
 
@@ -152,11 +154,12 @@ def stepped(
     """
     after: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
+    dtypes = {name: spec.dtype for name, spec in specs_of(weights).items()}
     for name in list(mean):
-        old = weights[name]
         if step.plain:
-            after[name] = mean.pop(name).to(old.dtype)
+            after[name] = mean.pop(name).to(dtypes[name])
             continue
+        old = weights[name]
         move, entries = step(memory or {}, name, mean.pop(name) - old.float())
         after[name] = (old.float() + move).to(old.dtype)
         kept |= entries

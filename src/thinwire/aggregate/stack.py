@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thinwire.aggregate.mean import Mean, Metrics, Reports, Setting, Update
+from thinwire.aggregate.mean import Aggregation, Metrics, Reports, Setting, Update
 
 
-class Stack(Mean):
+class Stack(Aggregation):
     """The updates' tensors along their first dimension, in the order in which they are counted, in their dtypes."""
 
-    kind: Literal["stack"] = "stack"  # type: ignore[assignment]
+    kind: Literal["stack"] = "stack"
 
     def __call__(
         self, updates: Iterable[tuple[int, Update]], at: Setting | None = None

@@ -134,12 +134,13 @@ class Weighing:
         return count if client not in self.late else count * agreed.stale ** self.late[client]
 
     def _reasons(self, counts: Mapping[int, tuple[float, int | None]]) -> dict[int, str]:
+        fresh = [found for client, found in counts.items() if client not in self.late] or [*counts.values()]
         if self.agreement is not None and self.agreement.by != "method":
             why = "equally" if self.agreement.by == "equal" else f"by {self.agreement.by}"
-        elif all(count == examples for count, examples in counts.values()):
+        elif all(count == examples for count, examples in fresh):
             why = "by examples"
         else:
-            why = "equally" if len({count for count, _ in counts.values()}) == 1 else "as the method has it"
+            why = "equally" if len({count for count, _ in fresh}) == 1 else "as the method has it"
         return {client: why + (f", late by {self.late[client]}" if client in self.late else "") for client in counts}
 
     def _within_bounds(self, counts: Mapping[int, tuple[float, int | None]], losses: Shares) -> dict[int, Share]:

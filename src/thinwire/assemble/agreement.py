@@ -21,10 +21,15 @@ def agreement_of(run: Run) -> Agreement | None:
 
 def check_agreement(run: Run, names: Sequence[str]) -> None:
     """ConfigError for an agreement that cannot be kept with clients of these names, the method, or the cohorts."""
-    agreed = agreement_of(run)
+    agreed, method = agreement_of(run), method_name(run.method)
+    if run.federation is not None and run.federation.late:
+        if not isinstance(run.method, Averaged) or not run.method.additive:
+            raise ConfigError(f"federation.late: a reply of {method}, as it is set, means nothing after its round")
+        if run.privacy is not None:
+            raise ConfigError("federation.late: what a private run may spend is counted by who is drawn for a round")
     if agreed is None:
         return
-    method, reports = method_name(run.method), {field.name for field in fields(run.method.Up)}
+    reports = {field.name for field in fields(run.method.Up)}
     if not isinstance(run.method, Averaged):
         raise ConfigError(f"{TABLE}: {method} takes no mean of its clients' replies: each counts as it has it")
     for name, needed in (("examples", agreed.by == "examples"), ("loss", agreed.fair > 0)):

@@ -52,6 +52,7 @@ def prepared(run: Run, rows: Rows | None = None) -> tuple[Run, Rows]:
         rows = rows_of(run.data, Key.root(run.seed))
     check_agreement(run, list(rows.clients))
     check_privacy(run, list(rows.clients))
+    check_choice(run, list(rows.splits))
     return settled(run, rows), rows
 
 
@@ -112,7 +113,6 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         scored = datasets(run.data, list(rows.clients.values()), net.tokenizer, classes) if clients else []
         few = {id: replace(data, examples=data.examples[: run.eval.rows]) for id, data in enumerate(scored)}
         actions["evaluate"] = Evaluation(few, heldout=False, settings=run.eval)
-    check_choice(run, list(rows.splits))
     return Job(
         method=run.method,
         net=net,
@@ -141,6 +141,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         budget=budget_of(run, {id: len(data) for id, data in enumerate(clients)}, len(clients)) if clients else None,
         audit=run.federation is not None and run.federation.audit,
         replies=run.federation is not None and run.federation.keep_replies,
+        late=0 if run.federation is None else run.federation.late,
     )
 
 

@@ -77,5 +77,6 @@ def _others(site: Path, entries: Sequence[Record]) -> list[str]:
         for entry in entries
         if entry["event"] == "round"
         for reply in entry["counted"]
-        if reply["id"] in clients and reply["sha256"] not in known.get((run, entry["round"], reply["id"]), ())
+        if reply["id"] in clients
+        and reply["sha256"] not in known.get((run, entry["round"] - reply.get("late", 0), reply["id"]), ())
     ]

@@ -5,11 +5,16 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from thinwire.commands.terminal import Overrides, echo, one_line, settle
+
+if TYPE_CHECKING:
+    from thinwire.assemble.replay import Replay
+
+COLUMNS = 8  # clients that a line of the table has
 
 
 def contributions(
@@ -17,6 +22,9 @@ def contributions(
     overrides: Overrides = None,
     orders: Annotated[int, typer.Option(min=2, help="Random orders of the clients for the Shapley value.")] = 50,
     seed: Annotated[int, typer.Option(help="By which the orders are drawn.")] = 0,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Instead: how what each client has learnt does on each client's rows.")
+    ] = False,
 ) -> None:
     """Leave-one-out and Shapley values of the last round's replies by the loss on data.public; its cost comes first."""
     with one_line():
@@ -31,6 +39,9 @@ def contributions(
         if not (path / "run.toml").exists():
             raise config.ConfigError(f"{path}: not a run's folder")
         with tempfile.TemporaryDirectory(dir=path, prefix=".contributions.") as place:
+            if matrix:
+                _cross(Replay(path, Path(place), overrides or (), cross=True))
+                return
             replay, known = Replay(path, Path(place), overrides or ()), dict[frozenset[int], float]()
 
             def value(clients: frozenset[int]) -> float:
@@ -82,3 +93,43 @@ def contributions(
             f"{found['after']:.5f} nats a token; also in {path / 'contributions.json'}",
             soft_wrap=True,
         )
+
+
+def _cross(replay: Replay) -> None:
+    """The loss on each client's rows of each client's own fine-tuning: its reply of the last round, alone."""
+    from rich.table import Column, Table
+
+    from thinwire import files, records
+    from thinwire.commands.screen import Screen
+    from thinwire.units import span
+
+    clients, names = replay.clients, [split.name for split in replay.splits]
+    count = len(clients) + 1
+    echo(
+        f"round {replay.round}, {len(clients)} replies on the rows of {len(names)} clients: {count} models, and "
+        f"{count} times {replay.rows:,} rows forward"
+    )
+    started = time.perf_counter()
+    together = replay.losses(frozenset(clients))
+    echo(f"the first took {span(time.perf_counter() - started)}: about "
+         f"{span((time.perf_counter() - started) * len(clients))} are left")  # fmt: skip
+    own = {client: replay.losses(frozenset([client]), own=True) for client in clients}
+    found = {
+        "round": replay.round,
+        "rows": {split.name: len(split.data) for split in replay.splits},
+        "together": together,
+        "clients": {str(client): {"name": replay.names[client], "losses": own[client]} for client in clients},
+    }
+    files.write(replay.folder / "cross.json", records.dumps(found, indent=2) + "\n")
+    screen = Screen()
+    for start in range(0, len(names), COLUMNS):
+        shown = slice(start, start + COLUMNS)
+        table = Table("learnt by / rows of", *(Column(name, justify="right") for name in names[shown]))
+        for name, losses in (*((replay.names[client], own[client]) for client in clients), ("together", together)):
+            table.add_row(name, *(f"{loss:.4f}" for loss in losses[shown]))
+        screen.print(table)
+    screen.print(
+        f"loss, nats a token, on each client's own rows, of what each has made of the model in round {replay.round}; "
+        f"also in {replay.folder / 'cross.json'}",
+        soft_wrap=True,
+    )

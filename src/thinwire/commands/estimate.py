@@ -41,6 +41,7 @@ def show(found: Estimate) -> None:
 
     from thinwire.commands.screen import Screen
     from thinwire.estimate.costs import LINKS
+    from thinwire.runtime.round import SMALL
     from thinwire.units import number, size
 
     def spanned(one: Span) -> str:
@@ -65,6 +66,9 @@ def show(found: Estimate) -> None:
         for part in ("weights", "gradients", "optimiser", "activations", "runtime", "total"):
             table.add_row(part, size(getattr(found.client, part)), size(getattr(found.server, part)))
         console.print(table)
+    if found.kept and found.traffic is not None:
+        place = "in files" if found.traffic.returning[1].most > SMALL else "in memory"
+        console.print(f"the server reads a round's replies side by side: up to {size(found.kept)} of them stay {place}")
     if found.flops == found.flops:
         console.print(f"a visit takes {found.flops / 1e12:,.3g} TFLOP")
     if found.traffic is None:

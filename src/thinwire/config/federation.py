@@ -22,6 +22,7 @@ class Federation(Section):
     the run ends with model.thin, which a machine that can hold the model makes one of. `weights`: who counts how much,
     also in one process; without, as the method has it. With `audit` the run's folder has audit.jsonl, a log that
     `thinwire audit` checks. With `keep_replies` those of the last round stay, for `thinwire contributions`.
+    `late`: 1 has a reply that comes after the deadline count in the next round, as `weights.stale` says; 0 drops it.
     """
 
     sites: tuple[str, ...] = ()
@@ -35,6 +36,7 @@ class Federation(Section):
     weights: Agreement | None = None
     audit: bool = True
     keep_replies: bool = False
+    late: int = Field(0, ge=0, le=1)
 
     @field_validator("sites")
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any
 
 from thinwire import assemble
 from thinwire.assemble import Rows
+from thinwire.assemble.agreement import agreement_of, size_of
 from thinwire.config import ConfigError, Run, method_name
 from thinwire.costs.memory import Memory
 from thinwire.data.bundled import PACKAGED
@@ -29,7 +30,8 @@ ANSWER = 32  # tokens of an answer, where nothing is known of their length
 class Estimate:
     """What a run will cost. Bytes a visit and in all; peak memory of either side; operations a visit.
 
-    `assumed`: what was taken for granted. None where a method does not give it.
+    `kept`: of replies that stay at the server until a round has ended, in files but for small ones; 0 where each is
+    read as it comes. `assumed`: what was taken for granted. None where a method does not give it.
     """
 
     method: str
@@ -42,6 +44,7 @@ class Estimate:
     traffic: Traffic | None
     client: Memory | None
     server: Memory | None
+    kept: int | None
     flops: float  # of a client's visit, the rounds' mean; NaN where the method does not give how many passes it makes
     assumed: list[str]
 
@@ -88,6 +91,7 @@ def estimate(run: Run) -> Estimate:
     probed = method_name(method) if work.probes else None
     view, answer = run.model.view, 1 if closed else ANSWER
     forward = one_pass(model, at_once, length + view.front, answer, view.factors, probed)
+    sent = traffic(method, expected(run, examples, shared.trained))
     passes = fmean(method.work(round).rows for round in range(1, run.rounds + 1)) * view.forward_share
     return Estimate(
         method=method_name(method),
@@ -97,12 +101,22 @@ def estimate(run: Run) -> Estimate:
         clients=len(examples),
         rounds=run.rounds,
         batch=(work.batch, length),
-        traffic=traffic(method, expected(run, examples, shared.trained)),
+        traffic=sent,
         client=method.memory(model, forward, "client"),
         server=method.memory(shared, forward, "server"),
+        kept=None if sent is None else kept_of(run, len(examples), sent),
         flops=forward.flops / at_once * passes,
         assumed=assumed,
     )
+
+
+def kept_of(run: Run, clients: int, sent: Traffic) -> int:
+    """The most bytes of replies that the server reads only when a round has ended; 0 where it does not."""
+    agreed = agreement_of(run)
+    if not run.method.keeps_all and not (agreed is not None and agreed.bounded):
+        return 0
+    most = max(size_of(segment, clients) for segment in run.cohort)
+    return int(most * max(up.most for _, up in (sent.newcomer, sent.returning)))
 
 
 def rows_at_hand(run: Run) -> Rows | None:

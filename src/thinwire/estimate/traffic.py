@@ -9,10 +9,11 @@ from torch import Tensor
 
 from thinwire import assemble
 from thinwire.config import Run
-from thinwire.core import Method, Server, Versions
+from thinwire.core import Method, Server
 from thinwire.costs.frames import Expected, Span
 from thinwire.keys import Key
 from thinwire.runtime.seats import Seats
+from thinwire.versions import Versions
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def _train(grid: Grid, folder: Path) -> None:
         chunk_bytes=federation.chunk_bytes,
         max_bytes=job.max_bytes,
         counted=counted(folder),
+        late=bool(job.late),
     )
     began = bool(checkpoint.rounds(folder / "state"))  # then its rounds ask for a quorum, and joining is no condition
     notices = Notices(notices_of(folder))
@@ -131,13 +132,14 @@ def _train(grid: Grid, folder: Path) -> None:
 
 
 def counted(folder: Path) -> dict[int, int]:
-    """Client -> the last round up to the checkpoint in which a reply of it came."""
+    """Client -> the last round up to the checkpoint that it has sent a reply to, which came."""
     from thinwire.records import read_records, visits
     from thinwire.runtime import checkpoint
 
     ended = max(checkpoint.rounds(folder / "state"), default=0)
     records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]
-    return {visit["id"]: record["round"] for record in records for visit in visits(record) if visit.get("bytes_up")}
+    came = ((record["round"], visit) for record in records for visit in visits(record) if visit.get("bytes_up"))
+    return {visit["id"]: round - visit.get("late", 0) for round, visit in came}
 
 
 def public_keys(folder: Path) -> dict[str, bytes]:

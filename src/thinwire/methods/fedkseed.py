@@ -11,10 +11,9 @@ scalars are averaged before they move anything. sides=1: g = (L(w + eps z) - L(w
 queries, are BAFFLE (Feng et al., 2023, arXiv:2301.12195).
 
 What travels, in the paper's form: down A (float32) and with Pro the probabilities of the K directions; up one pair
-(direction, g) a step. In the thin form: down A in whole multiples of a grid that is fixed for the run, to a client that
-holds an earlier version only the changes; up the scalars alone, for which directions a client draws follows from a key
-that the server knows. What rounding to the grid leaves stays in the server's accumulators and is sent later. With Pro
-the probabilities go as integers of four bits, and both ends draw with integers only.
+(direction, g) a step. In the thin form: down A in whole multiples of a grid fixed for the run, to a client that holds a
+version only the changes; up the scalars alone, for a client's directions follow from a key that the server knows. What
+rounding leaves is sent later. Pro's probabilities go as integers of four bits, and both ends draw with integers only.
 """
 
 from __future__ import annotations
@@ -139,10 +138,8 @@ class FedKSeed(Averaged):
         return self
 
     def init(self, server: Server) -> Accumulators:
-        key = server.key.fold("directions").word()
-        zeros = torch.zeros(self.seeds, dtype=torch.float64)
-        # The paper's history of each direction begins with one amplitude of 0.
-        return Accumulators(key, zeros, 1.0, zeros.clone(), torch.ones_like(zeros))
+        key, zeros = server.key.fold("directions").word(), torch.zeros(self.seeds, dtype=torch.float64)
+        return Accumulators(key, zeros, 1.0, zeros.clone(), torch.ones_like(zeros))  # as in the paper: one |g| of 0
 
     def broadcast(self, state: Accumulators, server: Server, client_id: int, held: str | None) -> Gains:
         lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
@@ -192,10 +189,14 @@ class FedKSeed(Averaged):
     ) -> tuple[Accumulators, Metrics]:
         if server.protection or self.aggregation.kind != "mean":  # each vector is needed; a mean adds many in one go
             return super().aggregate(state, server, replies)
-        moves, reports, block = self._moves(state, server), Reports(), list[Any]()
+        moves, reports, block = Moves(state.amplitude, state.visits, self.amplitude_clip), Reports(), list[Any]()
         for client_id, up, weight in self.weighed(server, replies):
             reports.add(Update({}, weight, up.loss))
-            block.append((client_id, weight, (up.scalars, up.unit), up.seeds))  # no reply is held itself
+            one = client_id, weight, (up.scalars, up.unit), up.seeds  # no reply is held itself
+            if client_id in server.late:  # along the directions and at the rate of an earlier round
+                self._add(moves, *server.asked(client_id, state), [one])
+            else:
+                block.append(one)
             if len(block) == BLOCK:
                 self._add(moves, state, server, block)
                 block = []
@@ -208,21 +209,15 @@ class FedKSeed(Averaged):
         return state, reports.metrics | {"skipped": moves.skipped} | own
 
     def update_of(self, state: Accumulators, server: Server, client_id: int, up: Steps) -> Update:
-        moves = self._moves(state, server)
+        moves = Moves(state.amplitude, state.visits, self.amplitude_clip)
         self._add(moves, state, server, [(client_id, 1.0, (up.scalars, up.unit), up.seeds)])
         return Update({"gains": moves.tensor}, self.weight(up), up.loss, moves.skipped, moves.metrics)
 
     def step(
         self, state: Accumulators, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Accumulators, Metrics]:
-        moves = self._moves(state, server)
-        moves.take(mean["gains"], counted)
+        moves = Moves(state.amplitude, state.visits, self.amplitude_clip).take(mean["gains"], counted)
         return self._moved(state, server, moves)
-
-    def _moves(self, state: Accumulators, server: Server) -> Moves:
-        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
-        law = lr / self.queries, shrink_of(lr, self.weight_decay), self.amplitude_clip
-        return Moves(state.amplitude, state.visits, *law)
 
     def _add(self, moves: Moves, state: Accumulators, server: Server, block: Sequence[Any]) -> None:
         """All replies of a block in one go, in their order: one by one they would cost far more."""
@@ -235,7 +230,8 @@ class FedKSeed(Averaged):
             tilts = TILTS[pool.seed_tilts(state.amplitude / state.visits)] if self.pro else None
             streams = [0] * len(clients) if self.shared else clients
             picks = self._pool(state.pool).picks(pool.draws_key(server.key), streams, shape, tilts)
-        moves.add(picks, scalars, np.array(weights, np.float64))
+        lr = scheduled(self.schedule, self.lr, server.round, server.rounds)
+        moves.add(picks, scalars, np.array(weights, np.float64), lr / self.queries, shrink_of(lr, self.weight_decay))
 
     def _moved(self, state: Accumulators, server: Server, moves: Moves) -> tuple[Accumulators, Metrics]:
         """The state under moves and a shrink that are those of the mean."""
@@ -269,6 +265,10 @@ class FedKSeed(Averaged):
         if not (gains.abs() <= legal.LARGEST).all() or not abs(down.shrink) <= 1:
             raise Illegal("gains or shrink are beyond their bounds, or not finite")
         self._pool(down.pool).rebuild(client.net, gains, down.shrink)
+
+    @property
+    def additive(self) -> bool:
+        return not {"median", "trimmed"} & {*self.aggregation.kinds}  # of each direction apart: a round has its own
 
     @property
     def _form(self) -> str:

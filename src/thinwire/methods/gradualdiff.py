@@ -133,14 +133,12 @@ class GradualDiff(Exact):
             base, exact = held, self.codec == "lossless"
         else:
             shared = known is None and self.start == "shared"
-            base = START if shared else base
-            changes = {}
+            base, changes = START if shared else base, {}
             for name, new in state.weights.items():
-                own = known[name] if known is not None else None
-                changes[name] = coded(new, self.start_of(server.net, name) if shared else own)
-        return Change(
-            layout(specs_of(state.weights)), base, state.version, exact, state.key, changes, self.rate(server)
-        )
+                own = self.start_of(server.net, name) if shared else None if known is None else known[name]
+                changes[name] = coded(new, own)
+        model = layout(specs_of(state.weights))
+        return Change(model, base, state.version, exact, state.key, changes, self.rate(server))
 
     def client_update(self, down: Change, client: Client) -> Difference:
         self.receive(down, client)
@@ -157,9 +155,8 @@ class GradualDiff(Exact):
                 new = self.rounded(target, old.dtype, key, i)
                 changes[name], left = coded(new, old), target - new.float()
             else:
-                wanted = target - old.float()
-                changes[name], sent = self._lossy(self.code(), old, wanted, key, i)
-                left = wanted - sent
+                changes[name], sent = self._lossy(self.code(), old, target - old.float(), key, i)
+                left = target - old.float() - sent
             if self._keeps:
                 client.memory[name] = left
         return Difference(down.version, key, changes, len(client.data), local.loss, local.skipped)
@@ -253,6 +250,10 @@ class GradualDiff(Exact):
         return self.codec == "blocks" and self.bits == 1
 
     @property
+    def additive(self) -> bool:
+        return True
+
+    @property
     def _keeps(self) -> bool:
         return self.rounding == "residue" if self.codec == "lossless" else self.feedback
 
@@ -292,8 +293,7 @@ class GradualDiff(Exact):
         return differences(at, heads, dtype, bits, lossy, self.start == "sent")
 
     def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
-        held = at.size * self.held_dtype(at.dtype).itemsize
-        coding = exact_coding(at) if self.codec == "lossless" else 0
+        held, coding = at.size * self.held_dtype(at.dtype).itemsize, exact_coding(at) if self.codec == "lossless" else 0
         if side == "client":  # Net.rebuild's copy, and the weights that the difference is taken to
             return training(at, forward, self.optimiser, self.recompute, at.trained_bytes + held, coding)
         floats = 1 + self._keeps + MOMENTS[self.server_step.kind]

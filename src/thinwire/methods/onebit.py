@@ -75,8 +75,7 @@ class Numbers:
 class Step:
     """How to come from the version `base`, or where that is None from the start, to `version`.
 
-    Coded changes, oldest first, under `keys`, an empty one for a merge; or all numbers in 8 bits, of `stages` before
-    too. `key` is this round's.
+    Changes, oldest first, under `keys`, empty for a merge; or all numbers in 8 bits, `stages` too. `key`: this round's.
     """
 
     base: str | None
@@ -117,8 +116,7 @@ class OneBit(Probing):
     needs_weights: ClassVar[bool] = False
 
     def init(self, server: Server) -> Numbers:
-        start = torch.zeros(server.net.size)
-        owed = torch.zeros(server.net.size, dtype=torch.float64)
+        start, owed = torch.zeros(server.net.size), torch.zeros(server.net.size, dtype=torch.float64)
         version = server.versions.put({NUMBERS: start})
         return Numbers(start, version, version, owed, {}, [])
 
@@ -175,8 +173,7 @@ class OneBit(Probing):
     def step(
         self, state: Numbers, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
     ) -> tuple[Numbers, Metrics]:
-        key, code, moments = server.key.fold("code").word(), self.down.code(), state.moments
-        stages = state.stages or {}
+        key, code, moments, stages = server.key.fold("code").word(), self.down.code(), state.moments, state.stages or {}
         move = mean[NUMBERS].double() - (state.numbers if self.code.plain else 0)
         if not self.server_step.plain:
             move, moments = self.server_step(state.moments or {}, NUMBERS, move.float())
@@ -281,6 +278,10 @@ class OneBit(Probing):
     @property
     def one_bit(self) -> bool:
         return self.code.one_bit
+
+    @property
+    def additive(self) -> bool:
+        return not self.code.plain and not self.merge_every  # after a merge the numbers are others
 
     @property
     def down(self) -> Coding:

@@ -70,7 +70,7 @@ class Book:
             round=record["round"],
             record=_hash(records.dumps(record)),
             state=state_of(self.folder, record["round"]),
-            counted=[{k: v[k] for k in ("id", "name", "share", "why", "sha256") if k in v} for v in replies],
+            counted=[{k: v[k] for k in ("id", "name", "share", "why", "late", "sha256") if k in v} for v in replies],
             left_out=[{k: v[k] for k in ("id", "name", *aside, "why", "sha256") if k in v} for v in others],
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from thinwire import files, memory, records
 from thinwire.aggregate.weights import Weighing
-from thinwire.core import Client
+from thinwire.core import Client, Server
 from thinwire.errors import ConfigError, RunError
 from thinwire.records import SELECTION, Record, read_records
 from thinwire.runtime import checkpoint
@@ -23,7 +23,7 @@ from thinwire.runtime.folder import clear, logged
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.job import Job as Job
 from thinwire.runtime.job import Watch as Watch
-from thinwire.runtime.outcome import check_scores, check_state, first_examples, loss_on, record_of
+from thinwire.runtime.outcome import check_scores, check_state, first_examples, lengths_of, loss_on, record_of
 from thinwire.runtime.replies import Replies
 from thinwire.runtime.round import LOG, Round
 from thinwire.runtime.seats import Seats
@@ -72,9 +72,7 @@ class Course:
             self.survey = Survey(self.transport, job.method, job.run, self.spool, job.names)
         self.header = header_room(job.method.Up, job.net.names)
         self.caps = job.caps or {id: len(data) for id, data in enumerate(job.clients)}
-        self.examples: dict[int, int] = {}
         self.progress = Progress(0, {}, 0, 0, 0.0, 0)
-        self.scores = 0  # lines of evals.jsonl
         self.kept: int | None = None  # the best round in the last checkpoint
         self.split: str | None = job.on  # the one by whose loss a round is the best
         self.loss: float | None = None  # of that split, now
@@ -126,7 +124,7 @@ class Course:
         before = read_records(self.evals)
         self.scores, self.split = len(before), job.on or next((row.get("split") for row in before), None)
         recorded = read_records(self.rounds)
-        self.examples = first_examples(recorded)
+        self.examples, self.lengths = first_examples(recorded), lengths_of(recorded)
         if job.audit:
             self.book = Book(job.folder, job.signer)
             self.book.catch_up(recorded, round)
@@ -143,7 +141,9 @@ class Course:
         cohort = self.seats.cohort(job.segments, len(job.names), round)
         job.watch.round_begins(round, job.rounds, cohort)
         started = time.perf_counter()
-        server = replace(self.seats.server(round, cohort), weighing=Weighing(job.weights, job.names))
+        late = self._late(round)
+        weighing = Weighing(job.weights, job.names, dict.fromkeys(late, 1))
+        server = replace(self.seats.server(round, cohort), weighing=weighing, late=late, lengths=self.lengths)
         at = Round(job.run, server, self.transport, self.held, self.spool, job.max_bytes, self.header)
         at.caps, at.examples = self.caps, self.examples
         at.ledger.digest = sha256 if job.audit else None
@@ -156,6 +156,7 @@ class Course:
         if job.budget is not None and (spent := job.budget.spent(round)) is not None:
             metrics = metrics | {"epsilon": spent}
         record = record_of(at, job.names, metrics, seconds, peak)
+        self.lengths += lengths_of([record])
         check_state(self.state, round)
         self.progress = replace(self.progress, round=round, bytes_up=up, bytes_down=down)
         records.append(self.rounds, record)
@@ -260,6 +261,15 @@ class Course:
             summary["audit"] = self.book.head
         files.write(job.folder / "summary.json", records.dumps(summary, indent=2) + "\n")
         return summary
+
+    def _late(self, round: int) -> dict[int, tuple[Any, Server]]:
+        """Who is still busy with the round before, and in what it was asked: the checkpoint has that round's state."""
+        busy = self.transport.under_way() if self.job.late else ()
+        if not busy:
+            return {}
+        state = checkpoint.on_disk(self.states, round - 2, self.job.method.State)
+        cohort = self.seats.cohort(self.job.segments, len(self.job.names), round - 1)
+        return dict.fromkeys(busy, (state, self.seats.server(round - 1, cohort)))
 
     def _seen(self, round: int, client: int, up: Any) -> None:
         if self.job.replies:

@@ -33,3 +33,7 @@ class InProcess:
         """See round.Transport."""
         (reply,) = self.exchange([(client, frame)])
         return reply
+
+    def under_way(self) -> tuple[int, ...]:
+        """See round.Transport: whoever is asked here answers at once."""
+        return ()

@@ -80,6 +80,7 @@ class Job:
 
     `weights`: who counts how much, None: as the method has it. `audit`: the run keeps a log that can be checked, signed
     where there is a `signer`. `replies`: those of the last round stay in the folder. `budget`: of a private run.
+    `late`: how many rounds later a reply may still count, of a method whose updates are changes; 0 or 1.
     """
 
     method: Method
@@ -116,3 +117,4 @@ class Job:
     signer: Signer | None = None
     replies: bool = False
     budget: Spending | None = None
+    late: int = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from thinwire.aggregate.mean import Metrics
+from thinwire.aggregate.mean import LENGTH, Metrics
 from thinwire.errors import RunError
 from thinwire.records import Record, visits
 from thinwire.runtime.round import Round, Visit
@@ -28,10 +28,13 @@ def record_of(at: Round, names: Sequence[str], metrics: Metrics, seconds: float,
     }
 
 
+ABSENT = ("error", "left_out", "late")  # of a visit, where there is none
+
+
 def _client(visit: Visit, names: Sequence[str]) -> Record:
     record = {"id": visit.client, "name": names[visit.client], **asdict(visit)}
     del record["client"]
-    return {name: value for name, value in record.items() if value is not None or name not in ("error", "left_out")}
+    return {name: value for name, value in record.items() if value is not None or name not in ABSENT}
 
 
 def counted(at: Round, client: int) -> Record:
@@ -56,6 +59,11 @@ def first_examples(rounds: Sequence[Record]) -> dict[int, int]:
             if type(visit.get("examples")) is int:
                 first.setdefault(visit["id"], visit["examples"])
     return first
+
+
+def lengths_of(rounds: Sequence[Record]) -> list[float]:
+    """Of each round that has it, the median of its updates' lengths."""
+    return [record["metrics"][LENGTH] for record in rounds if LENGTH in record["metrics"]]
 
 
 def check_state(state: Any, round: int) -> None:

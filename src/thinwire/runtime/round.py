@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,10 @@ class Transport(Protocol):
         """Another frame to a client whose reply has come, within its round's `train`: the reply that counts."""
         ...
 
+    def under_way(self) -> Collection[int]:
+        """Whose reply to the last round is still waited for: the next round's `train` yields them after its own."""
+        ...
+
 
 @dataclass
 class Visit:
@@ -54,6 +58,7 @@ class Visit:
     loss: float | None = None
     error: str | None = None
     left_out: str | None = None  # why a legal reply is not in what the round made
+    late: int | None = None  # how many rounds ago it was asked for
 
 
 @dataclass
@@ -62,7 +67,7 @@ class Round:
 
     `caps`: client -> the most examples that a reply of it may claim, where that is known. `examples`: client -> the
     number that its first reply gave, which no later one can raise: by it a client counts. `seen` is given
-    each reply that counts, with its client.
+    each reply that counts and is of this round, with its client.
     """
 
     run: int
@@ -86,7 +91,9 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
     """One round of the server, and the only place where bytes are counted.
 
     `at.visits` then has one record a client of the cohort, `at.held` the versions that the clients reported to hold.
+    Who is in `at.server.late` is busy with an earlier round: it is not asked, and its reply is read as that round's.
     """
+    late = at.server.late
 
     def frame_for(client: int, held: str | None) -> Frame:
         down = method.broadcast(state, at.server, client, held)
@@ -104,11 +111,12 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
 
     def answers() -> Iterator[tuple[int, Any]]:
         known = dict(at.held)
-        asked = ((client, frame_for(client, known.get(client))) for client in at.server.cohort)
+        free = (client for client in at.server.cohort if client not in late)
+        asked = ((client, frame_for(client, known.get(client))) for client in free)
         for group in groups(at.transport.exchange(asked)):
             frames: list[tuple[int, Frame]] = []
             for reply in map(taken, group):
-                if reply.frame is not None and _is_stale(reply.frame, at.max_header):
+                if reply.frame is not None and reply.client not in late and _is_stale(reply.frame, at.max_header):
                     at.held.pop(reply.client, None)
                     reply.frame.remove()
                     # once more, with nothing taken for granted
@@ -133,7 +141,8 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
                     if held is not None:
                         at.held[client] = held
                     visit.examples, visit.loss = getattr(up, "examples", None), getattr(up, "loss", None)
-                    at.seen(client, up)
+                    if client not in late:
+                        at.seen(client, up)
                     if keeps:
                         kept.append(frame)
                     yield client, up
@@ -151,7 +160,7 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
 
     def decode(client: int, frame: Frame) -> Any:
         header = frame.header(at.max_header)
-        if (header.run, header.round, header.client) != (at.run, at.server.round, client):
+        if (header.run, header.round, header.client) != (at.run, at.server.asked(client, state)[1].round, client):
             raise Illegal(f"a reply of run {header.run}, round {header.round}, client {header.client}")
         return wire.decode(method.Up, frame, at.max_bytes, at.max_header)
 
@@ -159,13 +168,15 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
         if isinstance(up, Exception):
             return up
         check_report(up, at.caps.get(client, MOST))
-        method.check(state, client, up)
+        method.check(at.server.asked(client, state)[0], client, up)
         if (claimed := getattr(up, "examples", None)) is None:
             return up
         first = at.examples.setdefault(client, claimed)
         return up if claimed <= first else replace(up, examples=first)
 
-    at.visits.update({client: Visit(client) for client in at.server.cohort})
+    at.visits.update({client: Visit(client) for client in (*at.server.cohort, *late)})
+    for client, (_, asked) in late.items():
+        at.visits[client].late = at.server.round - asked.round
     server = replace(at.server, spool=at.spool)
     try:
         state, metrics = method.aggregate(state, server, answers())

@@ -95,6 +95,10 @@ class OnFactors(FirstOrder):
         found = {name: tensor / max(taken, 1) for name, tensor in mean.items()}
         return found, total / taken if taken else math.nan, self.steps - taken
 
+    @property
+    def additive(self) -> bool:
+        return self.encode != "state"
+
     def fits(self, net: Net) -> None:
         if net.personal and self.encode == "gradient":
             raise ModelError("model.view.keep: goes with increments or states; no step is taken to a gradient")

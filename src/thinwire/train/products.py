@@ -38,7 +38,7 @@ class OnProducts(FirstOrder):
     """Local steps on both factors of a LoRA view; the server has all clients' factors, and no mean of them."""
 
     keeps: ClassVar[bool] = False
-    aggregation: Stack = Stack()
+    aggregation: Stack = Stack()  # type: ignore[assignment] # no run file can choose it, and these nothing else
 
     @model_validator(mode="after")
     def _plain(self) -> OnProducts:

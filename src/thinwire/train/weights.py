@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from thinwire.model.net import Net
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST
+from thinwire.wire.payload import specs_of
+
+PART = 1 << 16  # numbers that are looked at together: a copy of the largest tensor would be half of a small model
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,15 @@ def check_weights(known: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
     """Illegal unless weights have the names, shapes and dtypes of the known ones, and are within LARGEST of them."""
     if set(weights) != set(known):
         raise Illegal("the names of the weights are not the model's")
-    for name, tensor in weights.items():
-        mine = known[name]
-        if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
-            raise Illegal(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {mine.dtype} {list(mine.shape)}")
-        change = tensor.to(torch.float32, copy=True).sub_(mine.to(tensor.device))
-        if not (change.abs_() <= LARGEST).all():
-            raise Illegal(
-                f"{name} is not finite" if not torch.isfinite(tensor).all() else f"{name} is beyond {LARGEST:g}"
-            )
+    like = specs_of(known)
+    for name, spec in specs_of(weights).items():
+        if spec != (mine := like[name]):
+            raise Illegal(f"{name} is {spec.dtype} {list(spec.shape)}, not {mine.dtype} {list(mine.shape)}")
+        tensor, before = weights[name].flatten(), known[name].flatten()
+        for part, old in zip(tensor.split(PART), before.split(PART), strict=True):
+            if not (part.to(torch.float32, copy=True).sub_(old.to(part.device)).abs_() <= LARGEST).all():
+                finite = torch.isfinite(tensor).all()
+                raise Illegal(f"{name} is beyond {LARGEST:g}" if finite else f"{name} is not finite")
 
 
 def fill_checked(net: Net, weights: Mapping[str, Tensor]) -> None:
