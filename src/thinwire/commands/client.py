@@ -34,6 +34,10 @@ def client(
     threads: Annotated[int | None, typer.Option(min=1, help="In place of the run file's.")] = None,
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="What may leave this site, a TOML file.")] = None,
     folder: Annotated[Path, typer.Option(help="For the log, the client's memory, and temporary files.")] = Path("site"),
+    confine: Annotated[
+        bool,
+        typer.Option("--confine", help="With bubblewrap: what the server ships sees no rows, and reaches it alone."),
+    ] = False,
 ) -> None:
     """Take part in federations with this machine's rows: started once, it serves run after run until it is stopped."""
     with one_line(), ExitStack() as stack:
@@ -41,6 +45,7 @@ def client(
         from thinwire.errors import ConfigError
         from thinwire.federation.processes import require_flower
         from thinwire.federation.reach import Away, greet, place_of
+        from thinwire.federation.sandbox import Sandbox
 
         require_flower()
         os.umask(0o077)  # what lies in the site's folder is for its owner
@@ -48,8 +53,11 @@ def client(
         for option, path in (("--key", key), ("--ca", ca)):
             if not path.is_file():
                 raise ConfigError(f"{option}: {path} is not a file")
+        if confine and (model is None or not Path(model).exists()):
+            raise ConfigError("--confine: --model is to name the start model's folder here; no other can be seen inside")
         if key.stat().st_mode & 0o077:
             raise ConfigError(f"--key: {key} can be read by others than its owner; chmod 600 {key}")
+        walls = Sandbox.of(filter(None, (data, heldout, policy, folder))) if confine else None
         try:
             greet(server, ca)
             waits = ""
@@ -91,7 +99,7 @@ def client(
         if (wrong := broken(folder / "audit.jsonl")) is not None:
             echo(f"thinwire: {wrong}", err=True)
         signal.signal(signal.SIGTERM, interrupt)
-        side = SiteSide(site, server, key, ca, show=show_command)
+        side = SiteSide(site, server, key, ca, confine=walls, show=show_command)
         try:
             while waits:
                 time.sleep(RETRY)

@@ -66,12 +66,14 @@ class Children:
     """Processes that end with this one: each is signalled by the system where it is Linux, and by `stop`."""
 
     def __init__(self, home: Path, logs: Path) -> None:
-        self.environment, self.logs = environment(home), logs
+        self.environment, self.home, self.logs = environment(home), home, logs
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.began: dict[str, int] = {}  # where in its log a process begins
 
-    def start(self, name: str, command: Sequence[str | Path], **extra: str) -> subprocess.Popen[bytes]:
-        """Start a process under a name; what it prints goes to NAME.log."""
+    def start(
+        self, name: str, command: Sequence[str | Path], *, passed: Sequence[int] = (), **extra: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a process under a name; what it prints goes to NAME.log. `passed`: descriptors that it receives."""
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:
             self.began[name] = log.tell()
@@ -81,6 +83,7 @@ class Children:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**self.environment, **extra},
+                pass_fds=passed,
                 preexec_fn=_ask_kernel if sys.platform == "linux" else None,
                 start_new_session=True,  # Ctrl-C is for us, who then end it
             )

@@ -1,4 +1,8 @@
-"""A site's side: Flower's SuperNode with the site's key, and the worker beside it; both started again when they die."""
+"""A site's side: Flower's SuperNode with the site's key, and the worker beside it; both started again when they die.
+
+Confined, each has a sandbox: Flower's processes, which run whatever the hub ships, see the key, the worker's socket and
+the server's address; the worker sees the rows and no network. So what leaves passes the worker and the site's policy.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from thinwire.errors import ConfigError
-from thinwire.federation import channel
+from thinwire.federation import channel, sandbox
+from thinwire.federation.outlet import Outlet
 from thinwire.federation.processes import BIN, LEAN, Children, free_port
 from thinwire.federation.progress import Notices
-from thinwire.federation.reach import Away, greet
+from thinwire.federation.reach import Away, greet, place_of
+from thinwire.federation.sandbox import Sandbox
 from thinwire.federation.site import Site
 
 FIRST, MOST = 5.0, 60.0  # seconds before a dead node is started again: at first, and at most
@@ -24,10 +30,14 @@ KNOWN = {  # what Flower prints, and what it means here
     "or another node is connected with it, or was a minute ago",
 }
 STEADY = 120.0  # seconds after which a node that dies is a new trouble and not the old one
+LATE = (-signal.SIGALRM, 128 + signal.SIGALRM)  # how a worker ends that was at work for too long, and its sandbox
 
 
 class SiteSide:
-    """The processes of one site. `site.socket` is set here. `show` is given each Flower command that is run."""
+    """The processes of one site. `site.socket` is set here. `show` is given each Flower command that is run.
+
+    `confine`: what each of them runs in, if not in the open.
+    """
 
     def __init__(
         self,
@@ -36,6 +46,7 @@ class SiteSide:
         key: Path,
         ca: Path,
         *,
+        confine: Sandbox | None = None,
         show: Callable[[Sequence[str]], None] = lambda command: None,
     ) -> None:
         self.folder = Path(site.folder).resolve()
@@ -47,6 +58,10 @@ class SiteSide:
         self.notices = Notices(self.folder / "notices.txt")
         self.server, self.key, self.ca, self.show = server, key.resolve(), ca.resolve(), show
         self.children = Children(self.folder / "flwr", self.folder / "logs")
+        self.confine, self.outlet = confine, Outlet(*place_of(server, "--server"))
+        if confine is not None:
+            self.children.environment = sandbox.environment(self.children.environment)
+            self.children.home.mkdir(exist_ok=True)
         self.site.write(self.folder / "site.json")
         self.port = free_port()
         self.wait, self.began, self.again = FIRST, 0.0, 0.0
@@ -63,8 +78,7 @@ class SiteSide:
         """
         self.lines.extend(self.notices.new())
         if (status := self.children.running["worker"].poll()) is not None:
-            late = status == -signal.SIGALRM
-            why = "was at one visit for longer than the policy's seconds" if late else "had died"
+            why = "was at one visit for longer than the policy's seconds" if status in LATE else "had died"
             self._worker()
             self.lines.append(f"{self.site.name}: its worker {why}, and is started again")
         if self.lines:
@@ -83,6 +97,7 @@ class SiteSide:
     def stop(self) -> None:
         """End both."""
         self.children.stop()
+        self.outlet.close()
         shutil.rmtree(self.sockets, ignore_errors=True)
 
     def _why(self) -> str:
@@ -96,7 +111,15 @@ class SiteSide:
 
     def _worker(self) -> None:
         command: list[str | Path] = [sys.executable, "-m", "thinwire.federation.worker", self.folder / "site.json"]
-        self.children.start("worker", command)
+        if self.confine is None:
+            self.children.start("worker", command)
+            return
+        named = (self.site.data, self.site.heldout, self.site.model, self.site.policy)
+        given = [part for name in named if name is not None for part in sandbox.parts(Path(name))]
+        devices = sandbox.graphics()
+        given += [Path("/sys")] if devices else []
+        inside = self.confine.command(command, given, [self.folder, self.sockets], devices)
+        self.children.start("worker", inside, NUMBA_CACHE_DIR=str(self.folder / "compiled"))
 
     def _node(self) -> None:
         command = [
@@ -108,6 +131,14 @@ class SiteSide:
             *("--host", "127.0.0.1"),
             *("--port", str(self.port)),
         ]
-        self.show(command)
-        self.children.start("supernode", command, **LEAN)
         self.began, self.again = time.monotonic(), 0.0
+        if self.confine is None:
+            self.show(command)
+            self.children.start("supernode", command, **LEAN)
+            return
+        with self.outlet.open() as link:
+            outlet = [sys.executable, "-m", "thinwire.federation.outlet", str(link.fileno())]
+            given = [self.key, self.ca, self.sockets]
+            inside = self.confine.command([*outlet, *command], given, [self.children.home])
+            self.show(inside)
+            self.children.start("supernode", inside, passed=[link.fileno()], **LEAN)
