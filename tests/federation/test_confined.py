@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 ASKED = json.loads({asked!r})
-server, client = ServerApp(), ClientApp()
+server = ServerApp()
+client = ClientApp()
 
 @server.main()
 def run(grid, context):
@@ -56,8 +56,9 @@ def tried(action, *args):
 def read(path):
     return len(Path(path).read_bytes())
 
-def write(path):
-    return Path(path).open("a").write(" ")
+def write(path, name):
+    with Path(path).open("a") as file:
+        return file.write(name)
 
 def reach(port, target=None):
     link = socket.create_connection(("127.0.0.1", port), 5)
@@ -75,13 +76,13 @@ def abstract(name):
 
 @client.train()
 def visit(message, context):
+    name = str(context.node_config["name"])
     found = {{f"read {{path}}": tried(read, path) for path in ASKED["read"]}}
-    found |= {{f"write {{path}}": tried(write, path) for path in ASKED["write"]}}
+    found |= {{f"write {{path}}": tried(write, path, name) for path in ASKED["write"]}}
     found |= {{f"port {{port}}": tried(reach, port) for port in ASKED["ports"]}}
     found |= {{f"around {{port}}": tried(around, port) for port in ASKED["ports"]}}
     found |= {{f"abstract {{name}}": tried(abstract, name) for name in ASKED["abstract"]}}
     found |= {{f"signal {{pid}}": tried(os.kill, pid, 0) for pid in ASKED["pids"]}}
-    name = str(context.node_config["name"])
     content = RecordDict({{"found": ConfigRecord({{"text": json.dumps({{name: found}})}})}})
     return Message(content, reply_to=message)
 '''
@@ -111,6 +112,7 @@ def confine(local: Local, silos: Silos, name: str) -> SiteSide:
     return local.sites[name]
 
 
+@pytest.mark.long
 def test_a_federation_of_confined_sites_has_the_same_bytes_and_the_same_state(
     silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +149,7 @@ def test_code_of_a_hostile_hub_reads_nothing_of_the_site_and_reaches_the_hub_alo
     for name in local.names:
         place = local.place(name)
         files += [local.sites[name].site.data, place / "policy.toml", place / "site.json"]
-    written = [secret, local.place(north) / "audit.jsonl", local.place(south) / "audit.jsonl", side.ca]
+    written = [secret, *(local.place(name) / "audit.jsonl" for name in local.names), side.ca]
     port, abstract = outside
     asked = {"read": files, "write": written, "ports": [port, local.server.port], "abstract": [abstract]}
     asked["pids"] = [os.getpid()]
@@ -155,25 +157,23 @@ def test_code_of_a_hostile_hub_reads_nothing_of_the_site_and_reaches_the_hub_alo
     app = tmp_path / "hub" / "federation" / "app" / "thinwire_app.py"
     app.write_text(HOSTILE.format(asked=json.dumps(asked, default=str)))
     try:
-        local.start()
-        until = time.monotonic() + 120
-        while not (local.place(north) / "audit.jsonl").parent.exists() and time.monotonic() < until:
-            time.sleep(0.1)
         for name in local.names:
             (local.place(name) / "audit.jsonl").touch()
+        local.start()
         local.server.follow(tmp_path / "hub", lambda: [each.tick() for each in local.sites.values()] and None)
     finally:
         local.stop()
     found = json.loads((tmp_path / "hub" / "found.json").read_text())
     assert set(found) == {north, south}
     for what, result in found[south].items():  # in the open all of it succeeds, so it would here
-        assert result in ("connected", "None", "1") or result.isdecimal() or what.startswith("around"), what
+        assert result in ("connected", "None") or result.isdecimal() or what.startswith("around"), what
     assert {result for what, result in found[north].items() if what.startswith("read")} == {"FileNotFoundError"}
-    writes = {what.split()[-1]: result for what, result in found[north].items() if what.startswith("write")}
-    assert writes.pop(str(side.ca)) == "OSError"  # it is there to be read
-    assert set(writes.values()) <= {"FileNotFoundError", "OSError"}
-    reached = {what: result for what, result in found[north].items() if what.split()[0] in ("port", "abstract")}
-    assert set(reached.values()) == {"ConnectionRefusedError"}
+    for file in written:  # what it may write is its own
+        assert "south" in file.read_text()
+        assert "north" not in file.read_text()
+    assert found[north][f"write {side.ca}"] == "OSError"  # it is there to be read
+    reached = {result for what, result in found[north].items() if what.startswith(("port", "abstract"))}
+    assert reached == {"ConnectionRefusedError"}
     assert found[north][f"around {port}"] == "HTTP/1.1 403"
     assert found[north][f"around {local.server.port}"] == "HTTP/1.1 200"  # the hub, which it has come from
     assert found[north][f"signal {os.getpid()}"] == "ProcessLookupError"
