@@ -22,7 +22,7 @@ from thinwire.cli import app
 ROOT = Path(__file__).parent.parent
 HOWTO = ["choosing", "numbers", "adding", "scores", "run", "compare"]
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("tutorial", "data", "cgfed", "onebit", "results", "federation"))]
-PAGES += [f"docs/howto/{name}.md" for name in HOWTO] + ["CONTRIBUTING.md", "docs/agreement.md"]
+PAGES += [f"docs/howto/{name}.md" for name in HOWTO] + ["CONTRIBUTING.md", "docs/agreement.md", "docs/cluster.md"]
 SHORT = ["rounds=1", "threads=1", "method.batch_size=1", "data.max_length=128", "eval.rows=2", "eval.max_new_tokens=2"]
 SLOW = ("compare", "server", "client", "local-federation", "chat")  # checked by their own tests
 NEEDS = {f"docs/howto/{name}.md": "docs/tutorial.md" for name in HOWTO[:3]}  # whose files they go on with
