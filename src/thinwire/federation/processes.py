@@ -70,10 +70,14 @@ class Children:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.began: dict[str, int] = {}  # where in its log a process begins
 
-    def start(
-        self, name: str, command: Sequence[str | Path], *, passed: Sequence[int] = (), **extra: str
+    def start(self, name: str, command: Sequence[str | Path], **extra: str) -> subprocess.Popen[bytes]:
+        """Start a process under a name; what it prints goes to NAME.log."""
+        return self.hand(name, command, (), **extra)
+
+    def hand(
+        self, name: str, command: Sequence[str | Path], descriptors: Sequence[int], /, **extra: str
     ) -> subprocess.Popen[bytes]:
-        """Start a process under a name; what it prints goes to NAME.log. `passed`: descriptors that it receives."""
+        """See start; the process receives open files of this one under their numbers."""
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:
             self.began[name] = log.tell()
@@ -83,7 +87,7 @@ class Children:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**self.environment, **extra},
-                pass_fds=passed,
+                pass_fds=descriptors,
                 preexec_fn=_ask_kernel if sys.platform == "linux" else None,
                 start_new_session=True,  # Ctrl-C is for us, who then end it
             )

@@ -26,7 +26,7 @@ SETTINGS = (  # files of /etc that programs need to start, none of which holds a
     "/etc/pki/tls/openssl.cnf",
     "/etc/crypto-policies",
 )
-PROCESSORS = ("/sys/devices/system/cpu", "/sys/devices/system/node")  # libraries choose their kernels and threads by them
+PROCESSORS = ("/sys/devices/system/cpu", "/sys/devices/system/node")  # by them libraries choose kernels and threads
 ENVIRONMENT = re.compile(
     "(PATH|LANG|LC_[A-Z]+|TZ|LD_LIBRARY_PATH|PYTHONUNBUFFERED|TOKENIZERS_PARALLELISM|TRANSFORMERS_(OFFLINE|VERBOSITY)"
     "|HF_HUB_(OFFLINE|DISABLE_PROGRESS_BARS)|(OMP|MKL|KMP|OPENBLAS|NUMBA|CUDA|CUBLAS|TORCH|PYTORCH|MALLOC|FLWR)_.*)"
@@ -56,7 +56,7 @@ class Sandbox:
         return found
 
     def check(self) -> None:
-        """ConfigError with bubblewrap's reason where this machine lets it make no sandbox, or Python does not run in it."""
+        """ConfigError with the reason where bubblewrap can make no sandbox here, or Python does not run in it."""
         command = self.command([sys.executable, "-c", "import thinwire.federation.outlet"])
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=environment())
         if done.returncode:
@@ -71,9 +71,8 @@ class Sandbox:
         devices: Iterable[Path] = (),
     ) -> list[str]:
         """The command line that runs another one inside; of two paths the inner one counts."""
-        mounts = {path: "--ro-bind" for path in [*software(), *readable]}
-        mounts |= {path: "--bind" for path in writable}
-        mounts |= {path: "--dev-bind" for path in devices}
+        mounts = dict.fromkeys([*software(), *readable], "--ro-bind")
+        mounts |= dict.fromkeys(writable, "--bind") | dict.fromkeys(devices, "--dev-bind")
         found = [
             *(self.bwrap, "--die-with-parent", "--cap-drop", "ALL"),
             *("--unshare-user", "--disable-userns", "--unshare-ipc", "--unshare-pid", "--unshare-net"),

@@ -141,4 +141,4 @@ class SiteSide:
             given = [self.key, self.ca, self.sockets]
             inside = self.confine.command([*outlet, *command], given, [self.children.home])
             self.show(inside)
-            self.children.start("supernode", inside, passed=[link.fileno()], **LEAN)
+            self.children.hand("supernode", inside, [link.fileno()], **LEAN)
