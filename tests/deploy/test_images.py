@@ -52,12 +52,16 @@ def podman(*words: str | Path, **options: Any) -> str:
 
 def make_base() -> None:
     """An image as small as Python's own slim ones, of Debian's packages and with this machine's settings of pip."""
+    if podman("images", "--quiet", BASE):
+        return
     tree = WORK / "base"
     if not (tree / "usr/bin/python").exists():
         shutil.rmtree(tree, ignore_errors=True)
         packages = "python3,python3-venv,python3-pip,ca-certificates"
         call("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", tree)
         (tree / "usr/bin/python").symlink_to("python3")
+    for left in ("var/lib/apt/lists", "var/cache/apt"):
+        shutil.rmtree(tree / left, ignore_errors=True)
     authorities = Path("/etc/ssl/certs/ca-certificates.crt")
     shutil.copyfile(authorities, tree / authorities.relative_to("/"))
     links = os.environ.get("PIP_FIND_LINKS")
@@ -113,7 +117,8 @@ class Composition:
     def start(self, name: str) -> None:
         """Start a service."""
         service = self.services[name]
-        network = ["none", "--add-host", "hub:127.0.0.1"] if name == "hub" else ["container:hub"]
+        network = ["none"] if name == "hub" else ["container:hub"]
+        network += ["--volume", f"{self.home / 'hosts'}:/etc/hosts:ro"]
         words = ["run", "--detach", "--name", name, *LIMITS, "--network", *network]
         words += ["--user", f"{ID}:{ID}", "--cap-drop", *service["cap_drop"], "--workdir", "/work"]
         words += ["--read-only"] * service["read_only"] + ["--tmpfs", *service["tmpfs"]]
@@ -136,6 +141,7 @@ def home(tmp_path: Path, images: list[str]) -> Iterator[Path]:
     page = (ROOT / "docs/cluster.md").read_text()
     for name in ("silos.toml", "policy.toml"):
         (tmp_path / name).write_text(page.split(f"<!-- file: {name} -->\n```toml\n")[1].split("```")[0])
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost hub\n")
     tiny_folder(tmp_path / "model")
     for name, seed in (("north", 1), ("south", 2)):
         write_jsonl(tmp_path / f"{name}.jsonl", tiny_rows(12, seed))

@@ -119,6 +119,7 @@ class SiteSide:
         devices = sandbox.graphics()
         given += [Path("/sys")] if devices else []
         inside = self.confine.command(command, given, [self.folder, self.sockets], devices)
+        self.show(inside)
         self.children.start("worker", inside, NUMBA_CACHE_DIR=str(self.folder / "compiled"))
 
     def _node(self) -> None:
