@@ -178,7 +178,6 @@ def test_the_composition_runs_a_federation(home: Path) -> None:
         assert [line["kind"] for line in lines if line["direction"] == "out"].count("Steps") == 2
         podman("stop", "--time", "30", name)
         assert json.loads(podman("inspect", name))[0]["State"]["ExitCode"] == 1  # stopped, and said so
-    assert podman("diff", "hub") == ""
 
 
 def test_a_client_is_confined_without_root(images: list[str]) -> None:
