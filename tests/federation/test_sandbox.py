@@ -152,6 +152,8 @@ def test_rows_that_lie_among_software_are_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(walls, "software", lambda: [tmp_path / "python"])
     with pytest.raises(ConfigError, match=r"^--confine: \S+/python/rows.jsonl lies in \S+/python, which Python needs"):
         Sandbox.of([tmp_path / "python" / "rows.jsonl"])
+    with pytest.raises(ConfigError, match=r"^--confine: /usr/share/rows.jsonl lies in /usr"):
+        Sandbox.of([Path("/usr/share/rows.jsonl")])
 
 
 def test_without_bubblewrap_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +163,9 @@ def test_without_bubblewrap_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         Sandbox.of([])
 
 
-def test_a_system_that_forbids_sandboxes_is_named_with_bubblewrap_s_reason(tmp_path: Path) -> None:
+def test_a_system_that_forbids_sandboxes_is_named_with_bubblewrap_s_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def standing(lines: str) -> Callable[[], None]:
         program = tmp_path / "bwrap"
         program.write_text(f"#!/bin/sh\n{lines}\n")
@@ -172,3 +176,6 @@ def test_a_system_that_forbids_sandboxes_is_named_with_bubblewrap_s_reason(tmp_p
         standing("echo 'bwrap: No permissions to create new namespace' >&2; exit 1")()
     with pytest.raises(ConfigError, match="no sandbox here: exit status 3"):
         standing("exit 3")()
+    monkeypatch.setattr(walls, "SECONDS", 0.1)
+    with pytest.raises(ConfigError, match=r"^--confine: Python does not start inside within 0\.1 seconds"):
+        standing("exec sleep 10")()

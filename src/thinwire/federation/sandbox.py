@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from thinwire.errors import ConfigError
 
@@ -48,7 +49,7 @@ class Sandbox:
         `kept`: what lies in no folder that all processes see; ConfigError where it does.
         """
         for path in map(Path.resolve, kept):
-            for folder in software():
+            for folder in (*software(), *map(Path, SYSTEM)):
                 if path.is_relative_to(folder.resolve()):
                     raise ConfigError(f"--confine: {path} lies in {folder}, which Python needs inside; move it")
         found = cls(program())
@@ -58,7 +59,11 @@ class Sandbox:
     def check(self) -> None:
         """ConfigError with the reason where bubblewrap can make no sandbox here, or Python does not run in it."""
         command = self.command([sys.executable, "-c", "import thinwire.federation.outlet"])
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=environment())
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": SECONDS, "check": False}
+        try:
+            done = subprocess.run(command, env=environment(), **options)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"--confine: Python does not start inside within {SECONDS:g} seconds") from None
         if done.returncode:
             printed = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             raise ConfigError(f"--confine: bubblewrap makes no sandbox here: {printed[-1]}")
