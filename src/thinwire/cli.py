@@ -29,6 +29,7 @@ from thinwire.commands.report import report
 from thinwire.commands.run import run
 from thinwire.commands.schema import schema
 from thinwire.commands.server import server
+from thinwire.commands.status import status as status_command
 from thinwire.commands.summary import show
 from thinwire.commands.terminal import echo
 
@@ -74,6 +75,7 @@ for command in (
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command(name="fit-codec")(fit_codec)
+app.command(name="status")(status_command)
 app.add_typer(keys, name="keys")
 
 

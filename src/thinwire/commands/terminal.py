@@ -18,8 +18,15 @@ from thinwire.records import finite
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
 
 
+AGAIN = 75  # the exit status of what may well go on when it is started again: sysexits' EX_TEMPFAIL
+
+
 class Stopped(Exception):
-    """The run did not end; the message has the reason, and how to go on."""
+    """The run did not end; the message has the reason, and how to go on. `status`: the command's; see AGAIN."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def echo(text: str = "", err: bool = False) -> None:
@@ -48,7 +55,7 @@ class Notes(logging.Handler):
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn what the user can mend into one line on stderr and exit status 2, a known stop into 1.
+    """Turn what the user can mend into one line on stderr and exit status 2, a known stop into 1 or AGAIN.
 
     Warnings of the package are lines on stderr too.
     """
@@ -69,7 +76,7 @@ def _ends() -> Iterator[None]:
         yield
     except Stopped as stop:
         _complain(str(stop))
-        raise typer.Exit(1) from None
+        raise typer.Exit(stop.status) from None
     except RunError as error:
         _complain(str(error))
         raise typer.Exit(1) from None

@@ -91,6 +91,7 @@ def _train(grid: Grid, folder: Path) -> None:
     from thinwire.federation.keys import caps_of, signer_of
     from thinwire.federation.progress import Notices, notices_of
     from thinwire.federation.questions import join
+    from thinwire.federation.seen import Seen
     from thinwire.federation.transport import Flower
     from thinwire.runtime import checkpoint
     from thinwire.runtime.course import Watch, train
@@ -104,10 +105,16 @@ def _train(grid: Grid, folder: Path) -> None:
     if not federation.model:
         job = replace(job, carry=partial(thin.carry, run, start.net))
     keys = public_keys(Path(hub.keys))
-    spool = folder / "spool"
+    spool, seen = folder / "spool", Seen(folder, hub.sites)
+
+    def nodes() -> dict[int, int]:
+        found = nodes_of(grid, hub.sites, keys)
+        seen.connected(found)
+        return found
+
     transport = Flower(
         grid,
-        lambda: nodes_of(grid, hub.sites, keys),
+        nodes,
         spool,
         fingerprints(run, start.net),
         deadline=federation.deadline,
@@ -127,6 +134,7 @@ def _train(grid: Grid, folder: Path) -> None:
     signer = signer_of(Path(hub.keys)) if job.audit else None
     budget = budget_of(run, {}, len(hub.sites))
     job = replace(job, names=list(hub.sites), transport=transport, signer=signer, budget=budget)
+    job.seen = lambda round, client, up: seen.answered(client)
     train(replace(job, keep_versions=keep, caps=caps))
 
 
