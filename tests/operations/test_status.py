@@ -19,13 +19,13 @@ from thinwire.operations.folders import holder
 from thinwire.operations.status import run_status
 from thinwire.runtime.folder import locked
 
-RUN = '''name = "silos"
+RUN = """name = "silos"
 rounds = 5
 [method]
 name = "fedkseed"
 [federation]
 sites = ["north", "south"]
-'''
+"""
 SITE = {"name": "north", "data": "/rows.jsonl", "folder": "site", "socket": ""}
 
 
@@ -37,7 +37,9 @@ def a_run(folder: Path, rounds: int = 3) -> Path:
         for round in range(1, rounds + 1):
             north = {"id": 0, "name": "north", "bytes_down": 100, "bytes_up": 40, "seconds": 1.0}
             south: dict[str, Any] = {"id": 1, "name": "south", "bytes_down": 100, "bytes_up": 0, "seconds": 1.0}
-            south |= {2: {"error": "late: no reply within 4 seconds"}, 3: {"left_out": "beyond the bound"}}.get(round, {})
+            south |= {2: {"error": "late: no reply within 4 seconds"}, 3: {"left_out": "beyond the bound"}}.get(
+                round, {}
+            )
             record = {"round": round, "clients": [north, south], "bytes_down": 200, "bytes_up": 40, "seconds": 2.0}
             file.write(json.dumps(record | {"metrics": {"loss": 2.5 / round}}) + "\n")
     (folder / "evals.jsonl").write_text('{"round": 0, "split": "heldout", "loss": 2.75, "perplexity": 15.6}\n')

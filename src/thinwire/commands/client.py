@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.commands.terminal import Stopped, echo, interrupt, one_line, settle, show_command
+from thinwire.commands.terminal import Stopped, echo, leaving, one_line, settle, show_command
 
 RETRY = 2.0  # seconds between two attempts to reach a server
 TICK = 0.5  # seconds between two looks at the processes
@@ -90,10 +89,10 @@ def client(
         stack.enter_context(locked(folder))
         if (wrong := broken(folder / "audit.jsonl")) is not None:
             echo(f"thinwire: {wrong}", err=True)
-        signal.signal(signal.SIGTERM, interrupt)
+        leave = stack.enter_context(leaving())
         side = SiteSide(site, server, key, ca, show=show_command)
         try:
-            while waits:
+            while waits and not leave:
                 time.sleep(RETRY)
                 try:
                     greet(server, ca)
@@ -102,12 +101,14 @@ def client(
                     if str(away) != waits:
                         echo(f"{away}; waiting for it")
                     waits = str(away)
-            side.start()
-            echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
-            while True:
+            if not leave:
+                side.start()
+                echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
+            while not (leave and side.idle()):
                 time.sleep(TICK)
                 if (line := side.tick()) is not None:
                     echo(line)
+            echo(f"{site.name}: ended, as it was asked to; it takes part again with the same command")
         except KeyboardInterrupt:
             raise Stopped(f"{site.name}: stopped; it takes part again with the same command") from None
         finally:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from thinwire.commands.claim import claimed, record
-from thinwire.commands.terminal import Overrides, Stopped, echo, interrupt, one_line, settle, show_command
+from thinwire.commands.claim import GoOn, claimed, record
+from thinwire.commands.terminal import AGAIN, Overrides, Stopped, echo, leaving, one_line, settle, show_command
+
+PORT = 60.0  # seconds that a port has to come free where a process that was killed held it
 
 RISK = (
     "with --expose-control-api every machine that reaches this port, and holds the CA file that all sites hold, can "
@@ -34,6 +35,7 @@ def server(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    go_on: GoOn = False,
 ) -> None:
     """Run a run file with sites on other machines: the hub on loopback, and a proxy that lets sites through to it."""
     with one_line(), ExitStack() as stack:
@@ -48,7 +50,7 @@ def server(
         if own_proxy and expose:
             raise ConfigError("--own-proxy, --expose-control-api: one of them")
         if not own_proxy:
-            listening(host, port, "--listen")
+            listening(host, port, "--listen", PORT if go_on else 0.0)
         # what follows takes its time to import
         from thinwire import config
         from thinwire.assemble import check_clients
@@ -68,6 +70,7 @@ def server(
         check_privacy(settings, sites)
         check_choice(settings, list(_splits(settings)))
         folder = out if out is not None else Path("runs") / settings.name
+        resume = resume or (go_on and (folder / "run.toml").exists())
         if stack.enter_context(claimed(folder, settings, resume)):
             return
         splits = {name: str(Path(path).resolve()) for name, path in _splits(settings).items()}
@@ -86,7 +89,7 @@ def server(
                 )
             proxy.check(home, keys)
             if hub_port is not None:
-                listening("127.0.0.1", hub_port, "--hub-port")
+                listening("127.0.0.1", hub_port, "--hub-port", PORT if go_on else 0.0)
         record(folder, settings)
         if not expose:
             files = proxy.write(home / "proxy", keys, host, port, side.port)
@@ -94,10 +97,15 @@ def server(
                 echo(f"your proxy is to do what is in {files['nginx']} or {files['caddy']}; the hub is {side.port}")
         front = proxy.Front(side.children, start) if start is not None else None
         progress = Progress(folder, settings.rounds, echo)
-        signal.signal(signal.SIGTERM, interrupt)
+        leave, leaves = stack.enter_context(leaving()), False
         again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"
 
         def tick() -> None:
+            nonlocal leaves
+            if leave and not leaves:
+                leaves = True
+                side.leave(folder)
+                echo("asked to end: the run ends after this round, with a checkpoint; asked once more it ends now")
             if front is not None and (line := front.tick()) is not None:
                 echo(line)
             progress.tick()
@@ -112,9 +120,9 @@ def server(
             side.follow(folder, tick)
             progress.tick()
         except KeyboardInterrupt:
-            raise Stopped(f"stopped; {again}") from None
+            raise Stopped(f"stopped; {again}", AGAIN if leave else 1) from None
         except Ended as error:
-            raise Stopped(f"{error}; {again}") from None
+            raise Stopped(f"{error}; {again}", AGAIN if error.again else 1) from None
         finally:
             side.stop()
         print_summary(folder)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -109,9 +111,30 @@ def show_command(command: Sequence[str]) -> None:
     echo(f"$ {shlex.join(command)}")
 
 
-def interrupt(*_: Any) -> None:
-    """A handler of signals that does as Ctrl-C does."""
-    raise KeyboardInterrupt
+class Leave:
+    """Whether this process was asked to end by SIGTERM, which what it is at may come to an end before; see leaving."""
+
+    asked = False
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """The handler: the second signal does as Ctrl-C does."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def leaving() -> Iterator[Leave]:
+    """Take SIGTERM for the wish to end at a whole round, and a second one for the wish to end now."""
+    leave = Leave()
+    before = signal.signal(signal.SIGTERM, leave.take)
+    try:
+        yield leave
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def settle() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+import time
 from pathlib import Path
 
 from thinwire.errors import ConfigError
 
 SECONDS = 4.0  # that a server has to answer
+PAUSE = 0.5  # seconds between two attempts to listen
 EXPIRED, EARLY, HOSTNAME, ADDRESS = 10, 9, 62, 64  # OpenSSL's numbers for what is wrong with a certificate
 
 
@@ -61,8 +63,19 @@ def greet(server: str, ca: Path) -> None:
         raise Away(f"{server} cannot be reached ({error.strerror or error})") from None
 
 
-def listening(host: str, port: int, option: str) -> None:
-    """ConfigError where a process of this machine could not listen there."""
+def listening(host: str, port: int, option: str, seconds: float = 0.0) -> None:
+    """ConfigError where a process of this machine could not listen there, also not so many seconds later."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return _listening(host, port, option)
+        except ConfigError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(PAUSE)
+
+
+def _listening(host: str, port: int, option: str) -> None:
     wanted = f"{option}: {host}:{port}"
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,8 @@ class Seen:
         self.path, self.names = folder / "federation" / "seen.json", names
         self.sites: dict[str, dict[str, Any]] = {}
         self.written = 0.0
-        try:
+        with suppress(OSError, ValueError):  # none yet, or one that is of no use
             self.sites = dict(json.loads(self.path.read_bytes()))
-        except (OSError, ValueError):  # none yet, or one that says nothing
-            pass
 
     def connected(self, clients: Collection[int]) -> None:
         """These clients' nodes are there now, and no others."""

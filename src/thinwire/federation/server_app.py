@@ -45,11 +45,15 @@ class Hub:
 
 @dataclass(frozen=True)
 class Status:
-    """Where the server's process stands: `state` is running, done or stopped; `error`: why, in one line."""
+    """Where the server's process stands: `state` is running, done or stopped; `error`: why, in one line.
+
+    `again`: whether it may well go on when it is started again.
+    """
 
     pid: int
     state: str
     error: str | None = None
+    again: bool = False
 
     def write(self, folder: Path) -> None:
         """Write it to status.json of the run's folder `federation`."""
@@ -64,6 +68,7 @@ class Status:
 
 def serve(grid: Grid, folder: Path) -> None:
     """Run the rounds that are left. What ends it stands in status.json, and the process then fails for Flower too."""
+    from thinwire.errors import Paused
     from thinwire.federation.processes import end_with_parent
     from thinwire.federation.transport import NoQuorum
 
@@ -72,7 +77,10 @@ def serve(grid: Grid, folder: Path) -> None:
     try:
         _train(grid, folder)
     except NoQuorum as few:
-        Status(os.getpid(), "stopped", f"too few sites: {few}").write(folder)
+        Status(os.getpid(), "stopped", f"too few sites: {few}", again=True).write(folder)
+        raise
+    except Paused as asked:
+        Status(os.getpid(), "stopped", str(asked), again=True).write(folder)
         raise
     except Exception as error:
         traceback.print_exc()
@@ -134,8 +142,14 @@ def _train(grid: Grid, folder: Path) -> None:
     signer = signer_of(Path(hub.keys)) if job.audit else None
     budget = budget_of(run, {}, len(hub.sites))
     job = replace(job, names=list(hub.sites), transport=transport, signer=signer, budget=budget)
-    job.seen = lambda round, client, up: seen.answered(client)
+    job.leave = leave_file(folder).exists
+    job.seen = lambda _, client, __: seen.answered(client)
     train(replace(job, keep_versions=keep, caps=caps))
+
+
+def leave_file(folder: Path) -> Path:
+    """The file whose being there asks the server's loop to end after the round that it is at."""
+    return folder / "federation" / "leave"
 
 
 def counted(folder: Path) -> dict[int, int]:

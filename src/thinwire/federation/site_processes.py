@@ -13,7 +13,7 @@ from pathlib import Path
 
 from thinwire.errors import ConfigError
 from thinwire.federation import channel
-from thinwire.federation.processes import BIN, LEAN, Children, free_port
+from thinwire.federation.processes import BIN, LEAN, Children, below, free_port
 from thinwire.federation.progress import Notices
 from thinwire.federation.reach import Away, greet
 from thinwire.federation.site import Site
@@ -23,6 +23,8 @@ KNOWN = {  # what Flower prints, and what it means here
     "[code: 2004]": "the server does not take this site's key: it is not registered there (thinwire keys register), "
     "or another node is connected with it, or was a minute ago",
 }
+TASK = "flwr-clientapp"  # the process that Flower starts for a message
+QUIET = 4.0  # seconds without one after which the node has passed on what it was given; it asks for more each 3
 STEADY = 120.0  # seconds after which a node that dies is a new trouble and not the old one
 
 
@@ -50,6 +52,7 @@ class SiteSide:
         self.site.write(self.folder / "site.json")
         self.port = free_port()
         self.wait, self.began, self.again = FIRST, 0.0, 0.0
+        self.busy = 0.0  # when it was first asked for, or a task of Flower's was last seen at work
 
     def start(self) -> None:
         """Start the worker, which takes a while to get ready, and the node."""
@@ -79,6 +82,15 @@ class SiteSide:
         if now >= self.again:
             self._node()
         return None
+
+    def idle(self) -> bool:
+        """Whether no task of Flower's was at work for a moment: the last answer has left, and no frame has come."""
+        node = self.children.running.get("supernode")
+        if node is None:
+            return True
+        if not self.busy or any(TASK in command for _, command in below(node.pid)):
+            self.busy = time.monotonic()
+        return time.monotonic() - self.busy > QUIET
 
     def stop(self) -> None:
         """End both."""

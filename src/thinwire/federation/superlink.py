@@ -15,7 +15,7 @@ from thinwire import files
 from thinwire.config import ConfigError, Run, method_name
 from thinwire.federation.keys import check_server, public_bytes
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
-from thinwire.federation.server_app import PUBLIC, Hub, Status
+from thinwire.federation.server_app import PUBLIC, Hub, Status, leave_file
 from thinwire.federation.site_run import run_settings
 from thinwire.records import read_json, read_records
 
@@ -27,7 +27,11 @@ TRIES = 5  # Flower runs in a row that die within the same round
 
 
 class Ended(RuntimeError):
-    """The run did not come to its end; the message is the reason."""
+    """The run did not come to its end; the message is the reason. `again`: it may well go on when started again."""
+
+    def __init__(self, message: str, again: bool = False) -> None:
+        super().__init__(message)
+        self.again = again
 
 
 class ServerSide:
@@ -63,6 +67,7 @@ class ServerSide:
         known = (place / "hub.json").exists()
         session = Hub.load(folder).session if known else secrets.token_hex(8)
         Hub(str(self.keys), session, self.sites, splits).write(folder)
+        leave_file(folder).unlink(missing_ok=True)
         (place / "app").mkdir(exist_ok=True)
         for file in (file for file in APP.iterdir() if file.is_file()):
             shutil.copyfile(file, place / "app" / file.name)
@@ -92,6 +97,10 @@ class ServerSide:
                 registered[site] = public_bytes(key).decode()
                 files.write(known, json.dumps(registered))
 
+    def leave(self, folder: Path) -> None:
+        """Have the run end after the round that it is at: `follow` then raises Ended."""
+        leave_file(folder).touch()
+
     def begin(self, folder: Path) -> None:
         """Begin a Flower run of the app: it goes on from the folder's checkpoint where there is one."""
         place = folder.resolve() / "federation"
@@ -112,11 +121,12 @@ class ServerSide:
                 status = Status.read(folder)
                 if status is None:
                     if time.monotonic() > until:
-                        raise Ended(f"Flower did not start the server's process: {self.children.why('superexec')}")
+                        why = self.children.why("superexec")
+                        raise Ended(f"Flower did not start the server's process: {why}", again=True)
                 elif status.state == "done":
                     return
                 elif status.state == "stopped":
-                    raise Ended(status.error or "stopped")
+                    raise Ended(status.error or "stopped", status.again)
                 elif not alive(status.pid):
                     break
             ended = rounds_of(folder)
@@ -150,7 +160,7 @@ class ServerSide:
         self.show([str(part) for part in command])
         process = self.children.start("superlink", command, **LEAN)
         if (wrong := wait_healthy(process, self.port, self.ca)) is not None:
-            raise Ended(f"the hub did not start: {wrong or self.children.why('superlink')}")
+            raise Ended(f"the hub did not start: {wrong or self.children.why('superlink')}", again=not wrong)
 
     def _superexec(self) -> None:
         command = [
@@ -167,7 +177,7 @@ class ServerSide:
         try:
             return self.children.call(command)
         except RuntimeError as error:
-            raise Ended(str(error)) from None
+            raise Ended(str(error), again=True) from None
 
 
 def rounds_of(folder: Path) -> int:

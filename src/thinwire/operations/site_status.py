@@ -1,4 +1,4 @@
-"""Where a site stands, read from its folder: what it was asked, what it answered and refused, and whether it is at work."""
+"""Where a site stands, read from its folder: what it was asked, answered and refused, and whether it is at work."""
 
 from __future__ import annotations
 

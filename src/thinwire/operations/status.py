@@ -49,7 +49,7 @@ class Drop:
 class RunStatus:
     """A run. `state`: running, ended, or stopped, with the reason in `why`; a stopped one can go on.
 
-    `left`: seconds to the end by the latest rounds; `scores`: split -> the last evaluation; `pid`: who holds the folder.
+    `left`: seconds to the end by the latest rounds; `scores`: split -> the last evaluation; `pid`: who holds it.
     """
 
     folder: str

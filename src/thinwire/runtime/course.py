@@ -12,7 +12,7 @@ from typing import Any
 from thinwire import files, memory, records
 from thinwire.aggregate.weights import Weighing
 from thinwire.core import Client
-from thinwire.errors import ConfigError, RunError
+from thinwire.errors import ConfigError, Paused, RunError
 from thinwire.records import SELECTION, Record, read_records
 from thinwire.runtime import checkpoint
 from thinwire.runtime.audit import Book, sha256
@@ -38,12 +38,14 @@ def train(job: Job) -> Record:
     The checkpoint of a round is written after its records: a resumed run drops the records beyond its checkpoint.
     ConfigError: a cohort of clients that are not there, or no loss to stop or keep by. RunError: the weights or the
     last loss are not finite, and there is no model; the checkpoint before them stays. Damaged: no checkpoint can be
-    read; nothing is changed then.
+    read; nothing is changed then. Paused: `job.leave` has asked for it.
     """
     with logged(job.folder):
         course = Course(job)
         course.begin()
         while not course.ended:
+            if job.leave():
+                raise Paused(f"asked to end, after round {course.progress.round} of {job.rounds}")
             course.round()
         return course.end()
 
