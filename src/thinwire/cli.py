@@ -32,6 +32,7 @@ from thinwire.commands.server import server
 from thinwire.commands.status import status as status_command
 from thinwire.commands.summary import show
 from thinwire.commands.terminal import echo
+from thinwire.commands.watch import watch
 
 app = typer.Typer(
     name="thinwire",
@@ -65,6 +66,7 @@ for command in (
     merge,
     estimate,
     report,
+    watch,
     show,
     contributions,
     audit,
