@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import pytest
 from test_cli import environment, refused
 from test_status import a_run
 
-from thinwire.operations.live import HOST, Live, serving
+from thinwire.operations.live import Live, serving
+from thinwire.operations.loopback import HOST
 from thinwire.runtime.folder import locked
 
 pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
@@ -31,10 +31,8 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def port(run: Path) -> Iterator[int]:
     """Where the run's page is served."""
-    with serving(run, 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield int(server.server_address[1])
-        server.shutdown()
+    with serving(run, 0) as found:
+        yield found
 
 
 def asked(port: int, path: str, host: str | None = None, method: str = "GET") -> tuple[int, bytes, Any]:

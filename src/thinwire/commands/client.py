@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.commands.terminal import Stopped, echo, leaving, one_line, settle, show_command
+from thinwire.commands.terminal import Metrics, Stopped, echo, leaving, one_line, settle, show_command
 
 RETRY = 2.0  # seconds between two attempts to reach a server
 TICK = 0.5  # seconds between two looks at the processes
@@ -33,6 +33,7 @@ def client(
     threads: Annotated[int | None, typer.Option(min=1, help="In place of the run file's.")] = None,
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="What may leave this site, a TOML file.")] = None,
     folder: Annotated[Path, typer.Option(help="For the log, the client's memory, and temporary files.")] = Path("site"),
+    metrics: Metrics = None,
 ) -> None:
     """Take part in federations with this machine's rows: started once, it serves run after run until it is stopped."""
     with one_line(), ExitStack() as stack:
@@ -40,10 +41,13 @@ def client(
         from thinwire.errors import ConfigError
         from thinwire.federation.processes import require_flower
         from thinwire.federation.reach import Away, greet, place_of
+        from thinwire.operations.metrics import check_port, exporting
 
         require_flower()
         os.umask(0o077)  # what lies in the site's folder is for its owner
         place_of(server, "--server")
+        if metrics is not None:
+            check_port(metrics)
         for option, path in (("--key", key), ("--ca", ca)):
             if not path.is_file():
                 raise ConfigError(f"{option}: {path} is not a file")
@@ -89,6 +93,7 @@ def client(
         stack.enter_context(locked(folder))
         if (wrong := broken(folder / "audit.jsonl")) is not None:
             echo(f"thinwire: {wrong}", err=True)
+        stack.enter_context(exporting(folder, metrics))
         leave = stack.enter_context(leaving())
         side = SiteSide(site, server, key, ca, show=show_command)
         try:

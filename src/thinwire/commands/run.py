@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from thinwire.commands.claim import GoOn, claimed, record
-from thinwire.commands.terminal import AGAIN, Overrides, Stopped, cause, leaving, one_line, settle
+from thinwire.commands.terminal import AGAIN, Metrics, Overrides, Stopped, cause, leaving, one_line, settle
 
 
 def run(
@@ -19,6 +19,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
     go_on: GoOn = False,
+    metrics: Metrics = None,
 ) -> None:
     """Run the rounds of a run file, with progress, and leave a model that transformers loads."""
     with one_line():
@@ -30,12 +31,15 @@ def run(
         from thinwire.commands.show import Live, print_summary
         from thinwire.data.statistics import remarks, shortened
         from thinwire.errors import Paused
+        from thinwire.operations.metrics import check_port, exporting
         from thinwire.runtime.course import train
         from thinwire.trackers import Trackers, check, trackers_of
         from thinwire.train import parallel
 
         settings = config.load(file, overrides or [])
         check(settings)
+        if metrics is not None:
+            check_port(metrics)
         folder = out if out is not None else Path("runs") / settings.name
         rank = parallel.join()
         resume = resume or (go_on and (folder / "run.toml").exists())
@@ -56,7 +60,7 @@ def run(
                     watch.remark(line)
                 record(folder, settings, assemble.fingerprints(job))
                 alone = parallel.ranks()[1] == 1  # else all would have to end at the same round
-                with leaving() if alone else nullcontext() as leave:
+                with leaving() if alone else nullcontext() as leave, exporting(folder, metrics if alone else None):
                     job.leave = lambda: bool(leave)
                     try:
                         with Trackers(watch, trackers_of(settings, folder)) as job.watch:

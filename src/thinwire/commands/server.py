@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from thinwire.commands.claim import GoOn, claimed, record
-from thinwire.commands.terminal import AGAIN, Overrides, Stopped, echo, leaving, one_line, settle, show_command
+from thinwire.commands.terminal import AGAIN, Metrics, Overrides, Stopped, echo, leaving, one_line, settle, show_command
 
 PORT = 60.0  # seconds that a port has to come free where a process that was killed held it
 
@@ -36,6 +36,7 @@ def server(
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
     go_on: GoOn = False,
+    metrics: Metrics = None,
 ) -> None:
     """Run a run file with sites on other machines: the hub on loopback, and a proxy that lets sites through to it."""
     with one_line(), ExitStack() as stack:
@@ -43,6 +44,7 @@ def server(
         from thinwire.errors import ConfigError
         from thinwire.federation.processes import require_flower
         from thinwire.federation.reach import listening, place_of
+        from thinwire.operations.metrics import check_port, exporting
 
         require_flower()
         os.umask(0o077)  # what lies below the run's folder is for its owner
@@ -51,6 +53,8 @@ def server(
             raise ConfigError("--own-proxy, --expose-control-api: one of them")
         if not own_proxy:
             listening(host, port, "--listen", PORT if go_on else 0.0)
+        if metrics is not None:
+            check_port(metrics)
         # what follows takes its time to import
         from thinwire import config
         from thinwire.assemble import check_clients
@@ -97,6 +101,7 @@ def server(
                 echo(f"your proxy is to do what is in {files['nginx']} or {files['caddy']}; the hub is {side.port}")
         front = proxy.Front(side.children, start) if start is not None else None
         progress = Progress(folder, settings.rounds, echo)
+        stack.enter_context(exporting(folder, metrics))
         leave, leaves = stack.enter_context(leaving()), False
         again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"
 

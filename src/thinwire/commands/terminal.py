@@ -22,6 +22,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help
 
 AGAIN = 75  # the exit status of what may well go on when it is started again: sysexits' EX_TEMPFAIL
 
+Metrics = Annotated[
+    int | None,
+    typer.Option(min=1, max=65535, metavar="PORT", help="Serve what Prometheus reads at 127.0.0.1:PORT/metrics."),
+]
+
 
 class Stopped(Exception):
     """The run did not end; the message has the reason, and how to go on. `status`: the command's; see AGAIN."""

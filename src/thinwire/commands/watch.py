@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +23,8 @@ def watch(
         from thinwire.errors import ConfigError
         from thinwire.federation.reach import listening
         from thinwire.operations.folders import is_run
-        from thinwire.operations.live import HOST, serving
+        from thinwire.operations.live import serving
+        from thinwire.operations.loopback import HOST
         from thinwire.report.page import require_library
 
         if not is_run(run):
@@ -31,13 +32,7 @@ def watch(
         require_library()
         if port:
             listening(HOST, port, "--port")
-        with serving(run, port) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            echo(f"{run}: http://{HOST}:{server.server_address[1]}/ for the users of this machine; Ctrl-C ends it")
-            try:
-                while not leave:
-                    time.sleep(TICK)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                server.shutdown()
+        with serving(run, port) as found, suppress(KeyboardInterrupt):
+            echo(f"{run}: http://{HOST}:{found}/ for the users of this machine; Ctrl-C ends it")
+            while not leave:
+                time.sleep(TICK)

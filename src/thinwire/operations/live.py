@@ -1,8 +1,4 @@
-"""The report of a run as a page that is served on loopback and fills itself as rounds come in.
-
-It serves three paths and no file: a request chooses none of what is read. A browser asks as a user of this machine;
-who came here under another host's name, as a page of elsewhere can make a browser do, is refused.
-"""
+"""The report of a run as a page that is served on loopback and fills itself as rounds come in."""
 
 from __future__ import annotations
 
@@ -10,29 +6,19 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from thinwire.data.errors import DataError
 from thinwire.data.shown import printable
-from thinwire.errors import UserError
+from thinwire.operations.loopback import served
 from thinwire.operations.status import counts, run_status
 from thinwire.report.page import render
 from thinwire.report.runs import collect
 from thinwire.units import size, span
 
-HOST = "127.0.0.1"
 RECORDS = ("run.toml", "rounds.jsonl", "evals.jsonl", "summary.json", "contributions.json")  # what the page shows
-HEADERS = {
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
 WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="2">
 <meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <title>thinwire watch</title><link rel="icon" href="data:,"><p role="status">No round has ended yet.</p></html>
@@ -94,47 +80,13 @@ class Live:
         return lines
 
 
-def serving(folder: Path, port: int) -> ThreadingHTTPServer:
-    """A server of the run's page on loopback, not yet at work; `port` 0: any free one. OSError where it is taken."""
+@contextmanager
+def serving(folder: Path, port: int) -> Iterator[int]:
+    """Serve the run's page on loopback; yields the port, any free one for 0. OSError where it is taken."""
     live = Live(folder)
-    paths: dict[str, tuple[str, Callable[[], bytes]]] = {
-        "/": ("text/html; charset=utf-8", live.page),
-        "/state": ("application/json", live.state),
-    }
-
-    class Handler(BaseHTTPRequestHandler):
-        server_version, sys_version = "thinwire", ""
-        timeout = 30
-
-        def do_GET(self) -> None:
-            """Answer, if the request came by this server's own name and for one of its paths."""
-            names = {f"{host}:{self.server.server_address[1]}" for host in (HOST, "localhost")}
-            if self.headers.get("Host") not in names:
-                return self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this is not that host\n")
-            if self.path not in paths:
-                return self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"there is no such page\n")
-            kind, make = paths[self.path]
-            try:
-                content = make()
-            except UserError as error:
-                return self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{error}\n".encode())
-            return self._answer(HTTPStatus.OK, kind, content)
-
-        do_HEAD = do_GET  # noqa: N815 - the library's name
-
-        def _answer(self, status: HTTPStatus, kind: str, content: bytes) -> None:
-            self.send_response(status)
-            headers = HEADERS | {"Content-Type": kind, "Content-Length": str(len(content))}
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Not a line for each question of the page's."""
-
-    return ThreadingHTTPServer((HOST, port), Handler)
+    paths = {"/": ("text/html; charset=utf-8", live.page), "/state": ("application/json", live.state)}
+    with served(paths, port) as found:
+        yield found
 
 
 def _clock(then: float | None) -> str:
