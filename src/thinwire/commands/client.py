@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from thinwire.commands.journal import LogForm, current, journal
 from thinwire.commands.terminal import Metrics, Stopped, echo, leaving, one_line, settle, show_command
 
 RETRY = 2.0  # seconds between two attempts to reach a server
@@ -34,9 +35,10 @@ def client(
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="What may leave this site, a TOML file.")] = None,
     folder: Annotated[Path, typer.Option(help="For the log, the client's memory, and temporary files.")] = Path("site"),
     metrics: Metrics = None,
+    log: LogForm = "text",
 ) -> None:
     """Take part in federations with this machine's rows: started once, it serves run after run until it is stopped."""
-    with one_line(), ExitStack() as stack:
+    with journal(log), one_line(), ExitStack() as stack:
         settle()
         from thinwire.errors import ConfigError
         from thinwire.federation.processes import require_flower
@@ -64,6 +66,7 @@ def client(
         from thinwire.data.source import reader_of
         from thinwire.federation.audit import broken
         from thinwire.federation.policy import Policy
+        from thinwire.federation.progress import Notices
         from thinwire.federation.site import Site
         from thinwire.federation.site_processes import SiteSide
         from thinwire.runtime.folder import locked
@@ -95,6 +98,9 @@ def client(
             echo(f"thinwire: {wrong}", err=True)
         stack.enter_context(exporting(folder, metrics))
         leave = stack.enter_context(leaving())
+        lines, frames = current(), Notices(folder / "audit.jsonl")
+        if lines is not None:
+            lines.about["site"] = site.name
         side = SiteSide(site, server, key, ca, show=show_command)
         try:
             while waits and not leave:
@@ -111,6 +117,8 @@ def client(
                 echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
             while not (leave and side.idle()):
                 time.sleep(TICK)
+                for line in frames.new() if lines is not None else ():
+                    lines.frame(line)
                 if (line := side.tick()) is not None:
                     echo(line)
             echo(f"{site.name}: ended, as it was asked to; it takes part again with the same command")

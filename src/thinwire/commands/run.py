@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from thinwire.commands.claim import GoOn, claimed, record
+from thinwire.commands.journal import LogForm, current, journal
 from thinwire.commands.terminal import AGAIN, Metrics, Overrides, Stopped, cause, leaving, one_line, settle
 
 
@@ -20,15 +21,16 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
     go_on: GoOn = False,
     metrics: Metrics = None,
+    log: LogForm = "text",
 ) -> None:
     """Run the rounds of a run file, with progress, and leave a model that transformers loads."""
-    with one_line():
+    with journal(log), one_line():
         settle()
         from safetensors import SafetensorError
 
         from thinwire import assemble, config, memory
         from thinwire.commands import estimate
-        from thinwire.commands.show import Live, print_summary
+        from thinwire.commands.show import Lines, Live, print_summary
         from thinwire.data.statistics import remarks, shortened
         from thinwire.errors import Paused
         from thinwire.operations.metrics import check_port, exporting
@@ -53,11 +55,16 @@ def run(
             with memory.for_good():
                 whole, rows = assemble.prepared(settings)
             start = assemble.begin(whole, rows)
-            with Live(settings, rows, start.net, folder, resume) as watch:
+            lines = current()
+            if lines is not None:
+                lines.about |= {"run": f"{assemble.identity(settings):08x}", "name": settings.name}
+            watched = Live(settings, rows, start.net, folder, resume) if lines is None else nullcontext(Lines(lines))
+            with watched as watch:
                 with memory.for_good():
                     job = start.job(folder, watch)
                 for line in (shortened(job.names, job.clients, settings.data.max_length), *remarks(job.clients)):
-                    watch.remark(line)
+                    if isinstance(watch, Live):
+                        watch.remark(line)
                 record(folder, settings, assemble.fingerprints(job))
                 alone = parallel.ranks()[1] == 1  # else all would have to end at the same round
                 with leaving() if alone else nullcontext() as leave, exporting(folder, metrics if alone else None):

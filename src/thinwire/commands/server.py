@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from thinwire.commands.claim import GoOn, claimed, record
+from thinwire.commands.journal import LogForm, current, journal
 from thinwire.commands.terminal import AGAIN, Metrics, Overrides, Stopped, echo, leaving, one_line, settle, show_command
 
 PORT = 60.0  # seconds that a port has to come free where a process that was killed held it
@@ -37,9 +38,10 @@ def server(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
     go_on: GoOn = False,
     metrics: Metrics = None,
+    log: LogForm = "text",
 ) -> None:
     """Run a run file with sites on other machines: the hub on loopback, and a proxy that lets sites through to it."""
-    with one_line(), ExitStack() as stack:
+    with journal(log), one_line(), ExitStack() as stack:
         settle()
         from thinwire.errors import ConfigError
         from thinwire.federation.processes import require_flower
@@ -57,7 +59,7 @@ def server(
             check_port(metrics)
         # what follows takes its time to import
         from thinwire import config
-        from thinwire.assemble import check_clients
+        from thinwire.assemble import check_clients, identity
         from thinwire.assemble.agreement import check_agreement
         from thinwire.assemble.choice import check_choice
         from thinwire.assemble.privacy import check_privacy
@@ -100,7 +102,10 @@ def server(
             if own_proxy:
                 echo(f"your proxy is to do what is in {files['nginx']} or {files['caddy']}; the hub is {side.port}")
         front = proxy.Front(side.children, start) if start is not None else None
-        progress = Progress(folder, settings.rounds, echo)
+        lines = current()
+        if lines is not None:
+            lines.about |= {"run": f"{identity(settings):08x}", "name": settings.name}
+        progress = Progress(folder, settings.rounds, echo, None if lines is None else lines.record)
         stack.enter_context(exporting(folder, metrics))
         leave, leaves = stack.enter_context(leaving()), False
         again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"

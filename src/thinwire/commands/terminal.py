@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from thinwire.commands.journal import current
 from thinwire.data.shown import printable, printable_json
 from thinwire.errors import RunError, UserError
 from thinwire.records import finite
@@ -38,7 +39,10 @@ class Stopped(Exception):
 
 def echo(text: str = "", err: bool = False) -> None:
     """Print a line; control characters in it, which may be others', are escaped."""
-    typer.echo(printable(text), err=err)
+    if (journal := current()) is not None:
+        journal.add("note", text, "warning" if err else "info")
+    else:
+        typer.echo(printable(text), err=err)
 
 
 def echo_json(value: Any, ascii: bool = True) -> None:
@@ -57,7 +61,7 @@ class Notes(logging.Handler):
         """See logging.Handler."""
         if record.exc_info is None and (text := record.getMessage()) not in self._seen:
             self._seen.add(text)
-            _complain(text)
+            _complain(text, "warning")
 
 
 @contextmanager
@@ -100,7 +104,10 @@ def _ends() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _complain(text: str) -> None:
+def _complain(text: str, level: str = "error") -> None:
+    if (journal := current()) is not None:
+        journal.add("note" if level == "warning" else "stopped", text.replace("\n", " "), level)
+        return
     echo(f"thinwire: {text}".replace("\n", " "), err=True)
 
 

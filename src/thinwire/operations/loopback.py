@@ -32,7 +32,7 @@ def served(paths: Paths, port: int) -> Iterator[int]:
     with _server(paths, port) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            yield int(server.server_address[1])
+            yield server.server_port
         finally:
             server.shutdown()
 
@@ -44,7 +44,7 @@ def _server(paths: Paths, port: int) -> ThreadingHTTPServer:
 
         def do_GET(self) -> None:
             """Answer, if the request came by this server's own name and for one of its paths."""
-            names = {f"{host}:{self.server.server_address[1]}" for host in (HOST, "localhost")}
+            names = {f"{host}:{server.server_port}" for host in (HOST, "localhost")}
             if self.headers.get("Host") not in names:
                 return self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this is not that host\n")
             if self.path not in paths:
@@ -70,4 +70,5 @@ def _server(paths: Paths, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: Any) -> None:
             """Not a line for each question of the page's."""
 
-    return ThreadingHTTPServer((HOST, port), Handler)
+    server = ThreadingHTTPServer((HOST, port), Handler)
+    return server
