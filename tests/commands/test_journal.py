@@ -72,8 +72,7 @@ def test_what_was_dropped_and_what_a_site_s_log_has(capsys: pytest.CaptureFixtur
     assert "samples" not in evaluation
     lines.about["site"] = "north"
     entry = {"direction": "in", "action": "train", "run": 7, "round": 4, "bytes": 10, "verdict": "refused: no"}
-    lines.frame(json.dumps(entry))
-    lines.frame("{")
+    lines.frames([json.dumps(entry), "{"])
     lines.add("note", "then")
     frame, then = objects(capsys.readouterr().out)
     assert (frame["run"], frame["round"], frame["site"], frame["level"]) == ("00000007", 4, "north", "warning")

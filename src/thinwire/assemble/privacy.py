@@ -117,6 +117,8 @@ def check_privacy(run: Run, names: Sequence[str]) -> None:
     asked = run.privacy
     if asked is None:
         return
+    if run.federation is not None and run.federation.join:
+        raise ConfigError("federation.join: a private run's budget is for the sites that it begins with")
     method, name = run.method, method_name(run.method)
     if method.released(asked.level) is None:
         raise ConfigError(f"privacy.level: {name} cannot be made private of a {asked.level} as it is set here")

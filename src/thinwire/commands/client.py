@@ -117,8 +117,8 @@ def client(
                 echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
             while not (leave and side.idle()):
                 time.sleep(TICK)
-                for line in frames.new() if lines is not None else ():
-                    lines.frame(line)
+                if lines is not None:
+                    lines.frames(frames.new())
                 if (line := side.tick()) is not None:
                     echo(line)
             echo(f"{site.name}: ended, as it was asked to; it takes part again with the same command")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -44,7 +44,7 @@ class Journal:
     def round_ends(self, record: Record) -> None:
         """A line for a round, and one for each reply that did not count."""
         self.about["round"] = record["round"]
-        fields = {name: record.get(name) for name in ("bytes_down", "bytes_up", "seconds", "peak_memory_bytes")}
+        fields: Record = {name: record.get(name) for name in ("bytes_down", "bytes_up", "seconds", "peak_memory_bytes")}
         asked = visits(record)
         lost = [visit for visit in asked if visit.get("error") or visit.get("left_out")]
         loss = (record.get("metrics") or {}).get("loss")
@@ -57,15 +57,19 @@ class Journal:
     def evaluated(self, record: Record) -> None:
         """A line for an evaluation; nothing of rows."""
         scores = {name: value for name, value in record.items() if type(value) in (int, float) and name != "round"}
-        at = {"round": record.get("round"), "split": record.get("split")}
+        at: Record = {"round": record.get("round"), "split": record.get("split")}
         self.add("evaluation", f"after round {record.get('round')}: {record.get('split')}", **at, **scores)
 
     def record(self, file: str, record: Record) -> None:
         """A line of that file of a run's folder, rounds.jsonl or evals.jsonl."""
         (self.round_ends if file == "rounds.jsonl" else self.evaluated)(record)
 
-    def frame(self, line: str) -> None:
-        """A line of a site's audit.jsonl: a frame that came, or an answer that left."""
+    def frames(self, lines: Iterable[str]) -> None:
+        """Lines of a site's audit.jsonl: frames that came, and answers that left."""
+        for line in lines:
+            self._frame(line)
+
+    def _frame(self, line: str) -> None:
         try:
             entry = json.loads(line)
         except ValueError:
@@ -74,7 +78,9 @@ class Journal:
             self.about["run"] = f"{entry['run']:08x}"
         self.about["round"] = entry.get("round", self.about["round"])
         passed = entry.get("verdict") == "passed"
-        fields = {name: entry.get(name) for name in ("direction", "action", "method", "kind", "bytes", "verdict")}
+        fields: Record = {
+            name: entry.get(name) for name in ("direction", "action", "method", "kind", "bytes", "verdict")
+        }
         text = f"{entry.get('direction')}: {entry.get('action')}, {entry.get('verdict')}"
         self.add("frame", text, "info" if passed else "warning", **fields)
 

@@ -81,12 +81,13 @@ def server(
             return
         splits = {name: str(Path(path).resolve()) for name, path in _splits(settings).items()}
         home = folder.resolve() / "federation"
+        join = settings.federation is not None and settings.federation.join
         if expose:
-            side = ServerSide(home, keys, sites, host=host, port=port, show=show_command)
+            side = ServerSide(home, keys, sites, join=join, host=host, port=port, show=show_command)
             start = None
             echo(f"thinwire: {RISK}", err=True)
         else:
-            side = ServerSide(home, keys, sites, port=hub_port, show=show_command)
+            side = ServerSide(home, keys, sites, join=join, port=hub_port, show=show_command)
             start = None if own_proxy else proxy.command(home / "proxy")
             if start is None and not own_proxy:
                 raise config.ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,7 +94,7 @@ def _site(site: SiteStatus) -> list[str]:
     return lines + [f"  {line}" for line in site.notices]
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows as lines, each cell as wide as its column; nothing for a heading alone."""
     if len(rows) == 1:
         return []

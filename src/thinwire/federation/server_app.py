@@ -17,8 +17,6 @@ from thinwire.records import read_json
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-PUBLIC = "sites"  # the folder of the sites' public keys, NAME.pub each
-
 
 @dataclass(frozen=True)
 class Hub:
@@ -96,7 +94,8 @@ def _train(grid: Grid, folder: Path) -> None:
     from thinwire.assemble.privacy import budget_of
     from thinwire.data.source import read_file
     from thinwire.federation.fingerprint import fingerprints
-    from thinwire.federation.keys import caps_of, signer_of
+    from thinwire.federation.keys import signer_of
+    from thinwire.federation.members import Members
     from thinwire.federation.progress import Notices, notices_of
     from thinwire.federation.questions import join
     from thinwire.federation.seen import Seen
@@ -112,13 +111,19 @@ def _train(grid: Grid, folder: Path) -> None:
     job = start.job(folder, Watch())
     if not federation.model:
         job = replace(job, carry=partial(thin.carry, run, start.net))
-    keys = public_keys(Path(hub.keys))
-    spool, seen = folder / "spool", Seen(folder, hub.sites)
+    notices = Notices(notices_of(folder))
+    members = Members(folder, hub.sites, Path(hub.keys), federation.join, federation.max_examples, notices.add)
+    spool, seen = folder / "spool", Seen(folder, members.names)
 
     def nodes() -> dict[int, int]:
-        found = nodes_of(grid, hub.sites, keys)
+        found = nodes_of(grid, tuple(members.names), members.public)
         seen.connected(found)
         return found
+
+    def belonging(round: int) -> tuple[int, ...]:
+        there = members.now(round)
+        seen.members(there)
+        return there
 
     transport = Flower(
         grid,
@@ -131,20 +136,22 @@ def _train(grid: Grid, folder: Path) -> None:
         chunk_bytes=federation.chunk_bytes,
         max_bytes=job.max_bytes,
         counted=counted(folder),
+        names=members.names,
     )
-    began = bool(checkpoint.rounds(folder / "state"))  # then its rounds ask for a quorum, and joining is no condition
-    notices = Notices(notices_of(folder))
-    for name, why in join(transport, job.run, len(hub.sites), hub.sites, 0 if began else federation.quorum).items():
+    done = max(checkpoint.rounds(folder / "state"), default=None)
+    there = belonging(1 if done is None else done + 1)
+    # a run that goes on has rounds that ask for a quorum, and joining is no condition
+    quorum = federation.quorum if done is None else 0
+    for name, why in join(transport, job.run, there, members.names, quorum).items():
         notices.add(f"{name} has not joined: {why}")
-    keep = 8 + run.method.versions_each * len(hub.sites)
-    most = federation.max_examples
-    caps = {id: most for id in range(len(hub.sites)) if most is not None} | caps_of(Path(hub.keys), hub.sites)
+    keep = 8 + run.method.versions_each * len(members.names)
     signer = signer_of(Path(hub.keys)) if job.audit else None
-    budget = budget_of(run, {}, len(hub.sites))
-    job = replace(job, names=list(hub.sites), transport=transport, signer=signer, budget=budget)
+    budget = budget_of(run, {}, len(members.names))
+    job = replace(job, names=members.names, transport=transport, signer=signer, budget=budget)
+    job.members = belonging if budget is None else None  # a budget counts with those who are there from the start
     job.leave = leave_file(folder).exists
     job.seen = lambda _, client, __: seen.answered(client)
-    train(replace(job, keep_versions=keep, caps=caps))
+    train(replace(job, keep_versions=keep, caps=members.caps))
 
 
 def leave_file(folder: Path) -> Path:
@@ -160,13 +167,6 @@ def counted(folder: Path) -> dict[int, int]:
     ended = max(checkpoint.rounds(folder / "state"), default=0)
     records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]
     return {visit["id"]: record["round"] for record in records for visit in visits(record) if visit.get("bytes_up")}
-
-
-def public_keys(folder: Path) -> dict[str, bytes]:
-    """Name -> the site's public key as Flower writes it, of the files NAME.pub that were registered."""
-    from thinwire.federation.keys import public_bytes
-
-    return {path.stem: public_bytes(path) for path in sorted((folder / PUBLIC).glob("*.pub"))}
 
 
 def nodes_of(grid: Any, sites: tuple[str, ...], keys: Mapping[str, bytes]) -> dict[int, int]:

@@ -7,20 +7,22 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import tomli_w
 
 from thinwire import files
 from thinwire.config import ConfigError, Run, method_name
-from thinwire.federation.keys import check_server, public_bytes
+from thinwire.federation.keys import PUBLIC, check_server, public_bytes, removed_file
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
-from thinwire.federation.server_app import PUBLIC, Hub, Status, leave_file
+from thinwire.federation.server_app import Hub, Status, leave_file
 from thinwire.federation.site_run import run_settings
 from thinwire.records import read_json, read_records
 
 APP = Path(__file__).parent.parent / "flower_app"
 CONNECTION = "hub"
+LOOK = 2.0  # seconds between two looks at keys that could not be registered
 TICK = 0.25  # seconds between two looks at the processes
 BEGIN = 300.0  # seconds that Flower has to start the server's process
 TRIES = 5  # Flower runs in a row that die within the same round
@@ -37,7 +39,8 @@ class Ended(RuntimeError):
 class ServerSide:
     """Flower's processes at the server, with their files in `home`; they serve one run after another.
 
-    `keys`: the folder that `thinwire keys` fills. `show` is given each Flower command that is run.
+    `keys`: the folder that `thinwire keys` fills; with `join` all who are registered there may connect. `show` is given
+    each Flower command that is run.
     """
 
     def __init__(
@@ -46,15 +49,18 @@ class ServerSide:
         keys: Path,
         sites: Sequence[str],
         *,
+        join: bool = False,
         host: str = "127.0.0.1",
         port: int | None = None,
         show: Callable[[Sequence[str]], None] = lambda command: None,
     ) -> None:
         self.home, self.keys, self.sites = home.resolve(), keys.resolve(), tuple(sites)
+        self.join, self.looked = join, (0, 0.0)  # when the sites' keys were last seen to change, and were looked at
         self.host, self.port, self.show = host, port or free_port(), show
-        for name in (f"{PUBLIC}/{site}.pub" for site in self.sites):
-            if not (self.keys / name).is_file():
-                raise ConfigError(f"{self.keys / name}: missing; a site's key is registered by: thinwire keys register")
+        for site in self.sites:
+            path = self.keys / PUBLIC / f"{site}.pub"
+            if not path.is_file() and not removed_file(self.keys, site).exists():
+                raise ConfigError(f"{path}: missing; a site's key is registered by: thinwire keys register")
         if not (self.keys / "server.crt").is_file():
             raise ConfigError(f"{self.keys}: holds no certificate; make one with: thinwire keys server --host NAME")
         check_server(self.keys)
@@ -88,14 +94,7 @@ class ServerSide:
         (flwr / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
         self._superlink()
         self._superexec()
-        known = self.home / "registered.json"
-        registered = read_json(dict[str, str], known) if known.exists() else {}
-        for site in self.sites:
-            key = self.keys / PUBLIC / f"{site}.pub"
-            if registered.get(site) != public_bytes(key).decode():
-                self._flwr("supernode", "register", key, CONNECTION, "--name", site)
-                registered[site] = public_bytes(key).decode()
-                files.write(known, json.dumps(registered))
+        self._register()
 
     def leave(self, folder: Path) -> None:
         """Have the run end after the round that it is at: `follow` then raises Ended."""
@@ -139,6 +138,26 @@ class ServerSide:
         for name, start in (("superlink", self._superlink), ("superexec", self._superexec)):
             if self.children.running[name].poll() is not None:
                 start()
+        changed, looked = self.looked
+        now = (self.keys / PUBLIC).stat().st_mtime_ns
+        if now != changed and time.monotonic() > looked + LOOK:
+            with suppress(Ended, ConfigError):  # the hub may be busy, a file half there: it is tried again
+                self._register()
+
+    def _register(self) -> None:
+        """Make the sites' keys known to the hub, those that it does not know yet."""
+        place, known = self.keys / PUBLIC, self.home / "registered.json"
+        now = place.stat().st_mtime_ns
+        self.looked = (self.looked[0], time.monotonic())
+        registered = read_json(dict[str, str], known) if known.exists() else {}
+        names = sorted(path.stem for path in place.glob("*.pub")) if self.join else self.sites
+        for site in (name for name in names if (place / f"{name}.pub").exists()):
+            key = place / f"{site}.pub"
+            if registered.get(site) != public_bytes(key).decode():
+                self._flwr("supernode", "register", key, CONNECTION, "--name", site)
+                registered[site] = public_bytes(key).decode()
+                files.write(known, json.dumps(registered))
+        self.looked = (now, time.monotonic())
 
     def stop(self) -> None:
         """End all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def _of_site(site: SiteStatus) -> Iterator[Any]:
     yield _family("site_refused_total", "Frames that were refused, and answers that did not leave.", refused)
 
 
-def _family(name: str, about: str, samples: list[tuple[Mapping[str, str], float]]) -> Any:
+def _family(name: str, about: str, samples: Sequence[tuple[Mapping[str, str], float]]) -> Any:
     """A metric family: a counter where its name ends as one."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 

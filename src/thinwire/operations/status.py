@@ -84,7 +84,7 @@ def run_status(folder: Path) -> RunStatus:
     summary, hub = _json(folder / "summary.json"), _json(folder / "federation" / "status.json")
     pid = holder(folder)
     state = "ended" if summary else "running" if pid is not None else "stopped"
-    rounds = summary.get("rounds", settings.get("rounds", 0)) if summary else settings.get("rounds", 0)
+    rounds = int(_number((summary or settings).get("rounds")))
     seconds = [_number(record.get("seconds")) for record in records]
     lately, done = seconds[-RECENT:], records[-1]["round"] if records else 0
     left = sum(lately) / len(lately) * max(0, rounds - done) if lately and state == "running" else None
@@ -102,7 +102,7 @@ def run_status(folder: Path) -> RunStatus:
         why=(summary.get("ended") if summary else hub.get("error") if state == "stopped" else None),
         pid=pid,
         round=done,
-        rounds=int(rounds),
+        rounds=rounds,
         seconds=sum(seconds),
         left=left,
         bytes_down=sum(int(_number(record.get("bytes_down"))) for record in records),

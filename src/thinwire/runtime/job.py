@@ -78,6 +78,9 @@ class Job:
     by default of the first; rounds up to `warmup` are neither the best nor waited for. `carry` is for a net without
     weights, which nothing is scored on: at the end it writes what the state is worth into the folder.
 
+    `members` is asked before each round, with its number, which clients belong to the run from then on; None: all. It
+    may add to `names` and `caps`: a client's number stays its own.
+
     `leave` is asked before each round: whether the run is to end here, with a checkpoint from which it goes on.
 
     `weights`: who counts how much, None: as the method has it. `audit`: the run keeps a log that can be checked, signed
@@ -109,6 +112,7 @@ class Job:
     round: RoundFunction = run_round
     seen: Callable[[int, int, Any], None] | None = None  # given each reply that counts: round, client, what it is
     stop: Callable[[Record], str | bool | None] | None = None
+    members: Callable[[int], Sequence[int]] | None = None
     leave: Callable[[], bool] = lambda: False
     on: str | None = None
     warmup: int = 0
