@@ -53,7 +53,7 @@ def register(
     out: Folder = Path("keys"),
     rows: Annotated[int | None, typer.Option(min=1, help="The rows that it has: it may not report more.")] = None,
 ) -> None:
-    """At the server: bind a site's name to its public key. A run with federation.join asks it from the next round on."""
+    """At the server: bind a name to its public key. Runs with federation.join ask it from the next round on."""
     with one_line():
         from thinwire.federation import keys
         from thinwire.federation.processes import require_flower

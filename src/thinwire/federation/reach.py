@@ -49,6 +49,8 @@ def greet(server: str, ca: Path) -> None:
         raise ConfigError(
             f"--ca: the certificate of {server} is not of the authority in {ca} ({error.verify_message})"
         ) from None
+    except ssl.SSLEOFError:  # what stands before a hub that is away takes connections, and ends them
+        raise Away(f"{server} cannot be reached (it ended the connection)") from None
     except ssl.SSLError as error:
         raise ConfigError(f"--server: {server} speaks no TLS that this machine knows ({error.reason})") from None
     except socket.gaierror as error:
