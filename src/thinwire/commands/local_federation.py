@@ -47,6 +47,7 @@ def local_federation(
         record(folder, settings)
         local = Local(folder / "federation", named(settings, rows.clients), echo)
         progress, killed = Progress(folder, settings.rounds, echo), False
+        progress.skip()
 
         leave, leaves = stack.enter_context(leaving()), False
 

@@ -107,6 +107,7 @@ def server(
         if lines is not None:
             lines.about |= {"run": f"{identity(settings):08x}", "name": settings.name}
         progress = Progress(folder, settings.rounds, echo, None if lines is None else lines.record)
+        progress.skip()
         stack.enter_context(exporting(folder, metrics))
         leave, leaves = stack.enter_context(leaving()), False
         again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"

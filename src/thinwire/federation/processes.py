@@ -111,6 +111,11 @@ class Children:
             log.seek(self.began.get(name, 0))
             return last_error(log.read().decode(errors="replace"))
 
+    def kill(self, name: str) -> None:
+        """End a process, and what it has started, at once."""
+        _signal(self.running[name], signal.SIGKILL)
+        self.running[name].wait()
+
     def terminate(self) -> None:
         """Ask all to end, the last one first."""
         for process in reversed(self.running.values()):

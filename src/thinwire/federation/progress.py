@@ -27,6 +27,13 @@ class Progress:
         self.counts = dict.fromkeys(self.sizes, 0)
         self.notices = Notices(notices_of(folder))
 
+    def skip(self) -> None:
+        """Take what is there for reported: a run that goes on."""
+        for name in self.sizes:
+            path = self.folder / name
+            self.sizes[name] = path.stat().st_size if path.exists() else 0
+            self.counts[name] = sum(line.endswith(b"\n") for line, _ in lines(path))
+
     def tick(self) -> None:
         """Report what is new; a record that is not as the loop writes it costs a line, whatever it holds."""
         for line in self.notices.new():
@@ -37,6 +44,7 @@ class Progress:
             if size == self.sizes[name]:
                 continue
             found = [record for line, record in lines(path) if line.endswith(b"\n")]  # one without is being written
+            self.counts[name] = min(self.counts[name], len(found))  # rounds that are done again are new
             for number, record in enumerate(found[self.counts[name] :], self.counts[name] + 1):
                 if self.record is not None and isinstance(record, dict):
                     self.record(name, record)

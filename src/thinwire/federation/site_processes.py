@@ -23,6 +23,7 @@ KNOWN = {  # what Flower prints, and what it means here
     "[code: 2004]": "the server does not take this site's key: it is not registered there (thinwire keys register), "
     "or another node is connected with it, or was a minute ago",
 }
+GIVEN_UP = "SSL/TLS handshake error detected"  # what the node prints then, and stays there without a further try
 TASK = "flwr-clientapp"  # the process that Flower starts for a message
 QUIET = 4.0  # seconds without one after which the node has passed on what it was given; it asks for more each 3
 STEADY = 120.0  # seconds after which a node that dies is a new trouble and not the old one
@@ -49,6 +50,7 @@ class SiteSide:
         self.notices = Notices(self.folder / "notices.txt")
         self.server, self.key, self.ca, self.show = server, key.resolve(), ca.resolve(), show
         self.children = Children(self.folder / "flwr", self.folder / "logs")
+        self.printed = Notices(self.children.logs / "supernode.log")
         self.site.write(self.folder / "site.json")
         self.port = free_port()
         self.wait, self.began, self.again = FIRST, 0.0, 0.0
@@ -72,6 +74,8 @@ class SiteSide:
             self.lines.append(f"{self.site.name}: its worker {why}, and is started again")
         if self.lines:
             return self.lines.popleft()
+        if any(GIVEN_UP in line for line in self.printed.new()):
+            self.children.kill("supernode")
         if self.children.running["supernode"].poll() is None:
             return None
         now = time.monotonic()
@@ -121,5 +125,6 @@ class SiteSide:
             *("--port", str(self.port)),
         ]
         self.show(command)
+        self.printed = Notices(self.children.logs / "supernode.log")
         self.children.start("supernode", command, **LEAN)
         self.began, self.again = time.monotonic(), 0.0
