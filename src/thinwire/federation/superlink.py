@@ -14,6 +14,7 @@ import tomli_w
 
 from thinwire import files
 from thinwire.config import ConfigError, Run, method_name
+from thinwire.errors import Damaged
 from thinwire.federation.keys import PUBLIC, check_server, public_bytes, removed_file
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
 from thinwire.federation.server_app import Hub, Status, leave_file
@@ -25,6 +26,7 @@ CONNECTION = "hub"
 LOOK = 2.0  # seconds between two looks at keys that could not be registered
 TICK = 0.25  # seconds between two looks at the processes
 BEGIN = 300.0  # seconds that Flower has to start the server's process
+OLD = 20.0  # seconds that the loop of a command that was killed has to end
 TRIES = 5  # Flower runs in a row that die within the same round
 
 
@@ -102,7 +104,10 @@ class ServerSide:
 
     def begin(self, folder: Path) -> None:
         """Begin a Flower run of the app: it goes on from the folder's checkpoint where there is one."""
-        place = folder.resolve() / "federation"
+        place, until = folder.resolve() / "federation", time.monotonic() + OLD
+        # a loop of a command that was killed ends with it, a moment later: two must not write to one folder
+        while at_work(folder) and time.monotonic() < until:
+            time.sleep(TICK)
         (place / "status.json").unlink(missing_ok=True)
         quoted = json.dumps(str(folder.resolve()), ensure_ascii=False)
         self._flwr("run", place / "app", CONNECTION, "--run-config", f"folder={quoted}", "--format", "json")
@@ -197,6 +202,14 @@ class ServerSide:
             return self.children.call(command)
         except RuntimeError as error:
             raise Ended(str(error), again=True) from None
+
+
+def at_work(folder: Path) -> bool:
+    """Whether the server's loop is at work on a run, by its last word; what was not written here is none."""
+    with suppress(Damaged):
+        status = Status.read(folder)
+        return status is not None and status.state == "running" and alive(status.pid)
+    return False
 
 
 def rounds_of(folder: Path) -> int:
