@@ -222,3 +222,10 @@ def test_shares_by_a_table_and_joining_do_not_go_together(silos: Silos) -> None:
     run = silos.run({"name": "fedavg"}, federation={"join": True, "weights": table})
     with pytest.raises(ConfigError, match=r"federation\.join: shares by a table"):
         assemble.prepared(run)
+
+
+def test_a_budget_of_privacy_and_joining_do_not_go_together(silos: Silos) -> None:
+    privacy = {"level": "client", "epsilon": 8.0, "delta": 0.01, "clip": 1.0, "minimum": 1}
+    run = silos.run({"name": "fedavg"}, federation={"join": True}, privacy=privacy)
+    with pytest.raises(ConfigError, match=r"federation\.join: a private run's budget"):
+        assemble.prepared(run)

@@ -23,6 +23,7 @@ from thinwire.runtime.folder import clear, logged
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.job import Job as Job
 from thinwire.runtime.job import Watch as Watch
+from thinwire.runtime.membership import Membership
 from thinwire.runtime.outcome import check_scores, check_state, first_examples, loss_on, record_of
 from thinwire.runtime.replies import Replies
 from thinwire.runtime.round import LOG, Round
@@ -74,8 +75,7 @@ class Course:
             self.survey = Survey(self.transport, job.method, job.run, self.spool, job.names)
         self.header = header_room(job.method.Up, job.net.names)
         self.caps = job.caps if job.caps or not job.clients else {id: len(data) for id, data in enumerate(job.clients)}
-        self.members: Sequence[int] = range(len(job.names))
-        self.named = len(job.names)  # as the number of kept versions has it
+        self.members = Membership(job, self.versions)
         self.examples: dict[int, int] = {}
         self.progress = Progress(0, {}, 0, 0, 0.0, 0)
         self.scores = 0  # lines of evals.jsonl
@@ -136,7 +136,7 @@ class Course:
             self.book.catch_up(recorded, round)
             weights = None if job.weights is None else job.weights.model_dump(mode="json")
             self.book.begin(round, run=job.run, clients=list(job.names), weights=weights)
-        self._meet()
+        self._turn()
         if found is None:
             self.score()
             self.save()
@@ -145,9 +145,8 @@ class Course:
     def round(self) -> None:
         """The next round, its records, and its checkpoint."""
         job, round = self.job, self.progress.round + 1
-        if round > self.first + 1:
-            self._meet()
-        cohort = self.seats.cohort(job.segments, self.members, round)
+        self._turn()
+        cohort = self.seats.cohort(job.segments, self.members.now, round)
         job.watch.round_begins(round, job.rounds, cohort)
         started = time.perf_counter()
         server = replace(self.seats.server(round, cohort), weighing=Weighing(job.weights, job.names))
@@ -189,7 +188,7 @@ class Course:
         if job.carry is None:
             job.method.materialise(self.state, job.net)
         own = job.evaluate() if job.carry is None else []
-        server = self.seats.server(round, self.members)
+        server = self.seats.server(round, self.members.now)
         rows = own + (self.survey(self.state, server, self.held) if self.survey is not None else [])
         for row in rows:
             record = {"round": round, **row}
@@ -268,16 +267,9 @@ class Course:
         files.write(job.folder / "summary.json", records.dumps(summary, indent=2) + "\n")
         return summary
 
-    def _meet(self) -> None:
-        """Ask who belongs to the run from the next round on."""
-        job, before = self.job, self.members
-        if job.members is None:
-            return
-        self.members = tuple(job.members(self.progress.round + 1))
-        self.seats = replace(self.seats, clients=len(self.members))
-        self.versions.keep = job.keep_versions + job.method.versions_each * (len(job.names) - self.named)
-        if self.book is not None and {*before} != {*self.members}:
-            self.book.members(self.progress.round, job.names, before, self.members)
+    def _turn(self) -> None:
+        self.members.turn(self.progress.round, self.book)
+        self.seats = replace(self.seats, clients=len(self.members.now))
 
     def _seen(self, round: int, client: int, up: Any) -> None:
         if self.job.replies:
