@@ -115,9 +115,8 @@ class Stage:
         pid = self.troubles()[name](site)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
-        self.told.append(
-            f"round {rounds_of(self.run) + 1}: {name} {site if name not in ('server', 'hub', 'loop') else ''}"
-        )
+        where = f" {site}" if name in ("client", "worker", "node", "partition") else ""
+        self.told.append(f"round {rounds_of(self.run) + 1}: {name}{where}")
 
     def _of(self, service: Service, word: str) -> int | None:
         assert service.process is not None
@@ -185,6 +184,19 @@ def lost(stage: Stage) -> Counter[str]:
     return found
 
 
+def asked_again(stage: Stage) -> list[dict[str, Any]]:
+    """Frames of a round that a site has had before."""
+    found, seen = [], set()
+    for place in stage.places.values():
+        for line in (place / "site" / "audit.jsonl").read_text().splitlines():
+            entry = json.loads(line) if line.endswith("}") else {}
+            if (entry.get("direction"), entry.get("action"), entry.get("verdict")) == ("in", "train", "passed"):
+                if (at := (entry["round"], entry["client"])) in seen:
+                    found.append(entry)
+                seen.add(at)
+    return found
+
+
 def test_a_run_comes_to_its_end_whatever_is_killed_and_whenever_the_network_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +228,10 @@ def test_a_run_comes_to_its_end_whatever_is_killed_and_whenever_the_network_is_g
     asked = sum(map(len, found))
     begun = [json.loads(line) for line in (stage.run / "audit.jsonl").read_text().splitlines()]
     print(f"\n{ROUNDS} rounds in {seconds:.0f} s, {len(stage.told)} troubles: {'; '.join(stage.told)}")
-    print(f"rounds recorded {len(found)}; the loop began {sum(e['event'] == 'begin' for e in begun)} times")
+    again = {(e["round"], e["client"]) for e in asked_again(stage)}
+    print(
+        f"rounds recorded {len(found)}, of which {len({round for round, _ in again})} were done again; the loop began {sum(e['event'] == 'begin' for e in begun)} times"
+    )
     print(f"the hub ended {stage.hub.ends}, the sites {[service.ends for service in stage.sites.values()]}")
     print(f"of {asked} frames down and as many up, lost: {sum(lost(stage).values())} {dict(lost(stage))}")
     print(f"sha256 {state_of(stage.run)[0]}, of the same cohorts in one process {state_of(tmp_path / 'alone')[0]}")
