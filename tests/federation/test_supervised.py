@@ -229,9 +229,9 @@ def test_a_run_comes_to_its_end_whatever_is_killed_and_whenever_the_network_is_g
     begun = [json.loads(line) for line in (stage.run / "audit.jsonl").read_text().splitlines()]
     print(f"\n{ROUNDS} rounds in {seconds:.0f} s, {len(stage.told)} troubles: {'; '.join(stage.told)}")
     again = {(e["round"], e["client"]) for e in asked_again(stage)}
-    print(
-        f"rounds recorded {len(found)}, of which {len({round for round, _ in again})} were done again; the loop began {sum(e['event'] == 'begin' for e in begun)} times"
-    )
+    anew = len({round for round, _ in again})
+    starts = sum(event["event"] == "begin" for event in begun)
+    print(f"rounds recorded {len(found)}, done again {anew}; the loop began {starts} times")
     print(f"the hub ended {stage.hub.ends}, the sites {[service.ends for service in stage.sites.values()]}")
     print(f"of {asked} frames down and as many up, lost: {sum(lost(stage).values())} {dict(lost(stage))}")
     print(f"sha256 {state_of(stage.run)[0]}, of the same cohorts in one process {state_of(tmp_path / 'alone')[0]}")
