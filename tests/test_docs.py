@@ -22,11 +22,12 @@ from thinwire.cli import app
 ROOT = Path(__file__).parent.parent
 HOWTO = ["choosing", "numbers", "adding", "scores", "run", "compare"]
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("tutorial", "data", "cgfed", "onebit", "results", "federation"))]
-PAGES += [f"docs/howto/{name}.md" for name in HOWTO] + ["CONTRIBUTING.md", "docs/agreement.md", "docs/cluster.md"]
+PAGES += [f"docs/howto/{name}.md" for name in HOWTO]
+PAGES += ["CONTRIBUTING.md", "docs/agreement.md", "docs/cluster.md", "docs/operator.md"]
 SHORT = ["rounds=1", "threads=1", "method.batch_size=1", "data.max_length=128", "eval.rows=2", "eval.max_new_tokens=2"]
 SLOW = ("compare", "server", "client", "local-federation", "chat")  # checked by their own tests
 NEEDS = {f"docs/howto/{name}.md": "docs/tutorial.md" for name in HOWTO[:3]}  # whose files they go on with
-NEEDS |= dict.fromkeys(("CONTRIBUTING.md", "docs/agreement.md"), "docs/tutorial.md")
+NEEDS |= dict.fromkeys(("CONTRIBUTING.md", "docs/agreement.md", "docs/operator.md"), "docs/tutorial.md")
 
 
 @dataclass(frozen=True)

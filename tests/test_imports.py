@@ -33,6 +33,7 @@ FLOORS = (
     {"config"},
     {"assemble"},
     {"api", "compare", "estimate", "federation", "report", "trackers"},
+    {"operations"},
     {"commands"},
     {"cli"},
     {"flower_app", "thinwire"},

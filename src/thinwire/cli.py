@@ -29,8 +29,10 @@ from thinwire.commands.report import report
 from thinwire.commands.run import run
 from thinwire.commands.schema import schema
 from thinwire.commands.server import server
+from thinwire.commands.status import status as status_command
 from thinwire.commands.summary import show
 from thinwire.commands.terminal import echo
+from thinwire.commands.watch import watch
 
 app = typer.Typer(
     name="thinwire",
@@ -64,6 +66,7 @@ for command in (
     merge,
     estimate,
     report,
+    watch,
     show,
     contributions,
     audit,
@@ -74,6 +77,7 @@ for command in (
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command(name="fit-codec")(fit_codec)
+app.command(name="status")(status_command)
 app.add_typer(keys, name="keys")
 
 

@@ -6,7 +6,8 @@
     │   └── NoRowsLeft  none of a set fits
     └── ModelError      the model (model/errors.py)
     RunError            a run cannot go on; commands end with status 1
-    └── Damaged         a file that it has kept is not as it was written
+    ├── Damaged         a file that it has kept is not as it was written
+    └── Paused          it was asked to end, and has after a whole round; commands end with status 75
 
 Bytes from elsewhere have a tree of their own, in wire/errors.py: they cost a client its round, and end nothing.
 """
@@ -36,3 +37,7 @@ class RunError(RuntimeError):
 
 class Damaged(RunError):
     """A file that a run has kept is not as it was written."""
+
+
+class Paused(RunError):
+    """A run was asked to end before its last round, and has after a whole one: it goes on from there."""

@@ -144,3 +144,27 @@ def test_what_the_processes_share_is_read_as_it_was_written(tmp_path: Path) -> N
     hub = Hub("/keys", "0" * 16, ("north", "south"), {"heldout": "/rows"})
     hub.write(tmp_path)
     assert Hub.load(tmp_path) == hub
+
+
+def test_a_run_that_goes_on_is_reported_from_there(tmp_path: Path) -> None:
+    found: list[str] = []
+    lines = [json.dumps(ROUND | {"round": round}) + "\n" for round in (1, 2, 3)]
+    (tmp_path / "rounds.jsonl").write_text("".join(lines[:2]))
+    progress = Progress(tmp_path, 3, found.append)
+    progress.skip()
+    progress.tick()
+    assert found == []
+    (tmp_path / "rounds.jsonl").write_text(lines[0])  # beyond the checkpoint: dropped, and done again
+    progress.tick()
+    for count in (2, 3):
+        (tmp_path / "rounds.jsonl").write_text("".join(lines[:count]))
+        progress.tick()
+    assert [line.partition(":")[0] for line in found] == ["round 2 of 3", "round 3 of 3"]
+
+
+def test_records_can_be_passed_on_as_they_are(tmp_path: Path) -> None:
+    found: list[tuple[str, Any]] = []
+    for name, record in (("rounds.jsonl", ROUND), ("evals.jsonl", SCORES)):
+        (tmp_path / name).write_text(json.dumps(record) + "\n")
+    Progress(tmp_path, 3, pytest.fail, lambda *record: found.append(record)).tick()
+    assert found == [("evals.jsonl", SCORES), ("rounds.jsonl", ROUND)]

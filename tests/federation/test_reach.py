@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import signal
 import socket
 import ssl
 import sys
@@ -139,6 +140,8 @@ def test_a_port_that_speaks_no_tls(sends: bytes, home: Path) -> None:
         greet(f"localhost:{port}", home / "ca.crt")
     assert f"localhost:{port}" in str(wrong.value)
     assert "speaks no TLS" in str(wrong.value) or "cannot be reached" in str(wrong.value)
+    # nothing came: so ends a connection what stands before a hub that is away, and is back later
+    assert isinstance(wrong.value, Away) or sends
 
 
 def test_a_port_at_which_nobody_listens_and_a_name_of_nobody(
@@ -269,6 +272,25 @@ def test_a_node_that_ends_gives_its_reason_in_words(
         keys.make_server([], tmp_path / "other")
         assert "is not of the authority in" in line_of(FLOWER, port, tmp_path / "other" / "ca.crt")
     assert "nothing listens at" in line_of(FLOWER, port, home / "ca.crt")
+
+
+def test_a_node_that_has_given_up_and_stays_is_started_again(home: Path, tmp_path: Path) -> None:
+    """After a handshake that failed Flower's node makes no further try: so where a proxy is there before its hub is."""
+    keys.make_site("north", tmp_path)
+    data = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(3))
+    side = SiteSide(Site("north", str(data), str(tmp_path / "site"), ""), "127.0.0.1:1", tmp_path / "north.key", home)
+    code = "import time; print('ERROR :     SSL/TLS handshake error detected.', flush=True); time.sleep(600)"
+    try:
+        side.children.start("worker", ["sleep", "600"])
+        node = side.children.start("supernode", [sys.executable, "-S", "-c", code])
+        until, line = time.monotonic() + 60, side.tick()
+        while line is None and time.monotonic() < until:
+            time.sleep(0.1)
+            line = side.tick()
+        assert node.poll() == -signal.SIGKILL
+        assert "its node has ended" in str(line)
+    finally:
+        side.stop()
 
 
 def test_a_proxy_that_does_not_stay_up_ends_the_server_with_its_words(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from thinwire.compress.entropy import integers
 from thinwire.core import StaleVersion
 from thinwire.data.batch import Example, collate
 from thinwire.keys import Key, reduced
-from thinwire.methods.fedkseed import Accumulators, FedKSeed, Gains, Steps
+from thinwire.methods.fedkseed import Accumulators, FedKSeed, Steps
 from thinwire.model.net import Net
 from thinwire.perturb.directions import Directions
-from thinwire.perturb.pool import GRID, TILTS, Pool, draws_key, grid_of, seed_probabilities, seed_tilts
+from thinwire.perturb.pool import GRID, TILTS, Pool, draws_key, grid_of, seed_probabilities, seed_tilts, shares_sent
 from thinwire.perturb.probe import Probe
 from thinwire.perturb.scalars import SKIPPED, as_floats, as_sent
 from thinwire.perturb.spsa import move, shrink_of
@@ -375,7 +375,7 @@ def test_pros_statistic_is_the_papers_history_of_amplitudes(net: Net, tmp_path: 
 def test_pro_draws_by_the_probabilities_it_is_sent() -> None:
     p = torch.tensor([0.1, 0.2, 0.0, 0.7])
     method = FedKSeed(seeds=4, pro=True, steps=4000, wire="paper")
-    drawn = picks(method, 5, [0], method._shares(Gains(1, 5, 1e-5, 1.0, torch.zeros(4), p))).ravel()
+    drawn = picks(method, 5, [0], shares_sent(p, method.seeds)).ravel()
     assert np.bincount(drawn, minlength=4) / 4000 == pytest.approx(p.numpy(), abs=0.03)
 
 
@@ -386,14 +386,13 @@ def test_pro_draws_by_the_tilts_it_is_sent() -> None:
     expected = seed_probabilities(amplitudes).numpy()
     assert TILTS / TILTS.sum() == pytest.approx(expected, rel=2e-3)
     method = FedKSeed(seeds=16, pro=True, steps=20_000)
-    shares = method._shares(Gains(1, 5, 1e-5, 1.0, tilts=integers.pack(np.arange(16))))
-    assert shares is not None
+    shares = shares_sent(integers.pack(np.arange(16)), method.seeds)
     drawn = picks(method, 5, [0], shares).ravel()
     assert drawn.dtype == np.int64
     assert np.bincount(drawn, minlength=16) / 20_000 == pytest.approx(expected, abs=0.01)
     for bad in (np.arange(16) + 1, np.arange(16) - 1):
         with pytest.raises(wire.Illegal, match="tilt"):
-            method._shares(Gains(1, 5, 1e-5, 1.0, tilts=integers.pack(bad)))
+            shares_sent(integers.pack(bad), method.seeds)
 
 
 def test_clients_and_rounds_draw_differently(net: Net, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ DRIVER = shutil.which("chromedriver")
 
 
 class Page:
-    """A report in the browser."""
+    """A report in the browser, of a file or at an address."""
 
-    def __init__(self, driver: Any, file: Path) -> None:
+    def __init__(self, driver: Any, file: Path | str) -> None:
         self.driver = driver
-        driver.get(file.resolve().as_uri())
+        driver.get(file.resolve().as_uri() if isinstance(file, Path) else file)
         self.ready(1)
 
     def ready(self, times: int) -> None:

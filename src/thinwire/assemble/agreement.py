@@ -38,6 +38,8 @@ def check_agreement(run: Run, names: Sequence[str]) -> None:
     for name in agreed.table or ():
         if name not in names:
             raise ConfigError(f"{TABLE}.table: no client is called {name!r}{nearest(name, names)}")
+    if agreed.table is not None and run.federation is not None and run.federation.join:
+        raise ConfigError("federation.join: shares by a table are for the sites that it names, and no others")
     lacking = [name for name in names if agreed.table is not None and name not in agreed.table]
     if lacking:
         raise ConfigError(f"{TABLE}.table: no share for {lacking[0]!r}")

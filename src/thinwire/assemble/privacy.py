@@ -50,7 +50,7 @@ class Budget:
         seats = Seats(Key.root(run.seed), run.rounds)
         self.visits = {id: [0] for id in range(clients)}
         for round in range(1, run.rounds + 1):
-            cohort = seats.cohort(run.cohort, clients, round)
+            cohort = seats.cohort(run.cohort, range(clients), round)
             for id, counts in self.visits.items():
                 counts.append(counts[-1] + (id in cohort))
         whom = rows if run.privacy.level == "record" else range(clients)
@@ -117,6 +117,8 @@ def check_privacy(run: Run, names: Sequence[str]) -> None:
     asked = run.privacy
     if asked is None:
         return
+    if run.federation is not None and run.federation.join:
+        raise ConfigError("federation.join: a private run's budget is for the sites that it begins with")
     method, name = run.method, method_name(run.method)
     if method.released(asked.level) is None:
         raise ConfigError(f"privacy.level: {name} cannot be made private of a {asked.level} as it is set here")

@@ -6,13 +6,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from thinwire import __version__
 from thinwire.commands.terminal import echo
 
 if TYPE_CHECKING:
     from thinwire.config import Run
+
+
+GoOn = Annotated[
+    bool, typer.Option("--go-on", help="Begin the run, or go on with it where it has begun: what a supervisor starts.")
+]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from thinwire.commands.terminal import Stopped, echo, interrupt, one_line, settle, show_command
+from thinwire.commands.journal import LogForm, current, journal
+from thinwire.commands.terminal import Metrics, Stopped, echo, leaving, one_line, settle, show_command
 
 RETRY = 2.0  # seconds between two attempts to reach a server
 TICK = 0.5  # seconds between two looks at the processes
@@ -38,18 +38,23 @@ def client(
         bool,
         typer.Option("--confine", help="With bubblewrap: what the server ships sees no rows, and reaches it alone."),
     ] = False,
+    metrics: Metrics = None,
+    log: LogForm = "text",
 ) -> None:
     """Take part in federations with this machine's rows: started once, it serves run after run until it is stopped."""
-    with one_line(), ExitStack() as stack:
+    with journal(log), one_line(), ExitStack() as stack:
         settle()
         from thinwire.errors import ConfigError
         from thinwire.federation.processes import require_flower
         from thinwire.federation.reach import Away, greet, place_of
         from thinwire.federation.sandbox import Sandbox
+        from thinwire.operations.metrics import check_port, exporting
 
         require_flower()
         os.umask(0o077)  # what lies in the site's folder is for its owner
         place_of(server, "--server")
+        if metrics is not None:
+            check_port(metrics)
         for option, path in (("--key", key), ("--ca", ca)):
             if not path.is_file():
                 raise ConfigError(f"{option}: {path} is not a file")
@@ -69,6 +74,7 @@ def client(
         from thinwire.data.source import reader_of
         from thinwire.federation.audit import broken
         from thinwire.federation.policy import Policy
+        from thinwire.federation.progress import Notices
         from thinwire.federation.site import Site
         from thinwire.federation.site_processes import SiteSide
         from thinwire.runtime.folder import locked
@@ -98,10 +104,14 @@ def client(
         stack.enter_context(locked(folder))
         if (wrong := broken(folder / "audit.jsonl")) is not None:
             echo(f"thinwire: {wrong}", err=True)
-        signal.signal(signal.SIGTERM, interrupt)
+        stack.enter_context(exporting(folder, metrics))
+        leave = stack.enter_context(leaving())
+        lines, frames = current(), Notices(folder / "audit.jsonl")
+        if lines is not None:
+            lines.about["site"] = site.name
         side = SiteSide(site, server, key, ca, confine=walls, show=show_command)
         try:
-            while waits:
+            while waits and not leave:
                 time.sleep(RETRY)
                 try:
                     greet(server, ca)
@@ -110,12 +120,16 @@ def client(
                     if str(away) != waits:
                         echo(f"{away}; waiting for it")
                     waits = str(away)
-            side.start()
-            echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
-            while True:
+            if not leave:
+                side.start()
+                echo(f"{site.name}: what it sends is logged in {folder / 'audit.jsonl'}; Ctrl-C ends it")
+            while not (leave and side.idle()):
                 time.sleep(TICK)
+                if lines is not None:
+                    lines.frames(frames.new())
                 if (line := side.tick()) is not None:
                     echo(line)
+            echo(f"{site.name}: ended, as it was asked to; it takes part again with the same command")
         except KeyboardInterrupt:
             raise Stopped(f"{site.name}: stopped; it takes part again with the same command") from None
         finally:

@@ -53,10 +53,27 @@ def register(
     out: Folder = Path("keys"),
     rows: Annotated[int | None, typer.Option(min=1, help="The rows that it has: it may not report more.")] = None,
 ) -> None:
-    """At the server: bind a site's name to its public key."""
+    """At the server: bind a name to its public key. Runs with federation.join ask it from the next round on."""
     with one_line():
         from thinwire.federation import keys
         from thinwire.federation.processes import require_flower
 
         require_flower()
+        if keys.registered(name, out) and rows is None:
+            keys.register(name, public, out)
+            echo(f"{name} is registered already, with this key")
+            return
         echo(f"{name} is whoever holds the other half of {keys.register(name, public, out, rows)}")
+
+
+@app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="The site's name, as the run file has it.")],
+    out: Folder = Path("keys"),
+) -> None:
+    """At the server: have a site belong to no run any more, from the next round on. Its number is never another's."""
+    with one_line():
+        from thinwire.federation import keys
+
+        keys.remove(name, out)
+        echo(f"{name} takes part in no round from the next one on; thinwire keys register takes it in again")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from thinwire.commands.claim import claimed, record
-from thinwire.commands.terminal import Overrides, Stopped, echo, one_line, settle
+from thinwire.commands.terminal import AGAIN, Overrides, Stopped, echo, leaving, one_line, settle
 
 
 def local_federation(
@@ -47,9 +47,15 @@ def local_federation(
         record(folder, settings)
         local = Local(folder / "federation", named(settings, rows.clients), echo)
         progress, killed = Progress(folder, settings.rounds, echo), False
+        progress.skip()
+
+        leave, leaves = stack.enter_context(leaving()), False
 
         def watch() -> None:
-            nonlocal killed
+            nonlocal killed, leaves
+            if leave and not leaves:
+                leaves = True
+                local.server.leave(folder)
             progress.tick()
             if kill_a_client and not killed and rounds_of(folder) >= 1:
                 killed = True
@@ -64,9 +70,9 @@ def local_federation(
             local.follow(folder, settings, rows.splits, watch)
             progress.tick()
         except KeyboardInterrupt:
-            raise Stopped(f"stopped; {again}") from None
+            raise Stopped(f"stopped; {again}", AGAIN if leave else 1) from None
         except Ended as error:
-            raise Stopped(f"{error}; {again}") from None
+            raise Stopped(f"{error}; {again}", AGAIN if error.again else 1) from None
         finally:
             local.stop()
         print_summary(folder)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from thinwire.commands.claim import claimed, record
-from thinwire.commands.terminal import Overrides, Stopped, echo, interrupt, one_line, settle, show_command
+from thinwire.commands.claim import GoOn, claimed, record
+from thinwire.commands.journal import LogForm, current, journal
+from thinwire.commands.terminal import AGAIN, Metrics, Overrides, Stopped, echo, leaving, one_line, settle, show_command
+
+PORT = 60.0  # seconds that a port has to come free where a process that was killed held it
 
 RISK = (
     "with --expose-control-api every machine that reaches this port, and holds the CA file that all sites hold, can "
@@ -34,13 +36,17 @@ def server(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    go_on: GoOn = False,
+    metrics: Metrics = None,
+    log: LogForm = "text",
 ) -> None:
     """Run a run file with sites on other machines: the hub on loopback, and a proxy that lets sites through to it."""
-    with one_line(), ExitStack() as stack:
+    with journal(log), one_line(), ExitStack() as stack:
         settle()
         from thinwire.errors import ConfigError
         from thinwire.federation.processes import require_flower
         from thinwire.federation.reach import listening, place_of
+        from thinwire.operations.metrics import check_port, exporting
 
         require_flower()
         os.umask(0o077)  # what lies below the run's folder is for its owner
@@ -48,10 +54,12 @@ def server(
         if own_proxy and expose:
             raise ConfigError("--own-proxy, --expose-control-api: one of them")
         if not own_proxy:
-            listening(host, port, "--listen")
+            listening(host, port, "--listen", PORT if go_on else 0.0)
+        if metrics is not None:
+            check_port(metrics)
         # what follows takes its time to import
         from thinwire import config
-        from thinwire.assemble import check_clients
+        from thinwire.assemble import check_clients, identity
         from thinwire.assemble.agreement import check_agreement
         from thinwire.assemble.choice import check_choice
         from thinwire.assemble.privacy import check_privacy
@@ -68,16 +76,18 @@ def server(
         check_privacy(settings, sites)
         check_choice(settings, list(_splits(settings)))
         folder = out if out is not None else Path("runs") / settings.name
+        resume = resume or (go_on and (folder / "run.toml").exists())
         if stack.enter_context(claimed(folder, settings, resume)):
             return
         splits = {name: str(Path(path).resolve()) for name, path in _splits(settings).items()}
         home = folder.resolve() / "federation"
+        join = settings.federation is not None and settings.federation.join
         if expose:
-            side = ServerSide(home, keys, sites, host=host, port=port, show=show_command)
+            side = ServerSide(home, keys, sites, join=join, host=host, port=port, show=show_command)
             start = None
             echo(f"thinwire: {RISK}", err=True)
         else:
-            side = ServerSide(home, keys, sites, port=hub_port, show=show_command)
+            side = ServerSide(home, keys, sites, join=join, port=hub_port, show=show_command)
             start = None if own_proxy else proxy.command(home / "proxy")
             if start is None and not own_proxy:
                 raise config.ConfigError(
@@ -86,18 +96,28 @@ def server(
                 )
             proxy.check(home, keys)
             if hub_port is not None:
-                listening("127.0.0.1", hub_port, "--hub-port")
+                listening("127.0.0.1", hub_port, "--hub-port", PORT if go_on else 0.0)
         record(folder, settings)
         if not expose:
             files = proxy.write(home / "proxy", keys, host, port, side.port)
             if own_proxy:
                 echo(f"your proxy is to do what is in {files['nginx']} or {files['caddy']}; the hub is {side.port}")
         front = proxy.Front(side.children, start) if start is not None else None
-        progress = Progress(folder, settings.rounds, echo)
-        signal.signal(signal.SIGTERM, interrupt)
+        lines = current()
+        if lines is not None:
+            lines.about |= {"run": f"{identity(settings):08x}", "name": settings.name}
+        progress = Progress(folder, settings.rounds, echo, None if lines is None else lines.record)
+        progress.skip()
+        stack.enter_context(exporting(folder, metrics))
+        leave, leaves = stack.enter_context(leaving()), False
         again = f"go on with: {shlex.join(['thinwire', 'server', str(file), '--out', str(folder), '--resume'])}"
 
         def tick() -> None:
+            nonlocal leaves
+            if leave and not leaves:
+                leaves = True
+                side.leave(folder)
+                echo("asked to end: the run ends after this round, with a checkpoint; asked once more it ends now")
             if front is not None and (line := front.tick()) is not None:
                 echo(line)
             progress.tick()
@@ -112,9 +132,9 @@ def server(
             side.follow(folder, tick)
             progress.tick()
         except KeyboardInterrupt:
-            raise Stopped(f"stopped; {again}") from None
+            raise Stopped(f"stopped; {again}", AGAIN if leave else 1) from None
         except Ended as error:
-            raise Stopped(f"{error}; {again}") from None
+            raise Stopped(f"{error}; {again}", AGAIN if error.again else 1) from None
         finally:
             side.stop()
         print_summary(folder)

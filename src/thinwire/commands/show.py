@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from thinwire import config
+from thinwire.commands.journal import Journal, current
 from thinwire.commands.screen import Screen
 from thinwire.config import Run, method_name
 from thinwire.privacy.released import in_words
@@ -120,10 +121,33 @@ class Live(Watch):
         self.scored = f"{record['split']} {better} {_points(record[better])}"
 
 
+class Lines(Watch):
+    """A line of JSON for each thing that happens: see Journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def round_begins(self, round: int, rounds: int, cohort: Sequence[int]) -> None:
+        """See Watch."""
+        self.journal.about["round"] = round
+
+    def round_ends(self, record: Record, left: float) -> None:
+        """See Watch."""
+        self.journal.round_ends(record)
+
+    def evaluated(self, record: Record) -> None:
+        """See Watch."""
+        self.journal.evaluated(record)
+
+
 def print_summary(folder: Path, note: str | None = None) -> None:
     """The table that a run ends with, a few held-out rows before and after, and a note if there is one."""
-    console = Screen()
     summary = json.loads((folder / "summary.json").read_text())
+    if (journal := current()) is not None:
+        totals = {name: summary[name] for name in ("rounds", "bytes_down", "bytes_up", "seconds", "sha256")}
+        journal.add("ended", f"the run has ended; its folder is {folder}", **totals, why=summary.get("ended"))
+        return
+    console = Screen()
     rounds = read_records(folder / "rounds.jsonl")
     last = {row["split"]: row for row in summary["final"]}  # sites that were absent have no row
     evals = [(row, last[row["split"]]) for row in summary["first"] if row["split"] in last]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
+from thinwire.commands.journal import current
 from thinwire.data.shown import printable, printable_json
 from thinwire.errors import RunError, UserError
 from thinwire.records import finite
@@ -18,13 +21,28 @@ from thinwire.records import finite
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the run file to set.")]
 
 
+AGAIN = 75  # the exit status of what may well go on when it is started again: sysexits' EX_TEMPFAIL
+
+Metrics = Annotated[
+    int | None,
+    typer.Option(min=1, max=65535, metavar="PORT", help="Serve what Prometheus reads at 127.0.0.1:PORT/metrics."),
+]
+
+
 class Stopped(Exception):
-    """The run did not end; the message has the reason, and how to go on."""
+    """The run did not end; the message has the reason, and how to go on. `status`: the command's; see AGAIN."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def echo(text: str = "", err: bool = False) -> None:
     """Print a line; control characters in it, which may be others', are escaped."""
-    typer.echo(printable(text), err=err)
+    if (journal := current()) is not None:
+        journal.add("note", text, "warning" if err else "info")
+    else:
+        typer.echo(printable(text), err=err)
 
 
 def echo_json(value: Any, ascii: bool = True) -> None:
@@ -43,12 +61,12 @@ class Notes(logging.Handler):
         """See logging.Handler."""
         if record.exc_info is None and (text := record.getMessage()) not in self._seen:
             self._seen.add(text)
-            _complain(text)
+            _complain(text, "warning")
 
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn what the user can mend into one line on stderr and exit status 2, a known stop into 1.
+    """Turn what the user can mend into one line on stderr and exit status 2, a known stop into 1 or AGAIN.
 
     Warnings of the package are lines on stderr too.
     """
@@ -69,7 +87,7 @@ def _ends() -> Iterator[None]:
         yield
     except Stopped as stop:
         _complain(str(stop))
-        raise typer.Exit(1) from None
+        raise typer.Exit(stop.status) from None
     except RunError as error:
         _complain(str(error))
         raise typer.Exit(1) from None
@@ -86,7 +104,10 @@ def _ends() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _complain(text: str) -> None:
+def _complain(text: str, level: str = "error") -> None:
+    if (journal := current()) is not None:
+        journal.add("note" if level == "warning" else "stopped", text.replace("\n", " "), level)
+        return
     echo(f"thinwire: {text}".replace("\n", " "), err=True)
 
 
@@ -102,9 +123,30 @@ def show_command(command: Sequence[str]) -> None:
     echo(f"$ {shlex.join(command)}")
 
 
-def interrupt(*_: Any) -> None:
-    """A handler of signals that does as Ctrl-C does."""
-    raise KeyboardInterrupt
+class Leave:
+    """Whether this process was asked to end by SIGTERM, which what it is at may come to an end before; see leaving."""
+
+    asked = False
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """The handler: the second signal does as Ctrl-C does."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def leaving() -> Iterator[Leave]:
+    """Take SIGTERM for the wish to end at a whole round, and a second one for the wish to end now."""
+    leave = Leave()
+    before = signal.signal(signal.SIGTERM, leave.take)
+    try:
+        yield leave
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def settle() -> None:

@@ -17,6 +17,7 @@ class Federation(Section):
     `quorum` ends the run, which can go on later. A site that is not connected is waited for at most `patience` seconds.
     Frames beyond `chunk_bytes` travel in pieces. With `evaluate` each site scores the weights on its held-out rows
     too; in one process each client does, on its own rows.
+    With `join` a site that is registered at the hub while the run goes on takes part from the next round on.
     `max_examples`: that a site may claim, and so count in a mean, where it was not registered with a number of its own.
     Without `model` the server has no weights in memory, where the method can do without: it scores nothing itself, and
     the run ends with model.thin, which a machine that can hold the model makes one of. `weights`: who counts how much,
@@ -31,6 +32,7 @@ class Federation(Section):
     patience: NonNegativeFloat = 120.0
     chunk_bytes: int = Field(3 << 24, ge=1 << 10, le=1 << 30)
     evaluate: bool = False
+    join: bool = False
     max_examples: PositiveInt | None = None
     model: bool = True
     weights: Agreement | None = None

@@ -15,6 +15,6 @@ def printable(text: str) -> str:
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def printable_json(value: Any, ascii: bool = True) -> str:
+def printable_json(value: Any, ascii: bool = True, indent: int | None = 2) -> str:
     """The value as JSON for people, indented, in ASCII or not; control characters are JSON's own escapes."""
-    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, indent=2, ensure_ascii=ascii))
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, indent=indent, ensure_ascii=ascii))

@@ -43,6 +43,7 @@ class Question(BaseModel):
     tokenizer: Hex | None = None
     prompt: Hex | None = None
     format: Hex | None = None
+    site: Site | None = None  # whose client the frame is for
 
     @classmethod
     def of(cls, table: Table) -> Question:

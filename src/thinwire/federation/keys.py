@@ -7,10 +7,11 @@ import datetime
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from thinwire import files
 from thinwire.config import ConfigError
 from thinwire.runtime.audit import Signer
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+PUBLIC = "sites"  # the folder of the sites' public keys, NAME.pub each
 DAYS = 825  # how long a certificate is good for
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -168,27 +170,64 @@ def register(name: str, public: str | Path, folder: Path, rows: int | None = Non
             line = Path(public).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{public}: is neither a public key nor a file of one ({error})") from None
-    target = folder / "sites" / f"{name}.pub"
+    target = folder / PUBLIC / f"{name}.pub"
     pem = _public(line.encode(), str(public))
-    for other in sorted((folder / "sites").glob("*.pub")):
+    for other in sorted((folder / PUBLIC).glob("*.pub")):
         if other != target and public_bytes(other) == pem:
             raise ConfigError(f"{public}: this key is already that of {other.stem}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and public_bytes(target) != pem:
-        raise ConfigError(f"{target}: {name} has another key already; remove the file to replace it")
-    target.write_text(line.strip() + "\n", encoding="utf-8")
+        raise ConfigError(f"{target}: {name} has another key already; to replace it: thinwire keys remove {name}")
     if rows is not None:
-        target.with_name(f"{name}.rows").write_text(f"{rows}\n", encoding="utf-8")
+        files.write(target.with_name(f"{name}.rows"), f"{rows}\n")
+    if not target.exists():  # a run that goes on may look at any moment
+        files.write(target, line.strip() + "\n")
+    removed_file(folder, name).unlink(missing_ok=True)
     return target
+
+
+def registered(name: str, folder: Path) -> bool:
+    """Whether a site of that name is."""
+    _name(name)
+    return (folder / PUBLIC / f"{name}.pub").exists()
+
+
+def remove(name: str, folder: Path) -> None:
+    """Have a site belong to no run any more, from each run's next round on; ConfigError for one that is not here."""
+    _name(name)
+    target = folder / PUBLIC / f"{name}.pub"
+    if not target.exists():
+        raise ConfigError(f"{target}: missing; there is no site {name} to remove")
+    target.replace(removed_file(folder, name))
+    files.flush(target.parent)
+
+
+def removed_file(folder: Path, name: str) -> Path:
+    """What is left of a site that was removed: its last key, by which nobody is admitted."""
+    return folder / PUBLIC / f"{name}.removed"
 
 
 def caps_of(folder: Path, sites: Sequence[str]) -> dict[int, int]:
     """Client -> the rows that its site was registered with, of those that were registered with a number."""
-    files = {client: folder / "sites" / f"{name}.rows" for client, name in enumerate(sites)}
+    files = {client: folder / PUBLIC / f"{name}.rows" for client, name in enumerate(sites)}
     try:
         return {client: int(file.read_text()) for client, file in files.items() if file.exists()}
     except ValueError as error:
         raise ConfigError(f"{folder / 'sites'}: a file of rows that holds no number ({error})") from None
+
+
+def public_keys(folder: Path, report: Callable[[str], None] = lambda line: None) -> dict[str, bytes]:
+    """Name -> the site's public key as Flower writes it, of the files NAME.pub, in the order of their registration.
+
+    A file that holds no key is reported, and left out.
+    """
+    found = {}
+    for path in sorted((folder / PUBLIC).glob("*.pub"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+        try:
+            found[path.stem] = public_bytes(path)
+        except ConfigError as wrong:
+            report(f"{wrong}; {path.stem} does not take part")
+    return found
 
 
 def public_bytes(path: Path) -> bytes:

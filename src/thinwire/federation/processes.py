@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -118,6 +118,11 @@ class Children:
             log.seek(self.began.get(name, 0))
             return last_error(log.read().decode(errors="replace"))
 
+    def kill(self, name: str) -> None:
+        """End a process, and what it has started, at once."""
+        _signal(self.running[name], signal.SIGKILL)
+        self.running[name].wait()
+
     def terminate(self) -> None:
         """Ask all to end, the last one first."""
         for process in reversed(self.running.values()):
@@ -183,6 +188,19 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def below(pid: int) -> Iterator[tuple[int, str]]:
+    """The processes that a process has started, and theirs: number and command; none where there is no /proc."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if parent == pid:
+            yield int(entry.name), command
+            yield from below(int(entry.name))
 
 
 def wait_healthy(process: subprocess.Popen[bytes], port: int, ca: Path) -> str | None:

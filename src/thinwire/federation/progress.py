@@ -13,13 +13,26 @@ LONGEST = 4000  # characters of a line
 
 
 class Progress:
-    """Reports each round and evaluation of a folder once, as they come."""
+    """Reports each round and evaluation of a folder once, as they come, in a line; or `record` is given both."""
 
-    def __init__(self, folder: Path, rounds: int, report: Callable[[str], None]) -> None:
-        self.folder, self.rounds, self.report = folder, rounds, report
+    def __init__(
+        self,
+        folder: Path,
+        rounds: int,
+        report: Callable[[str], None],
+        record: Callable[[str, Record], None] | None = None,
+    ) -> None:
+        self.folder, self.rounds, self.report, self.record = folder, rounds, report, record
         self.sizes = {"evals.jsonl": 0, "rounds.jsonl": 0}
         self.counts = dict.fromkeys(self.sizes, 0)
         self.notices = Notices(notices_of(folder))
+
+    def skip(self) -> None:
+        """Take what is there for reported: a run that goes on."""
+        for name in self.sizes:
+            path = self.folder / name
+            self.sizes[name] = path.stat().st_size if path.exists() else 0
+            self.counts[name] = sum(line.endswith(b"\n") for line, _ in lines(path))
 
     def tick(self) -> None:
         """Report what is new; a record that is not as the loop writes it costs a line, whatever it holds."""
@@ -31,7 +44,11 @@ class Progress:
             if size == self.sizes[name]:
                 continue
             found = [record for line, record in lines(path) if line.endswith(b"\n")]  # one without is being written
+            self.counts[name] = min(self.counts[name], len(found))  # rounds that are done again are new
             for number, record in enumerate(found[self.counts[name] :], self.counts[name] + 1):
+                if self.record is not None and isinstance(record, dict):
+                    self.record(name, record)
+                    continue
                 try:
                     text = line_of(record) if isinstance(record, dict) else f"{path}: record {number} is {record}"
                 except (LookupError, TypeError, ValueError, ArithmeticError):

@@ -20,13 +20,16 @@ class Refusal(NoQuorum):
     """Fewer sites than the quorum can take part; the message has the reason of each that cannot."""
 
 
-def join(transport: Flower, run: int, clients: int, names: Sequence[str], quorum: int) -> dict[str, str]:
-    """Ask each site to get ready, which loads its model; returns why the others are absent, by name.
+def join(
+    transport: Flower, run: int, clients: int | Sequence[int], names: Sequence[str], quorum: int
+) -> dict[str, str]:
+    """Ask each of so many sites, or of these, to get ready: it loads its model. Returns why others are absent, by name.
 
     A site whose node is away or fails is asked again for as long as a round would wait for it. Refusal where fewer
     than `quorum` are ready.
     """
-    absent = dict.fromkeys(range(clients), "not connected")
+    all_of = range(clients) if isinstance(clients, int) else clients
+    absent = dict.fromkeys(all_of, "not connected")
     asked, until = list(absent), time.monotonic() + transport.patience
     while asked:
         hello = [(client, wire.encode(Hello(), run=run, client=client)) for client in asked]
@@ -40,9 +43,9 @@ def join(transport: Flower, run: int, clients: int, names: Sequence[str], quorum
         if asked:
             time.sleep(PAUSE)
     reasons = {names[client]: reason for client, reason in absent.items()}
-    if clients - len(absent) < min(quorum, clients):
+    if len(all_of) - len(absent) < min(quorum, len(all_of)):
         why = "".join(f"; {name}: {reason}" for name, reason in reasons.items())
-        raise Refusal(f"{clients - len(absent)} of {clients} sites have joined, {quorum} must{why}")
+        raise Refusal(f"{len(all_of) - len(absent)} of {len(all_of)} sites have joined, {quorum} must{why}")
     return reasons
 
 

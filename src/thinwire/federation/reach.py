@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+import time
 from pathlib import Path
 
 from thinwire.errors import ConfigError
 
 SECONDS = 4.0  # that a server has to answer
+PAUSE = 0.5  # seconds between two attempts to listen
 EXPIRED, EARLY, HOSTNAME, ADDRESS = 10, 9, 62, 64  # OpenSSL's numbers for what is wrong with a certificate
 
 
@@ -47,6 +49,8 @@ def greet(server: str, ca: Path) -> None:
         raise ConfigError(
             f"--ca: the certificate of {server} is not of the authority in {ca} ({error.verify_message})"
         ) from None
+    except ssl.SSLEOFError:  # what stands before a hub that is away takes connections, and ends them
+        raise Away(f"{server} cannot be reached (it ended the connection)") from None
     except ssl.SSLError as error:
         raise ConfigError(f"--server: {server} speaks no TLS that this machine knows ({error.reason})") from None
     except socket.gaierror as error:
@@ -61,8 +65,19 @@ def greet(server: str, ca: Path) -> None:
         raise Away(f"{server} cannot be reached ({error.strerror or error})") from None
 
 
-def listening(host: str, port: int, option: str) -> None:
-    """ConfigError where a process of this machine could not listen there."""
+def listening(host: str, port: int, option: str, seconds: float = 0.0) -> None:
+    """ConfigError where a process of this machine could not listen there, also not so many seconds later."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return _listening(host, port, option)
+        except ConfigError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(PAUSE)
+
+
+def _listening(host: str, port: int, option: str) -> None:
     wanted = f"{option}: {host}:{port}"
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -17,8 +17,6 @@ from thinwire.records import read_json
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-PUBLIC = "sites"  # the folder of the sites' public keys, NAME.pub each
-
 
 @dataclass(frozen=True)
 class Hub:
@@ -45,11 +43,15 @@ class Hub:
 
 @dataclass(frozen=True)
 class Status:
-    """Where the server's process stands: `state` is running, done or stopped; `error`: why, in one line."""
+    """Where the server's process stands: `state` is running, done or stopped; `error`: why, in one line.
+
+    `again`: whether it may well go on when it is started again.
+    """
 
     pid: int
     state: str
     error: str | None = None
+    again: bool = False
 
     def write(self, folder: Path) -> None:
         """Write it to status.json of the run's folder `federation`."""
@@ -64,6 +66,7 @@ class Status:
 
 def serve(grid: Grid, folder: Path) -> None:
     """Run the rounds that are left. What ends it stands in status.json, and the process then fails for Flower too."""
+    from thinwire.errors import Paused
     from thinwire.federation.processes import end_with_parent
     from thinwire.federation.transport import NoQuorum
 
@@ -72,7 +75,10 @@ def serve(grid: Grid, folder: Path) -> None:
     try:
         _train(grid, folder)
     except NoQuorum as few:
-        Status(os.getpid(), "stopped", f"too few sites: {few}").write(folder)
+        Status(os.getpid(), "stopped", f"too few sites: {few}", again=True).write(folder)
+        raise
+    except Paused as asked:
+        Status(os.getpid(), "stopped", str(asked), again=True).write(folder)
         raise
     except Exception as error:
         traceback.print_exc()
@@ -88,9 +94,11 @@ def _train(grid: Grid, folder: Path) -> None:
     from thinwire.assemble.privacy import budget_of
     from thinwire.data.source import read_file
     from thinwire.federation.fingerprint import fingerprints
-    from thinwire.federation.keys import caps_of, signer_of
+    from thinwire.federation.keys import signer_of
+    from thinwire.federation.members import Members
     from thinwire.federation.progress import Notices, notices_of
     from thinwire.federation.questions import join
+    from thinwire.federation.seen import Seen
     from thinwire.federation.transport import Flower
     from thinwire.runtime import checkpoint
     from thinwire.runtime.course import Watch, train
@@ -103,11 +111,23 @@ def _train(grid: Grid, folder: Path) -> None:
     job = start.job(folder, Watch())
     if not federation.model:
         job = replace(job, carry=partial(thin.carry, run, start.net))
-    keys = public_keys(Path(hub.keys))
-    spool = folder / "spool"
+    notices = Notices(notices_of(folder))
+    members = Members(folder, hub.sites, Path(hub.keys), federation.join, federation.max_examples, notices.add)
+    spool, seen = folder / "spool", Seen(folder, members.names)
+
+    def nodes() -> dict[int, int]:
+        found = nodes_of(grid, tuple(members.names), members.public)
+        seen.connected(found)
+        return found
+
+    def belonging(round: int) -> tuple[int, ...]:
+        there = members.now(round)
+        seen.members(there)
+        return there
+
     transport = Flower(
         grid,
-        lambda: nodes_of(grid, hub.sites, keys),
+        nodes,
         spool,
         fingerprints(run, start.net),
         deadline=federation.deadline,
@@ -117,18 +137,27 @@ def _train(grid: Grid, folder: Path) -> None:
         max_bytes=job.max_bytes,
         counted=counted(folder),
         late=bool(job.late),
+        names=members.names,
     )
-    began = bool(checkpoint.rounds(folder / "state"))  # then its rounds ask for a quorum, and joining is no condition
-    notices = Notices(notices_of(folder))
-    for name, why in join(transport, job.run, len(hub.sites), hub.sites, 0 if began else federation.quorum).items():
+    done = max(checkpoint.rounds(folder / "state"), default=None)
+    there = belonging(1 if done is None else done + 1)
+    # a run that goes on has rounds that ask for a quorum, and joining is no condition
+    quorum = federation.quorum if done is None else 0
+    for name, why in join(transport, job.run, there, members.names, quorum).items():
         notices.add(f"{name} has not joined: {why}")
-    keep = 8 + run.method.versions_each * len(hub.sites)
-    most = federation.max_examples
-    caps = {id: most for id in range(len(hub.sites)) if most is not None} | caps_of(Path(hub.keys), hub.sites)
+    keep = 8 + run.method.versions_each * len(members.names)
     signer = signer_of(Path(hub.keys)) if job.audit else None
-    budget = budget_of(run, {}, len(hub.sites))
-    job = replace(job, names=list(hub.sites), transport=transport, signer=signer, budget=budget)
-    train(replace(job, keep_versions=keep, caps=caps))
+    budget = budget_of(run, {}, len(members.names))
+    job = replace(job, names=members.names, transport=transport, signer=signer, budget=budget)
+    job.members = belonging if budget is None else None  # a budget counts with those who are there from the start
+    job.leave = leave_file(folder).exists
+    job.seen = lambda _, client, __: seen.answered(client)
+    train(replace(job, keep_versions=keep, caps=members.caps))
+
+
+def leave_file(folder: Path) -> Path:
+    """The file whose being there asks the server's loop to end after the round that it is at."""
+    return folder / "federation" / "leave"
 
 
 def counted(folder: Path) -> dict[int, int]:
@@ -140,13 +169,6 @@ def counted(folder: Path) -> dict[int, int]:
     records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]
     came = ((record["round"], visit) for record in records for visit in visits(record) if visit.get("bytes_up"))
     return {visit["id"]: round - visit.get("late", 0) for round, visit in came}
-
-
-def public_keys(folder: Path) -> dict[str, bytes]:
-    """Name -> the site's public key as Flower writes it, of the files NAME.pub that were registered."""
-    from thinwire.federation.keys import public_bytes
-
-    return {path.stem: public_bytes(path) for path in sorted((folder / PUBLIC).glob("*.pub"))}
 
 
 def nodes_of(grid: Any, sites: tuple[str, ...], keys: Mapping[str, bytes]) -> dict[int, int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from thinwire.errors import ConfigError
 from thinwire.federation import channel, sandbox
 from thinwire.federation.outlet import Outlet
-from thinwire.federation.processes import BIN, LEAN, Children, free_port
+from thinwire.federation.processes import BIN, LEAN, Children, below, free_port
 from thinwire.federation.progress import Notices
 from thinwire.federation.reach import Away, greet, place_of
 from thinwire.federation.sandbox import Sandbox
@@ -29,6 +29,9 @@ KNOWN = {  # what Flower prints, and what it means here
     "[code: 2004]": "the server does not take this site's key: it is not registered there (thinwire keys register), "
     "or another node is connected with it, or was a minute ago",
 }
+GIVEN_UP = "SSL/TLS handshake error detected"  # what the node prints then, and stays there without a further try
+TASK = "flwr-clientapp"  # the process that Flower starts for a message
+QUIET = 4.0  # seconds without one after which the node has passed on what it was given; it asks for more each 3
 STEADY = 120.0  # seconds after which a node that dies is a new trouble and not the old one
 LATE = (-signal.SIGALRM, 128 + signal.SIGALRM)  # how a worker ends that was at work for too long, and its sandbox
 
@@ -62,9 +65,11 @@ class SiteSide:
         if confine is not None:
             self.children.environment = sandbox.environment(self.children.environment)
             self.children.home.mkdir(exist_ok=True)
+        self.printed = Notices(self.children.logs / "supernode.log")
         self.site.write(self.folder / "site.json")
         self.port = free_port()
         self.wait, self.began, self.again = FIRST, 0.0, 0.0
+        self.busy = 0.0  # when it was first asked for, or a task of Flower's was last seen at work
 
     def start(self) -> None:
         """Start the worker, which takes a while to get ready, and the node."""
@@ -83,6 +88,8 @@ class SiteSide:
             self.lines.append(f"{self.site.name}: its worker {why}, and is started again")
         if self.lines:
             return self.lines.popleft()
+        if any(GIVEN_UP in line for line in self.printed.new()):
+            self.children.kill("supernode")
         if self.children.running["supernode"].poll() is None:
             return None
         now = time.monotonic()
@@ -93,6 +100,15 @@ class SiteSide:
         if now >= self.again:
             self._node()
         return None
+
+    def idle(self) -> bool:
+        """Whether no task of Flower's was at work for a moment: the last answer has left, and no frame has come."""
+        node = self.children.running.get("supernode")
+        if node is None:
+            return True
+        if not self.busy or any(TASK in command for _, command in below(node.pid)):
+            self.busy = time.monotonic()
+        return time.monotonic() - self.busy > QUIET
 
     def stop(self) -> None:
         """End both."""
@@ -133,6 +149,7 @@ class SiteSide:
             *("--port", str(self.port)),
         ]
         self.began, self.again = time.monotonic(), 0.0
+        self.printed = Notices(self.children.logs / "supernode.log")
         if self.confine is None:
             self.show(command)
             self.children.start("supernode", command, **LEAN)

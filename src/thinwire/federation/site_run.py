@@ -143,6 +143,7 @@ class Visits:
         self.folder, self.spool = folder / "runs" / found.folder, folder / "spool"
         self.key = Key.root(run.seed)
         self.replies, self.kept = Replies(self.folder / "replies"), Kept(self.folder)
+        self.joined: int | None = None  # which client this site is, where it has joined the run since it began
         self.fingerprints: dict[str, str] = {}
         self.data: Dataset | None = None
         self.budget: Budget | None = None
@@ -150,9 +151,22 @@ class Visits:
     @property
     def id(self) -> int:
         """The client that this site is; Refused where the run has none of its name."""
+        if self.joined is not None:
+            return self.joined
         if self.site.name not in self.sites:
             raise Refused(f"{self.site.name} is not one of the run's sites: {', '.join(self.sites)}"[:200])
         return self.sites.index(self.site.name)
+
+    def seat(self, name: str | None, client: int) -> None:
+        """Take the seat of a site that the run's file does not name: it has joined since, as the server says.
+
+        A client's number is one site's, and stays it: what is private to it, and what its batches are drawn by.
+        """
+        if self.site.name in self.sites or name is None or self.joined is not None:
+            return
+        if name != self.site.name or client < len(self.sites):
+            raise Refused(f"client {client} of the run, {name}, is not {self.site.name}")
+        self.joined = client
 
     def expect(self, header: Header, action: str, again: bool) -> None:
         """Illegal for a frame of another run, for another site, or of a round that this site will not answer.

@@ -7,33 +7,42 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import tomli_w
 
 from thinwire import files
 from thinwire.config import ConfigError, Run, method_name
-from thinwire.federation.keys import check_server, public_bytes
+from thinwire.errors import Damaged
+from thinwire.federation.keys import PUBLIC, check_server, public_bytes, removed_file
 from thinwire.federation.processes import BIN, LEAN, Children, alive, free_port, wait_healthy
-from thinwire.federation.server_app import PUBLIC, Hub, Status
+from thinwire.federation.server_app import Hub, Status, leave_file
 from thinwire.federation.site_run import run_settings
 from thinwire.records import read_json, read_records
 
 APP = Path(__file__).parent.parent / "flower_app"
 CONNECTION = "hub"
+LOOK = 2.0  # seconds between two looks at keys that could not be registered
 TICK = 0.25  # seconds between two looks at the processes
 BEGIN = 300.0  # seconds that Flower has to start the server's process
+OLD = 20.0  # seconds that the loop of a command that was killed has to end
 TRIES = 5  # Flower runs in a row that die within the same round
 
 
 class Ended(RuntimeError):
-    """The run did not come to its end; the message is the reason."""
+    """The run did not come to its end; the message is the reason. `again`: it may well go on when started again."""
+
+    def __init__(self, message: str, again: bool = False) -> None:
+        super().__init__(message)
+        self.again = again
 
 
 class ServerSide:
     """Flower's processes at the server, with their files in `home`; they serve one run after another.
 
-    `keys`: the folder that `thinwire keys` fills. `show` is given each Flower command that is run.
+    `keys`: the folder that `thinwire keys` fills; with `join` all who are registered there may connect. `show` is given
+    each Flower command that is run.
     """
 
     def __init__(
@@ -42,15 +51,18 @@ class ServerSide:
         keys: Path,
         sites: Sequence[str],
         *,
+        join: bool = False,
         host: str = "127.0.0.1",
         port: int | None = None,
         show: Callable[[Sequence[str]], None] = lambda command: None,
     ) -> None:
         self.home, self.keys, self.sites = home.resolve(), keys.resolve(), tuple(sites)
+        self.join, self.looked = join, (0, 0.0)  # when the sites' keys were last seen to change, and were looked at
         self.host, self.port, self.show = host, port or free_port(), show
-        for name in (f"{PUBLIC}/{site}.pub" for site in self.sites):
-            if not (self.keys / name).is_file():
-                raise ConfigError(f"{self.keys / name}: missing; a site's key is registered by: thinwire keys register")
+        for site in self.sites:
+            path = self.keys / PUBLIC / f"{site}.pub"
+            if not path.is_file() and not removed_file(self.keys, site).exists():
+                raise ConfigError(f"{path}: missing; a site's key is registered by: thinwire keys register")
         if not (self.keys / "server.crt").is_file():
             raise ConfigError(f"{self.keys}: holds no certificate; make one with: thinwire keys server --host NAME")
         check_server(self.keys)
@@ -63,6 +75,7 @@ class ServerSide:
         known = (place / "hub.json").exists()
         session = Hub.load(folder).session if known else secrets.token_hex(8)
         Hub(str(self.keys), session, self.sites, splits).write(folder)
+        leave_file(folder).unlink(missing_ok=True)
         (place / "app").mkdir(exist_ok=True)
         for file in (file for file in APP.iterdir() if file.is_file()):
             shutil.copyfile(file, place / "app" / file.name)
@@ -83,18 +96,18 @@ class ServerSide:
         (flwr / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
         self._superlink()
         self._superexec()
-        known = self.home / "registered.json"
-        registered = read_json(dict[str, str], known) if known.exists() else {}
-        for site in self.sites:
-            key = self.keys / PUBLIC / f"{site}.pub"
-            if registered.get(site) != public_bytes(key).decode():
-                self._flwr("supernode", "register", key, CONNECTION, "--name", site)
-                registered[site] = public_bytes(key).decode()
-                files.write(known, json.dumps(registered))
+        self._register()
+
+    def leave(self, folder: Path) -> None:
+        """Have the run end after the round that it is at: `follow` then raises Ended."""
+        leave_file(folder).touch()
 
     def begin(self, folder: Path) -> None:
         """Begin a Flower run of the app: it goes on from the folder's checkpoint where there is one."""
-        place = folder.resolve() / "federation"
+        place, until = folder.resolve() / "federation", time.monotonic() + OLD
+        # a loop of a command that was killed ends with it, a moment later: two must not write to one folder
+        while at_work(folder) and time.monotonic() < until:
+            time.sleep(TICK)
         (place / "status.json").unlink(missing_ok=True)
         quoted = json.dumps(str(folder.resolve()), ensure_ascii=False)
         self._flwr("run", place / "app", CONNECTION, "--run-config", f"folder={quoted}", "--format", "json")
@@ -112,11 +125,12 @@ class ServerSide:
                 status = Status.read(folder)
                 if status is None:
                     if time.monotonic() > until:
-                        raise Ended(f"Flower did not start the server's process: {self.children.why('superexec')}")
+                        why = self.children.why("superexec")
+                        raise Ended(f"Flower did not start the server's process: {why}", again=True)
                 elif status.state == "done":
                     return
                 elif status.state == "stopped":
-                    raise Ended(status.error or "stopped")
+                    raise Ended(status.error or "stopped", status.again)
                 elif not alive(status.pid):
                     break
             ended = rounds_of(folder)
@@ -129,6 +143,26 @@ class ServerSide:
         for name, start in (("superlink", self._superlink), ("superexec", self._superexec)):
             if self.children.running[name].poll() is not None:
                 start()
+        changed, looked = self.looked
+        now = (self.keys / PUBLIC).stat().st_mtime_ns
+        if now != changed and time.monotonic() > looked + LOOK:
+            with suppress(Ended, ConfigError):  # the hub may be busy, a file half there: it is tried again
+                self._register()
+
+    def _register(self) -> None:
+        """Make the sites' keys known to the hub, those that it does not know yet."""
+        place, known = self.keys / PUBLIC, self.home / "registered.json"
+        now = place.stat().st_mtime_ns
+        self.looked = (self.looked[0], time.monotonic())
+        registered = read_json(dict[str, str], known) if known.exists() else {}
+        names = sorted(path.stem for path in place.glob("*.pub")) if self.join else self.sites
+        for site in (name for name in names if (place / f"{name}.pub").exists()):
+            key = place / f"{site}.pub"
+            if registered.get(site) != public_bytes(key).decode():
+                self._flwr("supernode", "register", key, CONNECTION, "--name", site)
+                registered[site] = public_bytes(key).decode()
+                files.write(known, json.dumps(registered))
+        self.looked = (now, time.monotonic())
 
     def stop(self) -> None:
         """End all."""
@@ -150,7 +184,7 @@ class ServerSide:
         self.show([str(part) for part in command])
         process = self.children.start("superlink", command, **LEAN)
         if (wrong := wait_healthy(process, self.port, self.ca)) is not None:
-            raise Ended(f"the hub did not start: {wrong or self.children.why('superlink')}")
+            raise Ended(f"the hub did not start: {wrong or self.children.why('superlink')}", again=not wrong)
 
     def _superexec(self) -> None:
         command = [
@@ -167,7 +201,15 @@ class ServerSide:
         try:
             return self.children.call(command)
         except RuntimeError as error:
-            raise Ended(str(error)) from None
+            raise Ended(str(error), again=True) from None
+
+
+def at_work(folder: Path) -> bool:
+    """Whether the server's loop is at work on a run, by its last word; what was not written here is none."""
+    with suppress(Damaged):
+        status = Status.read(folder)
+        return status is not None and status.state == "running" and alive(status.pid)
+    return False
 
 
 def rounds_of(folder: Path) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,9 @@ class Flower:
         max_bytes: int = MAX_FRAME,
         counted: Mapping[int, int] | None = None,
         late: bool = False,
+        names: Sequence[str] = (),  # of the clients' sites
     ) -> None:
+        self.names = names
         self.grid, self.nodes, self.spool, self.about = grid, nodes, spool, dict(about or {})
         self.deadline, self.quorum, self.patience = deadline, quorum, patience
         self.chunk_bytes, self.max_bytes = chunk_bytes, max_bytes
@@ -197,6 +199,8 @@ class Flower:
 
         about: Config = {**self.about, **place, "action": call.action, "transfer": call.transfer}
         about |= {"room": self.chunk_bytes, "counted": call.counted}
+        if call.client < len(self.names):
+            about["site"] = self.names[call.client]
         message = Message(
             pack(piece, **about),
             dst_node_id=call.node,

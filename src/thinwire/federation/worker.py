@@ -159,6 +159,7 @@ class Worker:
             header = frame.header()
             about |= {"kind": header.kind[:40], "run": header.run, "round": header.round, "client": header.client}
             run = self._asked(question.settings)
+            run.seat(question.site, header.client)
             about = {"action": action, "method": run.ran, "template": task_of(run.settings.data), **about}
             self.policy.admit(action, run.settings, run.path, frame)
             request = sha256(frame)

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const page = JSON.parse(document.getElementById("data").textContent);
+  let page = JSON.parse(document.getElementById("data").textContent);
   const state = { x: "round", xscale: "linear", yscale: "linear", barscale: "log" };
   const chosen = {}; // plot -> the run whose clients it shows
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -136,7 +136,7 @@
     place.append(table);
   }
 
-  document.getElementById("controls").addEventListener("change", (event) => {
+  function choose(event) {
     state[event.target.name] = event.target.value;
     document.getElementById("log-note").hidden = state.xscale !== "log";
     const bar = event.target.name === "barscale";
@@ -145,17 +145,64 @@
         ? `Bars on a ${state.barscale} axis`
         : `Curves against ${titles[state.x]}, x ${state.xscale}, y ${state.yscale}`;
     });
-  });
-  for (const select of document.querySelectorAll("[data-choose]")) {
-    select.addEventListener("change", () => {
-      chosen[select.dataset.choose] = select.value;
-      draw(select.dataset.choose);
-    });
   }
-  for (const details of document.querySelectorAll("[data-table]")) {
-    details.addEventListener("toggle", () => details.open && fill(details));
+
+  function bind() {
+    const controls = document.getElementById("controls");
+    for (const input of controls.querySelectorAll("input")) input.checked = state[input.name] === input.value;
+    document.getElementById("log-note").hidden = state.xscale !== "log";
+    controls.addEventListener("change", choose);
+    controls.addEventListener("submit", (event) => event.preventDefault());
+    for (const select of document.querySelectorAll("[data-choose]")) {
+      if (chosen[select.dataset.choose]) select.value = chosen[select.dataset.choose];
+      select.addEventListener("change", () => {
+        chosen[select.dataset.choose] = select.value;
+        draw(select.dataset.choose);
+      });
+    }
+    for (const details of document.querySelectorAll("[data-table]")) {
+      details.addEventListener("toggle", () => details.open && fill(details));
+    }
   }
+
+  // a page that is served follows its run: new records replace what is shown, and choices, focus and place stay
+  async function renew(mark) {
+    const made = new DOMParser().parseFromString(await (await fetch("./")).text(), "text/html");
+    if (!made.getElementById("data")) return;
+    page = JSON.parse(made.getElementById("data").textContent);
+    const focus = document.activeElement?.name && [document.activeElement.name, document.activeElement.value];
+    const open = [...document.querySelectorAll("details")].map((each, i) => each.open && (each.dataset.table ?? i));
+    const place = window.scrollY;
+    // plots keep their height until they are drawn again, so that nothing jumps
+    const heights = [...document.querySelectorAll(".plot")].map((each) => [each.dataset.plot, each.offsetHeight]);
+    document.querySelector("header").replaceWith(made.querySelector("header"));
+    document.getElementById("main").replaceWith(made.getElementById("main"));
+    for (const [name, height] of heights) {
+      const plot = document.querySelector(`[data-plot="${name}"]`);
+      if (plot) plot.style.minHeight = `${height}px`;
+    }
+    bind();
+    [...document.querySelectorAll("details")].forEach((each, i) => (each.open = open.includes(each.dataset.table ?? i)));
+    if (focus) document.querySelector(`[name="${focus[0]}"][value="${focus[1]}"]`)?.focus({ preventScroll: true });
+    window.scrollTo(0, place);
+    document.getElementById("live").dataset.mark = mark;
+    await drawAll();
+  }
+
+  async function follow() {
+    const live = document.getElementById("live");
+    try {
+      const { lines, mark } = await (await fetch("state")).json();
+      if (lines[0] !== live.querySelector("p").textContent) live.querySelector("p").textContent = lines[0];
+      live.querySelector("ul").replaceChildren(...lines.slice(1).map((line) => Object.assign(document.createElement("li"), { textContent: line })));
+      if (mark !== live.dataset.mark) await renew(mark);
+    } catch {
+      live.querySelector("p").textContent = "thinwire watch has ended; the page shows what it last had";
+    }
+    setTimeout(follow, 2000);
+  }
+
   dark.addEventListener("change", () => drawAll());
-  document.getElementById("controls").addEventListener("submit", (event) => event.preventDefault());
-  drawAll();
+  bind();
+  drawAll().then(() => document.getElementById("live") && follow());
 })();

@@ -22,8 +22,12 @@ from thinwire.units import size
 PARTS = {"kind", "columns", "rows", "spec", "title"}  # of a plot, that the page's code needs
 
 
-def render(runs: Sequence[Recorded]) -> str:
-    """The report of these runs as HTML. DataError: the plotting library is not installed."""
+def render(runs: Sequence[Recorded], live: Sequence[str] | None = None, mark: str = "") -> str:
+    """The report of these runs as HTML. DataError: the plotting library is not installed.
+
+    `live`: lines of where a run stands, on a page that is served and follows it: it asks `state` for them, and takes
+    itself anew when the `mark` there is another one.
+    """
     found = plots(runs)
     data = {
         "runs": [run.label for run in runs],
@@ -43,6 +47,8 @@ def render(runs: Sequence[Recorded]) -> str:
         curves=any(plot.kind in ("curve", "clients") for plot in found),
         runs=runs,
         answers=answers(runs),
+        live=live,
+        mark=mark,
         worth=any(run.contributions for run in runs),
         endings=endings(runs),
         clients=[(run.label, each) for run in runs if (each := client_table(run))],
@@ -186,6 +192,11 @@ def _printable(value: Any) -> Any:
 def _script_safe(text: str) -> str:
     """JSON that may stand within a script element: no text of a run can end it."""
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def require_library() -> None:
+    """DataError with what to install, without the plotting library."""
+    _library()
 
 
 @lru_cache

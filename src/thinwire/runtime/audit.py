@@ -4,6 +4,7 @@ audit.jsonl of the run's folder only grows. Each line has its number, the hash o
 a server's key its hash is signed too. A run that goes on begins anew in it: rounds after that one were done again.
 
     begin   the run, its clients, the agreement of who counts how much, the key's public half; the round it goes on from
+    members who belongs to the run from the next round on and did not before, and who does not any more
     round   the hash of its line in rounds.jsonl and of its state; its replies: share, why, hash; who was left out, why
     end     the hash of the weights
 """
@@ -59,6 +60,12 @@ class Book:
         if self.lines and self.come == round - 1:
             for record in recorded[-1:]:
                 self.round(record)
+
+    def members(self, round: int, names: Sequence[str], before: Sequence[int], now: Sequence[int]) -> None:
+        """After that round clients have joined the run, or left it."""
+        who = {"joined": {*now} - {*before}, "left": {*before} - {*now}}
+        about = {what: [{"id": id, "name": names[id]} for id in sorted(ids)] for what, ids in who.items()}
+        self._note("members", round=round, **about)
 
     def round(self, record: Record) -> None:
         """A round that has ended, by its record, its checkpoint written."""

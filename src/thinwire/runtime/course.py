@@ -11,8 +11,8 @@ from typing import Any
 
 from thinwire import files, memory, records
 from thinwire.aggregate.weights import Weighing
-from thinwire.core import Client, Server
-from thinwire.errors import ConfigError, RunError
+from thinwire.core import Client
+from thinwire.errors import ConfigError, Paused, RunError
 from thinwire.records import SELECTION, Record, read_records
 from thinwire.runtime import checkpoint
 from thinwire.runtime.audit import Book, sha256
@@ -23,6 +23,8 @@ from thinwire.runtime.folder import clear, logged
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.job import Job as Job
 from thinwire.runtime.job import Watch as Watch
+from thinwire.runtime.late import late_of
+from thinwire.runtime.membership import Membership
 from thinwire.runtime.outcome import check_scores, check_state, first_examples, lengths_of, loss_on, record_of
 from thinwire.runtime.replies import Replies
 from thinwire.runtime.round import LOG, Round
@@ -38,12 +40,14 @@ def train(job: Job) -> Record:
     The checkpoint of a round is written after its records: a resumed run drops the records beyond its checkpoint.
     ConfigError: a cohort of clients that are not there, or no loss to stop or keep by. RunError: the weights or the
     last loss are not finite, and there is no model; the checkpoint before them stays. Damaged: no checkpoint can be
-    read; nothing is changed then.
+    read; nothing is changed then. Paused: `job.leave` has asked for it.
     """
     with logged(job.folder):
         course = Course(job)
         course.begin()
         while not course.ended:
+            if job.leave():
+                raise Paused(f"asked to end, after round {course.progress.round} of {job.rounds}")
             course.round()
         return course.end()
 
@@ -71,7 +75,8 @@ class Course:
         if self.survey is None and "evaluate" in job.actions:
             self.survey = Survey(self.transport, job.method, job.run, self.spool, job.names)
         self.header = header_room(job.method.Up, job.net.names)
-        self.caps = job.caps or {id: len(data) for id, data in enumerate(job.clients)}
+        self.caps = job.caps if job.caps or not job.clients else {id: len(data) for id, data in enumerate(job.clients)}
+        self.members = Membership(job, self.versions)
         self.progress = Progress(0, {}, 0, 0, 0.0, 0)
         self.kept: int | None = None  # the best round in the last checkpoint
         self.split: str | None = job.on  # the one by whose loss a round is the best
@@ -84,11 +89,8 @@ class Course:
     @property
     def ended(self) -> bool:
         """Whether there is no round left, or the run has been stopped."""
-        return self.progress.round >= self.job.rounds or (self._may_stop and self.progress.finished)
-
-    @property
-    def _may_stop(self) -> bool:
-        return self.job.stop is not None or self.job.budget is not None
+        may_stop = self.job.stop is not None or self.job.budget is not None
+        return self.progress.round >= self.job.rounds or (may_stop and self.progress.finished)
 
     def begin(self) -> None:
         """Go to the last checkpoint, or make the first, with the start model's scores."""
@@ -130,6 +132,7 @@ class Course:
             self.book.catch_up(recorded, round)
             weights = None if job.weights is None else job.weights.model_dump(mode="json")
             self.book.begin(round, run=job.run, clients=list(job.names), weights=weights)
+        self._turn()
         if found is None:
             self.score()
             self.save()
@@ -138,10 +141,11 @@ class Course:
     def round(self) -> None:
         """The next round, its records, and its checkpoint."""
         job, round = self.job, self.progress.round + 1
-        cohort = self.seats.cohort(job.segments, len(job.names), round)
+        self._turn()
+        cohort = self.seats.cohort(job.segments, self.members.now, round)
         job.watch.round_begins(round, job.rounds, cohort)
         started = time.perf_counter()
-        late = self._late(round)
+        late = late_of(job, self.seats, self.transport, self.states, self.members.before, round)
         weighing = Weighing(job.weights, job.names, dict.fromkeys(late, 1))
         server = replace(self.seats.server(round, cohort), weighing=weighing, late=late, lengths=self.lengths)
         at = Round(job.run, server, self.transport, self.held, self.spool, job.max_bytes, self.header)
@@ -183,7 +187,7 @@ class Course:
         if job.carry is None:
             job.method.materialise(self.state, job.net)
         own = job.evaluate() if job.carry is None else []
-        server = self.seats.server(round, range(len(job.names)))
+        server = self.seats.server(round, self.members.now)
         rows = own + (self.survey(self.state, server, self.held) if self.survey is not None else [])
         for row in rows:
             record = {"round": round, **row}
@@ -262,14 +266,9 @@ class Course:
         files.write(job.folder / "summary.json", records.dumps(summary, indent=2) + "\n")
         return summary
 
-    def _late(self, round: int) -> dict[int, tuple[Any, Server]]:
-        """Who is still busy with the round before, and in what it was asked: the checkpoint has that round's state."""
-        busy = self.transport.under_way() if self.job.late else ()
-        if not busy:
-            return {}
-        state = checkpoint.on_disk(self.states, round - 2, self.job.method.State)
-        cohort = self.seats.cohort(self.job.segments, len(self.job.names), round - 1)
-        return dict.fromkeys(busy, (state, self.seats.server(round - 1, cohort)))
+    def _turn(self) -> None:
+        self.members.turn(self.progress.round, self.book)
+        self.seats = replace(self.seats, clients=len(self.members.now))
 
     def _seen(self, round: int, client: int, up: Any) -> None:
         if self.job.replies:

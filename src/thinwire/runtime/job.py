@@ -78,6 +78,11 @@ class Job:
     by default of the first; rounds up to `warmup` are neither the best nor waited for. `carry` is for a net without
     weights, which nothing is scored on: at the end it writes what the state is worth into the folder.
 
+    `members` is asked before each round, with its number, which clients belong to the run from then on; None: all. It
+    may add to `names` and `caps`: a client's number stays its own.
+
+    `leave` is asked before each round: whether the run is to end here, with a checkpoint from which it goes on.
+
     `weights`: who counts how much, None: as the method has it. `audit`: the run keeps a log that can be checked, signed
     where there is a `signer`. `replies`: those of the last round stay in the folder. `budget`: of a private run.
     `late`: how many rounds later a reply may still count, of a method whose updates are changes; 0 or 1.
@@ -108,6 +113,8 @@ class Job:
     round: RoundFunction = run_round
     seen: Callable[[int, int, Any], None] | None = None  # given each reply that counts: round, client, what it is
     stop: Callable[[Record], str | bool | None] | None = None
+    members: Callable[[int], Sequence[int]] | None = None
+    leave: Callable[[], bool] = lambda: False
     on: str | None = None
     warmup: int = 0
     keep: Literal["last", "best"] = "last"

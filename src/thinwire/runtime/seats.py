@@ -71,6 +71,7 @@ class Seats:
         held = self.held(id, round)
         return Client(id, self.net, data, key, memory, self.versions, held, protection=self.protected.get(id))
 
-    def cohort(self, segments: Sequence[Segment], clients: int, round: int) -> tuple[int, ...]:
-        """Who of so many clients takes part in a round."""
-        return cohort_of(segments, range(clients), round, self.key.fold("cohort", round))
+    def cohort(self, segments: Sequence[Segment], clients: int | Sequence[int], round: int) -> tuple[int, ...]:
+        """Who of so many clients, or of these, takes part in a round."""
+        among = range(clients) if isinstance(clients, int) else clients
+        return cohort_of(segments, among, round, self.key.fold("cohort", round))
