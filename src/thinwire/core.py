@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from thinwire.aggregate.linear import Linear
 from thinwire.aggregate.mean import Counted, Mean, Metrics, Setting, Update
 from thinwire.aggregate.noised import noised_mean
 from thinwire.aggregate.robust import AnyAggregation
@@ -28,6 +29,7 @@ from thinwire.keys import Key
 from thinwire.privacy.protection import Level, Protection
 from thinwire.privacy.released import Released, of_update
 from thinwire.privacy.secrets import Secrets, SystemSecrets
+from thinwire.privacy.secure import Secure
 from thinwire.versions import Trial, Versions
 
 if TYPE_CHECKING:
@@ -169,6 +171,10 @@ class Method(BaseModel):
 
     def check_cohort(self, clients: int) -> None:
         """Raise ConfigError where a round of so many clients is too small for it; asked before anything runs."""
+
+    def linear(self, secure: Secure) -> Linear:
+        """Its mean as plain sums, which masks can cover; ConfigError with the reason where replies are more to it."""
+        raise ConfigError(f"privacy.secure: {type(self).__name__} makes more of its clients' replies than their mean")
 
     @property
     def keeps_all(self) -> bool:

@@ -27,6 +27,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
+from thinwire.aggregate.linear import Linear
 from thinwire.aggregate.mean import Counted, Metrics, Reports, Update
 from thinwire.core import Averaged, Client, Server
 from thinwire.costs.frames import Expected, Frames, simulated
@@ -35,12 +36,14 @@ from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.model.net import Net
 from thinwire.perturb import pool, probe
 from thinwire.perturb.directions import Directions, PoolLaw
+from thinwire.perturb.masked import SharedScalars
 from thinwire.perturb.moves import Moves
 from thinwire.perturb.pool import TILTS, Levels, Pool
 from thinwire.perturb.scalars import as_floats, as_sent, check_picks, check_scalars, drawn
 from thinwire.perturb.spsa import shrink_of, walk, work
 from thinwire.privacy.protection import BOTH, Level
 from thinwire.privacy.released import Released
+from thinwire.privacy.secure import Secure
 from thinwire.train.local import Schedule, scheduled
 from thinwire.train.protected import protected_at
 from thinwire.wire import Illegal, legal
@@ -212,6 +215,9 @@ class FedKSeed(Averaged):
         moves = Moves(state.amplitude, state.visits, self.amplitude_clip)
         self._add(moves, state, server, [(client_id, 1.0, (up.scalars, up.unit), up.seeds)])
         return Update({"gains": moves.tensor}, self.weight(up), up.loss, moves.skipped, moves.metrics)
+
+    def linear(self, secure: Secure) -> Linear:
+        return SharedScalars(self, secure, self._form)
 
     def step(
         self, state: Accumulators, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]

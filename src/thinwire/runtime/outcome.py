@@ -28,7 +28,7 @@ def record_of(at: Round, names: Sequence[str], metrics: Metrics, seconds: float,
     }
 
 
-ABSENT = ("error", "left_out", "late")  # of a visit, where there is none
+ABSENT = ("error", "left_out", "late", "bytes_keys")  # of a visit, where there is none
 
 
 def _client(visit: Visit, names: Sequence[str]) -> Record:

@@ -59,6 +59,7 @@ class Visit:
     error: str | None = None
     left_out: str | None = None  # why a legal reply is not in what the round made
     late: int | None = None  # how many rounds ago it was asked for
+    bytes_keys: int | None = None  # of both ways, that are key material
 
 
 @dataclass

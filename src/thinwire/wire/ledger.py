@@ -13,13 +13,15 @@ F = TypeVar("F", bound=Sized)
 class Ledger:
     """Bytes of one round: client -> bytes, each way. A frame sent twice is counted twice.
 
-    With a `digest` of frames, `digests` has that of each client's last reply.
+    With a `digest` of frames, `digests` has that of each client's last reply. `keys`: the part of both ways that is
+    key material.
     """
 
     sent: dict[int, int] = field(default_factory=dict)
     received: dict[int, int] = field(default_factory=dict)
     digest: Callable[[Any], str] | None = None
     digests: dict[int, str] = field(default_factory=dict)
+    keys: dict[int, int] = field(default_factory=dict)
 
     def down(self, client: int, frame: F) -> F:
         """Count a frame to a client, and hand it on."""
@@ -31,6 +33,13 @@ class Ledger:
         self.received[client] = self.received.get(client, 0) + len(frame)
         if self.digest is not None:
             self.digests[client] = self.digest(frame)
+        return frame
+
+    def key(self, client: int, frame: F, down: bool) -> F:
+        """Count a frame of key material, and hand it on."""
+        way = self.sent if down else self.received
+        way[client] = way.get(client, 0) + len(frame)
+        self.keys[client] = self.keys.get(client, 0) + len(frame)
         return frame
 
     @property
