@@ -80,5 +80,3 @@ def repeated(seed: int) -> Any:
     """Bytes for tests in place of the operating system's, others at each call."""
     calls = count()
     return lambda size: np.random.default_rng([seed, next(calls)]).bytes(size)
-
-

@@ -6,6 +6,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from federation import Federation, tiny_net
@@ -17,9 +18,10 @@ from secured import Secured
 
 from thinwire import wire
 from thinwire.aggregate.robust import Median
+from thinwire.core import Client
 from thinwire.errors import ConfigError, RunError
 from thinwire.methods.fedavg import FedAvg
-from thinwire.methods.fedkseed import FedKSeed
+from thinwire.methods.fedkseed import FedKSeed, Steps
 from thinwire.methods.fedzo import FedZO
 from thinwire.model.net import Net
 from thinwire.privacy.secure import Secure
@@ -36,7 +38,18 @@ ROWS = {
     "fedkseed-paper": FedKSeed(**SEEDS, wire="paper"),
     "fedzo": FedZO(lr=2e-4, eps=1e-3, steps=2, batch_size=4),
 }
-FAST = FedKSeed(**(SEEDS | {"steps": 1, "batch_size": 1}))
+
+
+class Quick(FedKSeed):
+    """Its scalars are drawn, not measured: what happens to them is the same."""
+
+    def client_update(self, down: Any, client: Client) -> Any:
+        self.receive(down, client)
+        drawn = np.random.default_rng(client.key.fold("drawn").word()).standard_normal(self.steps * self.queries)
+        return Steps(None, torch.from_numpy(drawn).half(), 1.0, len(client.data), 0.5)
+
+
+FAST = Quick(**SEEDS)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +107,7 @@ def test_any_one_client_may_leave_at_any_step(kind: str, who: int, net: Net, tmp
 
 
 def test_any_tolerated_set_may_leave_and_a_larger_one_ends_the_round(net: Net, tmp_path: Path) -> None:
-    """Of five whose secrets any three recover: all sets of who leaves with the masked reply, and all with the shares."""
+    """Of five whose secrets any three recover: all sets of who leaves with the masked reply, or the shares."""
     secure, sizes = Secure(examples=16, threshold=0.51), (4, 5, 6, 7, 8)
     for number, gone in enumerate(chosen for many in (1, 2, 3) for chosen in combinations(range(5), many)):
         for kind in ("Masked", "Unmasked"):
@@ -102,7 +115,9 @@ def test_any_tolerated_set_may_leave_and_a_larger_one_ends_the_round(net: Net, t
             before = state_bytes(both.masked.state)
             both.masked.tamper = losing(*((client, kind) for client in gone))
             if len(gone) > 2:
-                with pytest.raises(RunError, match=r"^round 1: the secure sum fails: .*the checkpoint of round 0 stays$"):
+                with pytest.raises(
+                    RunError, match=r"^round 1: the secure sum fails: .*the checkpoint of round 0 stays$"
+                ):
                     both.masked.step()
                 assert state_bytes(both.masked.state) == before
                 continue
@@ -112,8 +127,8 @@ def test_any_tolerated_set_may_leave_and_a_larger_one_ends_the_round(net: Net, t
 
 
 def test_clients_that_share_masks_with_some_come_to_the_same_sum(net: Net, tmp_path: Path) -> None:
-    """Nine on a circle with four neighbours each; one leaves at each step."""
-    both = Secured(FAST, net, tmp_path, Secure(examples=16, neighbours=4, threshold=0.51), (4, 5, 6, 7, 8, 4, 5, 6, 7))
+    """Nine on a circle with six neighbours each; one leaves at each step."""
+    both = Secured(FAST, net, tmp_path, Secure(examples=16, neighbours=6, threshold=0.51), (4, 5, 6, 7, 8, 4, 5, 6, 7))
     both.masked.tamper = losing((0, "Keys"), (2, "Shares"), (4, "Masked"), (6, "Unmasked"))
     both.masked.step()
     there = [1, 3, 5, 6, 7, 8]
@@ -123,7 +138,9 @@ def test_clients_that_share_masks_with_some_come_to_the_same_sum(net: Net, tmp_p
 def test_fewer_than_the_smallest_sum_ends_the_round_in_a_line(net: Net, tmp_path: Path) -> None:
     both = Secured(FAST, net, tmp_path, Secure(examples=16, minimum=4))
     both.masked.tamper = losing((1, "Masked"))
-    with pytest.raises(RunError, match="^round 1: the secure sum fails: 3 of 4 clients remain, 4 must; client 1: ") as caught:
+    with pytest.raises(
+        RunError, match=r"^round 1: the secure sum fails: 3 of 4 clients remain, 4 must; client 1: "
+    ) as caught:
         both.masked.step()
     assert "\n" not in str(caught.value)
 
@@ -146,9 +163,8 @@ def test_the_repeated_round_is_not_unmasked_for_others(net: Net, tmp_path: Path)
     both = Secured(FAST, net, tmp_path)
     both.masked.step()
     both.masked.round, both.masked.tamper = 0, losing((3, "Masked"))
-    with pytest.raises(RunError, match="0 shares of client 0's secret came, 3 must"):
+    with pytest.raises(RunError, match=r"0 shares of client 0's secret came, 3 must; .*a sum of round 1 is unmasked"):
         both.masked.step()
-    assert "a sum of round 1 is unmasked already" in str(both.masked.history) or True
 
 
 def wire_class(kind: str) -> Any:
@@ -175,7 +191,7 @@ def test_no_frame_holds_a_reply_or_a_secret_in_the_open(net: Net, tmp_path: Path
 def test_bytes_of_keys_are_counted_apart_and_masked_scalars_take_twice_the_plain_ones_at_most(
     net: Net, tmp_path: Path
 ) -> None:
-    method = FedKSeed(**(SEEDS | {"steps": 200, "batch_size": 1}))
+    method = Quick(**(SEEDS | {"steps": 200}))
     sizes = (4,) * 7
     masked = Secured(method, net, tmp_path, Secure(examples=16), sizes).masked
     plain = Federation(method, net, tmp_path / "plain", sizes=sizes)
@@ -203,7 +219,9 @@ def test_what_has_no_plain_sum_is_refused_with_the_reason(method: Any, secure: S
 
 
 def test_numbers_beyond_the_bound_are_cut_and_counted_together(net: Net, tmp_path: Path) -> None:
-    both = Secured(FedAvg(lr=0.5, steps=2, batch_size=4, optimiser="sgd"), net, tmp_path, Secure(examples=16, bound=1e-3))
+    both = Secured(
+        FedAvg(lr=0.5, steps=2, batch_size=4, optimiser="sgd"), net, tmp_path, Secure(examples=16, bound=1e-3)
+    )
     both.masked.step()
     assert both.masked.metrics["cut"] > 10
     assert state_bytes(both.masked.state) == state_bytes(both.plain_round(range(4)))

@@ -107,7 +107,7 @@ def split(secret: bytes, holders: int, least: int) -> list[bytes]:
         return [secret]
     from Crypto.Protocol.SecretSharing import Shamir
 
-    return [share for _, share in Shamir.split(least, holders, secret)]
+    return [share for _, share in Shamir.split(least, holders, secret, False)]
 
 
 def joined(shares: Mapping[int, bytes], least: int) -> bytes:
@@ -118,7 +118,7 @@ def joined(shares: Mapping[int, bytes], least: int) -> bytes:
         return next(iter(shares.values()))
     from Crypto.Protocol.SecretSharing import Shamir
 
-    secret: bytes = Shamir.combine([(place + 1, share) for place, share in sorted(shares.items())[:least]])
+    secret: bytes = Shamir.combine([(place + 1, share) for place, share in sorted(shares.items())[:least]], False)
     return secret
 
 

@@ -224,7 +224,8 @@ class MaskedClients:
                 found[name] = np.clip(found[name] + noise, term.low - self.room, term.high + self.room)
         if self.secure.reports:
             loss = getattr(up, "loss", None)
-            known = loss is not None and math.isfinite(loss)
+            loss = math.nan if loss is None else loss
+            known = math.isfinite(loss)
             reports = {LOSS: loss * share if known else 0.0, MEASURED: share if known else 0.0}
             reports |= {SKIPPED: getattr(up, "skipped", None) or 0, CUT: cut}
             for name, value in reports.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -141,7 +141,7 @@ class _Sum:
         at, there, known = self.at, {*shared}, dict(self.at.held)
 
         def frame(client: int, held: str | None) -> Frame:
-            about = {"run": at.run, "round": at.server.round, "client": client}
+            about: dict[str, Any] = {"run": at.run, "round": at.server.round, "client": client}
             inner = bytes(wire.encode(self.method.broadcast(state, at.server, client, held), **about))
             peers = [peer for peer in self.graph[client] if peer in there]
             task = Task(self.attempt, peers, torch.frombuffer(bytearray(inner), dtype=torch.uint8))
@@ -216,7 +216,7 @@ class _Sum:
             if shows(secret) == known:
                 return secret
         if len(shares) < least:
-            self._fail(f"{len(shares)} shares of client {client}'s secret came, {least} must")
+            return self._fail(f"{len(shares)} shares of client {client}'s secret came, {least} must")
         return self._fail(f"the shares of client {client} do not make its secret: leave it out, or ask why")
 
     def _moved(
@@ -288,12 +288,14 @@ class _Sum:
     def _enough(self, clients: Iterable[int], least: int) -> None:
         left = len({*clients})
         if left < least:
-            errors = (f"; client {v.client}: {v.error}" for v in self.at.visits.values() if v.error is not None)
-            self._fail(f"{left} of {len(self.at.visits)} clients remain, {least} must{next(errors, '')}")
+            self._fail(f"{left} of {len(self.at.visits)} clients remain, {least} must")
 
-    def _fail(self, why: str) -> Any:
+    def _fail(self, why: str) -> NoReturn:
         round = self.at.server.round
-        raise RunError(f"round {round}: the secure sum fails: {why}; the checkpoint of round {round - 1} stays")
+        errors = (f"; client {visit.client}: {visit.error}" for visit in self.at.visits.values() if visit.error)
+        raise RunError(
+            f"round {round}: the secure sum fails: {why}{next(errors, '')}; the checkpoint of round {round - 1} stays"
+        )
 
 
 def _public(seed: bytes) -> bytes:
