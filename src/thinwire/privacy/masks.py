@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, islice
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 SEED = 16  # bytes of a secret that is shared
 KEY = 32
 SEALED = 2 * SEED + 16  # bytes of a peer's two shares under seal
+TRIES = 200  # sets of shares that are looked at for one that gives a secret
 Random = Callable[[int], bytes]  # the operating system's; tests hand in one that repeats
 
 
@@ -120,6 +122,15 @@ def joined(shares: Mapping[int, bytes], least: int) -> bytes:
 
     secret: bytes = Shamir.combine([(place + 1, share) for place, share in sorted(shares.items())[:least]], False)
     return secret
+
+
+def recovered(shares: Mapping[int, bytes], least: int, right: Callable[[bytes], bool]) -> bytes | None:
+    """The secret of some of the shares that is `right`: those of a holder who lies are passed over. None: of none."""
+    for some in islice(combinations(sorted(shares), least), TRIES):
+        secret = joined({place: shares[place] for place in some}, least)
+        if right(secret):
+            return secret
+    return None
 
 
 def least_of(holders: int, share: float) -> int:

@@ -158,7 +158,8 @@ class Course:
         record = record_of(at, job.names, metrics, seconds, peak)
         self.lengths += lengths_of([record])
         check_state(self.state, round)
-        self.progress = replace(self.progress, round=round, bytes_up=up, bytes_down=down)
+        keys = self.progress.bytes_keys + at.ledger.bytes_keys
+        self.progress = replace(self.progress, round=round, bytes_up=up, bytes_down=down, bytes_keys=keys)
         records.append(self.rounds, record)
         mean = (time.perf_counter() - self.began) / (round - self.first)
         job.watch.round_ends(record, mean * (job.rounds - round))
@@ -245,6 +246,8 @@ class Course:
             "final": [row for row in evals if row["round"] == chosen and row.get("split") != SELECTION],
             "sha256": job.net.state_sha256() if job.carry is None else None,
         }
+        if now.bytes_keys:
+            summary["bytes_keys"] = now.bytes_keys
         if now.why is not None:
             summary["ended"] = now.why
         if job.budget is not None:

@@ -56,6 +56,7 @@ def join(method: Method, frame: Frame, client: Client, spool: Path | None = None
     return wire.encode(Ready(), run=header.run, round=header.round, client=client.id)
 
 
+KEYED = ("keys", "shares", "unmask")  # the actions of secure sums that carry key material: kept nowhere
 ACTIONS: Mapping[str, Action] = {"join": join, "train": serve}
 
 
@@ -66,7 +67,7 @@ class Endpoint:
     net has the client's own personal parameters.
     """
 
-    PASSING = ("join", "evaluate", "keys", "shares", "unmask")
+    PASSING = ("join", "evaluate", *KEYED)
 
     def __init__(
         self,

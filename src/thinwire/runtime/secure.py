@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, islice
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -30,23 +29,22 @@ from thinwire.privacy.masks import (
     Pair,
     Random,
     check_public,
-    joined,
     least_of,
     neighbours,
     pair_mask,
+    recovered,
     self_mask,
     system,
 )
 from thinwire.privacy.secure import Secure
 from thinwire.privacy.terms import Sums, Words
 from thinwire.runtime.payloads import Invite, Keys, Masked, Peers, Remaining, Shares, Task, Unmasked
-from thinwire.runtime.round import Reply, Round, Visit, shown
+from thinwire.runtime.round import Reply, Round, Visit, is_stale, shown
 from thinwire.runtime.sums import CUT, EXAMPLES, LOSS, MEASURED, SKIPPED, Plan, commitment, linear_of, place_of
-from thinwire.wire import Frame, Illegal, Stale, WireError
+from thinwire.wire import Frame, Illegal, WireError
 
 P = TypeVar("P")
 KEYS = 1 << 16  # bytes of a frame of keys, beside what grows with the clients
-TRIES = 200  # sets of shares that are looked at for one that gives the secret
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class _Sum:
         total, replied = sums.zeros(), list[int]()
         for reply in at.transport.exchange((client, frame(client, known.get(client))) for client in shared):
             self._arrived(reply)
-            if reply.frame is not None and _stale(reply.frame, at.max_header):
+            if reply.frame is not None and is_stale(reply.frame, at.max_header):
                 at.held.pop(reply.client, None)
                 reply.frame.remove()
                 reply = at.transport.again(reply.client, frame(reply.client, None))
@@ -211,10 +209,8 @@ class _Sum:
 
     def _secret(self, client: int, shares: Mapping[int, bytes], least: int, known: bytes, shows: Any) -> bytes:
         """A client's secret, of any of the shares that came: those of who lies are passed over."""
-        for some in islice(combinations(sorted(shares), least), TRIES):
-            secret = joined({place: shares[place] for place in some}, least)
-            if shows(secret) == known:
-                return secret
+        if (secret := recovered(shares, least, lambda found: shows(found) == known)) is not None:
+            return secret
         if len(shares) < least:
             return self._fail(f"{len(shares)} shares of client {client}'s secret came, {least} must")
         return self._fail(f"the shares of client {client} do not make its secret: leave it out, or ask why")
@@ -252,7 +248,7 @@ class _Sum:
         def frames() -> Iterator[tuple[int, Frame]]:
             for client, question in questions:
                 frame = wire.encode(question, run=at.run, round=at.server.round, client=client)
-                yield client, at.ledger.key(client, frame, down=True)
+                yield client, at.ledger.key(client, frame)
 
         for reply in at.transport.exchange(frames(), action):
             self._arrived(reply, key=True)
@@ -263,7 +259,7 @@ class _Sum:
     def _arrived(self, reply: Reply, key: bool = False) -> None:
         self.at.visits[reply.client].seconds += reply.seconds
         if reply.frame is not None and key:
-            self.at.ledger.key(reply.client, reply.frame, down=False)
+            self.at.ledger.key(reply.client, reply.frame)
         elif reply.frame is not None:
             self.at.ledger.up(reply.client, reply.frame)
 
@@ -300,10 +296,3 @@ class _Sum:
 
 def _public(seed: bytes) -> bytes:
     return Pair(seed).public
-
-
-def _stale(frame: Frame, max_header: int) -> bool:
-    try:
-        return frame.header(max_header).kind == Stale.__name__
-    except WireError:
-        return False  # decoding it will report what is wrong

@@ -13,7 +13,6 @@ from thinwire.privacy.masks import derived, numbered
 from thinwire.privacy.secure import Secure
 from thinwire.privacy.terms import Sums, Term
 
-KEYED = ("keys", "shares", "unmask")  # the actions that carry key material
 EXAMPLES, LOSS, MEASURED, SKIPPED, CUT = (
     f"report/{name}" for name in ("examples", "loss", "measured", "skipped", "cut")
 )

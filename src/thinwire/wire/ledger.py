@@ -13,8 +13,8 @@ F = TypeVar("F", bound=Sized)
 class Ledger:
     """Bytes of one round: client -> bytes, each way. A frame sent twice is counted twice.
 
-    With a `digest` of frames, `digests` has that of each client's last reply. `keys`: the part of both ways that is
-    key material.
+    With a `digest` of frames, `digests` has that of each client's last reply. `keys`: those of key material,
+    both ways together, apart from the others.
     """
 
     sent: dict[int, int] = field(default_factory=dict)
@@ -35,16 +35,18 @@ class Ledger:
             self.digests[client] = self.digest(frame)
         return frame
 
-    def key(self, client: int, frame: F, down: bool) -> F:
+    def key(self, client: int, frame: F) -> F:
         """Count a frame of key material, and hand it on."""
-        way = self.sent if down else self.received
-        way[client] = way.get(client, 0) + len(frame)
         self.keys[client] = self.keys.get(client, 0) + len(frame)
         return frame
 
     @property
     def bytes_down(self) -> int:
         return sum(self.sent.values())
+
+    @property
+    def bytes_keys(self) -> int:
+        return sum(self.keys.values())
 
     @property
     def bytes_up(self) -> int:
