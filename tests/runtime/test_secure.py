@@ -6,7 +6,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from federation import Federation, tiny_net
@@ -14,15 +13,14 @@ from federation import Federation, tiny_net
 pytest.importorskip("cryptography", reason="comes with: pip install 'thinwire[secure]'")
 pytest.importorskip("Crypto", reason="comes with: pip install 'thinwire[secure]'")
 
-from secured import Secured
+from secured import Quick, Secured
 
 from thinwire import wire
 from thinwire.aggregate.robust import Median
-from thinwire.core import Client
 from thinwire.errors import ConfigError, RunError
 from thinwire.evaluate.loss import mean_loss
 from thinwire.methods.fedavg import FedAvg
-from thinwire.methods.fedkseed import FedKSeed, Steps
+from thinwire.methods.fedkseed import FedKSeed
 from thinwire.methods.fedzo import FedZO
 from thinwire.methods.gradualdiff import GradualDiff
 from thinwire.methods.onebit import OneBit
@@ -43,16 +41,6 @@ ROWS = {
     "onebit-adam": OneBit(lr=1e-2, steps=2, batch_size=4, weighting="uniform", server_step={"kind": "adam"}),
     "fedzo": FedZO(lr=2e-4, eps=1e-3, steps=2, batch_size=4),
 }
-
-
-class Quick(FedKSeed):
-    """Its scalars are drawn, not measured: what happens to them is the same."""
-
-    def client_update(self, down: Any, client: Client) -> Any:
-        self.receive(down, client)
-        drawn = np.random.default_rng(client.key.fold("drawn").word()).standard_normal(self.steps * self.queries)
-        return Steps(None, torch.from_numpy(drawn).half(), 1.0, len(client.data), 0.5)
-
 
 FAST = Quick(**SEEDS)
 
