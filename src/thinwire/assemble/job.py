@@ -80,10 +80,10 @@ def identity(run: Run) -> int:
     if run.data.order == "random":
         unset["data"] = {"order", "focus"}
     text = same.to_toml(unset)
-    for part in (agreement_of(run), run.privacy):
-        text += (
-            "" if part is None else part.model_dump_json(exclude=None if getattr(part, "secure", None) else {"secure"})
-        )
+    if (weights := agreement_of(run)) is not None:
+        text += weights.model_dump_json()
+    if run.privacy is not None:
+        text += run.privacy.model_dump_json(exclude={"secure"} if run.privacy.secure is None else None)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 

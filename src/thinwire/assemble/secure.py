@@ -28,6 +28,11 @@ def check_secure(run: Run, names: Sequence[str]) -> None:
         return
     _check_sums(run, secure)
     assert isinstance(run.method, Averaged)
+    assert run.privacy is not None
+    if run.privacy.level == "client":
+        raise ConfigError("privacy.level: noise on a masked mean would come in shares: record, or no privacy.secure")
+    if run.privacy.level is not None and run.method.weighting != "uniform":
+        raise ConfigError('method.weighting: must be "uniform" in a private run under privacy.secure')
     agreed, own = agreement_of(run), {"examples": "examples", "uniform": "equal"}[run.method.weighting]
     if agreed is not None and (agreed.by not in ("method", own) or agreed.bounded):
         raise ConfigError(

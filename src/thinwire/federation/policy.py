@@ -32,11 +32,9 @@ class Asked(BaseModel):
     def admit(self, run: Run) -> None:
         """Illegal for a run that does not give it."""
         given, asks = run.privacy, f"this site's policy asks for privacy of a {self.level}"
-        if given is None or given.level is None or (given.level == "client" and self.level == "record"):
-            raise Illegal(
-                f"{asks}, and the run has "
-                + ("none" if given is None or given.level is None else "that of a client alone")
-            )
+        level = None if given is None else given.level
+        if level is None or (level == "client" and self.level == "record"):
+            raise Illegal(f"{asks}, and the run has " + ("none" if level is None else "that of a client alone"))
         for name, most in (("epsilon", self.epsilon_at_most), ("delta", self.delta_at_most)):
             if (value := getattr(given, name)) > most:
                 raise Illegal(f"{asks} with {name} {most:g} at most, and the run has {value:g}")
