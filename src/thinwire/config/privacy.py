@@ -34,9 +34,9 @@ class Privacy(Section):
 
     @model_validator(mode="after")
     def _noise(self) -> Privacy:
-        for name in ("level", "epsilon"):  # neither where the table has but secure sums
-            if getattr(self, name) is None and (self.secure is None or self.model_fields_set != {"secure"}):
-                raise ConfigError(f"privacy.{name}: missing")
+        lacking = [name for name in ("level", "epsilon") if getattr(self, name) is None]
+        if lacking and (len(lacking) == 1 or self.secure is None):
+            raise ConfigError(f"privacy.{lacking[0]}: missing")
         if self.noise is not None and self.noise < 1e-2:
             raise ConfigError(f"privacy.noise: {self.noise:g} is below 0.01, which hides nothing")
         return self

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from thinwire.aggregate.linear import Changes, Linear
+from thinwire.aggregate.linear import Changes
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.aggregate.server_step import stepped
 from thinwire.core import Client, Server
@@ -66,7 +66,7 @@ class FedAvg(FirstOrder):
     def origin(self, state: Weights) -> Mapping[str, Tensor]:
         return state.weights
 
-    def linear(self, secure: Secure) -> Linear:
+    def linear(self, secure: Secure) -> Changes:
         return Changes(self, secure)
 
     def step(

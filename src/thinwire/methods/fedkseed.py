@@ -27,7 +27,6 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from thinwire.aggregate.linear import Linear
 from thinwire.aggregate.mean import Counted, Metrics, Reports, Update
 from thinwire.core import Averaged, Client, Server
 from thinwire.costs.frames import Expected, Frames, simulated
@@ -216,7 +215,7 @@ class FedKSeed(Averaged):
         self._add(moves, state, server, [(client_id, 1.0, (up.scalars, up.unit), up.seeds)])
         return Update({"gains": moves.tensor}, self.weight(up), up.loss, moves.skipped, moves.metrics)
 
-    def linear(self, secure: Secure) -> Linear:
+    def linear(self, secure: Secure) -> SharedScalars:
         return SharedScalars(self, secure, self._form)
 
     def step(
@@ -228,8 +227,7 @@ class FedKSeed(Averaged):
     def _add(self, moves: Moves, state: Accumulators, server: Server, block: Sequence[Any]) -> None:
         """All replies of a block in one go, in their order: one by one they would cost far more."""
         clients, weights, sent, seeds = zip(*block, strict=True)
-        shape = (self.steps, self.queries)
-        scalars = as_floats(sent, self._form, shape)
+        scalars = as_floats(sent, self._form, shape := (self.steps, self.queries))
         if self.wire == "paper":
             picks = torch.stack(seeds).numpy().reshape(scalars.shape)
         else:
@@ -254,8 +252,8 @@ class FedKSeed(Averaged):
         return state, {"directions": int(touched.size)}
 
     def materialise(self, state: Accumulators, net: Net) -> None:
-        thin = self.wire == "thin"
-        gains = torch.from_numpy(Levels.of(state.gains, state.grid).values * state.grid) if thin else state.gains
+        gains, grid = state.gains, state.grid
+        gains = gains if self.wire == "paper" else torch.from_numpy(Levels.of(gains, grid).values * grid)
         self._pool(state.pool).rebuild(net, gains.float(), state.shrink)
 
     def reply_bytes(self, net: Net) -> int:
@@ -264,10 +262,8 @@ class FedKSeed(Averaged):
     def receive(self, down: Gains, client: Client) -> None:
         legal.check_rate(down.lr)
         legal.check_keys(down.pool, down.draws)
-        if self.wire == "thin":
-            gains = pool.received(client, down.levels, down.base, down.grid, self.seeds)
-        else:
-            gains = pool.plain(down.gains, self.seeds)
+        thin, sent = self.wire == "thin", (down.levels, down.base, down.grid)
+        gains = pool.received(client, *sent, self.seeds) if thin else pool.plain(down.gains, self.seeds)
         if not (gains.abs() <= legal.LARGEST).all() or not abs(down.shrink) <= 1:
             raise Illegal("gains or shrink are beyond their bounds, or not finite")
         self._pool(down.pool).rebuild(client.net, gains, down.shrink)
@@ -302,5 +298,5 @@ class FedKSeed(Averaged):
         return simulated(self, at, reply, (lambda state: Levels.of(state.gains, state.grid).table()) if thin else None)
 
     def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
-        kept = at.trained_bytes  # Net.rebuild keeps a copy for the next visit
-        return probing(at, forward, self.law, kept) if side == "client" else holding(at, kept)
+        # Net.rebuild keeps a copy for the next visit
+        return probing(at, forward, self.law, at.trained_bytes) if side == "client" else holding(at, at.trained_bytes)

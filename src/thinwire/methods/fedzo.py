@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from thinwire.aggregate.linear import Changes, Linear
+from thinwire.aggregate.linear import Changes
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.aggregate.server_step import stepped
 from thinwire.core import Averaged, Client, Server
@@ -103,7 +103,7 @@ class FedZO(Averaged):
     def origin(self, state: Start) -> Mapping[str, Tensor]:
         return state.weights
 
-    def linear(self, secure: Secure) -> Linear:
+    def linear(self, secure: Secure) -> Changes:
         return Changes(self, secure)
 
     def step(

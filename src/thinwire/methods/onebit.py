@@ -29,7 +29,6 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from thinwire.aggregate.linear import Linear
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.compress.catalogue import Plain, TensorCode, sizes
 from thinwire.compress.codecs.blocks import Blocks
@@ -181,7 +180,7 @@ class OneBit(Probing):
     def origin(self, state: Numbers) -> Mapping[str, Tensor]:
         return {NUMBERS: state.numbers} if self.code.plain else {}
 
-    def linear(self, secure: Secure) -> Linear:
+    def linear(self, secure: Secure) -> CommonSigns:
         return CommonSigns(self, secure, self.code.code(), NUMBERS)
 
     def step(
