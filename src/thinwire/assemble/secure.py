@@ -39,6 +39,8 @@ def check_secure(run: Run, names: Sequence[str]) -> None:
             "federation.weights: under privacy.secure a client weighs its own reply, as method.weighting has it, and "
             "no share can depend on others"
         )
+    if run.federation is not None and run.federation.late:
+        raise ConfigError("federation.late: under privacy.secure a late reply is in no sum; leave it out")
     if run.federation is not None and run.federation.keep_replies:
         raise ConfigError("federation.keep_replies: under privacy.secure the server has no replies to keep")
     least = min((size_of(segment, len(names)) for segment in run.cohort), default=0) if names else secure.minimum
