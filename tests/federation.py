@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from thinwire.data.tokenise import tokenise
 from thinwire.evaluate.loss import mean_loss
 from thinwire.keys import Key
 from thinwire.model.net import Net
-from thinwire.runtime.endpoint import ACTIONS, Endpoint
+from thinwire.runtime.endpoint import ACTIONS, Action, Endpoint
 from thinwire.runtime.inprocess import InProcess
-from thinwire.runtime.round import Reply, Round, run_round
+from thinwire.runtime.round import Reply, Round, RoundFunction, run_round
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemories, VersionStore
 from thinwire.wire import Frame
@@ -62,6 +62,8 @@ class Federation:
     caps: dict[int, int] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)
     agreement: Agreement | None = None  # who counts how much
+    actions: Mapping[str, Action] = field(default_factory=dict)  # beside, or in place of, joining and training
+    function: RoundFunction = run_round
     metrics: Metrics = field(default_factory=dict)
     history: list[Round] = field(default_factory=list)
 
@@ -97,14 +99,14 @@ class Federation:
         """One round; its record."""
         self.round += 1
         cohort = tuple(range(len(self.sizes))) if cohort is None else tuple(cohort)
-        inner = InProcess(Endpoint(self.method, self.seats, ACTIONS, spool=self.spool))
+        inner = InProcess(Endpoint(self.method, self.seats, {**ACTIONS, **self.actions}, spool=self.spool))
         transport = Tampered(inner, self.tamper, self.watch)
         names = [f"client-{i}" for i in range(len(self.sizes))]
         server = replace(self.server(self.round, cohort), weighing=Weighing(self.agreement, names))
         at = Round(1, server, transport, self.held, self.spool)
         at.max_header = header_room(self.method.Up, self.net.names)
         at.caps, at.examples = self.caps, self.examples
-        self.state, self.metrics = run_round(self.method, self.state, at)
+        self.state, self.metrics = self.function(self.method, self.state, at)
         self.history.append(at)
         return at
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from thinwire.aggregate.linear import Linear
 from thinwire.aggregate.mean import Counted, Mean, Metrics, Setting, Update
-from thinwire.aggregate.noised import noised_mean
+from thinwire.aggregate.noised import Noised
 from thinwire.aggregate.robust import AnyAggregation
 from thinwire.aggregate.server_step import AnyServerStep, Plain
 from thinwire.aggregate.weights import Weighing
@@ -28,6 +29,7 @@ from thinwire.keys import Key
 from thinwire.privacy.protection import Level, Protection
 from thinwire.privacy.released import Released, of_update
 from thinwire.privacy.secrets import Secrets, SystemSecrets
+from thinwire.privacy.secure import Secure
 from thinwire.versions import Trial, Versions
 
 if TYPE_CHECKING:
@@ -170,6 +172,10 @@ class Method(BaseModel):
     def check_cohort(self, clients: int) -> None:
         """Raise ConfigError where a round of so many clients is too small for it; asked before anything runs."""
 
+    def linear(self, secure: Secure) -> Linear:
+        """Its mean as plain sums, which masks can cover; ConfigError with the reason where replies are more to it."""
+        raise ConfigError(f"privacy.secure: {type(self).__name__} makes more of its clients' replies than their mean")
+
     @property
     def keeps_all(self) -> bool:
         """Whether its server half reads replies until the round has ended, and not one after another."""
@@ -225,24 +231,21 @@ class Averaged(Method):
         raise NotImplementedError
 
     def aggregate(self, state: Any, server: Server, replies: Iterable[tuple[int, Any]]) -> tuple[Any, Metrics]:
-        counted: list[Counted] = []
+        counted, private = list[Counted](), server.protection is not None
 
         def updates() -> Iterator[tuple[int, Update]]:
             for client, up, weight in self.weighed(server, replies):
                 update = self.update_of(*server.asked(client, state), client, up)
                 if server.weighing.agreement is not None:
                     update = update._replace(weight=weight)
-                counted.append(Counted(client, update.weight, update.metrics))
+                counted.append(Counted(client, update.weight, {} if private else update.metrics))
                 yield client, update
                 del up, update  # large ones are gone before the next one comes
 
         rise = self._rise(state, server, server.loss) if self.measures and server.loss else None
         setting = Setting(self.origin(state), rise, server.spool, server.left_out, server.key, server.lengths)
-        if server.protection is not None:
-            mean = noised_mean(updates(), setting.origin, server.protection, len(server.cohort), server.secrets)
-            state, metrics = self.step(state, server, mean, [each._replace(metrics={}) for each in counted])
-            return state, metrics
-        mean, metrics = self.aggregation(updates(), setting)
+        noised = Noised(server.protection, len(server.cohort), server.secrets) if server.protection else None
+        mean, metrics = (noised or self.aggregation)(updates(), setting)
         if server.left_out:
             metrics = metrics | {"left_out": len(server.left_out)}
             server.weighing.leave_out(server.left_out)
@@ -261,10 +264,7 @@ class Averaged(Method):
         return server.weighing(replies, self.weight)
 
     def check_cohort(self, clients: int) -> None:
-        try:
-            self.aggregation.check_cohort(clients)
-        except ValueError as error:
-            raise ConfigError(f"method.aggregation: {error}") from None
+        self.aggregation.check_cohort(clients)
 
     @property
     def additive(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,27 @@ def test_the_mean_of_clients_is_that_of_shortened_updates_all_counting_alike() -
     )
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2 * 2.0 / (1 << 16))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_private_round_without_a_reply_moves_nothing(name: str, silos: Silos, tmp_path: Path) -> None:
+    start = assemble.begin(*assemble.prepared(run_of(silos, name, CLIENT)))
+    course = Course(start.job(tmp_path / "run", Watch()))
+    course.begin()
+    server = replace(course.seats.server(1, (0, 1, 2)), protection=Protection("client", 1.0, 1.0))
+    state, metrics = start.run.method.aggregate(course.state, server, iter(()))
+    assert state is course.state
+    assert not any(metrics.values())
+
+
+def test_masks_and_the_clients_own_noise_go_together(silos: Silos, tmp_path: Path) -> None:
+    method = METHODS["fedkseed"] | {"shared": True, "weighting": "uniform"}
+    run = silos.run(method, privacy=RECORD | {"secure": {"reports": False}})
+    summary = trained(run, tmp_path / "run")
+    assert 0.9 * 30 < summary["privacy"]["epsilon"] <= 30
+    assert summary["bytes_keys"] > 0
+    moved = [record["metrics"]["directions"] for record in read_records(tmp_path / "run" / "rounds.jsonl")]
+    assert all(moved)
 
 
 def test_who_does_not_reply_leaves_the_divisor_as_it_is() -> None:

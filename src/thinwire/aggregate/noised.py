@@ -10,16 +10,31 @@ sums are of whole numbers, see privacy.integers.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from thinwire.aggregate import columns
 from thinwire.aggregate.columns import Tensors
-from thinwire.aggregate.mean import Update
+from thinwire.aggregate.mean import Metrics, Setting, Update
 from thinwire.privacy.integers import FINE, truncated, within
 from thinwire.privacy.protection import Protection
 from thinwire.privacy.secrets import Secrets
+
+
+class Noised(NamedTuple):
+    """In place of another aggregation: how clients are protected, how many were asked, and where noise comes from."""
+
+    protection: Protection
+    clients: int
+    secrets: Secrets
+
+    def __call__(
+        self, updates: Iterable[tuple[int, Update]], at: Setting | None = None
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """The mean by name, float32, and no numbers for the records; nothing where nobody has replied."""
+        return noised_mean(updates, at.origin if at is not None else {}, *self), {}
 
 
 def noised_mean(

@@ -29,6 +29,7 @@ from torch import Tensor
 from thinwire.aggregate import columns
 from thinwire.aggregate.air import Air
 from thinwire.aggregate.mean import LENGTH, Aggregation, Mean, Metrics, Reports, Setting, Update
+from thinwire.errors import ConfigError
 
 ROUNDS = 10  # whose lengths are in a running median
 Updates = Iterable[tuple[int, Update]]
@@ -90,7 +91,8 @@ class Trimmed(_EachNumber):
 
     def check_cohort(self, clients: int) -> None:
         if clients - 2 * self.cut(clients) < 1:
-            raise ValueError(f"share {self.share:g} of a round's {clients} clients, cut at each end, leaves nobody")
+            cut = f"share {self.share:g} of a round's {clients} clients, cut at each end, leaves nobody"
+            raise ConfigError(f"method.aggregation: {cut}")
 
     def rule(self, block: Block) -> Block:
         clients = block.shape[0]  # where some have not replied, the median is the most that can be cut
@@ -128,10 +130,8 @@ class Krum(Aggregation):
 
     def check_cohort(self, clients: int) -> None:
         if clients < self.needs:
-            raise ValueError(
-                f"krum against {self.attackers} that keeps {self.keep} needs {self.needs} clients in a round, "
-                f"and there are {clients}"
-            )
+            asked = f"krum against {self.attackers} that keeps {self.keep} needs {self.needs} clients in a round"
+            raise ConfigError(f"method.aggregation: {asked}, and there are {clients}")
 
     def __call__(self, updates: Updates, at: Setting | None = None) -> Result:
         at, held = at or Setting(), list(updates)

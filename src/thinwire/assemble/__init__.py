@@ -27,3 +27,4 @@ from thinwire.assemble.scores import loss_on as loss_on
 from thinwire.assemble.scores import prompts_of as prompts_of
 from thinwire.assemble.scores import scorer as scorer
 from thinwire.assemble.scores import splits_of as splits_of
+from thinwire.assemble.secure import masked_clients as masked_clients

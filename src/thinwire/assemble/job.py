@@ -19,6 +19,7 @@ from thinwire.assemble.model import classes_of, net_of, settled, use_threads
 from thinwire.assemble.privacy import budget_of, check_privacy
 from thinwire.assemble.rows import Rows, rows_of
 from thinwire.assemble.scores import loss_on, scorer, splits_of
+from thinwire.assemble.secure import check_secure, secured
 from thinwire.config import ConfigError, Run
 from thinwire.data.batch import Dataset
 from thinwire.evaluate.clients import Evaluation
@@ -52,6 +53,7 @@ def prepared(run: Run, rows: Rows | None = None) -> tuple[Run, Rows]:
         rows = rows_of(run.data, Key.root(run.seed))
     check_agreement(run, list(rows.clients))
     check_privacy(run, list(rows.clients))
+    check_secure(run, list(rows.clients))
     check_choice(run, list(rows.splits))
     return settled(run, rows), rows
 
@@ -78,8 +80,10 @@ def identity(run: Run) -> int:
     if run.data.order == "random":
         unset["data"] = {"order", "focus"}
     text = same.to_toml(unset)
-    for part in (agreement_of(run), run.privacy):
-        text += "" if part is None else part.model_dump_json()
+    if (weights := agreement_of(run)) is not None:
+        text += weights.model_dump_json()
+    if run.privacy is not None:
+        text += run.privacy.model_dump_json(exclude={"secure"} if run.privacy.secure is None else None)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
@@ -113,7 +117,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         scored = datasets(run.data, list(rows.clients.values()), net.tokenizer, classes) if clients else []
         few = {id: replace(data, examples=data.examples[: run.eval.rows]) for id, data in enumerate(scored)}
         actions["evaluate"] = Evaluation(few, heldout=False, settings=run.eval)
-    return Job(
+    plain = Job(
         method=run.method,
         net=net,
         clients=clients,
@@ -143,6 +147,7 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         replies=run.federation is not None and run.federation.keep_replies,
         late=0 if run.federation is None else run.federation.late,
     )
+    return secured(run, plain)
 
 
 def _check_packing(net: Net, model: str, clients: list[Dataset]) -> None:

@@ -33,7 +33,7 @@ class Unit:
 
     def spent(self, visits: int, asked: Privacy) -> float:
         """The epsilon of so many visits."""
-        return epsilon(self.noise, self.rate, self.releases * visits, asked.delta, grid_for(asked.epsilon))
+        return epsilon(self.noise, self.rate, self.releases * visits, asked.delta, grid_for(asked.most))
 
 
 class Budget:
@@ -94,7 +94,7 @@ class Budget:
     def beyond(self, client: int, answers: int) -> bool:
         """Whether so many answers of a client, each with noise of its own, would spend more than the run may."""
         unit = self.units.get(client)
-        return unit is not None and unit.spent(answers, self.privacy) > self.privacy.epsilon
+        return unit is not None and unit.spent(answers, self.privacy) > self.privacy.most
 
     def statement(self, round: int) -> Record:
         """What was promised by a run of so many rounds, for its summary."""
@@ -106,7 +106,7 @@ class Budget:
 
     def ends(self, round: int) -> str | None:
         """Why the run ends after a round, before its rounds are over; None where the next one is within the budget."""
-        most = self.privacy.epsilon
+        most = self.privacy.most
         if round >= self.rounds or (after := self.spent(round + 1)) is None or after <= most:
             return None
         return f"round {round + 1} would spend an epsilon of {after:.4g}, and privacy.epsilon is {most:g}"
@@ -115,7 +115,7 @@ class Budget:
 def check_privacy(run: Run, names: Sequence[str]) -> None:
     """ConfigError for a run that cannot be private as it asks, with clients of these names."""
     asked = run.privacy
-    if asked is None:
+    if asked is None or asked.level is None:
         return
     if run.federation is not None and run.federation.join:
         raise ConfigError("federation.join: a private run's budget is for the sites that it begins with")
@@ -145,7 +145,7 @@ def check_privacy(run: Run, names: Sequence[str]) -> None:
 
 def budget_of(run: Run, rows: Mapping[int, int], clients: int) -> Budget | None:
     """The budget of a run, and of its clients that are here their rows; ConfigError where round 1 is beyond it."""
-    if run.privacy is None:
+    if run.privacy is None or run.privacy.level is None:
         return None
     budget = Budget(run, rows, clients)
     if (why := budget.ends(0)) is not None:

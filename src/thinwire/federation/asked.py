@@ -32,7 +32,7 @@ class Question(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    action: Literal["join", "train", "evaluate"]
+    action: Literal["join", "train", "evaluate", "keys", "shares", "unmask"]
     transfer: Word
     offset: Size
     total: Size

@@ -16,7 +16,7 @@ from thinwire.errors import first_wrong
 from thinwire.methods import METHODS
 from thinwire.wire import Frame, Illegal
 
-EMPTY = ("Ready", "Stale")  # kinds that reveal nothing of a site's rows
+EMPTY = ("Ready", "Stale", "Keys", "Shares")  # kinds that reveal nothing of a site's rows
 LEAST = Annotated[int, Field(ge=2)]
 
 
@@ -32,8 +32,9 @@ class Asked(BaseModel):
     def admit(self, run: Run) -> None:
         """Illegal for a run that does not give it."""
         given, asks = run.privacy, f"this site's policy asks for privacy of a {self.level}"
-        if given is None or (given.level == "client" and self.level == "record"):
-            raise Illegal(f"{asks}, and the run has " + ("none" if given is None else "that of a client alone"))
+        level = None if given is None else given.level
+        if level is None or (level == "client" and self.level == "record"):
+            raise Illegal(f"{asks}, and the run has " + ("none" if level is None else "that of a client alone"))
         for name, most in (("epsilon", self.epsilon_at_most), ("delta", self.delta_at_most)):
             if (value := getattr(given, name)) > most:
                 raise Illegal(f"{asks} with {name} {most:g} at most, and the run has {value:g}")
@@ -44,6 +45,7 @@ class Policy(BaseModel):
 
     `max_bytes`: of a frame that leaves, `max_bytes_in`: of one that arrives. `evaluate`: whether scores may leave,
     mean: for the server's records only within a mean of several sites.
+    `masked`: a reply leaves under masks alone, in runs with [privacy.secure].
     `code`: classes of methods that are not thinwire's own, as method.path names them.
 
     How rows are read: `templates`, names and `task_of` other ones; `choices`, sets of answers; `lengths`, the least and
@@ -61,6 +63,7 @@ class Policy(BaseModel):
     max_bytes: PositiveInt = 1 << 38
     max_bytes_in: PositiveInt = 1 << 38
     evaluate: bool | Literal["mean"] = True
+    masked: bool = False
     code: tuple[str, ...] = ()
     templates: tuple[str, ...] | Literal["any"] = tuple(NAMED)
     choices: tuple[tuple[str, ...], ...] | Literal["any"] = ()
@@ -99,6 +102,8 @@ class Policy(BaseModel):
             raise Illegal(f"this site's policy does not allow the class {path}")
         if path is None and name not in self.methods:
             raise Illegal(f"this site's policy does not allow the method {name}")
+        if self.masked and (run.privacy is None or run.privacy.secure is None):
+            raise Illegal("this site's policy allows runs with [privacy.secure] alone: replies leave under masks")
         if action == "evaluate" and not self.evaluate:
             raise Illegal("this site's policy does not allow evaluation")
         if len(frame) > self.max_bytes_in:

@@ -22,7 +22,7 @@ from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.spent import Replies, Spent, drop_old
 from thinwire.keys import Key
 from thinwire.records import read_json
-from thinwire.runtime.endpoint import ACTIONS, Endpoint
+from thinwire.runtime.endpoint import ACTIONS, KEYED, Endpoint
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
 from thinwire.wire import Frame, Header, Illegal
@@ -147,6 +147,10 @@ class Visits:
         self.fingerprints: dict[str, str] = {}
         self.data: Dataset | None = None
         self.budget: Budget | None = None
+        try:
+            self.masked = assemble.masked_clients(run, lambda client, *asked: spent.unmask(self.name, *asked))
+        except config.ConfigError as error:
+            raise Refused(f"{error}"[:200]) from None
 
     @property
     def id(self) -> int:
@@ -181,8 +185,12 @@ class Visits:
             raise Illegal(f"a frame of round {header.round}")
         if action == "join" or again:
             return
-        floor = self.kept.newest if action == "train" else 0
-        self.spent.admit(self.name, action, header.round, self.policy.max_rounds, floor)
+        if action in KEYED and not self.masked:
+            raise Illegal("a frame of keys in a run without privacy.secure")
+        floor = self.kept.newest if action == "train" or action in KEYED else 0
+        self.spent.admit(
+            self.name, action, header.round, self.policy.max_rounds, floor, bool(self.masked) and action != "evaluate"
+        )
 
     def load(self) -> None:
         """Take the start model, and its fingerprints with it."""
@@ -220,7 +228,7 @@ class Visits:
         parts = (self.net, versions, {self.id: data}, self.kept, self.kept.held)
         seats = Seats(self.key, run.rounds, *parts, protected=protected)
         found = Evaluation({self.id: some}, bool(scored), run.eval, self.policy.evaluate == "mean")
-        self.endpoint = Endpoint(run.method, seats, {**ACTIONS, "evaluate": found}, spool=self.spool)
+        self.endpoint = Endpoint(run.method, seats, {**ACTIONS, "evaluate": found, **self.masked}, spool=self.spool)
         self.data = data
         memory.trim()  # loading has left as much again as the model
 

@@ -19,10 +19,14 @@ LOST = "this site's record of what it has answered is damaged, and it answers no
 
 @dataclass(frozen=True)
 class Entry:
-    """Of a run: the hashes of its run files; for each action how many rounds were answered, and which was the last."""
+    """Of a run: the hashes of its run files; for each action how many rounds were answered, and which was the last.
+
+    `unmasked`: the last round whose sum this site has helped to unmask, and the hash of which sum.
+    """
 
     files: tuple[str, ...]
     rounds: dict[str, tuple[int, int]]
+    unmasked: tuple[int, str] | None = None
 
 
 class Spent:
@@ -49,14 +53,19 @@ class Spent:
             raise Refused(f"this site's policy does not allow more than {most} run files")
         self._write(run, replace(known, files=(*known.files, settings)))
 
-    def admit(self, run: str, action: str, round: int, most: int, floor: int = 0) -> None:
-        """Illegal for a round that was answered, or lies before one that was or `floor`, and beyond `most` answers."""
+    def admit(self, run: str, action: str, round: int, most: int, floor: int = 0, again: bool = False) -> None:
+        """Illegal for a round that was answered, or lies before one that was or `floor`, and beyond `most` answers.
+
+        `again`: a round may be answered to another request too, as when it is repeated with fresh keys.
+        """
         count, newest = self.of(run, action)
         if round < max(newest, floor):
             raise Illegal(
                 f"a frame of round {round} after one of round {max(newest, floor)}: it is replayed, or the server has "
                 "gone back"
             )
+        if count and round == newest and again:
+            return
         if count and round == newest:
             raise Illegal(f"round {round} is answered already, to another request")
         if count >= most:
@@ -67,6 +76,14 @@ class Spent:
         known = self._known(run)
         count, _ = self.of(run, action)
         self._write(run, replace(known, rounds={**known.rounds, action: (count + 1, round)}))
+
+    def unmask(self, run: str, round: int, sum: str) -> None:
+        """A sum of a round is being unmasked; Illegal where it was another one, or a later round's, before."""
+        known = self._known(run)
+        last, before = known.unmasked or (round, sum)
+        if round < last or (round == last and sum != before):
+            raise Illegal(f"a sum of round {last} is unmasked already")
+        self._write(run, replace(known, unmasked=(round, sum)))
 
     def of(self, run: str, action: str) -> tuple[int, int]:
         """How many rounds of a run were answered, and the last of them; 0, 0 at first."""

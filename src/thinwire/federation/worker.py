@@ -152,6 +152,7 @@ class Worker:
         from thinwire.federation.audit import sha256
         from thinwire.federation.fingerprint import difference
         from thinwire.federation.policy import EMPTY, task_of
+        from thinwire.runtime.endpoint import KEYED
 
         action = question.action
         about: dict[str, Any] = {"action": action}
@@ -193,7 +194,8 @@ class Worker:
         try:
             self.policy.release(answer)
             if about["kind"] not in EMPTY:
-                run.replies.keep(action, header.round, request, answer)
+                if action not in KEYED:  # those are in this process alone
+                    run.replies.keep(action, header.round, request, answer)
                 self.spent.add(run.name, action, header.round)
         except Exception as error:
             self.audit.note("out", answer, f"refused: {error}", **about)

@@ -13,12 +13,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from thinwire.aggregate.linear import Changes
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.aggregate.server_step import stepped
 from thinwire.core import Client, Server
 from thinwire.costs.frames import Expected, Frames, fixed
 from thinwire.model.net import Net
 from thinwire.privacy.protection import BOTH
+from thinwire.privacy.secure import Secure
 from thinwire.train.first_order import FirstOrder
 from thinwire.train.weights import Trained, check_weights, fill, fill_checked
 from thinwire.wire.legal import check_rate
@@ -63,6 +65,9 @@ class FedAvg(FirstOrder):
 
     def origin(self, state: Weights) -> Mapping[str, Tensor]:
         return state.weights
+
+    def linear(self, secure: Secure) -> Changes:
+        return Changes(self, secure)
 
     def step(
         self, state: Weights, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]

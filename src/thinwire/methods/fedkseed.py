@@ -35,12 +35,14 @@ from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.model.net import Net
 from thinwire.perturb import pool, probe
 from thinwire.perturb.directions import Directions, PoolLaw
+from thinwire.perturb.masked import SharedScalars
 from thinwire.perturb.moves import Moves
 from thinwire.perturb.pool import TILTS, Levels, Pool
 from thinwire.perturb.scalars import as_floats, as_sent, check_picks, check_scalars, drawn
 from thinwire.perturb.spsa import shrink_of, walk, work
 from thinwire.privacy.protection import BOTH, Level
 from thinwire.privacy.released import Released
+from thinwire.privacy.secure import Secure
 from thinwire.train.local import Schedule, scheduled
 from thinwire.train.protected import protected_at
 from thinwire.wire import Illegal, legal
@@ -180,8 +182,7 @@ class FedKSeed(Averaged):
     def check(self, state: Accumulators, client_id: int, up: Steps) -> None:
         if (up.seeds is None) == (self.wire == "paper"):
             raise Illegal("seeds travel in the paper's form, and in no other")
-        if up.seeds is not None:
-            check_picks(up.seeds, self.steps * self.queries, self.seeds)
+        check_picks(up.seeds, self.steps * self.queries, self.seeds)
         check_scalars(up.scalars, up.unit, self._form, (self.steps, self.queries))
 
     def aggregate(
@@ -204,14 +205,16 @@ class FedKSeed(Averaged):
             self._add(moves, state, server, block)
         if moves.weight == 0:
             return state, {}
-        moves.average()
-        state, own = self._moved(state, server, moves)
+        state, own = self._moved(state, server, moves.average())
         return state, reports.metrics | {"skipped": moves.skipped} | own
 
     def update_of(self, state: Accumulators, server: Server, client_id: int, up: Steps) -> Update:
         moves = Moves(state.amplitude, state.visits, self.amplitude_clip)
         self._add(moves, state, server, [(client_id, 1.0, (up.scalars, up.unit), up.seeds)])
         return Update({"gains": moves.tensor}, self.weight(up), up.loss, moves.skipped, moves.metrics)
+
+    def linear(self, secure: Secure) -> SharedScalars:
+        return SharedScalars(self, secure, self._form)
 
     def step(
         self, state: Accumulators, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
@@ -222,8 +225,7 @@ class FedKSeed(Averaged):
     def _add(self, moves: Moves, state: Accumulators, server: Server, block: Sequence[Any]) -> None:
         """All replies of a block in one go, in their order: one by one they would cost far more."""
         clients, weights, sent, seeds = zip(*block, strict=True)
-        shape = (self.steps, self.queries)
-        scalars = as_floats(sent, self._form, shape)
+        scalars = as_floats(sent, self._form, shape := (self.steps, self.queries))
         if self.wire == "paper":
             picks = torch.stack(seeds).numpy().reshape(scalars.shape)
         else:
@@ -248,8 +250,8 @@ class FedKSeed(Averaged):
         return state, {"directions": int(touched.size)}
 
     def materialise(self, state: Accumulators, net: Net) -> None:
-        thin = self.wire == "thin"
-        gains = torch.from_numpy(Levels.of(state.gains, state.grid).values * state.grid) if thin else state.gains
+        gains, grid = state.gains, state.grid
+        gains = gains if self.wire == "paper" else torch.from_numpy(Levels.of(gains, grid).values * grid)
         self._pool(state.pool).rebuild(net, gains.float(), state.shrink)
 
     def reply_bytes(self, net: Net) -> int:
@@ -258,10 +260,8 @@ class FedKSeed(Averaged):
     def receive(self, down: Gains, client: Client) -> None:
         legal.check_rate(down.lr)
         legal.check_keys(down.pool, down.draws)
-        if self.wire == "thin":
-            gains = pool.received(client, down.levels, down.base, down.grid, self.seeds)
-        else:
-            gains = pool.plain(down.gains, self.seeds)
+        thin, sent = self.wire == "thin", (down.levels, down.base, down.grid)
+        gains = pool.received(client, *sent, self.seeds) if thin else pool.plain(down.gains, self.seeds)
         if not (gains.abs() <= legal.LARGEST).all() or not abs(down.shrink) <= 1:
             raise Illegal("gains or shrink are beyond their bounds, or not finite")
         self._pool(down.pool).rebuild(client.net, gains, down.shrink)
@@ -296,5 +296,5 @@ class FedKSeed(Averaged):
         return simulated(self, at, reply, (lambda state: Levels.of(state.gains, state.grid).table()) if thin else None)
 
     def memory(self, at: Sketch, forward: Pass, side: Side) -> Memory | None:
-        kept = at.trained_bytes  # Net.rebuild keeps a copy for the next visit
-        return probing(at, forward, self.law, kept) if side == "client" else holding(at, kept)
+        # Net.rebuild keeps a copy for the next visit
+        return probing(at, forward, self.law, at.trained_bytes) if side == "client" else holding(at, at.trained_bytes)

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from thinwire.aggregate.linear import Changes
 from thinwire.aggregate.mean import Counted, Metrics, Update
 from thinwire.aggregate.server_step import stepped
 from thinwire.core import Averaged, Client, Server
@@ -27,6 +28,7 @@ from thinwire.perturb.directions import Directions, Law
 from thinwire.perturb.pool import Pool
 from thinwire.perturb.spsa import shrink_of, walk, work
 from thinwire.privacy.protection import BOTH
+from thinwire.privacy.secure import Secure
 from thinwire.train.local import Schedule, scheduled
 from thinwire.train.protected import protected_at
 from thinwire.train.weights import Trained, check_weights, fill, fill_checked
@@ -100,6 +102,9 @@ class FedZO(Averaged):
 
     def origin(self, state: Start) -> Mapping[str, Tensor]:
         return state.weights
+
+    def linear(self, secure: Secure) -> Changes:
+        return Changes(self, secure)
 
     def step(
         self, state: Start, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]

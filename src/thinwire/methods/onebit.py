@@ -36,10 +36,14 @@ from thinwire.compress.coding import AnyCoding, Coding
 from thinwire.compress.entropy.packing import to_bytes, to_tensor
 from thinwire.compress.feedback import DEBT, carried, debt_of, encode_with_debt, on_grid
 from thinwire.core import Client, Server, StaleVersion
-from thinwire.costs.frames import VERSION, Expected, Frames, Span
+from thinwire.costs.changes import kept_changes
+from thinwire.costs.frames import VERSION, Expected, Frames
 from thinwire.model.net import Net
 from thinwire.model.numbers import fill
 from thinwire.privacy.protection import BOTH
+from thinwire.privacy.secure import Secure
+from thinwire.train import common_signs
+from thinwire.train.common_signs import CommonSigns, next_scales
 from thinwire.train.local import Moments, Schedule
 from thinwire.train.probing import Probing
 from thinwire.train.stages import LEVELS, arrive, check_merges, check_stages, grown, name_of, on_levels, settle
@@ -58,7 +62,7 @@ class Numbers:
 
     `start`: the version of the start, which everybody has. `owed`: the server's debt, float64 [n]. `changes`: the last
     rounds' coded changes by the version that each is of, oldest first, under the keys `keys`. `stages`: see
-    train.stages; the numbers are those of the present one.
+    train.stages; the numbers are those of the present one. `scales`: see train.common_signs, in secure sums alone.
     """
 
     numbers: Tensor
@@ -69,6 +73,7 @@ class Numbers:
     keys: list[int]
     moments: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
     stages: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
+    scales: Tensor | None = field(default=None, metadata=LATE)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Step:
     key: int
     lr: float
     stages: Mapping[str, Tensor] | None = field(default=None, metadata=LATE)
+    scales: Tensor | None = field(default=None, metadata=LATE)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class Learnt:
     loss: float = field(metadata={"release": True})
     skipped: int = field(metadata={"release": True})
     probes: int | None = field(default=None, metadata={"release": True, **LATE})
+    scales: Tensor | None = field(default=None, metadata={"release": True, **LATE})
 
 
 class OneBit(Probing):
@@ -128,9 +135,9 @@ class OneBit(Probing):
             missed = {str(i): change for i, change in enumerate([*state.changes.values()][first:])}
             all_of_it = (1 + len(state.stages or {})) * sizes(self._levels, state.numbers.shape)[1]
             if sum(change.numel() for change in missed.values()) <= all_of_it:
-                return Step(held, state.version, missed, state.keys[first:], None, key, lr)
+                return Step(held, state.version, missed, state.keys[first:], None, key, lr, scales=state.scales)
         levels = to_tensor(self._levels.encode(state.numbers, 0))
-        return Step(None, state.version, {}, [], levels, key, lr, state.stages)
+        return Step(None, state.version, {}, [], levels, key, lr, state.stages, state.scales)
 
     def client_update(self, down: Step, client: Client) -> Learnt:
         numbers, over = self._receive(down, client)
@@ -142,12 +149,15 @@ class OneBit(Probing):
         if not torch.isfinite(learnt).all():
             raise Illegal("the update is not finite")
         code, debt = self.code.code(), carried(debt_of(client.memory, learnt), self.code.carry)
+        own = None
         if self.code.plain:
             data = code.encode((numbers + learnt).float(), down.key)
+        elif down.scales is not None:
+            data, own, client.memory[DEBT] = common_signs.encode(code, learnt, debt, down.scales)
         else:
             data, _, client.memory[DEBT] = encode_with_debt(code, learnt, debt, down.key)
         probes = self.probes_in(client.id, local.skipped)
-        return Learnt(to_tensor(data), len(client.data), local.loss, local.skipped, probes)
+        return Learnt(to_tensor(data), len(client.data), local.loss, local.skipped, probes, own)
 
     def check(self, state: Numbers, client_id: int, up: Learnt) -> None:
         code, shape = self.code.code(), state.numbers.shape
@@ -169,6 +179,9 @@ class OneBit(Probing):
 
     def origin(self, state: Numbers) -> Mapping[str, Tensor]:
         return {NUMBERS: state.numbers} if self.code.plain else {}
+
+    def linear(self, secure: Secure) -> CommonSigns:
+        return CommonSigns(self, secure, self.code.code(), NUMBERS)
 
     def step(
         self, state: Numbers, server: Server, mean: dict[str, Tensor], counted: Sequence[Counted]
@@ -195,7 +208,9 @@ class OneBit(Probing):
             numbers, owed, moments = torch.zeros_like(numbers), torch.zeros_like(owed), None
             version = server.versions.put({NUMBERS: numbers, **stages})
         kept = dict(list(changes.items())[-MISSED:])
-        return Numbers(numbers, version, state.start, owed, kept, keys[-MISSED:], moments or None, stages or None), {}
+        scales = next_scales(mean)
+        kept_too = moments or None, stages or None, scales
+        return Numbers(numbers, version, state.start, owed, kept, keys[-MISSED:], *kept_too), {}
 
     def materialise(self, state: Numbers, net: Net) -> None:
         if self.merge_every:
@@ -244,32 +259,16 @@ class OneBit(Probing):
         return numbers, len(stages)
 
     def frames(self, at: Expected) -> Frames | None:
-        shape = (sum(tensor.numel() for tensor in at.trained.values()),)
+        def step(base: str | None, missed: list[Tensor], merges: int, levels: Tensor | None, over: int) -> Step:
+            changes = {str(i): change for i, change in enumerate([*missed, *[MERGE] * merges])}
+            stages = {name_of(stage): levels for stage in range(over) if levels is not None} or None
+            return Step(base, VERSION, changes, [1 << 63] * len(changes), levels, 1 << 63, 0.0, stages)
 
-        def merged(round: int) -> int:
-            return (round - 1) // self.merge_every if self.merge_every else 0
+        def reply(client: int, up: Tensor, examples: int) -> Learnt:
+            return Learnt(up, examples, 0.0, 0, self.probes_in(client))
 
-        def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
-            seen, held = [n for n in range(1, round) if client in at.cohorts[n - 1]], at.examples[client]
-            first, there, back = 1 if new else seen[-1], list[int](), list[int]()
-            missed, over, merges = round - first, merged(round), merged(round) - merged(first)
-            for end in (0, 1):
-                up, change, levels = (
-                    torch.empty(int(sizes(code, shape)[end]), dtype=torch.uint8)
-                    for code in (self.code.code(), self.down.code(), self._levels)
-                )
-                stages = {name_of(stage): levels for stage in range(over)} or None
-                step = Step(None, VERSION, {}, [], levels, 1 << 63, 0.0, stages)
-                if missed + merges <= MISSED and missed * change.numel() <= (1 + over) * levels.numel():
-                    changes = {str(i): change if i < missed else MERGE for i in range(missed + merges)}
-                    keys = [1 << 63] * len(changes)
-                    step = Step(None if new else VERSION, VERSION, changes, keys, None, 1 << 63, 0.0)
-                there.append(at.length(step, round, client))
-                for examples in (1, 65535) if held is None else (held,):
-                    back.append(at.length(Learnt(up, examples, 0.0, 0, self.probes_in(client)), round, client, VERSION))
-            return Span(min(there), max(there)), Span(min(back), max(back))
-
-        return frames
+        codes = self.code.code(), self.down.code(), self._levels
+        return kept_changes(at, codes, self.merge_every, MISSED, step, reply)
 
     @property
     def moves_base(self) -> bool:

@@ -51,9 +51,10 @@ class Moves:
         self.skipped += int(taken.size - steps.sum())
         self.weight += float(weights.sum())
 
-    def average(self) -> None:
+    def average(self) -> Moves:
         """Moves and shrink as the mean of the replies has them."""
         self.gains, self.shrink = self.gains / self.weight, self.shrink / self.weight
+        return self
 
     @property
     def tensor(self) -> Tensor:

@@ -56,8 +56,10 @@ def check_scalars(scalars: Tensor, unit: float, form: str, shape: tuple[int, int
         raise Illegal("a step is skipped in part")
 
 
-def check_picks(seeds: Tensor, count: int, size: int) -> None:
-    """Illegal for directions that are not `count` of a pool of `size`, int32."""
+def check_picks(seeds: Tensor | None, count: int, size: int) -> None:
+    """Illegal for directions that are not `count` of a pool of `size`, int32; None, where none travel, passes."""
+    if seeds is None:
+        return
     if seeds.dtype != torch.int32 or seeds.shape != (count,):
         raise Illegal(f"seeds are {seeds.dtype} {list(seeds.shape)}, not int32 [{count}]")
     if seeds.min() < 0 or seeds.max() >= size:

@@ -32,7 +32,7 @@ class Progress:
     `held`: client -> version. `memory`: client -> the round of its newest file of memory; `evals`: lines of
     evals.jsonl; `versions`: those that the store keeps; None in the checkpoints of a version that did not write them.
     `best`: the round of the best loss, `waited`: the evaluations since, where the run goes by them; `why` it has ended
-    before its last round.
+    before its last round. `bytes_keys`: of key material, beside the others.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -51,6 +51,7 @@ class Progress:
     best_loss: float | None = None
     waited: int = 0
     why: str | None = None
+    bytes_keys: int = 0
 
 
 @dataclass(frozen=True)

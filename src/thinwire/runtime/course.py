@@ -11,7 +11,6 @@ from typing import Any
 
 from thinwire import files, memory, records
 from thinwire.aggregate.weights import Weighing
-from thinwire.core import Client
 from thinwire.errors import ConfigError, Paused, RunError
 from thinwire.records import SELECTION, Record, read_records
 from thinwire.runtime import checkpoint
@@ -68,8 +67,8 @@ class Course:
         parts = (job.net, self.versions, job.clients, self.memories, lambda client, _: self.held.get(client))
         private = (job.budget.protected, job.budget.protection) if job.budget is not None else ({}, None)
         self.seats = Seats(job.key, job.rounds, *parts, job.public, len(job.names), job.loss, *private)
-        done = partial(_done, job.watch)
-        endpoint = Endpoint(job.method, self.seats, {**ACTIONS, **job.actions}, done, self.spool)
+        actions = {**ACTIONS, **job.actions}
+        endpoint = Endpoint(job.method, self.seats, actions, lambda each: job.watch.client_done(each.id), self.spool)
         self.transport = job.transport or InProcess(endpoint)
         self.survey = job.survey
         if self.survey is None and "evaluate" in job.actions:
@@ -162,7 +161,8 @@ class Course:
         record = record_of(at, job.names, metrics, seconds, peak)
         self.lengths += lengths_of([record])
         check_state(self.state, round)
-        self.progress = replace(self.progress, round=round, bytes_up=up, bytes_down=down)
+        keys = self.progress.bytes_keys + at.ledger.bytes_keys
+        self.progress = replace(self.progress, round=round, bytes_up=up, bytes_down=down, bytes_keys=keys)
         records.append(self.rounds, record)
         mean = (time.perf_counter() - self.began) / (round - self.first)
         job.watch.round_ends(record, mean * (job.rounds - round))
@@ -249,6 +249,8 @@ class Course:
             "final": [row for row in evals if row["round"] == chosen and row.get("split") != SELECTION],
             "sha256": job.net.state_sha256() if job.carry is None else None,
         }
+        if now.bytes_keys:
+            summary["bytes_keys"] = now.bytes_keys
         if now.why is not None:
             summary["ended"] = now.why
         if job.budget is not None:
@@ -293,7 +295,3 @@ class Course:
             self.progress = replace(now, best=now.round, best_loss=loss, waited=0)
         else:
             self.progress = replace(now, waited=now.waited + 1)
-
-
-def _done(watch: Watch, client: Client) -> None:
-    watch.client_done(client.id)

@@ -32,6 +32,12 @@ def serve(
     header = frame.header()
     if header.client != client.id:
         raise Illegal(f"a frame for client {header.client} was given to client {client.id}")
+    _, up = visit(method, frame, client, max_bytes)
+    return wire.encode(up, run=header.run, round=header.round, client=client.id, held=client.held, spool=spool)
+
+
+def visit(method: Method, frame: Frame, client: Client, max_bytes: int = wire.frame.MAX_FRAME) -> tuple[Any, Any]:
+    """What the frame brings down, and what the client half makes of it."""
     down: Any = wire.decode(method.Down, frame, max_bytes)
     try:
         up = method.client_update(down, client)
@@ -40,8 +46,8 @@ def serve(
             up = withheld(up, released or {})
             check_released(up, released)
     except StaleVersion:
-        up = Stale(client.held)
-    return wire.encode(up, run=header.run, round=header.round, client=client.id, held=client.held, spool=spool)
+        return down, Stale(client.held)
+    return down, up
 
 
 def join(method: Method, frame: Frame, client: Client, spool: Path | None = None) -> Frame:
@@ -50,6 +56,7 @@ def join(method: Method, frame: Frame, client: Client, spool: Path | None = None
     return wire.encode(Ready(), run=header.run, round=header.round, client=client.id)
 
 
+KEYED = ("keys", "shares", "unmask")  # the actions of secure sums that carry key material: kept nowhere
 ACTIONS: Mapping[str, Action] = {"join": join, "train": serve}
 
 
@@ -60,7 +67,7 @@ class Endpoint:
     net has the client's own personal parameters.
     """
 
-    PASSING = ("join", "evaluate")
+    PASSING = ("join", "evaluate", *KEYED)
 
     def __init__(
         self,

@@ -25,10 +25,10 @@ def record_of(at: Round, names: Sequence[str], metrics: Metrics, seconds: float,
         "seconds": seconds,
         "peak_memory_bytes": peak,
         "metrics": metrics,
-    }
+    } | ({"bytes_keys": at.ledger.bytes_keys} if at.ledger.keys else {})
 
 
-ABSENT = ("error", "left_out", "late")  # of a visit, where there is none
+ABSENT = ("error", "left_out", "late", "bytes_keys")  # of a visit, where there is none
 
 
 def _client(visit: Visit, names: Sequence[str]) -> Record:

@@ -59,6 +59,7 @@ class Visit:
     error: str | None = None
     left_out: str | None = None  # why a legal reply is not in what the round made
     late: int | None = None  # how many rounds ago it was asked for
+    bytes_keys: int | None = None  # of both ways, that are key material
 
 
 @dataclass
@@ -116,7 +117,7 @@ def run_round(method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
         for group in groups(at.transport.exchange(asked)):
             frames: list[tuple[int, Frame]] = []
             for reply in map(taken, group):
-                if reply.frame is not None and reply.client not in late and _is_stale(reply.frame, at.max_header):
+                if reply.frame is not None and reply.client not in late and is_stale(reply.frame, at.max_header):
                     at.held.pop(reply.client, None)
                     reply.frame.remove()
                     # once more, with nothing taken for granted
@@ -222,7 +223,8 @@ def shown(text: str, most: int = REASON) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
-def _is_stale(frame: Frame, max_header: int) -> bool:
+def is_stale(frame: Frame, max_header: int) -> bool:
+    """Whether a reply says that its client does not hold what the frame builds on."""
     try:
         return frame.header(max_header).kind == Stale.__name__
     except WireError:

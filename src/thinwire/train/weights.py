@@ -42,6 +42,11 @@ def check_weights(known: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
                 raise Illegal(f"{name} is beyond {LARGEST:g}" if finite else f"{name} is not finite")
 
 
+def changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What weights have changed by, float32, of the names in `after`."""
+    return {name: tensor.float() - before[name].to(tensor.device).float() for name, tensor in after.items()}
+
+
 def fill_checked(net: Net, weights: Mapping[str, Tensor]) -> None:
     """`fill` with weights from elsewhere; Illegal, and nothing is copied, where they are not such a net's."""
     check_weights({name: net.base[name] for name in net.names}, weights)

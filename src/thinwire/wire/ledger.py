@@ -13,13 +13,15 @@ F = TypeVar("F", bound=Sized)
 class Ledger:
     """Bytes of one round: client -> bytes, each way. A frame sent twice is counted twice.
 
-    With a `digest` of frames, `digests` has that of each client's last reply.
+    With a `digest` of frames, `digests` has that of each client's last reply. `keys`: those of key material,
+    both ways together, apart from the others.
     """
 
     sent: dict[int, int] = field(default_factory=dict)
     received: dict[int, int] = field(default_factory=dict)
     digest: Callable[[Any], str] | None = None
     digests: dict[int, str] = field(default_factory=dict)
+    keys: dict[int, int] = field(default_factory=dict)
 
     def down(self, client: int, frame: F) -> F:
         """Count a frame to a client, and hand it on."""
@@ -33,9 +35,18 @@ class Ledger:
             self.digests[client] = self.digest(frame)
         return frame
 
+    def key(self, client: int, frame: F) -> F:
+        """Count a frame of key material, and hand it on."""
+        self.keys[client] = self.keys.get(client, 0) + len(frame)
+        return frame
+
     @property
     def bytes_down(self) -> int:
         return sum(self.sent.values())
+
+    @property
+    def bytes_keys(self) -> int:
+        return sum(self.keys.values())
 
     @property
     def bytes_up(self) -> int:
