@@ -110,6 +110,7 @@ class Method(BaseModel):
     Up: ClassVar[type]
     State: ClassVar[type]
     paper: ClassVar[str] = ""
+    leaves_last: ClassVar[bool] = False  # its client half does not make its last move, which nobody would see there
     hollow: ClassVar[bool] = False  # the client half needs the net's names, config and base, and not its weights
     needs_weights: ClassVar[bool] = True  # whether the server half needs more than those of the net before the end
     keeps: ClassVar[bool] = False  # its client half trains what a view keeps at the clients too
