@@ -73,7 +73,7 @@ def show(audit: Audit, made: list[Row]) -> None:
     screen.print(table)
     if one:
         screen.print(
-            f"were all {audit.guesses} guesses right, epsilon would be at least {one.most:.3f}, at delta {one.delta:g}: "
+            f"were all {audit.guesses} guesses right, epsilon would be at least {one.most:.3f} at delta {one.delta:g}; "
             "so few canaries cannot show more",
             soft_wrap=True,
         )

@@ -137,7 +137,7 @@ def check(run: Run, size: Size) -> None:
 
 
 def candidates_of(start: Start, visits: Visits, count: int, key: Key) -> Sequence[Example]:
-    """Rows that are no secret of the client: public ones, held-out ones, or else other clients'; DataError, ConfigError."""
+    """Rows that are no secret of the client's: public, held out, or else other clients'; DataError, ConfigError."""
     run, rows = start.run, start.rows
     if visits.job.public is not None:
         pool: Sequence[Example] = visits.job.public.examples
@@ -181,4 +181,3 @@ def record(audit: Audit, made: Sequence[Row]) -> dict[str, Any]:
         "guesses": audit.guesses,
         "views": [each(row) for row in made],
     }
-

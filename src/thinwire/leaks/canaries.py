@@ -100,7 +100,7 @@ def host(job: Job) -> int:
     """The client that comes most often, the first of them: canaries go to it."""
     seats = Seats(job.key, job.rounds)
     cohorts = [seats.cohort(job.segments, len(job.names), round) for round in range(1, job.rounds + 1)]
-    return max(range(len(job.names)), key=lambda id: (sum(id in cohort for cohort in cohorts), -id))
+    return max(range(len(job.names)), key=lambda who: (sum(who in cohort for cohort in cohorts), -who))
 
 
 def guessed_right(scores: Floats, coins: NDArray[np.bool_], guesses: int) -> int:
@@ -115,7 +115,7 @@ def drawn(data: Dataset, net: Net, count: int, key: Key) -> list[Example]:
     special = {*net.tokenizer.all_special_ids}
     tokens = [t for t in range(min(*net.rows, len(net.tokenizer))) if t not in special]
     known, found = {e.prompt for e in data.examples}, list[Example]()
-    answers = {e.choice: e.answer for e in data.examples}
+    answers = {e.choice or 0: e.answer for e in data.examples}
     for i in range(count):
         for turn in range(100):
             here = key.fold(i, turn)
@@ -171,7 +171,7 @@ def slopes(net: Net, canaries: Dataset, start: Change, move: Change) -> Floats:
     far = length(move)
     if not far:
         return np.zeros(len(canaries))
-    factor, found = min(1.0, NEAR * length(start) / far), []
+    factor, found = min(1.0, NEAR * (length(start) or far) / far), []
     for sign in (1, -1):
         put(net, start, move, sign * factor)
         found.append(losses(net, canaries))
@@ -184,4 +184,5 @@ def losses(net: Net, canaries: Dataset) -> Floats:
     rows, parts = canaries.examples, range(0, len(canaries), PIECE)
     batches = [collate(rows[at : at + PIECE], canaries.pad, canaries.candidates) for at in parts]
     found = torch.cat([example_losses(net.model, batch)[0] for batch in batches])
-    return np.nan_to_num(found.double().cpu().numpy(), nan=1e9, posinf=1e9)
+    known: Floats = np.nan_to_num(found.double().cpu().numpy(), nan=1e9, posinf=1e9)
+    return known

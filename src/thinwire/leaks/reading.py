@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ Change = dict[str, Tensor]
 
 
 class Seen(NamedTuple):
-    """What a reply changes, in the numbers that the server takes the mean of or else in the weights; what it reports."""
+    """What a reply changes, in the numbers that the server takes the mean of or else in weights; what it reports."""
 
     change: Change
     reports: Counted
@@ -112,7 +113,7 @@ def product(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Iterable[st
 
 def length(a: Mapping[str, Tensor]) -> float:
     """The length of all tensors together."""
-    return product(a, a) ** 0.5
+    return math.sqrt(product(a, a))
 
 
 def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
