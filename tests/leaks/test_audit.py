@@ -193,6 +193,14 @@ def test_sizes_that_show_nothing_are_refused(size: Size, line: str, silos: Silos
 
 
 def test_runs_that_cannot_be_audited_are_refused_in_a_line(silos: Silos, tmp_path: Path) -> None:
+    tight = run_of(silos, "fedavg", privacy=RECORD | {"delta": 0.03})
+    with pytest.raises(ConfigError, match=r"^privacy.delta: 0.03 is not below one in 36 rows, canaries counted$"):
+        Audit(tight, Size(canaries=20))
+    (tmp_path / "tight.toml").write_text(tight.to_toml())
+    nowhere = tmp_path / "nowhere" / "found.json"
+    assert refused("audit-privacy", tmp_path / "tight.toml", "--json", nowhere) == (
+        f"--json: there is no folder {nowhere.parent}"
+    )
     run = run_of(silos, "fedavg", federation={"sites": ["north", "south", "west"]})
     (tmp_path / "run.toml").write_text(run.to_toml())
     assert refused("audit-privacy", tmp_path / "run.toml").startswith("federation.sites: the audit runs in one process")

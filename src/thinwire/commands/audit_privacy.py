@@ -29,6 +29,8 @@ def audit_privacy(
         from thinwire import config, files, records
         from thinwire.leaks import Audit, Size, record
 
+        if json is not None and not json.absolute().parent.is_dir():
+            raise config.ConfigError(f"--json: there is no folder {json.parent}")
         audit = Audit(config.load(file, overrides or []), Size(candidates, tries, rows, canaries, guesses))
         echo(f"{audit.name}: {audit.cost}")
         made = audit()

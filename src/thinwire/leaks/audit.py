@@ -59,6 +59,11 @@ class Audit:
         self.run, self.rows = assemble.prepared(run)
         if not self.rows.clients:
             raise ConfigError("data: no client has rows here")
+        most = size.canaries + max(map(len, self.rows.clients.values()))
+        if run.privacy is not None and run.privacy.level == "record" and run.privacy.delta >= 1 / most:
+            raise ConfigError(
+                f"privacy.delta: {run.privacy.delta:g} is not below one in {most:,} rows, canaries counted"
+            )
         self.name, self.views = method_name(run.method), views_of(run)
 
     @property

@@ -37,8 +37,8 @@ class Visits:
         self.seats = Seats(*parts, public=job.public, clients=clients, loss=job.loss, protected=private[0])
         cohort = self.seats.cohort(job.segments, clients, 1)
         self.id, self.state = cohort[0], job.method.init(self.seats.server(0))
-        server = replace(self.seats.server(1, cohort), protection=private[1], secrets=self.secrets)
-        self.reading = Reading(job.method, job.net, self.state, server)
+        self.server = replace(self.seats.server(1, cohort), protection=private[1], secrets=self.secrets)
+        self.reading = Reading(job.method, job.net, self.state, self.server)
 
     @property
     def data(self) -> Dataset:
@@ -49,7 +49,7 @@ class Visits:
         """The client's reply, through the frames that travel; its net is left as the visit has left it."""
         method = method or self.method
         client = replace(self.seats.client(self.id, 1), data=data, secrets=secrets or self.secrets)
-        down = self.method.broadcast(self.state, self.reading.server, self.id, None)
+        down = self.method.broadcast(self.state, self.server, self.id, None)
         frame = wire.encode(down, run=self.job.run, round=1, client=self.id)
         with at_home(self.net, client.memory, remember=False):
             answer = serve(method, frame, client)
