@@ -55,7 +55,7 @@ def test_of_randomised_response_the_bound_is_above_the_truth_in_five_runs_of_a_h
     draw = np.random.default_rng(0)  # and drawn: a coin a canary, reported as it is with probability q
     found = bounds[(draw.random((4000, count)) < q).sum(1)]
     assert (found > epsilon).mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 4000)
-    assert np.median(found) > 0.4 * epsilon  # it is no bound that never says anything
+    assert np.median(found) > 0.2 * epsilon  # it is no bound that never says anything
 
 
 def test_counts_that_cannot_be_are_refused() -> None:
