@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "feedsign": {"name": "feedsign", "lr": 2e-3, "eps": 1e-3, "steps": 4, "batch_size": 4},
     "onebit": {"name": "onebit", "lr": 1e-2, "steps": 4, "batch_size": 4},
 }
-STRONG = {"name": "fedavg", "lr": 1e-2, "steps": 10, "batch_size": 8}
+STRONG = {"name": "fedavg", "lr": 5e-3, "steps": 20, "batch_size": 8}
 VIEWS = {"onebit": {"view": {"kind": "tied", "numbers": 500, "targets": ["q_proj", "v_proj"]}}}
 OPEN = {"choices": None}
 FEW = Size(candidates=4, tries=2, canaries=0)
