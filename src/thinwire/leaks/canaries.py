@@ -39,7 +39,6 @@ Floats = NDArray[np.float64]
 NEAR = 1e-2  # of the weights' length: how far along a round's move a derivative is taken
 PIECE = 32  # canaries that pass together
 LEAST = 8  # with fewer no bound is above 0
-SCORES = ("final", "moves")
 
 
 class Guessed(NamedTuple):
