@@ -119,6 +119,7 @@ def test_canaries_that_are_learnt_by_heart_show_and_strong_noise_hides_them(one:
     assert plain.leak.members == 12
     assert min(score.right for score in plain.leak.scores.values()) >= 19
     assert 0.5 < plain.leak.epsilon <= plain.leak.most
+    assert private.leak.claimed is not None
     assert private.leak.claimed == pytest.approx(1.0, abs=0.1)
     assert private.leak.epsilon < min(plain.leak.epsilon, private.leak.claimed)
     assert not private.leak.beyond
