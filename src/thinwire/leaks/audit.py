@@ -132,7 +132,7 @@ def check(run: Run, size: Size) -> None:
     if run.method.moves_base:
         raise ConfigError(f"method: {name} moves weights that its view freezes, and the audit compares what is trained")
     if run.method.hollow:
-        raise ConfigError(f"method: a client of {name} trains a smaller model of its own, which the audit cannot look into")
+        raise ConfigError(f"method: a client of {name} trains a model of its own, which the audit cannot look into")
     if not {field.name for field in fields(run.method.Up) if field.metadata.get("release")} - REPORTS.keys():
         raise ConfigError(f"method: of what a client of {name} learns nothing leaves it; there is nothing to audit")
     if size.canaries and size.canaries < LEAST:

@@ -15,6 +15,7 @@ from torch import Tensor
 from thinwire import wire
 from thinwire.core import Method
 from thinwire.data.batch import Dataset
+from thinwire.errors import ConfigError
 from thinwire.leaks.reading import Change, Reading, held
 from thinwire.model.personal import at_home
 from thinwire.privacy.secrets import Secrets, SystemSecrets
@@ -51,8 +52,11 @@ class Visits:
         client = replace(self.seats.client(self.id, 1), data=data, secrets=secrets or self.secrets)
         down = self.method.broadcast(self.state, self.server, self.id, None)
         frame = wire.encode(down, run=self.job.run, round=1, client=self.id)
-        with at_home(self.net, client.memory, remember=False):
-            answer = serve(method, frame, client)
+        try:
+            with at_home(self.net, client.memory, remember=False):
+                answer = serve(method, frame, client)
+        except wire.WireError as error:
+            raise ConfigError(f"method: no visit to {len(data)} rows can be made: {error}") from None
         return wire.decode(method.Up, answer, max_header=header_room(method.Up, self.net.names))
 
     def visit(self, data: Dataset) -> tuple[Any, Change]:
