@@ -32,7 +32,7 @@ FLOORS = (
     {"methods"},
     {"config"},
     {"assemble"},
-    {"api", "compare", "estimate", "federation", "report", "trackers"},
+    {"api", "compare", "estimate", "federation", "leaks", "report", "trackers"},
     {"operations"},
     {"commands"},
     {"cli"},

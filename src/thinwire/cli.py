@@ -12,6 +12,7 @@ import typer
 
 from thinwire import __version__
 from thinwire.commands.audit import audit
+from thinwire.commands.audit_privacy import audit_privacy
 from thinwire.commands.chat import chat
 from thinwire.commands.client import client
 from thinwire.commands.codec import fit_codec
@@ -70,6 +71,7 @@ for command in (
     show,
     contributions,
     audit,
+    audit_privacy,
     server,
     client,
     local_federation,

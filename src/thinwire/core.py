@@ -80,8 +80,7 @@ class Client:
 
     `net` is a borrowed workspace, its contents undefined on entry: fill it from `down`. `memory` survives rounds and
     stays here. `held` is the version of the global weights that this client holds: the half sets it, it travels in the
-    reply's header, and the next `broadcast` is given it. `secrets` is for what no key may repeat: a private run's noise
-    and sampling.
+    reply's header, and the next `broadcast` is given it. `secrets`: for a private run's noise and sampling.
     """
 
     id: int
@@ -112,6 +111,7 @@ class Method(BaseModel):
     Up: ClassVar[type]
     State: ClassVar[type]
     paper: ClassVar[str] = ""
+    leaves_last: ClassVar[bool] = False  # its client half does not make its last move, which nobody would see there
     hollow: ClassVar[bool] = False  # the client half needs the net's names, config and base, and not its weights
     needs_weights: ClassVar[bool] = True  # whether the server half needs more than those of the net before the end
     keeps: ClassVar[bool] = False  # its client half trains what a view keeps at the clients too

@@ -128,7 +128,7 @@ class FedKSeed(Averaged):
 
     Down, Up, State = Gains, Steps, Accumulators
     paper: ClassVar[str] = "Qin et al. 2024, arXiv:2312.06353"
-    private = BOTH
+    private, leaves_last = BOTH, True
 
     @model_validator(mode="after")
     def _combined(self) -> FedKSeed:

@@ -90,6 +90,7 @@ class FeedSign(Method):
 
     Down, Up, State = Votes, Ballot, Run
     paper: ClassVar[str] = "Cai et al. 2025, arXiv:2501.17610"
+    leaves_last: ClassVar[bool] = True
 
     def init(self, server: Server) -> Run:
         return Run(server.key.fold("directions").word(), torch.zeros(0, dtype=torch.int8))
