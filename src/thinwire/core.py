@@ -101,8 +101,7 @@ class StaleVersion(Exception):
 class Method(BaseModel):
     """One federated algorithm. Its fields are its hyper-parameters; it holds nothing else.
 
-    `Down`, `Up` and `State` are payload classes (see thinwire.wire.payload). An `Up` with the fields `examples` and
-    `loss` has them in the run's records.
+    `Down`, `Up`, `State`: payload classes (see thinwire.wire.payload); `examples`, `loss` of an `Up` stand in records.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
