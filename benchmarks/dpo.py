@@ -4,8 +4,8 @@
 
 It needs trl, which thinwire does not: pip install --no-deps --target /tmp/trl trl, and PYTHONPATH=/tmp/trl.
 
-Rows and model are those of recipes/dpo-movie-reviews.toml, but all parameters are trained: AdamW without decay, a norm of
-the gradient of 1 at most, a constant rate, no dropout. trl makes tokens of the texts itself, and holds a second model.
+Rows and model are those of recipes/dpo-movie-reviews.toml, but all parameters are trained: AdamW without decay, at a
+constant rate, gradients of norm 1 at most, no dropout. trl makes its own tokens, and holds a second model.
 """
 
 from __future__ import annotations
