@@ -107,7 +107,7 @@ class Data(Section):
     rows: PositiveInt | None = None  # use that many rows at most (all clients together), drawn at random
     heldout: float | int | str = 0.1  # a share or a number of the rows, or a source
     heldout_tasks: str | None = None  # a source: tasks that no client holds
-    template: Literal["plain", "alpaca", "chat", "completion", "jinja"] = "plain"
+    template: Literal["plain", "alpaca", "chat", "completion", "text", "jinja"] = "plain"
     prompt: str | None = None
     answer: str | None = None
     choices: tuple[str, ...] | None = None
