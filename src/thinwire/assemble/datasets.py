@@ -25,8 +25,6 @@ from thinwire.train.parallel import ranks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REFERENCED = 8  # preferences whose reference is measured in one pass
-
 
 def dataset(
     data: config.Data, rows: list[Row], tokenizer: PreTrainedTokenizerBase, classes: tuple[str, ...] | None = None
@@ -73,7 +71,7 @@ def scored_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Dataset
     return [referenced(run, data, net, run.eval.batch_size) for data in few]
 
 
-def referenced(run: Run, data: Dataset, net: Net, batch_size: int = REFERENCED) -> Dataset:
+def referenced(run: Run, data: Dataset, net: Net, batch_size: int) -> Dataset:
     """The data set, of preferences with the reference that the net has now, while it is the start model.
 
     Measured once, so that no second model is ever needed. A hollow net has none to give. Raises DataError.
@@ -115,7 +113,8 @@ def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Data
             f'data.loss: "dpo" compares with the start model, which a client of {config.method_name(run.method)} does '
             "not have in memory"
         )
-    found = [referenced(run, data, net) for data in found]
+    # as many at a time as a step has: no pass needs more memory than those that are to come
+    found = [referenced(run, data, net, run.method.work(1).batch) for data in found]
     focus = run.data.focus if run.data.order == "lfr" else None
     if focus is not None and ranks()[1] > 1:
         raise ConfigError(
