@@ -131,6 +131,15 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["data.template=jinja"], 'data.prompt: missing; with data.template = "jinja" it is a Jinja template'),
         (["data.pack=true", 'data.choices=["a", "b"]'], "data.pack: goes with open answers, or data.loss = "),
         (["data.pack=true", "data.balanced=true"], "data.pack: does not go with data.balanced"),
+        (["data.rejected=x"], 'data.rejected: goes with data.loss = "dpo" only'),
+        (["data.beta=0.2"], 'data.beta: goes with data.loss = "dpo" only'),
+        (["data.loss=dpo", "data.beta=0"], "data.beta: must be greater than 0, got 0"),
+        (["data.loss=dpo", "data.pack=true"], 'data.pack: does not go with data.loss = "dpo"'),
+        (["data.loss=dpo", 'data.choices=["a", "b"]'], 'data.choices: does not go with data.loss = "dpo"'),
+        (["data.loss=dpo", "data.words.a=b"], 'data.words: does not go with data.loss = "dpo"'),
+        (["data.loss=dpo", "data.shuffle_answers=true"], 'data.shuffle_answers: does not go with data.loss = "dpo"'),
+        (["data.loss=dpo", "data.prompt={a}", "data.answer={b}"], "data.rejected: missing; with data.loss = "),
+        (["data.loss=dpo", "data.rejected={c}"], "data.prompt: missing; with data.loss = "),
         (["method.schedule=step"], "method.schedule: must be 'constant', 'linear' or 'cosine', got 'step'"),
         (["model.dtype=int8"], "model.dtype: must be 'float32', 'bfloat16' or 'float16', got 'int8'"),
         (["model.bits=4"], "model: bits needs [model.lora]: quantised weights cannot be trained themselves"),
@@ -246,6 +255,9 @@ def test_what_came_later_and_is_not_used_changes_no_runs_number(tmp_path: Path) 
     others = [assemble.identity(run_of("eval.every=1", change)) for change in changes]
     assert len({assemble.identity(run), *others}) == 1 + len(changes)
     assert assemble.identity(run_of("eval.every=1", "federation.deadline=5")) == assemble.identity(run)
+    assert "beta" not in written
+    others = [assemble.identity(run_of("data.loss=dpo", f"data.beta={beta}")) for beta in (0.1, 0.2)]
+    assert len({assemble.identity(run_of()), *others}) == 3
 
 
 @pytest.mark.parametrize(
@@ -256,6 +268,7 @@ def test_what_came_later_and_is_not_used_changes_no_runs_number(tmp_path: Path) 
         ["method.name=fedavg", 'cohort=[{kind="all", rounds=2}, {kind="uniform", n=2}]'],
         ["data.choices=['ü', '\"x\"']", 'data.prompt="a\\nb{input}"', "data.answer={output}", "data.heldout=0"],
         ["method.path=test_config:Own", "method.strength=2", "method.order=[3]"],
+        ["data.loss=dpo", "data.prompt={a}", "data.answer={b}", "data.rejected={c}", "data.beta=0.3"],
     ],
 )
 def test_the_resolved_file_is_a_run_file_of_the_same_run(tmp_path: Path, changes: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -134,6 +135,20 @@ def test_each_is_scored_on_a_line_of_its_own(place: Path, tmp_path: Path) -> Non
     lines = [f"{file.stem}: {line}" for file, one in zip(files, alone, strict=True) for line in one.out.splitlines()]
     assert found.out.splitlines() == lines
     assert list(json.loads(thinwire("eval", *files, rows, "--json").out)) == ["ward", "weights"]
+
+
+def test_preferences_are_scored_against_the_base(place: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"Say {i}", "chosen": f"yes {i}", "rejected": "never"} for i in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    shown = json.dumps({"template": "completion", "loss": "dpo", "beta": 0.5, "max_length": 64})
+    moved = replace(thin_file.read(place / "few.thin"), shown=shown)
+    still = replace(moved, bits=0, block=0, levels=None, numbers=torch.zeros(500))
+    for name, thin in (("moved", moved), ("still", still)):
+        thin_file.write(tmp_path / f"{name}.thin", thin)
+    files = [tmp_path / f"{name}.thin" for name in ("moved", "still")]
+    found = json.loads(thinwire("eval", *files, f"data.path={tmp_path / 'pairs.jsonl'}", "--json").out)
+    assert (found["still"][0]["loss"], found["still"][0]["accuracy"]) == (pytest.approx(math.log(2), abs=1e-6), 0)
+    assert abs(found["moved"][0]["loss"] - math.log(2)) > 1e-4
 
 
 def test_names_are_stems_made_unique(place: Path, tmp_path: Path) -> None:

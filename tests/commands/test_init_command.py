@@ -144,3 +144,27 @@ def test_asked_for_it_asks_three_questions(tmp_path: Path) -> None:
     assert asked.output.count("?") == 3
     assert "open answers: without gradients hardly anything" in asked.output
     assert config.method_name(config.load(tmp_path / "run.toml").method) == "fedkseed"
+
+
+def test_preferences_are_trained_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file of theirs to scores and back, by the commands that init names."""
+    monkeypatch.chdir(tmp_path)
+    fields = [{"prompt": f"Say {i}", "chosen": f"yes {i}", "rejected": "never"} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in fields))
+    tiny_folder(tmp_path / "model")
+    tree, out = written("pairs.toml", "--data", "pairs.jsonl")
+    assert (tree["data"]["template"], tree["data"]["loss"], tree["data"]["beta"]) == ("chat", "dpo", 0.1)
+    assert "loss: dpo" in out
+    tiny = ("model.path=model", "data.max_length=96", "data.heldout=4", "data.clients=2")
+    shown = thinwire("data", "pairs.toml", *tiny).out
+    assert "it was preferred to < what was rejected" in shown
+    assert "  < never" in shown
+    assert thinwire("run", "pairs.toml", *tiny, "rounds=1", "method.steps=3").code == 0
+    (before, after) = [json.loads(line) for line in Path("runs/pairs/evals.jsonl").read_text().splitlines()]
+    assert (before["accuracy"], before["loss"]) == (0, pytest.approx(0.6931, abs=1e-4))
+    assert after["loss"] < before["loss"]
+    (again,) = json.loads(thinwire("eval", "runs/pairs", "--json").out)
+    assert again["loss"] == pytest.approx(after["loss"], abs=1e-4)
+    assert again["accuracy"] == after["accuracy"]
+    alone = refused("eval", "runs/pairs/model", "data.path=pairs.jsonl", "data.template=chat", "data.loss=dpo")
+    assert "compares with the start model, which runs/pairs/model does not name; evaluate the run" in alone

@@ -109,3 +109,10 @@ def test_what_is_proposed_reads_every_row_whose_cells_are_filled(fields: list[di
     filled = [row for row in given_rows if all(v is not None and str(v).strip() for v in row.fields.values())]
     if filled:
         tokenise(filled, template, tiny_tokenizer(), max_length=4096, choices=found.choices)
+
+
+def test_an_answer_that_was_chosen_and_one_that_was_rejected() -> None:
+    found = propose(rows(prompt=text, chosen=lambda i: f"it is {i + 1}", rejected=lambda i: "no"))
+    assert (found.template, found.preferences, found.prompt, found.choices) == ("chat", True, None, None)
+    assert found.max_length == 32
+    assert not propose(rows(prompt=text, completion=text)).preferences

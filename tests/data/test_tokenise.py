@@ -6,18 +6,20 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import BOS, CHOICES, EOS, PAD, tiny_rows, tiny_tokenizer
+from tiny import BOS, CHOICES, EOS, PAD, tiny_model, tiny_rows, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from thinwire.data.batch import Dataset, Example
+from thinwire.data.batch import Dataset, Example, collate
 from thinwire.data.errors import DataError
 from thinwire.data.rows import Row
 from thinwire.data.templates import NAMED, Template
 from thinwire.data.tokenise import shuffle_answers, tokenise
 from thinwire.keys import Key
+from thinwire.train.objective import token_losses
 
 PLAIN, WITH_BOS = tiny_tokenizer(), tiny_tokenizer(bos=True)
 JOINED = Template("{input}", "{output}")
@@ -300,3 +302,16 @@ def test_a_space_before_an_answer_is_where_its_words_have_it(answer: str) -> Non
     (example,) = tokenise([row(messages=talk)], NAMED["chat"], tokenizer, max_length=64).examples
     assert [*example.prompt, *example.answer] == tokenizer.apply_chat_template(talk)["input_ids"]
     assert example.prompt[-1] == vocabulary["]"]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_of_a_plain_text_every_token_is_trained_on(bos: bool) -> None:
+    """Behind the token that begins texts; the first of them too, and the end."""
+    data = tokenise([Row({"text": "abc"}, "t", 1)], NAMED["text"], tiny_tokenizer(bos=bos), max_length=16)
+    (example,) = data.examples
+    assert (example.prompt, example.answer) == ((BOS,), (*b"abc", EOS))
+    losses, counts = token_losses(tiny_model(), collate([example], data.pad))
+    with torch.no_grad():
+        logs = tiny_model()(torch.tensor([[BOS, *b"abc", EOS]])).logits[0].log_softmax(-1)
+    assert counts.tolist() == [4]
+    assert losses.item() == pytest.approx(-sum(float(logs[i, t]) for i, t in enumerate((*b"abc", EOS))), abs=1e-4)

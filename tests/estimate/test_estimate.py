@@ -40,6 +40,16 @@ def run_of(model: Path, method: dict[str, Any], **data: Any) -> Run:
     return config.parse({"model": {"path": str(model)}, "data": table, "method": method, "rounds": 3})
 
 
+def test_a_preference_costs_two_rows(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "model", **SEVEN)
+    one, two = (estimate(run_of(folder, {"name": "fedavg", "steps": 3}, loss=loss)) for loss in ("answer", "dpo"))
+    assert two.flops == pytest.approx(2 * one.flops)
+    assert one.client is not None
+    assert two.client is not None
+    assert two.client.total > one.client.total
+    assert two.batch == one.batch
+
+
 @pytest.mark.parametrize(
     ("fields", "size"), [(SEVEN | {"num_key_value_heads": 32}, 6_738_415_616), (SEVENTY, 68_976_648_192)]
 )

@@ -30,3 +30,16 @@ def test_a_template_that_writes_something_else_is_another_prompt(silos: Silos, m
     assert reason is not None
     assert reason.startswith("prompt template: ")
     assert difference(fingerprints(run, net), before[1]) is None
+
+
+def test_how_preferences_are_read_is_part_of_the_prompt(silos: Silos) -> None:
+    run = silos.run({"name": "fedavg", "lr": 1e-3})
+    net = assemble.net_of(run)
+    found = []
+    for fields in ({}, {"loss": "dpo"}, {"loss": "dpo", "beta": 0.2}):
+        data = config.Data(path=run.data.path, template="completion", **fields)
+        found.append(fingerprints(run.model_copy(update={"data": data}), net))
+    for one, other in ((0, 1), (1, 2)):
+        reason = difference(found[one], found[other])
+        assert reason is not None
+        assert reason.startswith("prompt template: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from thinwire.federation.policy import Policy
 from thinwire.federation.site_run import Visits, run_settings
 from thinwire.federation.spent import Spent
 from thinwire.federation.worker import Site
+from thinwire.keys import Key
 from thinwire.model.errors import ModelError
 from thinwire.privacy.accountant import epsilon
 from thinwire.runtime.seats import Seats
@@ -98,3 +100,19 @@ def test_a_site_adds_its_own_noise_and_counts_its_answers(place: Path, tmp_path:
     assert not torch.equal(first.scalars, again.scalars)  # the same question, answered with noise of its own
     with pytest.raises(Refused, match=r"another answer would spend more than the run's privacy\.epsilon"):
         asked(2, 1)
+
+
+def test_a_site_has_the_references_that_one_process_has(place: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {i}", "chosen": f"yes {i}" * (i % 3 + 1), "rejected": "never"} for i in range(11)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": f"{tmp_path}/rows.jsonl", "clients": 1, "heldout": 0, "template": "chat", "loss": "dpo"}
+    run = config.parse({"model": {"path": f"{place}/llama"}, "data": data, "method": {"name": "fedavg"}})
+    site = Site("north", data["path"], str(tmp_path), "", model=str(place / "llama"))
+    visits = Visits(site, Policy(), run_settings(run, ("north",), "0" * 16), tmp_path, Spent(tmp_path))
+    visits.load()
+    visits.read()
+    net = assemble.net_of(run)
+    (here,) = assemble.clients_data(run, assemble.rows_of(run.data, Key.root(0)), net)
+    assert visits.data is not None
+    assert {e.text: e.reference for e in visits.data.examples} == {e.text: e.reference for e in here.examples}
+    assert len({e.reference for e in here.examples}) > 8

@@ -15,7 +15,7 @@ from silos import Silos
 from test_cli import refused, thinwire
 from tiny import tiny_folder
 
-from thinwire import assemble
+from thinwire import assemble, config
 from thinwire.config import ConfigError, Run
 from thinwire.core import Method
 from thinwire.keys import Key
@@ -207,6 +207,9 @@ def test_runs_that_cannot_be_audited_are_refused_in_a_line(silos: Silos, tmp_pat
     assert refused("audit-privacy", tmp_path / "run.toml").startswith("federation.sites: the audit runs in one process")
     with pytest.raises(ConfigError, match=r"^method: of what a client of athome learns nothing leaves it"):
         check(run.model_copy(update={"method": AtHome(), "federation": None}), FEW)
+    pairs = run.model_copy(update={"federation": None, "data": config.Data(path="pairs.jsonl", loss="dpo")})
+    with pytest.raises(ConfigError, match=r'^data\.loss: the audit makes canaries of one answer, and rows of "dpo"'):
+        check(pairs, FEW)
     lora: dict[str, Any] = {"view": {"kind": "lora", "rank": 2, "targets": ["q_proj"], "keep": ["*"]}}
     with pytest.raises(ModelError, match="all that is trained would stay with the clients"):
         audited(silos.run(METHODS["onebit"], model=lora))

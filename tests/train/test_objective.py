@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +33,7 @@ from thinwire.train.objective import (
     keeps_apart,
     loss,
     losses,
+    margins,
     scores,
     token_losses,
 )
@@ -44,6 +47,12 @@ OPEN = [
 CLOSED = [Example((1, 2, 3), (40,), choice=0), Example((9,), (41,), choice=1), Example((5,) * 9, (40,), choice=0)]
 SEVERAL = [(40, 3), (41,), (42, 43, 44)]
 SINGLE = [(40,), (41,), (42,)]
+PREFERENCES = [
+    replace(e, rejected=rejected, reference=reference)
+    for e, rejected, reference in zip(
+        OPEN, [(6, EOS), (8, EOS), (30, 31, 32, EOS), (23, EOS)], (1, -2, 0, 30), strict=True
+    )
+]
 
 
 def gpt2() -> nn.Module:
@@ -98,6 +107,50 @@ def test_open_loss_and_its_gradient(model: nn.Module) -> None:
     for mine, theirs in zip(gradients, expected, strict=True):
         assert mine.abs().sum() > 0
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_preferences_loss_and_its_gradient(model: nn.Module) -> None:
+    """-log sigmoid(beta (margin - reference)), each answer a row alone, in float64 but for the model's own products."""
+    batch = collate(PREFERENCES, PAD, beta=0.3)
+    value = loss(model, batch)
+    gradients = torch.autograd.grad(value, list(model.parameters()))
+    logs = [[-oracle(model, e.prompt, tokens).sum() for tokens in (e.answer, e.rejected)] for e in PREFERENCES]
+    slow = torch.stack([chosen - rejected for chosen, rejected in logs])
+    torch.testing.assert_close(margins(model, batch).double(), slow, rtol=1e-5, atol=1e-4)
+    references = torch.tensor([float(e.reference or 0) for e in PREFERENCES]).double()
+    each = -torch.log(1 / (1 + torch.exp(-0.3 * (slow - references))))
+    expected = torch.autograd.grad(each.mean(), list(model.parameters()))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(example_losses(model, batch)[0].double(), each, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(value.double(), each.mean(), rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        assert mine.abs().sum() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_where_the_start_model_is_the_loss_is_that_of_a_coin() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        found = margins(model, collate(PREFERENCES, PAD, beta=0.1)).tolist()
+        here = [replace(e, reference=margin) for e, margin in zip(PREFERENCES, found, strict=True)]
+        assert loss(model, collate(here, PAD, beta=0.1)).item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_without_a_reference_there_is_no_loss_of_preferences() -> None:
+    batch = collate([*PREFERENCES, replace(PREFERENCES[0], reference=None)], PAD, beta=0.1)
+    with pytest.raises(ValueError, match="reference"):
+        loss(tiny_model(), batch)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_preferences_in_groups_are_each_the_same(groups: int) -> None:
+    model, seen = tiny_model(), list[Tensor]()
+    batch = replace(collate(PREFERENCES, PAD, beta=0.3), seen=seen.append)
+    found = example_losses(model, batch, groups)
+    alone = torch.stack([loss(model, collate([e], PAD, beta=0.3)) for e in PREFERENCES])
+    torch.testing.assert_close(found, alone.expand(groups, -1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.mean(1), losses(model, batch, groups))
+    torch.testing.assert_close(seen[0], alone.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 3])

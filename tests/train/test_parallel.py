@@ -71,6 +71,13 @@ def test_the_parts_of_a_packed_batch_make_up_its_loss(size: int, monkeypatch: py
     parts_make_up_its_loss(batch, size, monkeypatch)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 12])
+def test_the_parts_of_a_batch_of_preferences_make_up_its_loss(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = data(None)
+    pairs = [replace(e, rejected=e.answer[::-1], reference=0.4 * i) for i, e in enumerate(held.examples)]
+    parts_make_up_its_loss(replace(held, examples=tuple(pairs), beta=2.0).collated(pairs), size, monkeypatch)
+
+
 def parts_make_up_its_loss(batch: Batch, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     total, examples = 0.0, 0

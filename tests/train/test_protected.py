@@ -73,6 +73,20 @@ def open_data(net: Net, rows: int) -> Dataset:
     return tokenise(tiny_rows(rows, 5), Template("{input}:", " {output}"), net.tokenizer, max_length=64)
 
 
+def preferences(net: Net, rows: int) -> Dataset:
+    """Each of them with an answer of another row as the rejected one."""
+    data = open_data(net, rows)
+    answers = [e.answer for e in data.examples]
+    examples = [
+        replace(e, rejected=other, reference=0.3 * i)
+        for i, (e, other) in enumerate(zip(data.examples, [*answers[1:], answers[0]], strict=True))
+    ]
+    return replace(data, examples=tuple(examples), beta=0.5)
+
+
+DATA = {"open": open_data, "closed": lambda net, rows: closed_data(net, rows, 1), "preferences": preferences}
+
+
 def slow(net: Net, data: Dataset, clip: float, size: int) -> list[Tensor]:
     """The definition: each example's gradient alone, shortened, summed, over the size."""
     parameters = [p for _, p in net.trained()]
@@ -88,11 +102,11 @@ def slow(net: Net, data: Dataset, clip: float, size: int) -> list[Tensor]:
     return [total / size for total in sums]
 
 
-@pytest.mark.parametrize("kind", ["open", "closed"])
+@pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_gradient_is_the_mean_of_shortened_ones(view: str, kind: str, tmp_path: Path) -> None:
     net = net_of(tmp_path, VIEWS[view])
-    data = open_data(net, 7) if kind == "open" else closed_data(net, 7, 1)
+    data = DATA[kind](net, 7)
     parameters = [p for _, p in net.trained()]
     for clip in (1e-3, 0.3, 1e3):
         secrets = Quiet()
@@ -144,10 +158,10 @@ def test_what_is_not_finite_adds_nothing(tmp_path: Path) -> None:
     assert protected.noised_slopes([slopes], 2).tolist() == [0.25, 0.0]
 
 
-@pytest.mark.parametrize("closed", [True, False])
-def test_an_example_alone_has_the_loss_that_it_has_among_others(closed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", DATA)
+def test_an_example_alone_has_the_loss_that_it_has_among_others(kind: str, tmp_path: Path) -> None:
     net = tiny_net(tmp_path)
-    data = closed_data(net, 5, 1) if closed else open_data(net, 5)
+    data = DATA[kind](net, 5)
     (batch,) = next(Protected(data, 5, Protection("record", 1.0, 1.0), Quiet()).batches())
     with torch.no_grad():
         among = example_losses(net.model, batch)[0]

@@ -8,6 +8,7 @@ from thinwire.assemble.datasets import client_data as client_data
 from thinwire.assemble.datasets import clients_data as clients_data
 from thinwire.assemble.datasets import dataset as dataset
 from thinwire.assemble.datasets import public_data as public_data
+from thinwire.assemble.datasets import scored_data as scored_data
 from thinwire.assemble.job import Start as Start
 from thinwire.assemble.job import begin as begin
 from thinwire.assemble.job import fingerprints as fingerprints

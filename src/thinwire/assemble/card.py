@@ -78,6 +78,8 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
         lines.append(f"- classes: {len(classes)}, named in config.json")
     elif run.data.prompt is None:
         lines.append(f"- template: {run.data.template}")
+    if run.data.loss == "dpo":
+        lines.append(f"- objective: DPO with beta {run.data.beta:g} against the start model")
     lines += [
         "",
         "## Bytes",

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from thinwire import config
 from thinwire.assemble.model import classes_of
-from thinwire.assemble.rows import Rows, in_words, read_source, template_of
+from thinwire.assemble.rows import Rows, in_words, read_source, rejected_template, template_of
 from thinwire.config import ConfigError, Run
 from thinwire.data import templates
 from thinwire.data.batch import Dataset, Example
 from thinwire.data.classes import classify
 from thinwire.data.errors import DataError, NoRowsLeft
+from thinwire.data.preference import sides
 from thinwire.data.rows import Row
 from thinwire.data.tokenise import tokenise_groups
+from thinwire.evaluate.preference import measured
 from thinwire.model.net import Net
 from thinwire.train.parallel import ranks
 
@@ -39,6 +41,14 @@ def datasets(
 ) -> list[Dataset]:
     """A data set of each group of rows; raises DataError."""
     template, longest = template_of(data, classes is not None), data.max_length
+    if data.loss == "dpo":
+        worse = rejected_template(data)
+        pairs = [[sides(row, template) if data.rejected is None else (row, row) for row in rows] for rows in groups]
+        better, others = ([[pair[i] for pair in held] for held in pairs] for i in (0, 1))
+        made = tokenise_groups(
+            better, template, tokenizer, max_length=longest, too_long=data.too_long, rejected=(others, worse)
+        )
+        return [replace(each, beta=data.beta) for each in made]
     groups = [in_words(data, rows) for rows in groups]
     if classes is None:
         return tokenise_groups(
@@ -54,13 +64,35 @@ def datasets(
     return found
 
 
+def scored_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Dataset]:
+    """Of each group of rows what an evaluation scores, at most eval.rows; the net is the start model. DataError."""
+    found = datasets(run.data, groups, net.tokenizer, classes_of(run, net.folder))
+    few = [replace(data, examples=data.examples[: run.eval.rows]) for data in found]
+    return [referenced(run, data, net, run.eval.batch_size) for data in few]
+
+
+def referenced(run: Run, data: Dataset, net: Net, batch_size: int) -> Dataset:
+    """The data set, of preferences with the reference that the net has now, while it is the start model.
+
+    Measured once, so that no second model is ever needed. A hollow net has none to give. Raises DataError.
+    """
+    if data.beta is None or any(p.is_meta for p in net.model.parameters()):
+        return data
+    check_context(net.positions, run.model.path, data.examples)
+    check_tokens(net, run.model.path, data)
+    return measured(net.model, data, batch_size)
+
+
 def client_data(run: Run, rows: list[Row], net: Net) -> Dataset:
-    """A client's rows as it trains on them; raises DataError."""
+    """A client's rows as it trains on them, the net being the start model; raises DataError."""
     return _training_data(run, [rows], net)[0]
 
 
 def clients_data(run: Run, rows: Rows, net: Net) -> list[Dataset]:
-    """The data set of each client, in order; raises DataError, also for a client that is left with nothing."""
+    """The data set of each client, in order, the net being the start model.
+
+    Raises DataError, also for a client that is left with nothing.
+    """
     try:
         return _training_data(run, list(rows.clients.values()), net) if rows.clients else []
     except NoRowsLeft as error:
@@ -76,6 +108,13 @@ def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Data
             f"data.choices: missing; {config.method_name(run.method)} is for a closed set of answers that are scored, "
             "and these are open"
         )
+    if run.method.hollow and run.data.loss == "dpo":
+        raise ConfigError(
+            f'data.loss: "dpo" compares with the start model, which a client of {config.method_name(run.method)} does '
+            "not have in memory"
+        )
+    # as many at a time as a step has: no pass needs more memory than those that are to come
+    found = [referenced(run, data, net, run.method.work(1).batch) for data in found]
     focus = run.data.focus if run.data.order == "lfr" else None
     if focus is not None and ranks()[1] > 1:
         raise ConfigError(
@@ -132,7 +171,7 @@ def check_tokens(net: Net, model: str, *sets: Dataset) -> None:
         for data in sets:
             for example in data.examples:
                 yield example.place, example.prompt, read
-                yield example.place, example.answer, written
+                yield example.place, example.answer + example.rejected, written
             yield "the chat template's generation prompt", data.asked, read
         for closed in {data.candidates for data in sets if data.candidates}:
             for answer in closed:
@@ -152,5 +191,5 @@ def _largest(data: Dataset) -> int:
     """The largest token of the data set."""
     found = max(data.asked, default=0)
     for example in data.examples:
-        found = max(found, *example.prompt, *example.answer)
+        found = max(found, *example.prompt, *example.answer, *example.rejected)
     return max(found, *itertools.chain.from_iterable(data.candidates or ()), 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,14 @@ from thinwire import config, memory
 from thinwire.assemble.agreement import agreement_of, check_agreement
 from thinwire.assemble.card import card
 from thinwire.assemble.choice import check_choice, choice_of, stop_of
-from thinwire.assemble.datasets import check_answers, check_context, check_tokens, clients_data, datasets, public_data
+from thinwire.assemble.datasets import (
+    check_answers,
+    check_context,
+    check_tokens,
+    clients_data,
+    public_data,
+    scored_data,
+)
 from thinwire.assemble.model import classes_of, net_of, settled, use_threads
 from thinwire.assemble.privacy import budget_of, check_privacy
 from thinwire.assemble.rows import Rows, rows_of
@@ -94,7 +100,7 @@ def fingerprints(job: Job) -> dict[str, str]:
         parts = [f"{name} {len(data.examples)}\n".encode()]
         for example in data.examples:
             parts.append(f"{len(example.prompt)} {example.choice} ".encode())
-            parts.append(array("q", example.prompt + example.answer).tobytes())
+            parts.append(array("q", example.prompt + example.answer + example.rejected).tobytes())
         rows.update(b"".join(parts))
     absorb(weights, ((name, job.net.base[name]) for name, _ in job.net.trained()))
     return {"rows": rows.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
@@ -114,9 +120,8 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         _check_packing(net, run.model.path, clients)
     actions: dict[str, Action] = {}
     if run.federation is not None and run.federation.evaluate:
-        scored = datasets(run.data, list(rows.clients.values()), net.tokenizer, classes) if clients else []
-        few = {id: replace(data, examples=data.examples[: run.eval.rows]) for id, data in enumerate(scored)}
-        actions["evaluate"] = Evaluation(few, heldout=False, settings=run.eval)
+        scored = scored_data(run, list(rows.clients.values()), net) if clients else []
+        actions["evaluate"] = Evaluation(dict(enumerate(scored)), heldout=False, settings=run.eval)
     plain = Job(
         method=run.method,
         net=net,

@@ -11,7 +11,7 @@ from thinwire.assemble.rows import Rows, in_words, template_of
 from thinwire.config import ConfigError, Run
 from thinwire.data.classes import classes_of as find_classes
 from thinwire.keys import Key
-from thinwire.model.classifier import labels_of, task_of
+from thinwire.model.classifier import Task, labels_of, task_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
@@ -19,12 +19,20 @@ from thinwire.runtime.cohort import check
 from thinwire.train.parallel import device_of
 
 
+def _task(run: Run, folder: Path) -> Task:
+    """What the run's model in a folder is for; ConfigError where its rows are of something else."""
+    task = task_of(folder, run.model.task)
+    if task == "classification" and run.data.loss == "dpo":
+        raise ConfigError(f'data.loss: "dpo" is of answers in words, and {run.model.path} is a classifier')
+    return task
+
+
 def classes_of(run: Run, folder: Path) -> tuple[str, ...] | None:
     """The classes of the run's classifier in a folder, in the model's order; None if the model is causal.
 
     They are those of the model, or data.choices for a fresh head; ConfigError where the two differ, or none is there.
     """
-    if task_of(folder, run.model.task) == "causal":
+    if _task(run, folder) == "causal":
         return None
     own, wanted = labels_of(folder), run.data.choices
     if own is None and wanted is None:
@@ -54,7 +62,7 @@ def settled(run: Run, rows: Rows) -> Run:
         return run
     check_clients(run, len(rows.clients))
     folder = resolve(run.model.path)
-    fresh = task_of(folder, run.model.task) == "classification" and labels_of(folder) is None
+    fresh = _task(run, folder) == "classification" and labels_of(folder) is None
     if not fresh or run.data.choices is not None:
         return run
     held = [row for rows in rows.clients.values() for row in in_words(run.data, rows)]

@@ -14,7 +14,7 @@ from thinwire.aggregate.server_step import Plain
 from thinwire.aggregate.stack import Stack
 from thinwire.aggregate.weights import Weighing
 from thinwire.assemble.agreement import agreement_of
-from thinwire.assemble.datasets import check_context, datasets
+from thinwire.assemble.datasets import check_context, datasets, referenced
 from thinwire.assemble.model import classes_of, net_of, settled, use_threads
 from thinwire.assemble.rows import Rows, read_source, rows_of
 from thinwire.config import ConfigError, Full, Run, method_name
@@ -70,6 +70,7 @@ class Replay:
         found = datasets(run.data, [rows for _, rows in groups], self.net.tokenizer, classes_of(run, self.net.folder))
         for data in found:
             check_context(self.net.positions, run.model.path, data.examples)
+        found = [referenced(run, data, self.net, run.eval.batch_size) for data in found]
         self.public = None if run.data.public is None else found[0]
         few = (replace(data, examples=data.examples[: run.eval.rows]) for data in found)
         splits = [Split(name, data) for (name, _), data in zip(groups, few, strict=True)]

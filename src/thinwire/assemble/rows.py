@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thinwire import config
 from thinwire.config import ConfigError
@@ -103,6 +103,17 @@ def template_of(data: config.Data, classifies: bool = False) -> templates.AnyTem
         return kind(data.prompt, data.answer)
     except DataError as error:
         raise ConfigError(f"data.prompt, data.answer: {error}") from None
+
+
+def rejected_template(data: config.Data) -> templates.AnyTemplate:
+    """The prompt template of the run file with its answers that were rejected; raises ConfigError."""
+    template = template_of(data)
+    if data.rejected is None or isinstance(template, templates.Chat):
+        return template
+    try:
+        return replace(template, answer=data.rejected)
+    except DataError as error:
+        raise ConfigError(f"data.rejected: {error}") from None
 
 
 def in_words(data: config.Data, rows: list[Row]) -> list[Row]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from thinwire.assemble.datasets import check_context, check_tokens, dataset
-from thinwire.assemble.model import classes_of
+from thinwire.assemble.datasets import check_context, check_tokens, scored_data
 from thinwire.assemble.rows import Rows
 from thinwire.config import Run
 from thinwire.data import templates
@@ -27,12 +26,11 @@ SHOWN = 4  # held-out rows whose answers are recorded, for people
 
 
 def splits_of(run: Run, rows: Rows, net: Net) -> list[Split]:
-    """The held-out splits, at most eval.rows of each, the same ones every time."""
-    splits, classes = [], classes_of(run, net.folder)
+    """The held-out splits, at most eval.rows of each, the same ones every time; the net is the start model."""
+    splits = []
     for name, held in rows.splits.items():
         order = Key.root(run.seed).fold("eval", name).permutation(len(held))
-        data = dataset(run.data, [held[i] for i in order], net.tokenizer, classes)
-        data = replace(data, examples=data.examples[: run.eval.rows])
+        (data,) = scored_data(run, [[held[i] for i in order]], net)
         splits.append(Split(name, data, run.eval.generate))
     return splits
 

@@ -47,7 +47,8 @@ MOST = 1 << 32  # bytes of a file
 TEXT = 1 << 18  # characters of its settings
 CLASSES = 1 << 14
 BASE = "base"  # in place of a file's name
-SHOWN = {"template", "prompt", "answer", "choices", "words", "max_length", "loss"}  # fields of [data] about prompts
+# fields of [data] about prompts
+SHOWN = {"template", "prompt", "answer", "choices", "words", "max_length", "loss", "rejected", "beta"}
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,8 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
     template = NAMED["chat" if tokenizer.chat_template else "completion"]
     if data is not None:
         template = assemble.template_of(data)
+    if template == NAMED["text"]:  # the model goes on with the line
+        template = NAMED["completion"]
     talk: list[dict[str, str]] = []
 
     def answer(line: str) -> None:

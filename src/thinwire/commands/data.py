@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from thinwire.assemble import Rows
     from thinwire.config import Run
-    from thinwire.data.batch import Dataset
+    from thinwire.data.batch import Dataset, Example
     from thinwire.data.rows import Row
     from thinwire.data.statistics import Description
 
@@ -124,29 +124,29 @@ def _examples(names: list[str], clients: list[Dataset], tokenizer: Any) -> list[
     for client, i in picked:
         if i < len(clients[client]) and len(found) < EXAMPLES:
             example = clients[client].examples[i]
-            read, whole = (
-                tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-                for tokens in (example.prompt, example.prompt + example.answer)
-            )
             found.append(
                 {
                     "client": names[client],
                     "place": example.place,
                     "tokens": len(example),
                     "trained_tokens": len(example.answer),
-                    "masked": read,
-                    # decoded behind the prompt: some decoders cut the space at the beginning of a text. A classifier's
-                    # answer has no tokens: it is a class
-                    "trained": (
-                        whole[len(read) :]
-                        if whole.startswith(read)
-                        else tokenizer.decode(example.answer, clean_up_tokenization_spaces=False)
-                    )
-                    or example.references[0],
+                    "masked": tokenizer.decode(example.prompt, clean_up_tokenization_spaces=False),
+                    # a classifier's answer has no tokens: it is a class
+                    "trained": _behind(tokenizer, example, example.answer) or example.references[0],
                     "choices": list(clients[client].choices),
+                    **({} if not example.rejected else {"rejected": _behind(tokenizer, example, example.rejected)}),
                 }
             )
     return found
+
+
+def _behind(tokenizer: Any, example: Example, answer: tuple[int, ...]) -> str:
+    """An answer as text, decoded behind the prompt: some decoders cut the space at the beginning of a text."""
+    read, whole, alone = (
+        str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+        for tokens in (example.prompt, example.prompt + answer, answer)
+    )
+    return whole[len(read) :] if whole.startswith(read) else alone
 
 
 def _print(
@@ -209,10 +209,12 @@ def _print_example(console: Console, number: int, example: dict[str, Any]) -> No
     console.print()
     head = f"example {number}, {example['client']}, {example['place']}: {example['tokens']} tokens"
     kind = "the answer is scored against " + ", ".join(example["choices"]) if example["choices"] else ""
+    if "rejected" in example:
+        kind = "it was preferred to < what was rejected"
     kind = f"; {kind}" if kind else ""
     console.print(f"{head}  | read, not trained on  > trained on{kind}", soft_wrap=True)
-    for mark, part, style in (("|", "masked", "dim"), (">", "trained", "bold green")):
-        for text in _middle(example[part]).split("\n"):
+    for mark, part, style in (("|", "masked", "dim"), (">", "trained", "bold green"), ("<", "rejected", "red")):
+        for text in _middle(example[part]).split("\n") if part in example else ():
             console.print(f"  {mark} {text}", style=style, soft_wrap=True)
 
 

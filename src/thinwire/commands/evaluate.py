@@ -41,6 +41,7 @@ def evaluate(
         if (path / "run.toml").exists():
             if not (path / "model").is_dir():
                 raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
+            begun = config.load(path / "run.toml", overrides or [])
             settings = config.load(path / "run.toml", [*(overrides or []), _named(path / "model")])
             # the saved model has its factors merged in
             plain = settings.model.model_copy(update={"lora": None, "view": config.Full()})
@@ -51,11 +52,19 @@ def evaluate(
             config.override(tree, [*(overrides or []), _named(path)])
             settings = _with_prompt(config.parse(tree, "the command line"), resolve(str(path)))
             rows = _all_of(settings)
+            if (begun := settings).data.loss == "dpo":
+                raise config.ConfigError(
+                    f'data.loss: "dpo" compares with the start model, which {path} does not name; evaluate the run'
+                )
         else:
             raise config.ConfigError(f"{path}: neither a folder nor a file, nor one of {', '.join(PACKAGED)}")
         assemble.use_threads(settings)
+        splits = None
+        if settings.data.loss == "dpo":  # what the start model has of them is measured before its weights make room
+            splits = assemble.splits_of(begun, rows, assemble.net_of(begun))
         net = assemble.net_of(settings)
-        scores = assemble.scorer(settings, net, assemble.splits_of(settings, rows, net))()
+        splits = assemble.splits_of(settings, rows, net) if splits is None else splits
+        scores = assemble.scorer(settings, net, splits)()
         if as_json:
             echo_json(scores)
         else:
@@ -96,7 +105,10 @@ def _thin(path: Path, base: str | None, words: Sequence[str], as_json: bool) -> 
         config.override(tree, overrides)
         settings = config.parse(tree, "the command line")
         assemble.use_threads(settings)
-        splits = assemble.splits_of(settings, _all_of(settings), net)
+        preferences = settings.data.loss == "dpo"
+        splits = assemble.splits_of(settings, _all_of(settings), shelf.use(thin.BASE)[0] if preferences else net)
+        if preferences:
+            net, _ = shelf.use(name)
         found[name] = assemble.scorer(settings, net, splits)()
         if not as_json:
             shown = f"{name}: " if len(shelf.names) > 1 else ""

@@ -221,7 +221,11 @@ def _own(data: str) -> tuple[list[str], list[str]]:
 
 def _template(found: Proposal) -> tuple[list[str], list[str]]:
     if found.prompt is None or found.answer is None:
-        return [_line("template", found.template)], [f"template: {found.template}"]
+        lines, notes = [_line("template", found.template)], [f"template: {found.template}"]
+        if found.preferences:
+            lines += [_line("loss", "dpo", "by how much the chosen answer gains on the rejected one"), "beta = 0.1"]
+            notes.append("loss: dpo, as the rows have answers that were chosen and answers that were rejected")
+        return lines, notes
     lines = ["# {column} stands for what is in the column; the loss is on the answer alone."]
     lines += [_line("prompt", found.prompt), _line("answer", found.answer)]
     notes = [f"prompt: {_quoted(found.prompt)}", f"answer: {_quoted(found.answer)}"]

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from thinwire.config.evaluation import Eval as Eval
 from thinwire.config.explain import leaves
 from thinwire.config.federation import Federation
 from thinwire.config.method import method_of
@@ -85,6 +86,9 @@ class Data(Section):
     task (the values of `column` dealt whole to `clients`). `template` names a prompt template; `prompt` and `answer`
     are format strings over the columns instead of it, with `template = "jinja"` Jinja templates. With `choices` the
     answers are a closed set, scored against each other; `loss = "answer"` trains on the answer's tokens all the same.
+    `loss = "dpo"` trains on preferences, rows with an answer in `chosen` and one in `rejected`, by how much the first
+    gains on the second over what the start model has, times `beta`; a format string of your own for the second is
+    `rejected`.
     For a classifier the prompt is the text, by default the column `input`, the answer its class, and `choices` the
     classes, found in the clients' rows where it is None. `words` replaces the values of the answer's column, such
     as labels by the words that stand for them. `balanced`: a client's batches hold the answers of a closed set in
@@ -103,11 +107,13 @@ class Data(Section):
     rows: PositiveInt | None = None  # use that many rows at most (all clients together), drawn at random
     heldout: float | int | str = 0.1  # a share or a number of the rows, or a source
     heldout_tasks: str | None = None  # a source: tasks that no client holds
-    template: Literal["plain", "alpaca", "chat", "completion", "jinja"] = "plain"
+    template: Literal["plain", "alpaca", "chat", "completion", "text", "jinja"] = "plain"
     prompt: str | None = None
     answer: str | None = None
     choices: tuple[str, ...] | None = None
-    loss: Literal["choice", "answer"] = "choice"
+    loss: Literal["choice", "answer", "dpo"] = "choice"
+    rejected: str | None = None
+    beta: float = Field(default=0.1, gt=0)
     words: dict[str, str] | None = None
     balanced: bool = False
     max_length: int = Field(default=512, ge=2)  # prompt and answer have a token each at least
@@ -155,49 +161,33 @@ class Data(Section):
             )
         if self.pack and self.balanced:
             raise ConfigError("data.pack: does not go with data.balanced")
+        if self.loss == "dpo":
+            self._preferences()
+        elif self.rejected is not None or self.beta != 0.1:
+            raise ConfigError(
+                f'data.{"beta" if self.rejected is None else "rejected"}: goes with data.loss = "dpo" only'
+            )
         if self.order != "lfr" and self.focus != 0.5:
             raise ConfigError('data.focus: goes with data.order = "lfr" only')
         if self.values is not None and self.partition != "column":
             raise ConfigError('data.values: goes with data.partition = "column" only')
         return self
 
+    def _preferences(self) -> None:
+        for name in ("choices", "words", "balanced", "pack", "shuffle_answers"):
+            if getattr(self, name) not in (None, False):
+                raise ConfigError(f'data.{name}: does not go with data.loss = "dpo", whose answers come in pairs')
+        if (self.rejected is None) != (self.prompt is None):
+            lacking, other = ("rejected", "prompt") if self.rejected is None else ("prompt", "rejected")
+            raise ConfigError(f'data.{lacking}: missing; with data.loss = "dpo" it goes together with data.{other}')
 
-class Eval(Section):
-    """Scoring of held-out rows: `every` so many rounds (0: before and after only), at most `rows` a split.
-
-    After `patience` evaluations without a lower loss the run ends early (0: never), and where the loss has come down to
-    `target`; `keep`: whether model/ then has the weights of the last round, or of the best: that of the lowest loss,
-    the start among them. Rounds up to `warmup` are neither the best nor waited for. The loss is that of the split `on`,
-    by default of the rows of data.selection, which no summary reports, or of the first split; sites: the mean of the
-    clients' own evaluation.
-    `prompts`: public texts, nobody's rows, whose answers a report shows. `show_rows`: records and reports may hold a
-    few held-out rows, with what the model answers, too.
-    """
-
-    every: NonNegativeInt = 0
-    rows: PositiveInt = 256
-    batch_size: PositiveInt = 16
-    generate: NonNegativeInt = 0  # rows a split that are generated for Rouge-L
-    max_new_tokens: PositiveInt = 64
-    prompts: tuple[str, ...] = ()
-    show_rows: bool = False
-    patience: NonNegativeInt = 0
-    keep: Literal["last", "best"] = "last"
-    on: str | None = None
-    target: float | None = None
-    warmup: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _patience(self) -> Eval:
-        if self.patience and not self.every:
-            raise ConfigError("eval.patience: counts evaluations, so it goes together with eval.every")
-        if self.target is not None and not self.every:
-            raise ConfigError("eval.target: is compared with evaluations, so it goes together with eval.every")
-        if not self.patience and self.target is None and self.keep == "last":
-            for name in ("on", "warmup"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f'eval.{name}: goes with eval.patience, eval.target or eval.keep = "best"')
-        return self
+    @model_serializer(mode="wrap")
+    def _short(self, plain: Any) -> dict[str, Any]:
+        found: dict[str, Any] = plain(self)
+        if self.loss != "dpo":  # as run files had it before there were preferences
+            for name in ("rejected", "beta"):
+                found.pop(name, None)
+        return found
 
 
 class Track(Section):

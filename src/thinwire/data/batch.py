@@ -16,7 +16,7 @@ from thinwire.keys import Key
 
 IGNORE = -100  # the label of a position that does not count in the loss
 WINDOW = 8  # batches among which examples are sorted by length
-Kind = Literal["open", "choice", "token", "class", "packed"]
+Kind = Literal["open", "choice", "token", "class", "packed", "preference"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,12 @@ class Example:
     references: tuple[str, ...] = ()
     text: str = ""  # the rendered prompt, for people
     place: str = field(default="", compare=False)  # file and line of the row
+    rejected: tuple[int, ...] = ()  # of a preference: the answer that `answer` was preferred to
+    # of a preference: by how much likelier the start model takes `answer` to be, in nats; None before it is measured
+    reference: float | None = None
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
+        return len(self.prompt) + max(len(self.answer), len(self.rejected))
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Batch:
     packed: several open examples, one after the other, and labels reaches back to the first answer of any row.
     position_ids begins at 0 with each example, and with the padding: by that alone a model must keep the examples of a
     row apart, so attention_mask, which distinguishes padding from tokens, is not for the model.
+    preference: two candidates an example, the answer that was chosen and then the one that was rejected; `reference`,
+    float32 [examples], is what the start model has for their difference, and `beta` what the loss multiplies by.
     """
 
     kind: Kind
@@ -65,6 +70,8 @@ class Batch:
     candidates: int = 1
     choice: Tensor | None = None
     candidate_ids: Tensor | None = None
+    reference: Tensor | None = None
+    beta: float = 0.0
     # is given each example's own loss, float32 [examples], by whoever computes it
     seen: Callable[[Tensor], None] | None = field(default=None, compare=False)
 
@@ -80,13 +87,22 @@ class Batch:
             labels=self.labels.repeat(times, 1),
             examples=self.examples * times,
             choice=None if self.choice is None else self.choice.repeat(times),
+            reference=None if self.reference is None else self.reference.repeat(times),
         )
 
 
-def collate(examples: Sequence[Example], pad: int, candidates: Sequence[tuple[int, ...]] | None = None) -> Batch:
-    """One batch of the examples; with `candidates` (the tokens of each closed answer) it scores those answers."""
+def collate(
+    examples: Sequence[Example],
+    pad: int,
+    candidates: Sequence[tuple[int, ...]] | None = None,
+    beta: float | None = None,
+) -> Batch:
+    """One batch of the examples; with `candidates` (the tokens of each closed answer) it scores those answers.
+
+    With `beta` the examples are preferences.
+    """
     kind: Kind = "open"
-    choice, single = None, None
+    choice, single, reference = None, None, None
     rows = [(e.prompt, e.answer) for e in examples]
     if candidates is not None:
         choice = torch.tensor([e.choice for e in examples], dtype=torch.int64)
@@ -94,6 +110,10 @@ def collate(examples: Sequence[Example], pad: int, candidates: Sequence[tuple[in
         if kind == "token":
             single = torch.tensor([tokens[0] for tokens in candidates], dtype=torch.int64)
         rows = [(e.prompt, tokens) for e in examples for tokens in (candidates if kind == "choice" else [()])]
+    elif beta is not None:
+        kind, rows = "preference", [(e.prompt, tokens) for e in examples for tokens in (e.answer, e.rejected)]
+        known = [e.reference for e in examples if e.reference is not None]
+        reference = torch.tensor(known) if len(known) == len(examples) else None
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     width = max(len(answer) for _, answer in rows)
     input_ids = torch.full((len(rows), length), pad, dtype=torch.int64)
@@ -107,8 +127,9 @@ def collate(examples: Sequence[Example], pad: int, candidates: Sequence[tuple[in
         if answer:
             labels[i, width - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    count = 1 if candidates is None else len(candidates)
-    return Batch(kind, input_ids, attention, positions, labels, len(examples), count, choice, single)
+    count = len(candidates) if candidates is not None else 2 if kind == "preference" else 1
+    parts = (input_ids, attention, positions, labels)
+    return Batch(kind, *parts, len(examples), count, choice, single, reference, beta or 0.0)
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
@@ -142,6 +163,7 @@ class Dataset:
     choices: tuple[str, ...] = field(default=())
     balanced: bool = False  # of a closed set: batches hold the answers in equal numbers
     pack: int = 0  # of open answers: the tokens of a row into which batches pack short examples; 0: they don't
+    beta: float | None = None  # of preferences: see Batch; None: the answers are trained on as they are
     focus: float | None = None  # of LFR: the share of the examples that every second pass is about; None: all always
     memory: MutableMapping[str, Tensor] | None = field(default=None, compare=False)  # where LFR keeps their losses
     cut: int = 0  # rows that lost tokens, to be short enough
@@ -192,7 +214,7 @@ class Dataset:
             ]
             for b in here.fold("window", start).permutation(-(-len(windows[0]) // share)):
                 picked = [i for window in windows for i in window[b * share : (b + 1) * share]]
-                yield collate([self.examples[i] for i in picked], self.pad, self.candidates), picked
+                yield self.collated([self.examples[i] for i in picked]), picked
 
     def _packed(self, here: Key, size: int) -> Iterator[tuple[Batch, list[int]]]:
         def batch() -> tuple[Batch, list[int]]:
@@ -228,4 +250,8 @@ class Dataset:
         order = sorted(self.examples, key=len)
         for start in range(0, len(order), size):
             picked = tuple(order[start : start + size])
-            yield collate(picked, self.pad, self.candidates), picked
+            yield self.collated(picked), picked
+
+    def collated(self, examples: Sequence[Example]) -> Batch:
+        """One batch of these of its examples."""
+        return collate(examples, self.pad, self.candidates, self.beta)

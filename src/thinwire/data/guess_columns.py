@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from thinwire.data.errors import DataError
+from thinwire.data.preference import SIDES
 from thinwire.data.rows import Row
 
 # What people call columns, the likeliest first.
@@ -33,7 +34,10 @@ LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens
 
 @dataclass(frozen=True)
 class Proposal:
-    """`template` by name, or `prompt` and `answer`. `client`: the column that names clients, None where none does."""
+    """`template` by name, or `prompt` and `answer`. `client`: the column that names clients, None where none does.
+
+    `preferences`: an answer of a row was chosen, and another was rejected.
+    """
 
     template: str | None
     prompt: str | None
@@ -42,6 +46,7 @@ class Proposal:
     client: str | None
     max_length: int
     columns: tuple[str, ...]
+    preferences: bool = False
 
 
 def propose(rows: Sequence[Row]) -> Proposal:
@@ -51,10 +56,9 @@ def propose(rows: Sequence[Row]) -> Proposal:
     texts = [name for name in columns if _is_text(rows, name)]
     client = _first(texts, CLIENTS, lambda name: 2 <= _distinct(rows, name) <= min(MOST_CLIENTS, len(rows) // 2))
     if named is not None:
-        used = [
-            name for name in ("instruction", "input", "output", "prompt", "completion", "messages") if name in columns
-        ]
-        return Proposal(named, None, None, None, client, _max_length(rows, used), columns)
+        known = ("instruction", "input", "output", "prompt", "completion", "messages", *SIDES)
+        longest = _max_length(rows, [name for name in known if name in columns])
+        return Proposal(named, None, None, None, client, longest, columns, {*SIDES} <= {*columns})
 
     usable = [name for name in texts if re.fullmatch(r"[^.\[\]{}!:]*[^\d.\[\]{}!:\s][^.\[\]{}!:]*", name)]
     answer = _first(usable, ANSWERS, lambda name: True)
@@ -76,7 +80,7 @@ def propose(rows: Sequence[Row]) -> Proposal:
 
 
 def _template(columns: Sequence[str]) -> str | None:
-    if "messages" in columns or {"instruction", "output"} <= {*columns}:
+    if "messages" in columns or {"instruction", "output"} <= {*columns} or {*SIDES} <= {*columns}:
         return "chat"
     return "completion" if {"prompt", "completion"} <= {*columns} else None
 

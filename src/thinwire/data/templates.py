@@ -6,6 +6,7 @@ NAMED,
     alpaca       instruction rows, the text of Stanford Alpaca; the answer follows "### Response:" at once
     plain        instruction rows, nothing but blank lines between the parts
     completion   prompt and completion as they are
+    text         the column text, all of whose tokens are trained on: next-token prediction of plain text
     chat         any shape, as the tokenizer's own chat template writes the whole talk
 
 or two Jinja templates, Jinja("{% if input is defined %}{{ input }}{% endif %} It was", " {{ output }}"). There a column
@@ -113,6 +114,7 @@ NAMED: dict[str, AnyTemplate] = {
     "plain": Template("{instruction}\n\n{input}\n\n", "{output}", "{instruction}\n\n"),
     "completion": Template("{prompt}", "{completion}"),
     "chat": Chat(),
+    "text": Template("", "{text}"),
 }
 
 

@@ -58,10 +58,12 @@ def tokenise_groups(
     choices: Sequence[str] | None = None,
     eos: bool = True,
     too_long: TooLong = "cut",
+    rejected: tuple[Sequence[Sequence[Row]], AnyTemplate] | None = None,
 ) -> list[Dataset]:
     """A data set of each group of rows, as `tokenise` makes it: a hundred thousand groups cost little more than one.
 
-    DataError as there; NoRowsLeft has the group of which no row fits as its `group`.
+    `rejected`: the same rows, and a template, that make the answers which the others were preferred to; both have to
+    fit behind one prompt. DataError as there; NoRowsLeft has the group of which no row fits as its `group`.
     """
     rows = [row for group in groups for row in group]
     if not all(groups) or not rows:
@@ -72,6 +74,7 @@ def tokenise_groups(
     if choices is None and eos and tokenizer.eos_token_id is None and not all(closed(rendered, tokenizer).values()):
         raise DataError("the tokenizer has no eos token to end answers with (eos = false leaves it out)")
     prompts, answers = encode_pairs(rendered, template, tokenizer, ended=choices is None and eos)
+    others, worse = _rejected(rendered, *rejected, tokenizer, eos) if rejected is not None else (rendered, None)
     pad, bos, found, start = _pad(tokenizer), tokenizer.bos_token_id, [], 0
     candidates: tuple[Tokens, ...] | None = None
     listed = tuple(choices or ())
@@ -79,7 +82,8 @@ def tokenise_groups(
         these = slice(start, start := start + len(group))
         if choices is not None and (candidates is None or isinstance(template, Chat)):
             candidates = _candidates(choices, group[0], template, tokenizer, max_length)
-        data = _Group(group, rendered[these], prompts[these], answers[these], candidates, choices)
+        less = None if worse is None else worse[these]
+        data = _Group(group, rendered[these], prompts[these], answers[these], candidates, choices, less)
         try:
             examples, cut = data.examples(template, bos, max_length, too_long)
         except NoRowsLeft as error:
@@ -87,8 +91,9 @@ def tokenise_groups(
             raise
         asked, ends, notes = tuple[int, ...](), set[str](), list[str]()
         if isinstance(template, Chat):
-            ends = {text.end for text in data.rendered if text.end}
-            notes = [note for text in data.rendered for note in text.notes]
+            texts = data.rendered if rejected is None else [*data.rendered, *others[these]]
+            ends = {text.end for text in texts if text.end}
+            notes = [note for text in texts for note in text.notes]
             talk = templates.talk_of(group[0])
             notes += chat.remarks(group[0], talk, tokenizer, ends if choices is None else ())
             asked = encode([chat.generation_prompt(group[0], talk, tokenizer)], tokenizer)[0]
@@ -108,6 +113,22 @@ def tokenise_groups(
     return found
 
 
+def _rejected(
+    chosen: Sequence[Rendered],
+    groups: Sequence[Sequence[Row]],
+    template: AnyTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: bool,
+) -> tuple[list[Rendered], list[Tokens]]:
+    """The rejected answers as text and as tokens; DataError where one stands behind another prompt than the chosen."""
+    rows = [row for group in groups for row in group]
+    rendered = [templates.render(row, template, tokenizer) for row in rows]
+    for row, one, other in zip(rows, chosen, rendered, strict=True):
+        if one.prompt != other.prompt:
+            raise row.error("the chosen and the rejected answer do not follow the same messages")
+    return rendered, encode_pairs(rendered, template, tokenizer, ended=eos)[1]
+
+
 @dataclass(frozen=True)
 class _Group:
     """Rows of one data set, as text and as tokens."""
@@ -118,6 +139,7 @@ class _Group:
     answers: Sequence[Tokens]
     candidates: tuple[Tokens, ...] | None
     choices: Sequence[str] | None
+    rejected: Sequence[Tokens] | None
 
     def examples(
         self, template: AnyTemplate, bos: int | None, max_length: int, too_long: TooLong
@@ -126,15 +148,17 @@ class _Group:
         longest = 0 if self.candidates is None else max(len(tokens) for tokens in self.candidates)
         examples, cut = [], 0
         number = {choice: i for i, choice in enumerate(self.choices or ())}
-        for row, text, prompt, own in zip(self.rows, self.rendered, self.prompts, self.answers, strict=True):
+        others = self.rejected if self.rejected is not None else [()] * len(self.rows)
+        parts = zip(self.rows, self.rendered, self.prompts, self.answers, others, strict=True)
+        for row, text, prompt, own, other in parts:
             answer, choice = own, None
             if self.candidates is not None:
                 choice = _choice(row, template, number)
                 answer = self.candidates[choice]
-            if not answer:
+            if not answer or (self.rejected is not None and not other):
                 raise row.error("the answer has no tokens")
             # Every candidate has to fit behind the same prompt.
-            room = longest or len(answer)
+            room = longest or max(len(answer), len(other))
             if len(prompt) + room > max_length:
                 if too_long == "drop":
                     continue
@@ -151,6 +175,7 @@ class _Group:
                     references=templates.references(row, template, text.answer),
                     text=text.prompt,
                     place=f"{row.source}:{row.line}",
+                    rejected=other[:room],
                 )
             )
         if not examples:

@@ -80,7 +80,8 @@ def estimate(run: Run) -> Estimate:
     method, length = run.method, run.data.max_length
     work = method.work(1)
     assumed.append(f"batches of {work.batch} rows of {length} tokens, the most that data.max_length allows")
-    at_once = work.batch * work.sides
+    answers = 2 if run.data.loss == "dpo" else 1  # of an example, a row each
+    at_once = answers * work.batch * work.sides
     closed = run.data.choices is not None and run.data.loss == "choice"
     if model.task == "classification":
         assumed.append("every text as long as that")
@@ -92,7 +93,7 @@ def estimate(run: Run) -> Estimate:
     view, answer = run.model.view, 1 if closed else ANSWER
     forward = one_pass(model, at_once, length + view.front, answer, view.factors, probed)
     sent = traffic(method, expected(run, examples, shared.trained))
-    passes = fmean(method.work(round).rows for round in range(1, run.rounds + 1)) * view.forward_share
+    passes = answers * fmean(method.work(round).rows for round in range(1, run.rounds + 1)) * view.forward_share
     return Estimate(
         method=method_name(method),
         model=run.model.path,

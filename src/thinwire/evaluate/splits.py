@@ -13,6 +13,7 @@ from torch import nn
 from thinwire.data.batch import Dataset
 from thinwire.evaluate.choice import accuracy, predict
 from thinwire.evaluate.loss import mean_loss
+from thinwire.evaluate.preference import preferred
 from thinwire.evaluate.text import bleu, exact_match, generate, references, rouge_l
 from thinwire.model.net import Net
 
@@ -30,7 +31,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found; accuracy is None for open answers, the scores of texts where nothing was generated."""
+    """What an evaluation found; accuracy is None for open answers, the scores of texts where nothing was generated.
+
+    Of preferences the accuracy is the share whose chosen answer has gained on the rejected one since the start model.
+    """
 
     split: str
     loss: float
@@ -44,7 +48,7 @@ class Score:
 
 @torch.inference_mode()
 def evaluate(net: Net, split: Split, batch_size: int = 8, max_new_tokens: int = 64) -> Score:
-    """Loss and perplexity of the net's present weights, accuracy over a closed set, else scores of texts.
+    """Loss and perplexity of the net's present weights, accuracy over choices or preferences, else scores of texts.
 
     Perplexity is the exponential of the loss, infinite where that overflows. ValueError: the split has
     nothing to evaluate.
@@ -54,7 +58,10 @@ def evaluate(net: Net, split: Split, batch_size: int = 8, max_new_tokens: int = 
         if split.data.candidates is not None:
             right, loss, _ = accuracy(net.model, split.data, batch_size)
         else:
-            loss, _ = mean_loss(net.model, split.data, batch_size)
+            if split.data.beta is not None:
+                right, loss = preferred(net.model, split.data, batch_size)
+            else:
+                loss, _ = mean_loss(net.model, split.data, batch_size)
             if split.generate > 0:
                 found = generate(net.model, net.tokenizer, split.data, max_new_tokens, batch_size, split.generate)
                 accepted = references(net.tokenizer, split.data.examples[: split.generate])

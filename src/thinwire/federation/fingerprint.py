@@ -64,9 +64,10 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _prompt(run: Run, tokenizer: PreTrainedTokenizerBase) -> str:
-    data = run.data.model_dump(include={"template", "prompt", "answer", "choices", "words", "max_length", "too_long"})
-    shown = "" if run.data.prompt is not None else repr(templates.named(run.data.template))
-    parts = [data, shown, tokenizer.chat_template]
+    shown = {"template", "prompt", "answer", "choices", "words", "max_length", "too_long", "rejected", "beta"}
+    data = run.data.model_dump(include=shown)
+    text = "" if run.data.prompt is not None else repr(templates.named(run.data.template))
+    parts = [data, text, tokenizer.chat_template]
     if run.data.prompt is None and run.data.template == "chat":
         # what it writes, too: with another version of what renders it, or another clock, that is something else
         parts += [_written(TALK[start:], tokenizer) for start in (0, 1)]

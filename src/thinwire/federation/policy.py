@@ -17,6 +17,7 @@ from thinwire.methods import METHODS
 from thinwire.wire import Frame, Illegal
 
 EMPTY = ("Ready", "Stale", "Keys", "Shares")  # kinds that reveal nothing of a site's rows
+SHAPED = tuple(name for name in NAMED if name != "text")  # by default no text that is not meant as an answer
 LEAST = Annotated[int, Field(ge=2)]
 
 
@@ -65,7 +66,7 @@ class Policy(BaseModel):
     evaluate: bool | Literal["mean"] = True
     masked: bool = False
     code: tuple[str, ...] = ()
-    templates: tuple[str, ...] | Literal["any"] = tuple(NAMED)
+    templates: tuple[str, ...] | Literal["any"] = SHAPED
     choices: tuple[tuple[str, ...], ...] | Literal["any"] = ()
     lengths: tuple[LEAST, LEAST] = (32, 1 << 15)
     drop: bool = False
@@ -151,5 +152,6 @@ def task_of(data: Data) -> str:
     if data.prompt is None and data.words is None:
         return data.template
     words = None if data.words is None else sorted(data.words.items())
-    shown = json.dumps([data.template, data.prompt, data.answer, words])
+    rejected = [] if data.rejected is None else [data.rejected]
+    shown = json.dumps([data.template, data.prompt, data.answer, words, *rejected])
     return hashlib.sha256(shown.encode()).hexdigest()[:16]

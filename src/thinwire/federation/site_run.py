@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,8 +217,7 @@ class Visits:
         if scored is None and site.hold_out and run.data.heldout and not isinstance(run.data.heldout, str):
             rows, scored = partition.holdout(rows, run.data.heldout, self.key.fold("heldout", site.name))
         data = assemble.client_data(run, rows, self.net)
-        some = assemble.dataset(run.data, scored or rows, self.net.tokenizer, assemble.classes_of(run, self.net.folder))
-        some = replace(some, examples=some.examples[: run.eval.rows])
+        (some,) = assemble.scored_data(run, [scored or rows], self.net)
         for each in (data, some):
             assemble.check_context(self.net.positions, run.model.path, each.examples)
             assemble.check_tokens(self.net, run.model.path, each)

@@ -129,6 +129,8 @@ def check(run: Run, size: Size) -> None:
     name = method_name(run.method)
     if run.federation is not None and run.federation.sites:
         raise ConfigError("federation.sites: the audit runs in one process, on rows that are here; leave them out")
+    if run.data.loss == "dpo":
+        raise ConfigError('data.loss: the audit makes canaries of one answer, and rows of "dpo" have two')
     if run.method.moves_base:
         raise ConfigError(f"method: {name} moves weights that its view freezes, and the audit compares what is trained")
     if run.method.hollow:

@@ -22,7 +22,8 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean loss of a batch: float32 scalar, differentiable.
 
     Open answers: the cross-entropy averaged over the tokens that count, 0 where none does. A closed set of
-    answers: the cross-entropy of the right one over the candidates' scores, averaged over the examples.
+    answers: the cross-entropy of the right one over the candidates' scores, averaged over the examples. Preferences:
+    -log sigmoid(beta (margin - reference)) averaged over the examples (DPO: Rafailov et al. 2023, arXiv:2305.18290).
     """
     return losses(model, batch, 1)[0]
 
@@ -31,7 +32,7 @@ def losses(model: nn.Module, batch: Batch, groups: int) -> Tensor:
     """The batch's loss in one forward pass over its rows `groups` times, one after the other: float32 [groups].
 
     All are the same unless the model treats the groups differently, as a probe makes it do. Of a closed set of answers
-    they are the means of `example_losses`; open answers count by their tokens.
+    and of preferences they are the means of `example_losses`; open answers count by their tokens.
     """
     if batch.kind not in ("open", "packed"):
         return example_losses(model, batch, groups).mean(1)
@@ -46,12 +47,18 @@ def losses(model: nn.Module, batch: Batch, groups: int) -> Tensor:
 def example_losses(model: nn.Module, batch: Batch, groups: int = 1) -> Tensor:
     """Each example's own loss, which no other example of the batch has a part in: float32 [groups, examples].
 
-    Of an open answer the mean over its tokens that count, 0 where none does. Groups as for `losses`.
+    Of an open answer the mean over its tokens that count, 0 where none does. Groups as for `losses`. ValueError: of
+    preferences whose reference has not been measured.
     """
     many = batch.repeated(groups)
     if many.choice is not None:
         found = scores(model, many)
         each = F.cross_entropy(found, many.choice.to(found.device), reduction="none").view(groups, -1)
+    elif many.kind == "preference":
+        if many.reference is None:
+            raise ValueError("preferences without the start model's reference")
+        found = margins(model, many)
+        each = F.softplus(-many.beta * (found - many.reference.to(found.device))).view(groups, -1)
     else:
         each = _each_example(many, *_each_token(model, many)).view(groups, -1)
     _show(batch, each)
@@ -96,6 +103,12 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
         return F.log_softmax(last[:, batch.candidate_ids.to(last.device)].float(), dim=-1)
     sums, _ = token_losses(model, batch)
     return -sums.view(batch.examples, batch.candidates)
+
+
+def margins(model: nn.Module, batch: Batch) -> Tensor:
+    """Of preferences: the log-probability of the chosen answer less that of the rejected one, float32 [examples]."""
+    chosen, rejected = scores(model, batch).unbind(1)
+    return chosen - rejected
 
 
 def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

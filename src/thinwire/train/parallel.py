@@ -89,6 +89,7 @@ def part(batch: Batch) -> tuple[Batch | None, float]:
         labels=batch.labels[rows],
         examples=int(begins.sum()) if packed else high - low,
         choice=None if batch.choice is None else batch.choice[low:high],
+        reference=None if batch.reference is None else batch.reference[low:high],
     )
     if batch.kind not in ("open", "packed"):
         return mine, (high - low) / batch.examples

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from thinwire.core import Client
-from thinwire.data.batch import Batch, Dataset, collate
+from thinwire.data.batch import Batch, Dataset
 from thinwire.privacy.integers import truncated, within
 from thinwire.privacy.protection import Protection
 from thinwire.privacy.secrets import Secrets
@@ -49,7 +49,7 @@ class Protected:
             picked = self.secrets.sampled(len(self.data), self.rate).tolist()
             picked.sort(key=lambda i: len(self.data.examples[i]))
             yield [
-                collate([self.data.examples[i] for i in picked[at : at + each]], self.data.pad, self.data.candidates)
+                self.data.collated([self.data.examples[i] for i in picked[at : at + each]])
                 for at in range(0, len(picked), each)
             ]
 
@@ -111,7 +111,8 @@ def protected_at(client: Client, size: int) -> Protected | None:
 def singles(batch: Batch) -> Iterator[Batch]:
     """The batch's examples, each in a batch of its own, as long as it is."""
     for i in range(batch.examples):
-        rows = slice(i * batch.candidates, (i + 1) * batch.candidates) if batch.kind == "choice" else slice(i, i + 1)
+        each = len(batch.input_ids) // batch.examples
+        rows = slice(i * each, (i + 1) * each)
         seen = batch.attention_mask[rows].bool().any(0).nonzero().flatten()
         part = slice(int(seen[0]), int(seen[-1]) + 1)
         width = batch.labels.shape[1]
@@ -125,4 +126,5 @@ def singles(batch: Batch) -> Iterator[Batch]:
             labels=batch.labels[rows, batch.labels.shape[1] - width :],
             examples=1,
             choice=None if batch.choice is None else batch.choice[i : i + 1],
+            reference=None if batch.reference is None else batch.reference[i : i + 1],
         )
