@@ -24,17 +24,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_encoder(place / "encoder")
     write_jsonl(place / "rows.jsonl", tiny_rows(24, closed=True))
     shown = {"prompt": "{input}: it was", "answer": " {output}"}
-    prompt = {"kind": "prompt", "tokens": 2}
-    for name, model, view in (
-        ("lora", "model", {"kind": "lora"}),
-        ("front", "model", prompt),
-        ("sorts", "encoder", {}),
-    ):
+    views = {"lora": {"kind": "lora"}, "front": {"kind": "prompt", "tokens": 2}, "sorts": {"kind": "full"}}
+    for name, view in views.items():
+        model = "encoder" if name == "sorts" else "model"
         tree: dict[str, Any] = {
             "name": name,
             "rounds": 1,
             "threads": 1,
-            "model": {"path": str(place / model)} | ({"view": view} if view else {}),
+            "model": {"path": str(place / model)} | {"view": view},
             "data": {"path": str(place / "rows.jsonl"), "clients": 2, "max_length": 64, **shown},
             "method": {"name": "fedavg", "steps": 1, "batch_size": 4, "lr": 1e-2},
         }
@@ -50,17 +47,15 @@ def test_a_file_and_its_modelfile(place: Path, tmp_path: Path, monkeypatch: pyte
     for _ in range(2):  # its own work is replaced
         found = thinwire("export", place / "lora", "--gguf", "f32", "--out", out)
         assert (found.code, found.err) == (0, "")
-    assert "the likeliest next token is the model's 256 of 256 times" in found.out
+    assert "the next token is the model's 256 of 256 times" in found.out
     assert {file.name for file in out.iterdir()} == {"lora-f32.gguf", "Modelfile"}
     text = (out / "Modelfile").read_text()
     assert text.startswith("FROM ./lora-f32.gguf\n")
     assert 'TEMPLATE """{{ .Prompt }}: it was"""' in text
     ids = torch.arange(60, 160)[None]
+    paths = (place / "lora" / "model", out / "lora-f32.gguf")
     with torch.no_grad():
-        ours, theirs = (
-            Net.open(str(path)).model(input_ids=ids).logits
-            for path in (place / "lora" / "model", out / "lora-f32.gguf")
-        )
+        ours, theirs = (Net.open(str(path)).model(input_ids=ids).logits for path in paths)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     short = thinwire("export", place / "lora", "--gguf", "q8_0", "--out", tmp_path / "short")
     assert short.code == 0, short.err

@@ -201,7 +201,7 @@ def test_a_file_that_is_read_as_something_else_is_no_file(tmp_path: Path, monkey
     """Heads that are not interleaved: the shapes are right, and the model is another."""
     net = Net.open(made(tmp_path / "model", "llama"))
     monkeypatch.setattr(gguf_file, "_laid_out", lambda tensor, *_: tensor)
-    with pytest.raises(ModelError, match="q_proj.weight is read from the file as another tensor"):
+    with pytest.raises(ModelError, match=r"q_proj\.weight is read from the file as another tensor"):
         gguf_file.write(net, tmp_path / "m.gguf", "q8_0", "m")
 
 

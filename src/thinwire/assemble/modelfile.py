@@ -6,6 +6,7 @@ text around each message of a talk. Where that is not the same at each turn, the
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -144,10 +145,8 @@ def _stops(template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) -> list[st
     """What ends an answer: the end token, and what a chat template ends it with."""
     ends = [str(tokenizer.eos_token or "")]
     if isinstance(template, Chat):
-        try:
+        with contextlib.suppress(DataError):
             ends.append(render(row_of(template, "?", "-"), template, tokenizer).end.strip())
-        except DataError:
-            pass
     return list(dict.fromkeys(end for end in ends if end))
 
 

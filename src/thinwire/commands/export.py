@@ -77,9 +77,7 @@ def _write_gguf(net: Net, run: Run, out: Path, kind: str) -> None:
         text, left = modelfile(file, run.data, net.tokenizer)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     written = size((out / file).stat().st_size)
-    echo(
-        f"{out / file}: {written}, read again: the likeliest next token is the model's {found.same} of {found.of} times"
-    )
+    echo(f"{out / file}: {written}; read again, the next token is the model's {found.same} of {found.of} times")
     echo(f"{out / 'Modelfile'}: ollama create {run.name} -f {out / 'Modelfile'}")
     for what in left:
         echo(f"  not translated: {what}")

@@ -47,7 +47,7 @@ def settings(config: PreTrainedConfig, kind: str) -> dict[str, Any]:
     known: Any = config
     found: dict[str, Any] = {}
     for name, places in FIELDS.items():
-        if name == LAYER and hasattr(known, "rms_norm_eps") or name == RMS and not hasattr(known, "rms_norm_eps"):
+        if name == (LAYER if hasattr(known, "rms_norm_eps") else RMS):
             continue
         value = next((getattr(known, place) for place in places if hasattr(known, place)), None)
         if value is not None:
@@ -99,9 +99,9 @@ def lost(model: PreTrainedModel, again: PreTrainedModel) -> str | None:
         known = its.get(name)
         if name in ASIDE or name.startswith("rope_") or name.endswith(("_dropout", "_pdrop", "dropout")):
             continue
-        if name not in its and (not value or name == "sliding_window" and value >= own["max_position_embeddings"]):
+        if name not in its and (not value or (name == "sliding_window" and value >= own["max_position_embeddings"])):
             continue
-        if name in its and (known == value or isinstance(value, float) and _close(known, value)):
+        if name in its and (known == value or (isinstance(value, float) and _close(known, value))):
             continue
         return f"{name} = {value!r}"
     for name, turned in model.named_buffers():
