@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 import torch
 from test_cli import refused, thinwire
-from tiny import VOCABULARY, merging_tokenizer, tiny_encoder, tiny_folder, tiny_rows, write_jsonl
+from tiny import CHOICES, VOCABULARY, merging_tokenizer, tiny_encoder, tiny_folder, tiny_rows, write_jsonl
 
 from thinwire.model.net import Net
 
@@ -32,7 +32,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "rounds": 1,
             "threads": 1,
             "model": {"path": str(place / model)} | {"view": view},
-            "data": {"path": str(place / "rows.jsonl"), "clients": 2, "max_length": 64, **shown},
+            "data": {
+                "path": str(place / "rows.jsonl"),
+                "clients": 2,
+                "max_length": 64,
+                "choices": list(CHOICES),
+                **shown,
+            },
             "method": {"name": "fedavg", "steps": 1, "batch_size": 4, "lr": 1e-2},
         }
         (place / f"{name}.toml").write_text(tomli_w.dumps(tree))
@@ -51,6 +57,7 @@ def test_a_file_and_its_modelfile(place: Path, tmp_path: Path, monkeypatch: pyte
     assert {file.name for file in out.iterdir()} == {"lora-f32.gguf", "Modelfile"}
     text = (out / "Modelfile").read_text()
     assert text.startswith("FROM ./lora-f32.gguf\n")
+    assert "# not translated: the closed set of answers" in text
     assert 'TEMPLATE """{{ .Prompt }}: it was"""' in text
     ids = torch.arange(60, 160)[None]
     paths = (place / "lora" / "model", out / "lora-f32.gguf")

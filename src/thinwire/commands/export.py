@@ -10,6 +10,7 @@ import typer
 from thinwire.commands.terminal import echo, one_line, settle
 
 if TYPE_CHECKING:
+    from thinwire.assemble.adapters import Adapter
     from thinwire.config import Run
     from thinwire.model.net import Net
 
@@ -84,18 +85,64 @@ def _write_gguf(net: Net, run: Run, out: Path, kind: str) -> None:
 
 
 def merge(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="What `thinwire export --thin` wrote.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="A thin file; or of one base several: runs, thin files, adapters."),
+    ],
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
     base: Annotated[str | None, typer.Option(help="The base model, where it is not what the file calls it.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of each of several, such as 2,1; by default all alike.")] = None,
 ) -> None:
-    """Make a thin file and its base one model; where factors or a prompt were trained, `adapter` is one for peft."""
+    """Make a thin file and its base one model; where factors or a prompt were trained, `adapter` is one for peft.
+
+    Several runs, thin files or folders of peft's with LoRA factors: the model with the mean of their products.
+    """
     with one_line():
         settle()
+        from thinwire.assemble import adapters
         from thinwire.assemble import thin as thin_file
 
-        net, _ = thin_file.opened(path, base)
-        net.save(out)
-        echo(f"{out}: a Hugging Face folder")
+        if len(paths) == 1 and not paths[0].is_dir():
+            net, _ = thin_file.opened(paths[0], base)
+            net.save(out)
+            echo(f"{out}: a Hugging Face folder")
+            return
+        shares = _weights(weights, len(paths))
+        rank = adapters.merge([_adapter(path, base) for path in paths], shares, out)
+        echo(f"{out}: a Hugging Face folder; {out / 'adapter'}: its factors, of rank {rank}, for peft")
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    from thinwire.config import ConfigError
+
+    if text is None:
+        return [1.0] * count
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != count or not all(0 < weight < float("inf") for weight in found):
+        raise ConfigError(f"--weights: {text} is not {count} numbers above 0 with commas between them")
+    return found
+
+
+def _adapter(path: Path, base: str | None) -> Adapter:
+    """What stands beside the layers of a base: of a run's folder, a thin file, a folder of peft's."""
+    from thinwire import assemble, config
+    from thinwire.assemble import adapters
+    from thinwire.assemble import thin as thin_file
+    from thinwire.model.folder import ADAPTER
+
+    if (path / "run.toml").exists():
+        run = config.load(path / "run.toml")
+        state, net = _state(path, run), assemble.net_of(run)
+        run.method.materialise(state, net)
+        return adapters.of_net(path, net)
+    if (path / ADAPTER).exists():
+        return adapters.read(path, base)
+    if path.is_dir():
+        raise config.ConfigError(f"{path}: neither a run's folder nor one with an {ADAPTER}")
+    return adapters.of_net(path, thin_file.opened(path, base)[0])
 
 
 def _state(path: Path, run: Run) -> Any:
