@@ -73,9 +73,8 @@ def test_the_mean_of_the_products(place: Path, tmp_path: Path, one: str, other: 
     assert (found.code, found.err) == (0, "")
     first, second = shares or (1, 1)
     runs = {"peft": "core", "tied.thin": "tied"}
-    start, a, b, mean = map(
-        weights, (place / "model", *(place / runs.get(n, n) / "model" for n in (one, other)), tmp_path / "out")
-    )
+    folders = [place / "model", *(place / runs.get(name, name) / "model" for name in (one, other)), tmp_path / "out"]
+    start, a, b, mean = map(weights, folders)
     moved = 0.0
     for name, tensor in start.items():
         expected = tensor + (first * (a[name] - tensor) + second * (b[name] - tensor)) / (first + second)
@@ -102,7 +101,7 @@ def test_an_adapter_of_peft_itself(place: Path, tmp_path: Path) -> None:
     """With a scale of its own for one layer, and roots of ranks; twice the same adapter is that adapter."""
     from peft import LoraConfig, get_peft_model
 
-    start, tokenizer, _ = load(place / "model")
+    start, _, _ = load(place / "model")
     settings = LoraConfig(
         r=3, lora_alpha=5, target_modules=LAYERS, alpha_pattern={"q_proj": 7}, rank_pattern={"down_proj": 2},
         use_rslora=True, init_lora_weights=False,

@@ -23,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     merging_tokenizer().save_pretrained(place / "model")
     tiny_encoder(place / "encoder")
     write_jsonl(place / "rows.jsonl", tiny_rows(24, closed=True))
-    shown = {"prompt": "{input}: it was", "answer": " {output}"}
+    shown = {"prompt": "{input}: it was", "answer": " {output}", "choices": list(CHOICES)}
     views = {"lora": {"kind": "lora"}, "front": {"kind": "prompt", "tokens": 2}, "sorts": {"kind": "full"}}
     for name, view in views.items():
         model = "encoder" if name == "sorts" else "model"

@@ -38,7 +38,7 @@ NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 @dataclass(frozen=True)
 class Adapter:
-    """Factors by the names of layers, A [rank, in] and B [out, rank] with its scale, float32; of the base in a folder."""
+    """Factors beside the layers of a base model, which lies in the folder `base`."""
 
     source: Path
     base: Path
@@ -53,9 +53,9 @@ def of_net(source: Path, net: Net) -> Adapter:
         raise ModelError(f"{source}: its view, {net.view.kind}, has no factors beside layers to be merged")
     if factors.head_of(net.model):
         raise ModelError(f"{source}: a classifier's head is trained with its factors, and heads are not merged")
-    for place in places.values():
-        weight = net.model.get_parameter(place.weight)
-        if weight.is_floating_point() and not torch.equal(weight.cpu(), net.base[place.weight]):
+    for adapted in places.values():
+        weight = net.model.get_parameter(adapted.weight)
+        if weight.is_floating_point() and not torch.equal(weight.cpu(), net.base[adapted.weight]):
             raise ModelError(f"{source}: factors of its earlier rounds are in the weights, so those beside are not all")
     dtype = str(net.model.dtype).removeprefix("torch.")
     return Adapter(source, net.folder, dtype, pairs(net.model))

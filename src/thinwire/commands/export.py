@@ -87,7 +87,7 @@ def _write_gguf(net: Net, run: Run, out: Path, kind: str) -> None:
 def merge(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE", help="A thin file; or of one base several: runs, thin files, adapters."),
+        typer.Argument(metavar="FILE", help="A thin file; or several runs, thin files, adapters."),
     ],
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
     base: Annotated[str | None, typer.Option(help="The base model, where it is not what the file calls it.")] = None,

@@ -1,4 +1,4 @@
-"""Factors as plain pairs of matrices by the names of layers: taken from a model, and put beside the layers of another."""
+"""Factors as plain pairs of matrices by the names of layers: taken from a model, put beside the layers of another."""
 
 from __future__ import annotations
 
