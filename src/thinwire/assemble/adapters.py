@@ -53,6 +53,7 @@ def of_net(source: Path, net: Net) -> Adapter:
         raise ModelError(f"{source}: its view, {net.view.kind}, has no factors beside layers to be merged")
     if factors.head_of(net.model):
         raise ModelError(f"{source}: a classifier's head is trained with its factors, and heads are not merged")
+    net.view.refresh(net.model)  # factors that follow numbers
     for adapted in places.values():
         weight = net.model.get_parameter(adapted.weight)
         if weight.is_floating_point() and not torch.equal(weight.cpu(), net.base[adapted.weight]):
