@@ -102,12 +102,12 @@ def merge(
         from thinwire.assemble import adapters
         from thinwire.assemble import thin as thin_file
 
+        shares = _weights(weights, len(paths))
         if len(paths) == 1 and not paths[0].is_dir():
             net, _ = thin_file.opened(paths[0], base)
             net.save(out)
             echo(f"{out}: a Hugging Face folder")
             return
-        shares = _weights(weights, len(paths))
         rank = adapters.merge([_adapter(path, base) for path in paths], shares, out)
         echo(f"{out}: a Hugging Face folder; {out / 'adapter'}: its factors, of rank {rank}, for peft")
 

@@ -47,7 +47,7 @@ def settings(config: PreTrainedConfig, kind: str) -> dict[str, Any]:
     known: Any = config
     found: dict[str, Any] = {}
     for name, places in FIELDS.items():
-        if name == (LAYER if hasattr(known, "rms_norm_eps") else RMS):
+        if name.startswith(("ssm.", "expert")) or name == (LAYER if hasattr(known, "rms_norm_eps") else RMS):
             continue
         value = next((getattr(known, place) for place in places if hasattr(known, place)), None)
         if value is not None:

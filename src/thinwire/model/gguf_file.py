@@ -70,8 +70,8 @@ def _write(net: Net, state: Mapping[str, Tensor], file: Path, kind: str, name: s
     writer.add_name(name)
     writer.add_file_type(KINDS[kind])
     writer.add_quantization_version(2)
+    add: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for field, value in fields.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](f"{arch}.{field}", value)
     gguf_tokens.write(writer, net.tokenizer, net.rows[0])
     for theirs, tensor in _tensors(net, state, arch).items():
