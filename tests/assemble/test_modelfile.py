@@ -63,6 +63,21 @@ def test_a_talk_is_written_as_the_chat_template_does(template: str, systems: boo
     assert 'PARAMETER stop "<eos>"\n' in text
 
 
+def test_how_it_looks() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = SMOL
+    text, left = modelfile("m.gguf", data(template="chat"), tokenizer)
+    assert left == []
+    assert text == (
+        'FROM ./m.gguf\nTEMPLATE """{{ range .Messages }}'
+        '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
+        '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n<|im_start|>assistant\n'
+        '{{ else if eq .Role "assistant" }}{{ .Content }}<|im_end|>\n{{ end }}{{ end }}"""\n'
+        'SYSTEM """Be kind."""\nPARAMETER temperature 0\n'
+        'PARAMETER stop "<eos>"\nPARAMETER stop "<|im_end|>"\n'
+    )
+
+
 def test_a_start_token_that_llama_cpp_puts_is_not_there_twice() -> None:
     tokenizer = tiny_tokenizer(bos=True)
     tokenizer.chat_template = GEMMA

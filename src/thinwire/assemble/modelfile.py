@@ -92,7 +92,8 @@ def _turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
         if cut is None or len(cut) != 4:
             return None
         first, answered, again, last = cut
-        user = _common_end(first, again)
+        # what ends an answer is no part of the next question, though a system message may end alike
+        user = _common_end(first, again.removeprefix(_end(tokenizer))).lstrip("\n")
         before, ends = first.removesuffix(user), again.removesuffix(user)
         found = Turns(before, None, (user, last), ends, None)
         if answered != last:
@@ -112,6 +113,10 @@ def _turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
             found = found._replace(system=(system[0].removeprefix(before), system[1]))
     tries = [talk[:1], talk[:3], talk] + ([[asked, *talk]] if found.system else [])
     return found if all(found.written(known) == _rendered(known, tokenizer) for known in tries) and one else None
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> str:
+    return render(row_of(Chat(), "?", "-"), Chat(), tokenizer).end
 
 
 def _rendered(talk: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -146,7 +151,7 @@ def _stops(template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) -> list[st
     ends = [str(tokenizer.eos_token or "")]
     if isinstance(template, Chat):
         with contextlib.suppress(DataError):
-            ends.append(render(row_of(template, "?", "-"), template, tokenizer).end.strip())
+            ends.append(_end(tokenizer).strip())
     return list(dict.fromkeys(end for end in ends if end))
 
 
