@@ -150,7 +150,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(line.startswith("warning memory: a client takes") for line in found.out.splitlines())
     assert "nothing" in refused("doctor", tmp_path / "run.toml", "nothing=1")
     assert "none.toml" in refused("doctor", tmp_path / "none.toml")
-    assert "no model" in refused("doctor", tmp_path / "run.toml", f"model.path={tmp_path}/none")
+    assert "model.path: no config at" in refused("doctor", tmp_path / "run.toml", f"model.path={tmp_path}/none")
 
 
 def test_without_a_run_file_torch_is_not_loaded() -> None:

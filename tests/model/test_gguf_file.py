@@ -219,8 +219,9 @@ def test_the_answers_of_the_real_model(tmp_path: Path) -> None:
         "Explain how bread is baked.",
     )
     talks = [[{"role": "user", "content": line}] for line in lines]
+    net.tokenizer.padding_side = "left"
     asked = net.tokenizer.apply_chat_template(
-        talks, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+        talks, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     with torch.inference_mode():
         made = net.model.generate(**asked, max_new_tokens=50, min_new_tokens=50, do_sample=False, use_cache=True)
