@@ -49,6 +49,22 @@ def tiny_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def merging_tokenizer(
+    split: pre_tokenizers.PreTokenizer | None = None, *, bos: bool = False
+) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with one token more, "th", text split before it as GPT-2's is, or by `split`."""
+    plain = tiny_tokenizer(bos=bos)
+    whole = json.loads(plain.backend_tokenizer.to_str())
+    whole["model"]["vocab"] |= {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD, "th": VOCABULARY}
+    whole["model"]["merges"] = [["t", "h"]]
+    core = Tokenizer.from_str(json.dumps(whole))
+    core.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **special)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
 def tiny_model(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """A random Llama of about 27,000 float32 weights, in eval mode; `overrides` are fields of LlamaConfig."""
     fields: dict[str, Any] = {

@@ -19,6 +19,7 @@ from thinwire.commands.codec import fit_codec
 from thinwire.commands.compare import compare
 from thinwire.commands.contributions import contributions
 from thinwire.commands.data import data
+from thinwire.commands.doctor import doctor
 from thinwire.commands.estimate import estimate
 from thinwire.commands.evaluate import evaluate
 from thinwire.commands.export import export, merge
@@ -66,6 +67,7 @@ for command in (
     export,
     merge,
     estimate,
+    doctor,
     report,
     watch,
     show,

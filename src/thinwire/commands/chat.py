@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from thinwire.config import Data
     from thinwire.data.batch import Dataset
     from thinwire.data.rows import Row
-    from thinwire.data.templates import AnyTemplate, Jinja
     from thinwire.model.net import Net
 
 
@@ -124,40 +122,12 @@ def _lines(hint: str = "Ctrl-D leaves.") -> Iterator[str]:
             yield line.strip()
 
 
-def _columns(text: str) -> list[str]:
-    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(text) if name))
-
-
-def _row(template: AnyTemplate, line: str, answer: str, talk: Sequence[dict[str, str]] = ()) -> Row:
-    """The line in the first column that the run's prompts show; what else they show is left empty."""
-    from thinwire.data.rows import Row
-    from thinwire.data.templates import Chat, Jinja, answer_columns
-
-    if isinstance(template, Chat):
-        turn = [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
-        return Row({"messages": [*talk, *turn]}, "input", 1)
-    answers = dict.fromkeys(answer_columns(template), answer)
-    if isinstance(template, Jinja):
-        return Row(answers | _shown(template, line), "input", 1)
-    first, *rest = _columns(template.prompt) or ["input"]
-    return Row({**dict.fromkeys(rest, ""), **answers, first: line}, "input", 1)
-
-
-def _shown(template: Jinja, line: str) -> dict[str, str]:
-    """The columns of a Jinja prompt: the line in the first that it cannot do without, the others empty or absent."""
-    from thinwire.data.jinja import is_rendered, used
-
-    columns = used(template.prompt) or ("input",)
-    needed = [name for name in columns if not is_rendered(template.prompt, dict.fromkeys({*columns} - {name}, ""))]
-    first = (needed or columns)[0]
-    return {**dict.fromkeys(needed, ""), first: line}
-
-
 def _chooser(net: Net, data: Data | None, choices: Sequence[str], classifies: bool) -> Callable[[str], None]:
     """What prints which of a closed set of answers scores highest, as an evaluation has it, and its share."""
     import torch
 
     from thinwire import assemble
+    from thinwire.assemble.asked import row_of
     from thinwire.data.classes import WHOLE, classify
     from thinwire.data.tokenise import tokenise
     from thinwire.train.objective import scores
@@ -171,7 +141,7 @@ def _chooser(net: Net, data: Data | None, choices: Sequence[str], classifies: bo
         return tokenise([row], template, net.tokenizer, max_length=longest, choices=choices, too_long="cut")
 
     def answer(line: str) -> None:
-        batch, _ = next(read(_row(template, line, choices[0])).in_order(1))
+        batch, _ = next(read(row_of(template, line, choices[0])).in_order(1))
         with torch.inference_mode():
             shares = scores(net.model, batch)[0].softmax(0)
         best = int(shares.argmax())
@@ -188,6 +158,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
     import torch
 
     from thinwire import assemble
+    from thinwire.assemble.asked import row_of
     from thinwire.data.templates import NAMED, Chat
     from thinwire.data.tokenise import tokenise
     from thinwire.evaluate.text import answer_of, decoding
@@ -202,7 +173,7 @@ def _talker(net: Net, data: Data | None, longest: int, temperature: float) -> Ca
     talk: list[dict[str, str]] = []
 
     def answer(line: str) -> None:
-        row = _row(template, line, "-", talk)
+        row = row_of(template, line, "-", talk)
         held = tokenise([row], template, tokenizer, max_length=sys.maxsize, eos=False)
         assemble.check_tokens(net, "the model", held)
         prompt = torch.tensor([held.examples[0].prompt], device=net.device)

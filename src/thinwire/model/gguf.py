@@ -50,15 +50,7 @@ def converted(gguf: Path) -> Path:
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
     with quiet():
-        try:
-            # Its progress bar obeys no setting of transformers. The file lies alone: what is beside it is not for it.
-            with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as alone:
-                (Path(alone) / gguf.name).symlink_to(gguf.resolve())
-                model, tokenizer = _read(Path(alone), gguf)
-        except ModelError:
-            raise
-        except Exception as error:  # a broken file surfaces as anything from struct.error to a KeyError
-            raise ModelError(f"cannot read the GGUF file {gguf}: {first_line(error)}") from error
+        model, tokenizer = read(gguf)
         # The weights are dequantised by now, but transformers leaves its marks on the model and then refuses
         # to save it.
         for holder, mark in (
@@ -75,6 +67,19 @@ def converted(gguf: Path) -> Path:
             tokenizer.save_pretrained(folder)
             (folder / MARK).write_text("")
     return target
+
+
+def read(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The file's weights in floats, as a model, and its tokenizer; ModelError for a file that is none."""
+    try:
+        # Its progress bar obeys no setting of transformers. The file lies alone: what is beside it is not for it.
+        with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as alone, quiet():
+            (Path(alone) / gguf.name).symlink_to(gguf.resolve())
+            return _read(Path(alone), gguf)
+    except ModelError:
+        raise
+    except Exception as error:  # a broken file surfaces as anything from struct.error to a KeyError
+        raise ModelError(f"cannot read the GGUF file {gguf}: {first_line(error)}") from error
 
 
 def _read(folder: Path, gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

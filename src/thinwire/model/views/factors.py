@@ -122,7 +122,7 @@ def shapes(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> dict[st
     """What `add` would let be trained of a model; the model may be without memory for its weights."""
     found: dict[str, tuple[int, ...]] = {}
     for name, layer in chosen_layers(model, rank, targets).items():
-        taken, given = _sides(layer)
+        taken, given = sides(layer)
         found |= {f"{name}.lora_A.{ADAPTER}.weight": (rank, taken), f"{name}.lora_B.{ADAPTER}.weight": (given, rank)}
     return found | _head_shapes(model)
 
@@ -156,7 +156,7 @@ def chosen_layers(
             raise ModelError(f"{table}.targets: no linear layer is called {target}; there are: {', '.join(known)}")
     chosen = {name: layer for name, layer in layers.items() if any(_meant(name, target) for target in targets)}
     for name, layer in chosen.items():
-        if rank > min(_sides(layer)):
+        if rank > min(sides(layer)):
             shape = " x ".join(map(str, layer.weight.shape))
             raise ModelError(f"{table}.rank: {rank} is more than {name} has, which is {shape}")
         if model.config.model_type in KERNELS and name.endswith(".out_proj"):
@@ -262,7 +262,7 @@ def _put(
         weight = layer.weight
         dtype = weight.dtype if weight.is_floating_point() else model.dtype  # a quantised one
         device = "cpu" if weight.is_meta else weight.device  # they are there where a model's weights are not
-        left, right, *core = (factor.to(device, dtype) for factor in drawn(name, *_sides(layer)))
+        left, right, *core = (factor.to(device, dtype) for factor in drawn(name, *sides(layer)))
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, Factored(layer, left, right, alpha / rank, *core).eval())
     for parameter in head_of(model).values():
@@ -290,6 +290,6 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def _sides(layer: nn.Linear | Conv1D) -> tuple[int, int]:
+def sides(layer: nn.Linear | Conv1D) -> tuple[int, int]:
     """How many numbers a layer takes and gives."""
     return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
