@@ -87,7 +87,7 @@ def divisors(model: PreTrainedModel) -> Tensor | None:
     if rope.get("rope_type") != "llama3":
         return None
     own: Any = model.base_model
-    turned = own.rotary_emb.inv_freq.float().cpu()
+    turned: Tensor = own.rotary_emb.inv_freq.float().cpu()
     width = 2 * len(turned)
     plain = torch.pow(float(rope["rope_theta"]), -torch.arange(0, width, 2).float() / width)
     return plain / turned
