@@ -87,9 +87,10 @@ def divisors(model: PreTrainedModel) -> Tensor | None:
     if rope.get("rope_type") != "llama3":
         return None
     own: Any = model.base_model
-    turned = own.rotary_emb.inv_freq.float().cpu()
+    turned: Tensor = own.rotary_emb.inv_freq.float().cpu()
     width = 2 * len(turned)
-    return 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2).float() / width) / turned
+    plain: Tensor = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2).float() / width)
+    return plain / turned
 
 
 def lost(model: PreTrainedModel, again: PreTrainedModel) -> str | None:
