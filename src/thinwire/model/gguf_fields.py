@@ -89,7 +89,7 @@ def divisors(model: PreTrainedModel) -> Tensor | None:
     own: Any = model.base_model
     turned: Tensor = own.rotary_emb.inv_freq.float().cpu()
     width = 2 * len(turned)
-    plain = torch.pow(float(rope["rope_theta"]), -torch.arange(0, width, 2).float() / width)
+    plain: Tensor = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2).float() / width)
     return plain / turned
 
 
