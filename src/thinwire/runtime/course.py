@@ -156,8 +156,10 @@ class Course:
         self.state, metrics = job.round(job.method, self.state, at)
         up, down = self.progress.bytes_up + at.ledger.bytes_up, self.progress.bytes_down + at.ledger.bytes_down
         seconds, peak = time.perf_counter() - started, memory.peak() - job.memory_before_model
-        if job.budget is not None and (spent := job.budget.spent(round)) is not None:
-            metrics = metrics | {"epsilon": spent}
+        if job.budget is not None:  # no reply has a loss, and a mean of none is none
+            spent = job.budget.spent(round)
+            metrics = {name: value for name, value in metrics.items() if name not in ("loss", "skipped")}
+            metrics |= {} if spent is None else {"epsilon": spent}
         record = record_of(at, job.names, metrics, seconds, peak)
         self.lengths += lengths_of([record])
         check_state(self.state, round)
