@@ -245,3 +245,16 @@ def test_the_noise_on_the_mean_has_the_stated_width() -> None:
     found = noised_mean(zeros, {"a": torch.ones(200_000)}, Protection("client", 0.3, 2.0), 5, SystemSecrets())
     # an update to where it was is one of length 1 each from the origin: shortened to the bound, below the noise
     assert float(found["a"].std()) == pytest.approx(0.3 * 2.0 / 5, rel=0.01)
+
+
+def test_bytes_of_a_private_run_are_those_of_the_estimate(silos: Silos, tmp_path: Path) -> None:
+    from thinwire.estimate.traffic import expected, traffic
+
+    run = run_of(silos, "onebit", RECORD)
+    start = assemble.begin(*assemble.prepared(run))
+    trained_by = {name: start.net.base[name] for name in start.net.names}
+    found = traffic(run.method, expected(run, [*SIZES], trained_by))
+    assert found is not None
+    summary = trained(run, tmp_path / "run")
+    assert found.total[0].holds(summary["bytes_down"])
+    assert found.total[1].holds(summary["bytes_up"])

@@ -34,6 +34,8 @@ def expected(run: Run, examples: Sequence[int | None], trained: Mapping[str, Ten
         return replace(seats, versions=versions).server(round, cohort)
 
     cohorts = [seats.cohort(run.cohort, len(examples), round) for round in range(1, run.rounds + 1)]
+    if run.privacy is not None and run.privacy.level is not None:
+        examples = [1] * len(examples)  # all that a private reply says of them
     return Expected(trained, assemble.identity(run), examples, cohorts, server)
 
 
