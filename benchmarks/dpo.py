@@ -2,7 +2,7 @@
 
     python benchmarks/dpo.py [model.path=FOLDER] [data.rows=100 ...] [--lr 1e-5] [--steps 20] [--json FILE]
 
-It needs trl, which thinwire does not: pip install --no-deps --target /tmp/trl trl, and PYTHONPATH=/tmp/trl.
+It needs trl, which thinwire does not: pip install --no-deps --target FOLDER trl, and PYTHONPATH=FOLDER.
 
 Rows and model are those of recipes/dpo-movie-reviews.toml, but all parameters are trained: AdamW without decay, at a
 constant rate, gradients of norm 1 at most, no dropout. trl makes its own tokens, and holds a second model.

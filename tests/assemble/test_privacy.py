@@ -129,6 +129,11 @@ def test_noise_differs_from_run_to_run(silos: Silos, tmp_path: Path) -> None:
         ("fedavg", {"privacy": CLIENT | {"noise": 0.5, "epsilon": 1.0}}, "privacy.epsilon: round 1 would spend an eps"),
         (
             "fedavg",
+            {"privacy": CLIENT, "federation": {"keep_replies": True}},
+            "federation.keep_replies: replies of a run",
+        ),
+        (
+            "fedavg",
             {"privacy": CLIENT, "federation": {"weights": {"by": "examples"}}},
             "federation.weights: in a private run all clients count alike; leave it out",
         ),

@@ -20,6 +20,7 @@ NOT_COUNTED = (
     "evaluation on rows of the clients, and which round they choose",
     "a codec that was fitted to the clients' updates",
     "how many rows a client has, how long a visit takes, and that it fails",
+    "where the server adds the noise, what its records hold of each reply: bytes and hashes",
 )
 
 
@@ -135,6 +136,10 @@ def check_privacy(run: Run, names: Sequence[str]) -> None:
         for field, odd in (("pack", data.pack), ("balanced", data.balanced), ("order", data.order != "random")):
             if odd:
                 raise ConfigError(f"data.{field}: a private run draws each row in secret, apart from the others")
+    elif run.federation is not None and run.federation.keep_replies:
+        raise ConfigError(
+            "federation.keep_replies: replies of a run private of a client are without noise; leave it out"
+        )
     elif asked.delta >= 1 / max(1, len(names)):
         raise ConfigError(f"privacy.delta: {asked.delta:g} is not below one in {len(names)} clients")
     for segment in run.cohort:

@@ -20,8 +20,6 @@ from thinwire.data.batch import Batch
 from thinwire.model.views import tying
 from thinwire.train.objective import example_losses
 
-Store = Callable[[Tensor, Tensor], None]
-
 
 class EachExample:
     """Finds the gradients of a model's trained parameters, each of which some linear layer holds, or follows."""
