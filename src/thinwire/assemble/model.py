@@ -11,6 +11,7 @@ from thinwire.assemble.rows import Rows, in_words, template_of
 from thinwire.config import ConfigError, Run
 from thinwire.data.classes import classes_of as find_classes
 from thinwire.keys import Key
+from thinwire.model import autocast
 from thinwire.model.classifier import Task, labels_of, task_of
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
@@ -98,6 +99,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         head_key=Key.root(run.seed).fold("head"),
         bits=model.bits,
     )
+    autocast.round_products(net.model, model.autocast)
     run.method.fits(net)
     return net
 

@@ -43,6 +43,7 @@ class Model(Section):
     from the model where it is auto. `device`: as torch calls it, such as cpu or cuda:0; or auto, for a model that spans
     all GPUs of the machine. `view`: what all methods train, the model or, where its kind is lora, factors beside it and
     a classifier's head; linear layers may then be kept in 8 or 4 `bits` (LLM.int8, NF4). [model.lora] is short for it.
+    `autocast`: a float32 model's products are in bfloat16 where the processor has those, and all else stays as it is.
     """
 
     path: str = "smollm2-135m-instruct"
@@ -51,6 +52,7 @@ class Model(Section):
     device: str = "cpu"
     lora: Lora | None = None
     bits: Literal[8, 4] | None = None
+    autocast: bool = False
     view: AnyView = Full()
 
     @model_validator(mode="after")
@@ -62,11 +64,15 @@ class Model(Section):
         object.__setattr__(self, "lora", view if isinstance(view, Lora) else None)
         if self.bits is not None and view.factors is None:
             raise ValueError("bits needs [model.lora]: quantised weights cannot be trained themselves")
+        if self.autocast and self.dtype != "float32":
+            raise ConfigError(f"model.autocast: is for float32 models; the products of {self.dtype} are already")
         return self
 
     @model_serializer(mode="wrap")
     def _short(self, plain: Any) -> dict[str, Any]:
         found: dict[str, Any] = plain(self)
+        if not self.autocast:  # a run without is the one that it was before
+            del found["autocast"]
         if isinstance(self.view, Full | Lora):  # as run files have them since before there were views
             found.pop("view", None)
             (found.get("lora") or {}).pop("kind", None)

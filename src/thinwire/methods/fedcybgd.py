@@ -36,7 +36,7 @@ from thinwire.costs.frames import Expected, Frames, Span
 from thinwire.costs.memory import FROZEN, RUNTIME, Memory, Side, exact_coding, holding, moments_of
 from thinwire.costs.sketch import Pass, Sketch, Work, within_layers
 from thinwire.keys import Key
-from thinwire.model import importance, shrink
+from thinwire.model import autocast, importance, shrink
 from thinwire.model.anatomy import Width
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
@@ -190,6 +190,7 @@ class FedCyBGD(Exact):
                 place, net.parameter(name).dtype, copy=True
             )
         model = shrink.proxy(type(net.model), net.model.config, cut, given, at.layout.path)
+        autocast.round_products(model, autocast.are_rounded(net.model))
         weights = dict(model.named_parameters())
         trained = [weights[str(shrink.renamed(name, cut, at.layout))] for name in own]
         for parameter in weights.values():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinwire.data.batch import IGNORE, Batch, Example, collate, collate_packed
+from thinwire.model.autocast import passes
 
 # about as many logits are float32 at a time: what a CPU's cache holds; a GPU has that memory, and launches cost it more
 _TILE, _TILE_ELSEWHERE = 1 << 20, 1 << 26
@@ -193,9 +194,10 @@ def _class_logits(model: nn.Module, batch: Batch) -> Tensor:
     """A classifier's logits [rows, classes]. Positions are the model's own affair: some begin to count above 0."""
     device = next(model.parameters()).device
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    logits: Tensor = model(
-        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), **options
-    ).logits
+    with passes(model, device):
+        logits: Tensor = model(
+            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), **options
+        ).logits
     return logits
 
 
@@ -218,7 +220,8 @@ def _logits(model: nn.Module, batch: Batch, count: int, before: int = 0) -> Tens
         options["use_cache"] = False
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = torch.arange(length - before - count, length - before, device=device)
-    logits: Tensor = model(input_ids=batch.input_ids.to(device), **options).logits
+    with passes(model, device):
+        logits: Tensor = model(input_ids=batch.input_ids.to(device), **options).logits
     if logits.shape[1] != count:
         logits = logits[:, length - before - count : length - before]
     return logits
