@@ -130,7 +130,7 @@ def test_noise_differs_from_run_to_run(silos: Silos, tmp_path: Path) -> None:
         (
             "fedavg",
             {"privacy": CLIENT, "federation": {"keep_replies": True}},
-            "federation.keep_replies: replies of a run",
+            "federation.keep_replies, cross: replies of a run",
         ),
         (
             "fedavg",

@@ -42,7 +42,7 @@ def test_what_can_be_had_is_let_through(tree: dict[str, Any]) -> None:
             {"privacy": {"secure": {}}, "cohort": [{"kind": "uniform", "n": 2}]},
             r"^privacy\.secure\.minimum: a round of 2",
         ),
-        ({"privacy": {"secure": {}}, "federation": {"keep_replies": True}}, r"^federation\.keep_replies: under"),
+        ({"privacy": {"secure": {}}, "federation": {"keep_replies": True}}, r"^federation\.keep_replies, cross: under"),
         ({"privacy": {"secure": {}}, "federation": {"late": 1}}, r"^federation\.late: under"),
         ({"privacy": {"secure": {}}, "federation": {"weights": {"fair": 0.5}}}, r"^federation\.weights: under"),
         ({"privacy": {"secure": {}}, "federation": {"weights": {"by": "examples"}}}, r"^federation\.weights: under"),

@@ -93,6 +93,12 @@ def agreed_folder(path: Path, clients: int = 6) -> Path:
     }
     found = {"round": 4, "rows": 8, "orders": 50, "before": 2.0, "after": 1.9, "clients": worth}
     (path / "contributions.json").write_text(json.dumps(found))
+    losses: dict[str, list[float | None]] = {
+        name: [2.0 + abs(i - j) / 5 if j != 3 else None for j in range(clients)] for i, name in enumerate(names)
+    }
+    each_alone = {str(i): {"name": name, "losses": losses[name]} for i, name in enumerate(names)}
+    matrix = {"round": 4, "rows": dict.fromkeys(names, 10), "together": losses[names[0]], "clients": each_alone}
+    (path / "cross.json").write_text(json.dumps(matrix))
     summary = {"rounds": 4, "ended": "the loss on heldout is 0.4000", "kept": {"round": 3, "on": "selection"}}
     (path / "summary.json").write_text(json.dumps(summary))
     return path

@@ -88,7 +88,7 @@ def agreed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_who_counted_how_much_and_how_each_is_served(agreed: Path) -> None:
     html = agreed.read_text()
-    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</th>(.*?)</tr>", html)
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</th>(.*?)</tr>", html.partition('id="cross-title"')[0])
     cells = {name: re.findall(r"<td[^>]*>(.*?)</td>", line) for name, line in rows}
     assert cells["north"][:3] == ["10", "4", "40.0%"]
     assert cells["north"][-1] == "by examples, capped from 0.61, leant from 0.4 by a loss of 2.313"
@@ -101,6 +101,15 @@ def test_who_counted_how_much_and_how_each_is_served(agreed: Path) -> None:
     assert "agreed has the weights of round 3, chosen by the loss on selection." in html
     assert {row["client"] for row in plots["own"]["rows"]} == {*cells} - {"site-3", "agreed"}
     assert len(plots["shares"]["rows"]) == 23  # of 24 visits one was dropped
+
+
+def test_whose_learning_serves_whom(agreed: Path) -> None:
+    section = agreed.read_text().partition('id="cross-title"')[2]
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</th>(.*?)</tr>", section)
+    cells = {name: re.findall(r"<td>(.*?)</td>", line) for name, line in rows}
+    assert cells["south"][:5] == ["2.200", "2.000", "2.200", "-", "2.600"]
+    assert cells["together"] == cells["north"]
+    assert len(cells) == 7
 
 
 def test_a_run_of_before_has_no_clients_table(page: Path) -> None:

@@ -23,6 +23,7 @@ from thinwire.assemble.datasets import (
 )
 from thinwire.assemble.model import classes_of, net_of, settled, use_threads
 from thinwire.assemble.privacy import budget_of, check_privacy
+from thinwire.assemble.replay import check_cross
 from thinwire.assemble.rows import Rows, rows_of
 from thinwire.assemble.scores import loss_on, scorer, splits_of
 from thinwire.assemble.secure import check_secure, secured
@@ -122,6 +123,8 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
     if run.federation is not None and run.federation.evaluate:
         scored = scored_data(run, list(rows.clients.values()), net) if clients else []
         actions["evaluate"] = Evaluation(dict(enumerate(scored)), heldout=False, settings=run.eval)
+    if run.federation is not None and run.federation.cross:
+        check_cross(run)
     plain = Job(
         method=run.method,
         net=net,
@@ -149,7 +152,8 @@ def job(run: Run, rows: Rows, net: Net, folder: Path, memory_before_model: int, 
         weights=agreement_of(run),
         budget=budget_of(run, {id: len(data) for id, data in enumerate(clients)}, len(clients)) if clients else None,
         audit=run.federation is not None and run.federation.audit,
-        replies=run.federation is not None and run.federation.keep_replies,
+        replies=run.federation is not None and (run.federation.keep_replies or run.federation.cross),
+        cross=run.federation is not None and run.federation.cross,
         late=0 if run.federation is None else run.federation.late,
     )
     return secured(run, plain)

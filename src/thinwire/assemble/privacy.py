@@ -136,9 +136,9 @@ def check_privacy(run: Run, names: Sequence[str]) -> None:
         for field, odd in (("pack", data.pack), ("balanced", data.balanced), ("order", data.order != "random")):
             if odd:
                 raise ConfigError(f"data.{field}: a private run draws each row in secret, apart from the others")
-    elif run.federation is not None and run.federation.keep_replies:
+    elif run.federation is not None and (run.federation.keep_replies or run.federation.cross):
         raise ConfigError(
-            "federation.keep_replies: replies of a run private of a client are without noise; leave it out"
+            "federation.keep_replies, cross: replies of a run private of a client are without noise; leave it out"
         )
     elif asked.delta >= 1 / max(1, len(names)):
         raise ConfigError(f"privacy.delta: {asked.delta:g} is not below one in {len(names)} clients")

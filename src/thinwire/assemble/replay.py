@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from thinwire import config
-from thinwire.aggregate.mean import Mean
-from thinwire.aggregate.server_step import Plain
-from thinwire.aggregate.stack import Stack
 from thinwire.aggregate.weights import Weighing
 from thinwire.assemble.agreement import agreement_of
 from thinwire.assemble.datasets import check_context, datasets, referenced
@@ -25,6 +20,7 @@ from thinwire.model.classifier import labels_of, task_of
 from thinwire.model.resolve import resolve
 from thinwire.records import read_records, visits
 from thinwire.runtime import checkpoint
+from thinwire.runtime.cross import Beside, alone
 from thinwire.runtime.outcome import lengths_of
 from thinwire.runtime.replies import Replies
 from thinwire.runtime.seats import Seats
@@ -43,7 +39,9 @@ class Replay:
         run, self.replies = config.load(folder / "run.toml", list(overrides)), Replies(folder / "replies")
         self.folder, self.states = folder, folder / "state"
         if cross:
-            _check_cross(run)
+            check_cross(run)
+            if run.federation is not None and run.federation.sites:
+                raise ConfigError("federation.sites: their rows are not here; federation.cross has the sites score")
         elif run.data.public is None:
             raise ConfigError("data.public: missing; contributions are measured on rows that the server holds")
         before = read_records(folder / "rounds.jsonl")
@@ -75,7 +73,7 @@ class Replay:
         few = (replace(data, examples=data.examples[: run.eval.rows]) for data in found)
         splits = [Split(name, data) for (name, _), data in zip(groups, few, strict=True)]
         self.splits = splits[1:] if cross and self.public is not None else splits
-        self.versions = _Beside(VersionStore(self.states / "versions"), VersionStore(place / "versions", keep=1))
+        self.versions = Beside(VersionStore(self.states / "versions"), VersionStore(place / "versions", keep=1))
 
     @property
     def rows(self) -> int:
@@ -89,9 +87,8 @@ class Replay:
     def losses(self, clients: frozenset[int], own: bool = False) -> list[float]:
         """The same on the rows of each client, where it is made for these; `own`: by their plain mean."""
         run, net, method = self.run, self.net, self.run.method
-        if own and isinstance(method, Averaged):
-            combined = {} if isinstance(method.aggregation, Stack) else {"aggregation": Mean()}
-            method = method.model_copy(update={"server_step": Plain(), **combined})
+        if own:
+            method = alone(method)
         seats = Seats(Key.root(run.seed), run.rounds, net, self.versions, public=self.public, clients=len(self.names))
         names = [self.names.get(id, "") for id in range(max(self.names) + 1)]
         weighing = Weighing(agreement_of(run), names)
@@ -103,29 +100,11 @@ class Replay:
         return [evaluate(net, split, run.eval.batch_size).loss for split in self.splits]
 
 
-def _check_cross(run: Run) -> None:
+def check_cross(run: Run) -> None:
     """ConfigError where what a client has learnt is no small part beside a model that all have."""
     if isinstance(run.model.view, Full):
         raise ConfigError("model.view: adapters and cores are compared, and this run trains whole models")
     if run.model.view.keep:
         raise ConfigError("model.view.keep: what stays at the clients is in no reply")
-    if run.federation is not None and run.federation.sites:
-        raise ConfigError("federation.sites: their rows are not here")
     if not isinstance(run.method, Averaged):
         raise ConfigError(f"method: {method_name(run.method)} has no reply that is a client's own")
-
-
-class _Beside:
-    """The versions of a run, to which nothing is added: what is put goes to a store of its own."""
-
-    def __init__(self, known: VersionStore, own: VersionStore) -> None:
-        self.known, self.own = known, own
-
-    def put(self, tensors: Mapping[str, Tensor]) -> str:
-        """See core.Versions."""
-        return self.own.put(tensors)
-
-    def get(self, version: str) -> Mapping[str, Tensor] | None:
-        """See core.Versions."""
-        found = self.known.get(version)
-        return self.own.get(version) if found is None else found

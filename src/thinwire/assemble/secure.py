@@ -41,8 +41,8 @@ def check_secure(run: Run, names: Sequence[str]) -> None:
         )
     if run.federation is not None and run.federation.late:
         raise ConfigError("federation.late: under privacy.secure a late reply is in no sum; leave it out")
-    if run.federation is not None and run.federation.keep_replies:
-        raise ConfigError("federation.keep_replies: under privacy.secure the server has no replies to keep")
+    if run.federation is not None and (run.federation.keep_replies or run.federation.cross):
+        raise ConfigError("federation.keep_replies, cross: under privacy.secure the server has no replies to keep")
     least = min((size_of(segment, len(names)) for segment in run.cohort), default=0) if names else secure.minimum
     if least < secure.minimum:
         raise ConfigError(f"privacy.secure.minimum: a round of {least} clients is smaller than {secure.minimum}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,9 @@ def contributions(
 
         if not (path / "run.toml").exists():
             raise config.ConfigError(f"{path}: not a run's folder")
+        if matrix and (path / "cross.json").exists():
+            _show(records.read_json(dict[str, Any], path / "cross.json"), path / "cross.json")
+            return
         with tempfile.TemporaryDirectory(dir=path, prefix=".contributions.") as place:
             if matrix:
                 _cross(Replay(path, Path(place), overrides or (), cross=True))
@@ -97,10 +100,7 @@ def contributions(
 
 def _cross(replay: Replay) -> None:
     """The loss on each client's rows of each client's own fine-tuning: its reply of the last round, alone."""
-    from rich.table import Column, Table
-
     from thinwire import files, records
-    from thinwire.commands.screen import Screen
     from thinwire.units import span
 
     clients, names = replay.clients, [split.name for split in replay.splits]
@@ -121,15 +121,25 @@ def _cross(replay: Replay) -> None:
         "clients": {str(client): {"name": replay.names[client], "losses": own[client]} for client in clients},
     }
     files.write(replay.folder / "cross.json", records.dumps(found, indent=2) + "\n")
-    screen = Screen()
+    _show(found, replay.folder / "cross.json")
+
+
+def _show(found: Any, place: Path) -> None:
+    """The matrix, some columns at a time."""
+    from rich.table import Column, Table
+
+    from thinwire.commands.screen import Screen
+
+    names, screen = [*found["rows"]], Screen()
     for start in range(0, len(names), COLUMNS):
         shown = slice(start, start + COLUMNS)
         table = Table("learnt by / rows of", *(Column(name, justify="right") for name in names[shown]))
-        for name, losses in (*((replay.names[client], own[client]) for client in clients), ("together", together)):
-            table.add_row(name, *(f"{loss:.4f}" for loss in losses[shown]))
+        lines = ((each["name"], each["losses"]) for each in found["clients"].values())
+        for name, losses in (*lines, ("together", found["together"])):
+            table.add_row(name, *("-" if loss is None else f"{loss:.4f}" for loss in losses[shown]))
         screen.print(table)
     screen.print(
-        f"loss, nats a token, on each client's own rows, of what each has made of the model in round {replay.round}; "
-        f"also in {replay.folder / 'cross.json'}",
+        f"loss, nats a token, on each client's own rows, of what each has made of the model in round "
+        f"{found['round']}; also in {place}",
         soft_wrap=True,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from thinwire.aggregate.weights import Agreement
 from thinwire.config.section import Section
@@ -23,6 +23,7 @@ class Federation(Section):
     the run ends with model.thin, which a machine that can hold the model makes one of. `weights`: who counts how much,
     also in one process; without, as the method has it. With `audit` the run's folder has audit.jsonl, a log that
     `thinwire audit` checks. With `keep_replies` those of the last round stay, for `thinwire contributions`.
+    With `cross` cross.json has at the end how what each client alone has learnt in the last round scores at each.
     `late`: 1 has a reply that comes after the deadline count in the next round, as `weights.stale` says; 0 drops it.
     """
 
@@ -38,7 +39,14 @@ class Federation(Section):
     weights: Agreement | None = None
     audit: bool = True
     keep_replies: bool = False
+    cross: bool = False
     late: int = Field(0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _compared(self) -> Federation:
+        if self.cross and not self.evaluate:
+            raise ValueError("cross goes together with evaluate = true: by it the sites score what others have learnt")
+        return self
 
     @field_validator("sites")
     @classmethod

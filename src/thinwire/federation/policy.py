@@ -46,6 +46,7 @@ class Policy(BaseModel):
 
     `max_bytes`: of a frame that leaves, `max_bytes_in`: of one that arrives. `evaluate`: whether scores may leave,
     mean: for the server's records only within a mean of several sites.
+    `cross`: whether the other sites may be sent what this one alone has learnt, to score it.
     `masked`: a reply leaves under masks alone, in runs with [privacy.secure].
     `code`: classes of methods that are not thinwire's own, as method.path names them.
 
@@ -64,6 +65,7 @@ class Policy(BaseModel):
     max_bytes: PositiveInt = 1 << 38
     max_bytes_in: PositiveInt = 1 << 38
     evaluate: bool | Literal["mean"] = True
+    cross: bool = False
     masked: bool = False
     code: tuple[str, ...] = ()
     templates: tuple[str, ...] | Literal["any"] = SHAPED
@@ -105,6 +107,10 @@ class Policy(BaseModel):
             raise Illegal(f"this site's policy does not allow the method {name}")
         if self.masked and (run.privacy is None or run.privacy.secure is None):
             raise Illegal("this site's policy allows runs with [privacy.secure] alone: replies leave under masks")
+        if run.federation is not None and run.federation.cross and not self.cross:
+            raise Illegal(
+                "this site's policy does not allow federation.cross, which shows others what it alone has learnt"
+            )
         if action == "evaluate" and not self.evaluate:
             raise Illegal("this site's policy does not allow evaluation")
         if len(frame) > self.max_bytes_in:

@@ -49,8 +49,14 @@ def run_settings(run: config.Run, sites: tuple[str, ...], session: str) -> str:
     }
     if isinstance(run.data.heldout, str):
         data["heldout"] = 0
+    cross = run.federation is not None and run.federation.cross  # which a site may refuse
     stripped = run.model_copy(
-        update={"data": run.data.model_copy(update=data), "federation": None, "environment": {}, "threads": run.threads}
+        update={
+            "data": run.data.model_copy(update=data),
+            "federation": config.Federation(evaluate=True, cross=True) if cross else None,
+            "environment": {},
+            "threads": run.threads,
+        }
     )
     return json.dumps(
         {"run": assemble.identity(run), "sites": list(sites), "session": session, "toml": stripped.to_toml()}

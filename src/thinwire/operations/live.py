@@ -18,7 +18,14 @@ from thinwire.report.page import render
 from thinwire.report.runs import collect
 from thinwire.units import size, span
 
-RECORDS = ("run.toml", "rounds.jsonl", "evals.jsonl", "summary.json", "contributions.json")  # what the page shows
+RECORDS = (
+    "run.toml",
+    "rounds.jsonl",
+    "evals.jsonl",
+    "summary.json",
+    "contributions.json",
+    "cross.json",
+)  # what the page shows
 WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="2">
 <meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <title>thinwire watch</title><link rel="icon" href="data:,"><p role="status">No round has ended yet.</p></html>

@@ -13,7 +13,7 @@ import jinja2
 
 from thinwire.data.errors import DataError
 from thinwire.data.shown import printable
-from thinwire.records import MEASURED, SELECTION
+from thinwire.records import MEASURED, SELECTION, Record
 from thinwire.report.plots import SPLITS, plots
 from thinwire.report.runs import Recorded, number
 from thinwire.report.sites import clients_of
@@ -52,6 +52,7 @@ def render(runs: Sequence[Recorded], live: Sequence[str] | None = None, mark: st
         worth=any(run.contributions for run in runs),
         endings=endings(runs),
         clients=[(run.label, each) for run in runs if (each := client_table(run))],
+        crossed=[(run.label, cross_table(run.cross)) for run in runs if run.cross],
         dropped=[
             (run.label, record["round"], visit.get("name", visit.get("id")), visit.get("error") or visit["left_out"])
             for run in runs
@@ -139,6 +140,15 @@ def client_table(run: Recorded) -> tuple[list[str], list[list[str]]] | None:
             line += ["-" if value is None else f"{value:+.4f}" + (f" ± {error:.4f}" if error else "")]
         lines.append([*line, client.why or "-"])
     return heads, lines
+
+
+def cross_table(cross: Record) -> tuple[list[str], list[list[str]]]:
+    """The losses of what each client alone has learnt, and all have together, on each one's rows."""
+    try:
+        lines = [*cross["clients"].values(), {"name": "together", "losses": cross["together"]}]
+        return ["learnt by", *cross["rows"]], [[str(line["name"]), *map(_three, line["losses"])] for line in lines]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"cross.json: no matrix of losses: {error}") from None
 
 
 def endings(runs: Sequence[Recorded]) -> list[str]:

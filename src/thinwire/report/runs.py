@@ -20,7 +20,7 @@ class Recorded:
 
     `after` has for each round the (bytes, seconds) that had passed at its end, evaluations left out. `cost` is what
     was measured with a process for either side, where that lies beside the run; `contributions` what the clients'
-    replies were worth, where that was measured.
+    replies were worth, where that was measured, `cross` how what each has learnt scores at each.
     """
 
     label: str
@@ -33,6 +33,7 @@ class Recorded:
     cost: Record | None
     after: dict[int, tuple[int, float]]
     contributions: Record | None = None
+    cross: Record | None = None
 
     @property
     def method(self) -> str:
@@ -97,9 +98,11 @@ def _read(folder: Path, settings: Record, label: str) -> Recorded:
     beside = (folder / "cost.json", folder.parent.parent / "cost" / "cost.json")  # as `compare` lays it out
     cost = next((_json(file) for file in beside if file.exists()), None)
     summary = _json(folder / "summary.json") if (folder / "summary.json").exists() else None
-    worth = _json(folder / "contributions.json") if (folder / "contributions.json").exists() else None
+    worth, cross = (
+        _json(folder / name) if (folder / name).exists() else None for name in ("contributions.json", "cross.json")
+    )
     name = str(settings.get("name", folder.name))
-    return Recorded(label, name, folder, settings, rounds, evals, summary, cost, after, worth)
+    return Recorded(label, name, folder, settings, rounds, evals, summary, cost, after, worth, cross)
 
 
 def _labels(trees: dict[Path, Record]) -> list[str]:

@@ -17,6 +17,7 @@ from thinwire.runtime import checkpoint
 from thinwire.runtime.audit import Book, sha256
 from thinwire.runtime.checkpoint import Progress
 from thinwire.runtime.cohort import check_clients
+from thinwire.runtime.cross import Cross
 from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.folder import clear, logged
 from thinwire.runtime.inprocess import InProcess
@@ -234,6 +235,9 @@ class Course:
     def end(self) -> Record:
         """Save the model and the summary, which it returns."""
         job, now = self.job, self.progress
+        if job.cross and self.survey is not None:
+            compared = Cross(job.method, self.survey, job.names, self.replies, self.states)
+            compared.write(job.folder, self.state, self.seats, self.members.now, self.held)
         chosen = now.round if job.keep == "last" or now.best is None else now.best
         state = self.state if chosen == now.round else checkpoint.kept(self.states, chosen, job.method.State)
         if job.carry is None:
@@ -250,15 +254,11 @@ class Course:
             "first": [row for row in evals if row["round"] == 0 and row.get("split") != SELECTION],
             "final": [row for row in evals if row["round"] == chosen and row.get("split") != SELECTION],
             "sha256": job.net.state_sha256() if job.carry is None else None,
+            **({"bytes_keys": now.bytes_keys} if now.bytes_keys else {}),
+            **({"ended": now.why} if now.why is not None else {}),
+            **({"privacy": job.budget.statement(now.round)} if job.budget is not None else {}),
+            **({"kept": {"round": chosen, "on": self.split}} if job.keep == "best" else {}),
         }
-        if now.bytes_keys:
-            summary["bytes_keys"] = now.bytes_keys
-        if now.why is not None:
-            summary["ended"] = now.why
-        if job.budget is not None:
-            summary["privacy"] = job.budget.statement(now.round)
-        if job.keep == "best":
-            summary["kept"] = {"round": chosen, "on": self.split}
         if job.carry is None:
             job.net.save(job.folder / "model", job.card(summary) if job.card is not None else None)
         else:

@@ -85,6 +85,7 @@ class Job:
 
     `weights`: who counts how much, None: as the method has it. `audit`: the run keeps a log that can be checked, signed
     where there is a `signer`. `replies`: those of the last round stay in the folder. `budget`: of a private run.
+    `cross`: at the end each of them is scored by all clients.
     `late`: how many rounds later a reply may still count, of a method whose updates are changes; 0 or 1.
     """
 
@@ -123,5 +124,6 @@ class Job:
     audit: bool = False
     signer: Signer | None = None
     replies: bool = False
+    cross: bool = False
     budget: Spending | None = None
     late: int = 0
