@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 
 def size(count: float) -> str:
     """Bytes for people, in powers of ten."""
@@ -41,3 +44,11 @@ def span(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def bars(values: Sequence[float]) -> str:
+    """A curve for people, a block a value: the lowest is the shortest; a value that is no number leaves a gap."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    step = (high - low) / 7 or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[round((value - low) / step)] if math.isfinite(value) else " " for value in values)

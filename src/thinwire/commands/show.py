@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from thinwire.privacy.released import in_words
 from thinwire.records import MEASURED, SCORES, Record, read_records
 from thinwire.report.sites import clients_of
 from thinwire.runtime.course import Watch
-from thinwire.units import number, share, size, span
+from thinwire.units import bars, number, share, size, span
 
 if TYPE_CHECKING:
     from thinwire.assemble import Rows
@@ -153,12 +154,18 @@ def print_summary(folder: Path, note: str | None = None) -> None:
     evals = [(row, last[row["split"]]) for row in summary["first"] if row["split"] in last]
     start = {row["split"]: row for row in summary["first"]}
     if start or last:
-        table = Table("score", Column("before", justify="right"), Column("after", justify="right"))
+        scored = read_records(folder / "evals.jsonl")
+        rounds_scored = {row["round"] for row in scored}
+        curve = ["on the way"] if len(rounds_scored) > 2 and console.encoding.startswith("utf") else []
+        table = Table("score", *(Column(head, justify="right") for head in ("before", "after")), *curve)
         for split in {**start, **last}:
             before, after = start.get(split, {}), last.get(split, {})
             for field, score in MEASURED.items():
                 if before.get(field) is not None or after.get(field) is not None:
-                    table.add_row(f"{split} {score.title}", _points(before.get(field)), _points(after.get(field)))
+                    points = [row.get(field) for row in scored if row.get("split") == split]
+                    drawn = [bars([math.nan if value is None else value for value in points])] if curve else []
+                    ends = _points(before.get(field)), _points(after.get(field))
+                    table.add_row(f"{split} {score.title}", *ends, *drawn)
         console.print(table)
     file = folder / "run.toml"
     part = file.exists() and config.load(file).model.view.kind != "full"
