@@ -12,7 +12,7 @@ from silos import Silos, audited, in_process, local_of, state_of, visits
 from thinwire.assemble.thin import opened
 from thinwire.config import ConfigError
 from thinwire.federation.processes import alive
-from thinwire.federation.superlink import check_model
+from thinwire.federation.superlink import check_model, refusal
 
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
@@ -84,3 +84,18 @@ def test_a_server_without_weights_refuses_what_it_needs_them_for(
     run = Silos(tmp_path).run(**{**BARE, **changes})
     with pytest.raises(ConfigError, match=f"^federation.model: without weights in memory the server {line}"):
         check_model(run, splits)
+
+
+@pytest.mark.parametrize(
+    ("printed", "why"),
+    [
+        ('{"success": true, "run-id": "17"}', None),
+        ('{\n  "success": false,\n  "error-message": "no such app"\n}\n', "no such app"),
+        ('Loading ...\n{"success": false}', "no reason given"),
+        ("nothing that is JSON", None),
+        ("{", None),
+        ("[1]", None),
+    ],
+)
+def test_a_run_that_flower_did_not_start_is_noticed(printed: str, why: str | None) -> None:
+    assert refusal(printed) == why

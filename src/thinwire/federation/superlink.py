@@ -110,7 +110,9 @@ class ServerSide:
             time.sleep(TICK)
         (place / "status.json").unlink(missing_ok=True)
         quoted = json.dumps(str(folder.resolve()), ensure_ascii=False)
-        self._flwr("run", place / "app", CONNECTION, "--run-config", f"folder={quoted}", "--format", "json")
+        answer = self._flwr("run", place / "app", CONNECTION, "--run-config", f"folder={quoted}", "--format", "json")
+        if (why := refusal(answer)) is not None:
+            raise Ended(f"Flower did not start the run: {why}", again=True)
 
     def follow(self, folder: Path, tick: Callable[[], None] = lambda: None) -> None:
         """Begin the run and see it through; Ended where that fails. A dead hub or loop is started again."""
@@ -202,6 +204,15 @@ class ServerSide:
             return self.children.call(command)
         except RuntimeError as error:
             raise Ended(str(error), again=True) from None
+
+
+def refusal(answer: str) -> str | None:
+    """Why Flower's command has not done what it was asked for, where its JSON says so: its exit status may be 0."""
+    try:
+        found = json.loads(answer[answer.index("{") : answer.rindex("}") + 1])
+    except ValueError:
+        return None
+    return str(found.get("error-message") or "no reason given") if found.get("success") is False else None
 
 
 def at_work(folder: Path) -> bool:
