@@ -479,6 +479,77 @@ def standing_seeds(what: str) -> Callable[[], list[bytes]]:
     return seeds
 
 
+# ---- the questions of a secure sum, to a client
+
+
+@cache
+def questions() -> tuple[Any, list[tuple[str, bytes, int]]]:
+    """A federation, and the frames of a round under masks: the action, the frame and its client, as they came."""
+    from federation import Federation, tiny_net
+    from secured import Quick
+
+    from thinwire.privacy.secure import Secure
+    from thinwire.runtime.secure import SecureRound
+
+    folder = Path(tempfile.mkdtemp(prefix="thinwire-fuzz-"))
+    (folder / "model").mkdir()
+    method = Quick(seeds=64, steps=2, batch_size=2, shared=True)
+    asked: list[tuple[str, bytes, int]] = []
+
+    def noted(action: str, answer: Any) -> Any:
+        def answered(method: Any, frame: wire.Frame, client: Any, spool: Path | None = None) -> wire.Frame:
+            asked.append((action, bytes(frame), client.id))
+            return answer(method, frame, client, spool)
+
+        return answered
+
+    federation = Federation(
+        method,
+        tiny_net(folder / "model"),
+        folder,
+        rounds=2,
+        sizes=(4, 4, 4, 4),
+        actions={name: noted(name, answer) for name, answer in masked().actions.items()},
+        function=SecureRound(Secure(examples=16)),
+    ).run(1)
+    return federation, asked
+
+
+def masked() -> Any:
+    """Clients whose secrets are the same in every execution."""
+    from thinwire.privacy.secure import Secure
+    from thinwire.runtime.masked import MaskedClients
+
+    numbers = iter(range(1, 1 << 20))
+    return MaskedClients(
+        Secure(examples=16), random=lambda size: next(numbers).to_bytes(4, "little") * (size // 4) + b"0" * (size % 4)
+    )
+
+
+def secure(data: bytes) -> None:
+    """What comes before is honest, then client 0 is asked what the bytes make of an honest question."""
+    from thinwire.runtime.payloads import Invite, Peers, Remaining, Task
+
+    federation, asked = questions()
+    places = [i for i, (_, _, client) in enumerate(asked) if client == 0]
+    place, clients = places[(data[0] if data else 0) % len(places)], masked()
+    for action, frame, client in asked[:place]:
+        clients.actions[action](federation.method, wire.Frame(frame), federation.client(client, 1))
+    action, frame, _ = asked[place]
+    of = {"keys": Invite, "shares": Peers, "train": Task, "unmask": Remaining}[action]
+    question = sealed_or_changed(of, wire.Frame(frame), data[1:])
+    if question.header().client == 0:  # as the endpoint sees to it
+        clients.actions[action](federation.method, question, federation.client(0, 1))
+
+
+def secure_seeds() -> list[bytes]:
+    """Each honest question as bytes, and to be changed."""
+    own = [frame for _, frame, client in questions()[1] if client == 0]
+    return [bytes([i, 0]) + frame[:-8] for i, frame in enumerate(own)] + [
+        bytes([i, 128, field, 0, 0]) for i in range(len(own)) for field in range(5)
+    ]
+
+
 WIRE = (wire.WireError,)
 VALUE = (ValueError,)
 TARGETS: dict[str, Target] = {
@@ -509,6 +580,7 @@ TARGETS: dict[str, Target] = {
     "coarse": Target(coarsely, coarse_seeds, VALUE),
     "trellis": Target(paths, lambda: [bytes(range(64))], VALUE, 0.2),
     "learnt": learnt(),
+    "secure": Target(secure, secure_seeds, WIRE, 0.02),
     "replies": Target(replies, standing_seeds("up"), WIRE, 0.3),
     "broadcasts": Target(broadcasts, standing_seeds("down"), WIRE, 0.02),
 }
