@@ -83,6 +83,7 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "median": {"kind": "median"},
     "trimmed": {"kind": "trimmed", "share": 0.2},
     "krum": {"kind": "krum", "attackers": 4, "keep": 12},
+    "krum-16": {"kind": "krum", "attackers": 4, "keep": 16},
     "clipped-median": {"kind": "clipped", "then": {"kind": "median"}},
     "vote": {"kind": "vote"},
     "gated": {"kind": "gated", "bound": 0.05},
