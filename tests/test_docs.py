@@ -28,6 +28,8 @@ SHORT = ["rounds=1", "threads=1", "method.batch_size=1", "data.max_length=128", 
 SLOW = ("compare", "server", "client", "local-federation", "chat")  # checked by their own tests
 NEEDS = {f"docs/howto/{name}.md": "docs/tutorial.md" for name in HOWTO[:3]}  # whose files they go on with
 NEEDS |= dict.fromkeys(("CONTRIBUTING.md", "docs/agreement.md", "docs/operator.md"), "docs/tutorial.md")
+READ = ["README.md", *sorted(str(p.relative_to(ROOT)) for f in ("docs", "docs/howto") for p in (ROOT / f).glob("*.md"))]
+WORDS = 40  # of a sentence, at most
 
 
 @dataclass(frozen=True)
@@ -170,3 +172,26 @@ def test_each_entry_of_the_log_begins_with_five_lines_and_stands_in_the_index() 
         slugs.add(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-"))
     assert set(re.findall(r"\]\(#([^)]+)\)", index)) == slugs
     assert len(slugs) == len(entries)
+
+
+def sentences(text: str) -> Iterator[str]:
+    """A page's sentences, each to its full stop, items and cells apart; a code span or a formula is a word."""
+    text = re.sub(r"^```.*?^```|<!--.*?-->", "\n\n", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`]+`|\$[^$\n]+\$", "code", text)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)  # of a link its words
+    text = re.sub(r"^\|.*$", lambda row: row[0].replace("|", "\n\n"), text, flags=re.MULTILINE)
+    indented = r" {4}(?! *[-*\d]).*\n"  # code, where a blank line is before it
+    for paragraph in re.split(rf"\n *\n(?:{indented}|\n)*|^ *(?:[-*]|\d+\.) +|^#.*$", text, flags=re.MULTILINE):
+        yield from filter(None, re.split(r"(?<=[.!?])(?<! al\.)[*\")_]*\s+", " ".join(paragraph.split())))
+
+
+def test_sentences_are_counted_to_their_full_stop() -> None:
+    page = "# A title\n\nOne `a. b c`, two: three;\nTo [1, 2](x.md). **Bold.** (Zhu et al. 2020.) Is $a + b$ 0.5?\n\n"
+    page += "    code = 1\n\n    more = 2\n\n- an item\n  of two lines\n1. next\n\n```\nfenced\n```\n| a b | c. D |\n"
+    found = ["One code, two: three; To 1, 2.", "**Bold.", "(Zhu et al. 2020.", "Is code 0.5?"]
+    assert list(sentences(page)) == [*found, "an item of two lines", "next", "a b", "c.", "D"]
+
+
+@pytest.mark.parametrize("page", READ)
+def test_no_sentence_is_too_long_to_read(page: str) -> None:
+    assert [text for text in sentences((ROOT / page).read_text()) if len(text.split()) > WORDS] == []
