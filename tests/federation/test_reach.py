@@ -22,11 +22,12 @@ from tiny import tiny_rows, write_jsonl
 
 from thinwire.errors import ConfigError
 from thinwire.federation import keys, proxy, site_processes
+from thinwire.federation.follower import Ended
 from thinwire.federation.processes import Children, last_error
 from thinwire.federation.reach import Away, greet, listening
 from thinwire.federation.site import Site
 from thinwire.federation.site_processes import SiteSide
-from thinwire.federation.superlink import Ended, ServerSide
+from thinwire.federation.superlink import ServerSide
 
 
 @pytest.fixture

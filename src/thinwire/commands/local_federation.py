@@ -26,10 +26,10 @@ def local_federation(
         settle()
         from thinwire import assemble, config
         from thinwire.commands.show import print_summary
+        from thinwire.federation.follower import Ended, check_model, rounds_of
         from thinwire.federation.local import Local, named
         from thinwire.federation.processes import require_flower
         from thinwire.federation.progress import Progress
-        from thinwire.federation.superlink import Ended, check_model, rounds_of
 
         require_flower()
         os.umask(0o077)  # what lies below the run's folder is for its owner

@@ -5,7 +5,7 @@ Imports nothing of ours: an engine's own processes need no more than this.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,7 @@ class Engine(Protocol):
     def pause(self) -> None:
         """Wait until an answer may be here, for a moment at most."""
         ...
+
 
 def of(about: About, name: str, kind: type = int) -> int | str | float:
     """A value of a message's table; ValueError where it is missing or of another type."""
