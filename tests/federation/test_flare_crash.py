@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from silos import SITES, Silos, in_process, local_of, state_of, visits
 
 from thinwire.federation.follower import rounds_of
 from thinwire.federation.local import Local
-from thinwire.federation.processes import below
+from thinwire.federation.processes import alive, below
 from thinwire.federation.server_app import Status
 
 pytest.importorskip("nvflare", reason="comes with: pip install 'thinwire[nvflare]'")
@@ -119,3 +121,28 @@ def test_a_dead_process_of_flare_s_costs_a_round_s_time_and_nothing_else(
     folder = disturbed(silos, tmp_path, victim)
     assert [[error for *_, error in clients] for clients in visits(folder)] == [[None] * 3] * ROUNDS
     assert state_of(folder) == ends["undisturbed"]
+
+
+def test_a_killed_command_leaves_no_process_behind_and_its_run_goes_on(
+    silos: Silos, ends: dict[str, tuple[str, bytes]], tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(silos.run(SLOW, ROUNDS).to_toml())
+    command = [sys.executable, "-m", "thinwire.cli", "local-federation", str(tmp_path / "run.toml")]
+    command += ["--engine", "nvflare", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 900
+    try:
+        while rounds_of(tmp_path / "out") < 1:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        children = [pid for pid, _ in below(process.pid)]
+        assert len(children) >= 2 * (1 + len(SITES)) + len(SITES)  # of each side its node and its job's, and workers
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    while left := [pid for pid in children if alive(pid)]:
+        assert time.monotonic() < until + 60, left
+        time.sleep(0.5)
+    subprocess.run([*command, "--resume"], stdout=subprocess.DEVNULL, check=True, timeout=900)
+    assert state_of(tmp_path / "out") == ends["undisturbed"]
