@@ -4,14 +4,14 @@
 
 With `nvflare` the engine is NVIDIA FLARE in place of Flower.
 
-thin    FedKSeed, 2 sites: seconds of the first and of later rounds on the engine, against the same rounds in one process
+thin    FedKSeed, 2 sites: seconds of the first and of later rounds on the engine, against the same in one process
 small   the same with a tiny model and 20 rounds: what is left is the engine's own
 wide    FedZO in bfloat16, whose clients need little more than the model, 2 sites, frames of 269 MB: peak memory of the
         hub's processes and of a site's, in models, and seconds of a round, in pieces of 48 MiB and in one piece
 sites   FedKSeed: seconds of a round with 20 sites of a tiny model, and with 6 of SmolLM2
 
-Memory is the sum of the peaks (VmHWM) of a side's processes from the end of the first round on, those that an
-engine starts anew for each message or run by the largest alone, beyond what the same processes take in the same run of a tiny model:
+Memory is the sum of the peaks (VmHWM) of a side's processes from the end of the first round on, those that are
+started anew for each message or run by the largest alone, beyond what the same take in the same run of a tiny model:
 interpreters and libraries are not counted, nor the loading of the model; the model itself is. The sums as they are,
 each process, and the same up to the end of the first round are shown beside it. References are the targets: a hub of 6
 models, a site of 4, twice the seconds of one piece.

@@ -35,6 +35,10 @@ class Proxy:
         self.timeouts.append(timeout)
         return self
 
+    def knock(self) -> None:
+        """See visit."""
+        self.tamper(None)
+
     def visit(self, *, about: dict[str, Any], piece: bytes) -> Any:
         """What the site's published method does, without its process."""
         answer: dict[str, Any] = {}

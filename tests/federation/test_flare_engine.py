@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from nvflare.collab.api.exceptions import CollabCallError, RunAborted
 
 from thinwire.errors import ConfigError
 from thinwire.federation.engine import Aborted
-from thinwire.federation.flare import kits
+from thinwire.federation.flare import engine, kits
 from thinwire.federation.flare.engine import Flare
 from thinwire.runtime import course
 
@@ -39,21 +41,21 @@ def one(answer: Any = None, aborted: bool = False) -> tuple[Flare, str]:
         return found if answer is None else answer
 
     proxy.tamper = tamper
-    engine = Flare([proxy], lambda: False)
-    id = engine.push(1, b"some", dict(ABOUT), 7.0, 3)
+    at = Flare([proxy], lambda: False)
+    id = at.push(1, b"some", dict(ABOUT), 7.0, 3)
     assert proxy.timeouts == [7.0]
-    engine.calls[id][1].exception()  # waits for its end
-    engine.aborted = lambda: aborted
-    return engine, id
+    at.calls[id][-1].exception()  # waits for its end
+    at.aborted = lambda: aborted
+    return at, id
 
 
 def test_an_answer_is_given_once() -> None:
-    engine, id = one()
-    answer = engine.pull(id)
+    at, id = one()
+    answer = at.pull(id)
     assert answer is not None
     assert (answer.node, answer.about, answer.piece, answer.error) == (1, ABOUT, b"", None)
     with pytest.raises(KeyError):
-        engine.pull(id)
+        at.pull(id)
 
 
 def test_a_call_that_is_out_of_time_or_that_the_site_fails_has_that_answer() -> None:
@@ -61,36 +63,79 @@ def test_a_call_that_is_out_of_time_or_that_the_site_fails_has_that_answer() -> 
         (CollabCallError("north", "visit", TimeoutError("timed out after 7 seconds")), "TimeoutError: timed out after"),
         (CollabCallError("north", "visit", "no such thing", "KeyError", "Traceback ..."), "KeyError: no such thing"),
     ):
-        engine, id = one(wrong)
-        answer = engine.pull(id)
+        at, id = one(wrong)
+        answer = at.pull(id)
         assert answer is not None
         assert shown in str(answer.error)
 
 
 def test_a_call_that_does_not_reach_its_site_is_the_end_of_the_job() -> None:
     for wrong in (CollabCallError("north", "visit", "remote call returned rc='comm_error'"), RunAborted("aborted")):
-        engine, id = one(wrong)
+        at, id = one(wrong)
         with pytest.raises(Aborted):
-            engine.pull(id)
+            at.pull(id)
 
 
 def test_a_job_that_flare_ends_is_not_waited_for() -> None:
-    engine, id = one(aborted=True)
-    for at in (engine.pause, lambda: engine.pull(id)):
+    at, id = one(aborted=True)
+    for ask in (at.pause, lambda: at.pull(id)):
         with pytest.raises(Aborted):
-            at()
+            ask()
+
+
+def test_a_site_that_is_silent_is_knocked_at_and_one_that_does_not_answer_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker may be at work for an hour: what must answer is its process."""
+    monkeypatch.setattr(engine, "SILENT", 0.0)
+    proxy, there, done, knocks = Proxy("north", None), threading.Event(), threading.Event(), []
+
+    def tamper(answer: Any) -> Any:
+        if answer is not None:
+            done.wait(60)
+        else:
+            knocks.append(time.monotonic())
+            if not there.is_set():
+                raise CollabCallError("north", "knock", TimeoutError("timed out after 60 seconds"))
+        return answer
+
+    proxy.tamper = tamper
+    there.set()
+    at = Flare([proxy], lambda: False)
+    id = at.push(1, b"", dict(ABOUT), 600.0, 3)
+    try:
+        while len(knocks) < 3:
+            at.pause()
+            assert at.pull(id) is None
+        there.clear()
+        while not at.knocks or not all(knock.done() for knock in at.knocks.values()):
+            time.sleep(0.01)
+        with pytest.raises(Aborted, match="north does not answer: call to north"):
+            at.pause()
+    finally:
+        done.set()
+    assert set(proxy.timeouts) == {600.0, engine.KNOCK}
+
+
+def test_who_is_not_asked_is_not_knocked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "SILENT", 0.0)
+    at, id = one()
+    at.pause()
+    at.pull(id)
+    at.pause()
+    assert at.knocks == {}
 
 
 @pytest.mark.parametrize("answer", [b"bytes alone", ({},), ("text", b""), ({}, "text"), ({}, b"", b"")])
 def test_what_no_site_of_ours_sends_is_no_answer(answer: Any) -> None:
-    engine, id = one(answer)
+    at, id = one(answer)
     with pytest.raises(ValueError, match="no table and no bytes"):
-        engine.pull(id)
+        at.pull(id)
 
 
 def test_a_site_is_the_name_in_its_certificate_while_that_is_registered() -> None:
-    engine = Flare([Proxy(name, None) for name in ("west", "north", "elsewhere")], lambda: False)
-    assert engine.nodes(("north", "south", "west"), {"north": b"", "south": b""}) == {0: 2}
+    at = Flare([Proxy(name, None) for name in ("west", "north", "elsewhere")], lambda: False)
+    assert at.nodes(("north", "south", "west"), {"north": b"", "south": b""}) == {0: 2}
 
 
 def test_a_site_whose_calls_fail_is_absent_for_the_round(silos: Silos, tmp_path: Path) -> None:

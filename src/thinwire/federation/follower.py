@@ -58,6 +58,7 @@ class Follower(ABC):
             raise ConfigError(f"{self.keys}: holds no certificate; make one with: thinwire keys server --host NAME")
         check_server(self.keys)
         self.children = Children(self.home / "flwr", self.home / "logs")
+        self.paused = False
 
     @abstractmethod
     def start(self) -> None:
@@ -92,7 +93,14 @@ class Follower(ABC):
 
     def leave(self, folder: Path) -> None:
         """Have the run end after the round that it is at: `follow` then raises Ended."""
+        self.paused = False
         leave_file(folder).touch()
+
+    def pause(self, folder: Path) -> None:
+        """Have the loop end after the round that it is at, and go on in another job."""
+        if not leave_file(folder).exists():
+            self.paused = True
+            leave_file(folder).touch()
 
     def begin(self, folder: Path) -> None:
         """Begin a job of the engine's: it goes on from the folder's checkpoint where there is one."""
@@ -101,6 +109,9 @@ class Follower(ABC):
         while at_work(folder) and time.monotonic() < until:
             time.sleep(TICK)
         (folder / "federation" / "status.json").unlink(missing_ok=True)
+        if self.paused:
+            self.paused = False
+            leave_file(folder).unlink(missing_ok=True)
         self.submit(folder)
 
     def follow(self, folder: Path, tick: Callable[[], None] = lambda: None) -> None:
@@ -121,6 +132,8 @@ class Follower(ABC):
                 elif status.state == "done":
                     return
                 elif status.state == "stopped":
+                    if self.paused:
+                        break
                     raise Ended(status.error or "stopped", status.again)
                 elif not alive(status.pid):
                     break

@@ -2,8 +2,10 @@
 
     python -m thinwire.federation.flare.admin KIT submit JOB FEWEST SECONDS NAME...
     python -m thinwire.federation.flare.admin KIT status ID
+    python -m thinwire.federation.flare.admin KIT clients
 
-`submit` waits for the named sites, so many seconds at most, and for FEWEST of them for good; it prints the job's id.
+`submit` waits for the named sites, so many seconds at most, and fails with fewer than FEWEST of them. It prints the
+job's id and the names of those that are absent; `status` how that stands; `clients` who is connected, a name a line.
 """
 
 from __future__ import annotations
@@ -36,25 +38,35 @@ def main(kit: str, command: str, *words: str) -> str:
     try:
         if command == "status":
             return str(session.get_job_meta(words[0])["status"])
+        if command == "clients":
+            return "\n".join(_connected(session))
         job, fewest, seconds, *names = words
-        _wait(session, names, int(fewest), float(seconds))
-        return str(session.submit_job(job))
+        absent = _wait(session, names, int(fewest), float(seconds))
+        return "\n".join([str(session.submit_job(job)), *absent])
     finally:
         session.close()
 
 
-def _wait(session: Any, names: Sequence[str], fewest: int, seconds: float) -> None:
+def _wait(session: Any, names: Sequence[str], fewest: int, seconds: float) -> list[str]:
+    """Those that are absent in the end."""
     until = time.monotonic() + seconds
     while True:
-        there = {client.name for client in session.get_system_info().client_info} & set(names)
-        if len(there) == len(names):
-            return
+        there = _connected(session)
+        absent = [name for name in names if name not in there]
+        if not absent:
+            return []
         if time.monotonic() > until:
-            if len(there) >= fewest:
-                return
-            absent = ", ".join(name for name in names if name not in there)
-            raise RuntimeError(f"{len(there)} of {len(names)} sites are connected, {fewest} must; absent: {absent}")
+            came = len(names) - len(absent)
+            if came >= min(fewest, len(names)):
+                return absent
+            raise RuntimeError(
+                f"{came} of {len(names)} sites are connected, {fewest} must; absent: {', '.join(absent)}"
+            )
         time.sleep(STEP)
+
+
+def _connected(session: Any) -> set[str]:
+    return {client.name for client in session.get_system_info().client_info}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ class Relay:
         self.socket = socket_of(Path(collab.context.app.workspace.get_site_config_dir()))
 
     @collab.publish
+    def knock(self) -> None:
+        """Answer, and so show that this process is there."""
+
+    @collab.publish
     def visit(self, about: About, piece: bytes) -> tuple[About, bytes]:
         """The worker's answer to a message; what goes wrong travels as its `error`."""
         transfer = str(about.get("transfer", ""))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from thinwire.config import Federation, Run
 from thinwire.federation.flare import kits
+from thinwire.federation.flare.engine import CALLS
 from thinwire.federation.follower import Ended, Follower
 from thinwire.federation.processes import LEAN, Children, below
-from thinwire.federation.transport import AHEAD
 
 SYNC = 300  # seconds that a site's process has to start for a job
-THREADS = 100  # as FLARE has it
-LOOK = 10.0  # seconds between two questions after a job whose loop has not begun
+THREADS = 100  # of calls at a time, as FLARE has it, where sites are few
+LOOK = 10.0  # seconds between two questions after a job whose loop has not begun, and after absent sites
 
 
 class FlareServer(Follower):
@@ -40,7 +40,8 @@ class FlareServer(Follower):
         super().__init__(home, keys, sites, port=port, show=show)
         self.kits = self.home / "flare"
         self.federation = Federation()
-        self.job, self.looked = "", 0.0
+        self.folder, self.job, self.looked = self.home, "", 0.0
+        self.absent: set[str] = set()  # sites that the job began without: they cannot come into it
 
     def prepare(self, folder: Path, run: Run, splits: dict[str, str]) -> None:
         """See Follower."""
@@ -58,14 +59,20 @@ class FlareServer(Follower):
         """See Follower."""
         job = self.kits / "job"
         _write_job(job, folder.resolve(), self.sites, min(self.federation.quorum, len(self.sites)))
-        patience = f"{self.federation.patience:g}"
-        self.job = self._admin("submit", job, str(self.federation.quorum), patience, *self.sites)
-        self.looked = time.monotonic()
+        fewest, patience = f"{self.federation.quorum}", f"{self.federation.patience:g}"
+        self.job, *absent = self._admin("submit", job, fewest, patience, *self.sites).split()
+        self.folder, self.absent, self.looked = folder, set(absent), time.monotonic()
 
     def tick(self) -> None:
-        """See Follower."""
+        """See Follower. Where a site has come that the job is without, the run goes on in another."""
         if self.children.running["server"].poll() is not None:
             self._server()
+        if self.absent and time.monotonic() > self.looked + LOOK:
+            with suppress(Ended):
+                if self.absent & set(self._admin("clients").split()):
+                    self.pause(self.folder)
+                    self.absent = set()
+            self.looked = time.monotonic()
 
     def why(self) -> str:
         """See Follower."""
@@ -117,7 +124,7 @@ def end_jobs(children: Children, name: str) -> None:
 def _write_job(place: Path, folder: Path, sites: Sequence[str], fewest: int) -> None:
     """A job of FLARE's for the run in a folder: classes and what they are made with, no code."""
     settings = (folder / "federation" / "app" / "site.json").read_bytes().hex()
-    threads = max(THREADS, AHEAD * len(sites))
+    threads = max(THREADS, CALLS * len(sites))
     controller = {"server_obj_id": "_server", "sync_task_timeout": SYNC, "max_call_threads": threads}
     app, runtime = "thinwire.federation.flare.app", "nvflare.collab.runtime"
     server = {
