@@ -29,7 +29,8 @@ PAGE = "docs/flare.md"
 
 def test_the_page_s_commands(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    short = [f"model.path={tiny_folder(tmp_path / 'model')}", *SHORT, "rounds=3", "method.steps=1"]
+    tiny_folder(tmp_path / "model")
+    short = ["model.path=model", *SHORT, "rounds=3", "method.steps=1"]  # a path from where the commands are typed
     lines = [shlex.split(line) for line in commands(PAGE)]
     assert len(lines) == 2
     typed(["run", lines[0][2], "data.clients=3", "--out", "runs/alone", *short], tmp_path)

@@ -5,21 +5,25 @@ Both sides take them from the thinwire that is installed there: a job ships no c
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 from nvflare.collab import collab
 
 from thinwire.federation.channel import Down, ask
-from thinwire.federation.engine import About
+from thinwire.federation.engine import Aborted, About
 from thinwire.federation.flare.kits import socket_of
 from thinwire.federation.processes import end_with_parent
 
+LAST = 20.0  # seconds that FLARE has to end a job's process by itself once the loop has ended under it
+
 
 class Loop:
-    """The server's loop, for the run in a folder."""
+    """The server's loop, for the run in a folder. `place`: where the command runs, from which the run's paths count."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, place: str) -> None:
+        self.folder, self.place = folder, place
 
     @collab.main
     def run(self) -> None:
@@ -27,7 +31,14 @@ class Loop:
         from thinwire.federation.flare.engine import Flare
         from thinwire.federation.server_app import serve
 
-        serve(Flare(list(collab.clients), collab.context.is_aborted), Path(self.folder))
+        os.chdir(self.place)
+        try:
+            serve(Flare(list(collab.clients), collab.context.is_aborted), Path(self.folder))
+        except Aborted:  # whoever waits for the end of this process begins another job
+            last = threading.Timer(LAST, os._exit, [1])
+            last.daemon = True
+            last.start()
+            raise
 
 
 class Relay:

@@ -130,7 +130,7 @@ def _write_job(place: Path, folder: Path, sites: Sequence[str], fewest: int) -> 
     server = {
         "format_version": 2,
         "workflows": [{"id": "controller", "path": f"{runtime}.controller.CollabController", "args": controller}],
-        "components": [{"id": "_server", "path": f"{app}.Loop", "args": {"folder": str(folder)}}],
+        "components": [{"id": "_server", "path": f"{app}.Loop", "args": {"folder": str(folder), "place": os.getcwd()}}],
     }
     executor = {"path": f"{runtime}.executor.CollabExecutor", "args": {"client_obj_id": "_client"}}
     client = {
