@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from silos import SITES, Silos, in_process, local_of, state_of, visits
 
-from thinwire.federation.follower import rounds_of
+from thinwire.federation.follower import Ended, rounds_of
 from thinwire.federation.local import Local
 from thinwire.federation.processes import alive, below
 from thinwire.federation.server_app import Status
@@ -121,6 +121,54 @@ def test_a_dead_process_of_flare_s_costs_a_round_s_time_and_nothing_else(
     folder = disturbed(silos, tmp_path, victim)
     assert [[error for *_, error in clients] for clients in visits(folder)] == [[None] * 3] * ROUNDS
     assert state_of(folder) == ends["undisturbed"]
+
+
+def test_a_site_that_comes_later_takes_part_in_another_job(
+    silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = silos.run({**SLOW, "steps": 20}, 12, federation={"patience": 3.0})
+    local = local_of(silos, run, tmp_path / "hub", "nvflare")
+    folder, others, late = tmp_path / "run", dict(local.sites), local.sites[SITES[VICTIM]]
+    del others[SITES[VICTIM]]
+
+    def watch() -> None:
+        if not late.children.running and rounds_of(folder) >= 1:
+            late.start()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(local, "sites", others)
+            local.start()
+            silos.begin(run, folder)
+            local.follow(folder, run, silos.rows(run).splits, watch)
+    finally:
+        local.stop()
+    came = [clients[VICTIM][3] for clients in visits(folder)]
+    without = came.index(None)
+    assert 1 <= without < len(came)
+    assert came == ["not connected"] * without + [None] * (len(came) - without)
+    cohort = [{"kind": "only", "clients": [0, 2], "rounds": without}, {"kind": "all"}]
+    in_process(
+        silos, run.model_copy(update={"cohort": silos.run(SLOW, cohort=cohort).cohort}), tmp_path / "x", monkeypatch
+    )
+    assert state_of(folder) == state_of(tmp_path / "x")
+
+
+def test_a_site_that_does_not_allow_our_classes_is_named(silos: Silos, tmp_path: Path) -> None:
+    run = silos.run(SLOW, ROUNDS)
+    local = local_of(silos, run, tmp_path / "hub", "nvflare")
+    try:
+        local.server.start()
+        kit = tmp_path / "hub" / "flare" / SITES[VICTIM] / "local"
+        (kit / "resources.json").write_bytes((kit / "resources.json.default").read_bytes())
+        for site in local.sites.values():
+            site.start()
+        silos.begin(run, tmp_path / "run")
+        with pytest.raises(Ended, match=r"FLARE did not start the server's process: FINISHED:.*allow_list") as wrong:
+            local.follow(tmp_path / "run", run, silos.rows(run).splits)
+        print(wrong.value)  # noqa: T201
+    finally:
+        local.stop()
 
 
 def test_a_killed_command_leaves_no_process_behind_and_its_run_goes_on(
