@@ -126,7 +126,8 @@ def test_a_dead_process_of_flare_s_costs_a_round_s_time_and_nothing_else(
 def test_a_site_that_comes_later_takes_part_in_another_job(
     silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = silos.run({**SLOW, "steps": 20}, 12, federation={"patience": 3.0})
+    method = {**SLOW, "steps": 20}
+    run = silos.run(method, 12, federation={"patience": 3.0})
     local = local_of(silos, run, tmp_path / "hub", "nvflare")
     folder, others, late = tmp_path / "run", dict(local.sites), local.sites[SITES[VICTIM]]
     del others[SITES[VICTIM]]
@@ -148,9 +149,7 @@ def test_a_site_that_comes_later_takes_part_in_another_job(
     assert 1 <= without < len(came)
     assert came == ["not connected"] * without + [None] * (len(came) - without)
     cohort = [{"kind": "only", "clients": [0, 2], "rounds": without}, {"kind": "all"}]
-    in_process(
-        silos, run.model_copy(update={"cohort": silos.run(SLOW, cohort=cohort).cohort}), tmp_path / "x", monkeypatch
-    )
+    in_process(silos, silos.run(method, 12, cohort=cohort), tmp_path / "x", monkeypatch)
     assert state_of(folder) == state_of(tmp_path / "x")
 
 
