@@ -69,6 +69,6 @@ class Relay:
             if collab.caller != "server":
                 raise ValueError(f"a message of {collab.caller}, which is not the server")  # sites may call each other
             answer, body = ask(self.socket, {**about, "settings": self.text}, piece)
-        except (Down, ValueError) as error:
+        except (Down, TypeError, ValueError) as error:
             return {"transfer": transfer, "total": 0, "error": str(error)}, b""
         return {"transfer": transfer, **answer}, body

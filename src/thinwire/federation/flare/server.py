@@ -15,7 +15,7 @@ from thinwire.config import Federation, Run
 from thinwire.federation.flare import kits
 from thinwire.federation.flare.engine import CALLS
 from thinwire.federation.follower import Ended, Follower
-from thinwire.federation.processes import LEAN, Children, below
+from thinwire.federation.processes import COMMAND, LEAN, Children, below
 
 SYNC = 300  # seconds that a site's process has to start for a job
 THREADS = 100  # of calls at a time, as FLARE has it, where sites are few
@@ -59,8 +59,9 @@ class FlareServer(Follower):
         """See Follower."""
         job = self.kits / "job"
         _write_job(job, folder.resolve(), self.sites, min(self.federation.quorum, len(self.sites)))
-        fewest, patience = f"{self.federation.quorum}", f"{self.federation.patience:g}"
-        self.job, *absent = self._admin("submit", job, fewest, patience, *self.sites).split()
+        fewest, patience = f"{self.federation.quorum}", self.federation.patience
+        answer = self._admin("submit", job, fewest, f"{patience:g}", *self.sites, seconds=COMMAND + patience)
+        self.job, *absent = answer.split()
         self.folder, self.absent, self.looked = folder, set(absent), time.monotonic()
 
     def tick(self) -> None:
@@ -97,11 +98,11 @@ class FlareServer(Follower):
         self.show(command)
         self.children.start("server", command, **LEAN)
 
-    def _admin(self, *words: str | Path) -> str:
+    def _admin(self, *words: str | Path, seconds: float = COMMAND) -> str:
         command = [sys.executable, "-m", "thinwire.federation.flare.admin", self.kits / kits.ADMIN, *words]
         self.show([str(word) for word in command])
         try:
-            return self.children.call(command).strip()
+            return self.children.call(command, seconds).strip()
         except RuntimeError as error:
             raise Ended(str(error), again=True) from None
 
