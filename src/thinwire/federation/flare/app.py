@@ -32,13 +32,16 @@ class Loop:
         from thinwire.federation.server_app import serve
 
         os.chdir(self.place)
+        engine = Flare(list(collab.clients), collab.context.is_aborted)
         try:
-            serve(Flare(list(collab.clients), collab.context.is_aborted), Path(self.folder))
+            serve(engine, Path(self.folder))
         except Aborted:  # whoever waits for the end of this process begins another job
             last = threading.Timer(LAST, os._exit, [1])
             last.daemon = True
             last.start()
             raise
+        finally:
+            engine.close()
 
 
 class Relay:

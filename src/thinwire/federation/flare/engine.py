@@ -83,6 +83,10 @@ class Flare:
         self.news.wait(POLL)
         self.news.clear()
 
+    def close(self) -> None:
+        """Ask nobody any more: FLARE waits at the end for threads that are left."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
     def _asked(self) -> set[int]:
         return {node for node, _, future in self.calls.values() if not future.done()}
 
