@@ -57,8 +57,8 @@ class Flare:
         from nvflare.collab.api.exceptions import CollabCallError, RunAborted
 
         self._check()
-        node, _, future = self.calls[id]
-        if not future.done():
+        node, _, future = self.calls.get(id, (0, 0.0, None))
+        if future is None or not future.done():
             return None
         del self.calls[id]
         try:
