@@ -82,6 +82,7 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "clipped": {"kind": "clipped"},
     "median": {"kind": "median"},
     "trimmed": {"kind": "trimmed", "share": 0.2},
+    "trimmed-30": {"kind": "trimmed", "share": 0.3},
     "krum": {"kind": "krum", "attackers": 4, "keep": 12},
     "krum-16": {"kind": "krum", "attackers": 4, "keep": 16},
     "clipped-median": {"kind": "clipped", "then": {"kind": "median"}},

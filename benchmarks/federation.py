@@ -1,14 +1,17 @@
-"""What Flower costs: seconds a round, and memory on both sides, on loopback with SmolLM2-135M.
+"""What an engine costs: seconds a round, and memory on both sides, on loopback with SmolLM2-135M.
 
-    python benchmarks/federation.py [thin] [wide] [sites] [--json FILE]
+    python benchmarks/federation.py [thin] [small] [wide] [sites] [nvflare] [--json FILE]
 
-thin    FedKSeed, 2 sites: seconds of the first and of later rounds on Flower, against the same rounds in one process
+With `nvflare` the engine is NVIDIA FLARE in place of Flower.
+
+thin    FedKSeed, 2 sites: seconds of the first and of later rounds on the engine, against the same in one process
+small   the same with a tiny model and 20 rounds: what is left is the engine's own
 wide    FedZO in bfloat16, whose clients need little more than the model, 2 sites, frames of 269 MB: peak memory of the
         hub's processes and of a site's, in models, and seconds of a round, in pieces of 48 MiB and in one piece
 sites   FedKSeed: seconds of a round with 20 sites of a tiny model, and with 6 of SmolLM2
 
-Memory is the sum of the peaks (VmHWM) of a side's processes from the end of the first round on, those that Flower
-starts anew for each message by the largest alone, beyond what the same processes take in the same run of a tiny model:
+Memory is the sum of the peaks (VmHWM) of a side's processes from the end of the first round on, those that are
+started anew for each message or run by the largest alone, beyond what the same take in the same run of a tiny model:
 interpreters and libraries are not counted, nor the loading of the model; the model itself is. The sums as they are,
 each process, and the same up to the end of the first round are shown beside it. References are the targets: a hub of 6
 models, a site of 4, twice the seconds of one piece.
@@ -31,10 +34,13 @@ from thinwire.keys import Key
 from thinwire.runtime import course
 
 TESTS = Path(__file__).parent.parent / "tests"
-PARTS = ("thin", "wide", "sites")
+PARTS = ("thin", "small", "wide", "sites")
+ENGINE = "nvflare" if "nvflare" in sys.argv else "flower"
 HUB_MODELS, SITE_MODELS, SLOWER = 6, 4, 2
-SHORT_LIVED = ("flwr-clientapp", "flwr-serverapp")
-KINDS = (*SHORT_LIVED, "flower-superlink", "flower-supernode", "flower-superexec", "federation.worker")
+SHORT_LIVED = ("flwr-clientapp", "flwr-serverapp", "flare.admin")
+FLOWER = ("flower-superlink", "flower-supernode", "flower-superexec")
+FLARE = ("runner_process", "worker_process", "server_train", "client_train")  # a job's at both sides, and their parents
+KINDS = (*SHORT_LIVED, *FLOWER, *FLARE, "federation.worker")
 THIN = {"name": "fedkseed", "seeds": 128, "lr": 1e-4, "steps": 2, "batch_size": 4}
 
 
@@ -105,9 +111,9 @@ class Peaks:
 
 
 def federated(run: config.Run, folder: Path) -> tuple[list[float], Peaks, Peaks]:
-    """Seconds of each round on Flower; peak bytes of the hub's processes and of the first site's."""
+    """Seconds of each round on the engine; peak bytes of the hub's processes and of the first site's."""
     rows = assemble.rows_of(run.data, Key.root(run.seed))
-    local, hub, site = Local(folder / "hub", named(run, rows.clients)), Peaks(), Peaks()
+    local, hub, site = Local(folder / "hub", named(run, rows.clients), engine=ENGINE), Peaks(), Peaks()
     out = folder / "out"
     out.mkdir()
     (out / "run.toml").write_text(run.to_toml())
@@ -143,10 +149,18 @@ def thin(place: Path) -> list[Row]:
     there, _, _ = federated(run, place)
     here = alone(run, place / "alone")
     return [
-        Row("first round on Flower against in process", there[0], here[0], "s"),
-        Row("later rounds on Flower against in process", fmean(there[1:]), fmean(here[1:]), "s"),
+        Row(f"first round on {ENGINE} against in process", there[0], here[0], "s"),
+        Row(f"later rounds on {ENGINE} against in process", fmean(there[1:]), fmean(here[1:]), "s"),
         Row("first round at the sites against later ones", there[0], fmean(there[1:]), "s"),
     ]
+
+
+def small(place: Path) -> list[Row]:
+    """Seconds of the engine's own."""
+    run = settings(2, 20, THIN, model={"path": str(tiny(place))})
+    there, _, _ = federated(run, place)
+    here = alone(run, place / "alone")
+    return [Row(f"tiny model: later rounds on {ENGINE} against in process", fmean(there[1:]), fmean(here[1:]), "s")]
 
 
 def wide(place: Path) -> list[Row]:
@@ -202,7 +216,7 @@ def sites(place: Path) -> list[Row]:
         run = settings(clients, 2, THIN, model=model)
         seconds, _, _ = federated(run, place / str(clients))
         here = alone(run, place / str(clients) / "alone")
-        rows.append(Row(f"{name}: second round on Flower against in process", seconds[1], here[1], "s"))
+        rows.append(Row(f"{name}: second round on {ENGINE} against in process", seconds[1], here[1], "s"))
     return rows
 
 
@@ -212,7 +226,7 @@ def main() -> None:
     rows: list[Row] = []
     for part in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            rows += {"thin": thin, "wide": wide, "sites": sites}[part](Path(folder))
+            rows += {"thin": thin, "small": small, "wide": wide, "sites": sites}[part](Path(folder))
     finish(rows)
 
 

@@ -17,10 +17,11 @@ from silos import Silos
 from thinwire import assemble, config
 from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.fingerprint import fingerprints
+from thinwire.federation.flower import Flower
 from thinwire.federation.local import OPEN
 from thinwire.federation.site import Site
 from thinwire.federation.site_run import run_settings
-from thinwire.federation.transport import Flower
+from thinwire.federation.transport import Pieces
 from thinwire.federation.worker import Worker
 from thinwire.model.net import Net
 from thinwire.runtime.course import Job, Watch
@@ -80,7 +81,7 @@ class OneProcess(Grid):
 
 def federate(
     silos: Silos, run: config.Run, folder: Path, net: Net | None = None, policy: Path | None = None, **options: Any
-) -> tuple[Job, OneProcess, Flower]:
+) -> tuple[Job, OneProcess, Pieces]:
     """A run's job on the transport, its grid, and the transport; `options` are the transport's."""
     clients = silos.rows(run).clients
     silos.begin(run, folder)
@@ -97,7 +98,7 @@ def federate(
     spool = folder / "spool"
     about = fingerprints(run, net)
     nodes = {client: FIRST + client for client in range(len(clients))}
-    transport = Flower(grid, lambda: nodes, spool, about, **{"patience": 0.0, **options})
+    transport = Pieces(Flower(grid), lambda: nodes, spool, about, **{"patience": 0.0, **options})
     rows = assemble.Rows({}, silos.rows(run).splits)
     job = assemble.job(run, rows, net, folder, 0, Watch())
     job.names, job.transport = list(clients), transport

@@ -1,4 +1,4 @@
-"""Runs of the tiny model in one process and on Flower, and what passed in each, frame by frame."""
+"""Runs of the tiny model in one process and on an engine, and what passed in each, frame by frame."""
 
 from __future__ import annotations
 
@@ -110,14 +110,18 @@ def note(frames: Frames, frame: Frame, direction: str) -> None:
 
 def audited(local: Local, run: config.Run) -> Frames:
     """The frames of a run's training that are in the sites' logs."""
+    return logged([local.place(name) for name in local.names], assemble.identity(run))
+
+
+def logged(sites: Iterable[Path], run: int | None = None) -> Frames:
+    """The frames of training, all or a run's, that are in the logs of sites' folders; all have passed."""
     frames: Frames = {}
-    for name in local.names:
-        for line in (local.place(name) / "audit.jsonl").read_text().splitlines():
-            entry = json.loads(line)
-            if entry["run"] == assemble.identity(run) and entry["action"] == "train":
-                assert entry["verdict"] == "passed"
-                key = (entry["round"], entry["client"], entry["direction"])
-                frames.setdefault(key, []).append((entry["bytes"], entry["sha256"]))
+    for line in (line for site in sites for line in (site / "audit.jsonl").read_text().splitlines()):
+        entry = json.loads(line)
+        if entry["action"] == "train" and run in (None, entry["run"]):
+            assert entry["verdict"] == "passed"
+            key = (entry["round"], entry["client"], entry["direction"])
+            frames.setdefault(key, []).append((entry["bytes"], entry["sha256"]))
     return frames
 
 
@@ -135,6 +139,6 @@ def visits(folder: Path) -> list[list[tuple[int, int, int, Any]]]:
     ]
 
 
-def local_of(silos: Silos, run: config.Run, home: Path) -> Local:
+def local_of(silos: Silos, run: config.Run, home: Path, engine: str = "flower") -> Local:
     """A federation of the run's clients, not yet started."""
-    return Local(home, named(run, silos.rows(run).clients))
+    return Local(home, named(run, silos.rows(run).clients), engine=engine)

@@ -48,19 +48,36 @@ def readable(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder.parent)) for path in found)
 
 
-def test_without_flower_one_line_names_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the package were not installed."""
     real = builtins.__import__
 
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == "flwr":
+    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == package:
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(builtins, "__import__", missing)
+
+
+def test_without_flower_one_line_names_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without("flwr", monkeypatch)
     line = "Flower is not installed; it comes with: pip install 'thinwire[flower]'"
     assert refused("server", file) == line
     assert refused("local-federation", file) == line
     assert refused("keys", "site", "north", "--out", file.parent) == line
+
+
+def test_without_flare_one_line_names_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without("nvflare", monkeypatch)
+    line = "NVIDIA FLARE is not installed; it comes with: pip install 'thinwire[nvflare]'"
+    assert refused("local-federation", file, "--engine", "nvflare") == line
+
+
+def test_an_engine_that_is_none_is_refused(file: Path) -> None:
+    result = thinwire("local-federation", file, "--engine", "flare")
+    assert result.code == 2
+    assert "'flare' is not one of 'flower', 'nvflare'" in " ".join(result.err.replace("│", " ").split())
 
 
 def test_a_server_needs_sites_keys_and_a_proxy(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ import pytest
 from silos import SITES, Silos, in_process, local_of, state_of, visits
 
 from thinwire.config import Run
+from thinwire.federation.follower import rounds_of
 from thinwire.federation.local import Local
 from thinwire.federation.processes import alive
 from thinwire.federation.server_app import Status
-from thinwire.federation.superlink import rounds_of
 
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 pytestmark = pytest.mark.long

@@ -18,7 +18,7 @@ from test_transport import LOST, THIN, InRound, Replay, late, other_client, othe
 
 from thinwire import assemble
 from thinwire.federation.server_app import counted
-from thinwire.federation.transport import Flower, NoQuorum
+from thinwire.federation.transport import NoQuorum, Pieces
 from thinwire.runtime import course
 
 BF16 = {"dtype": "bfloat16"}
@@ -29,7 +29,7 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Silos:
     return Silos.make(tmp_path_factory.mktemp("silos"))
 
 
-def slow(grid: OneProcess, transport: Flower, late: int, until: int) -> None:
+def slow(grid: OneProcess, transport: Pieces, late: int, until: int) -> None:
     """Client 1's work of round `late` is only done while the transport is in round `until`."""
     pull = grid.pull_messages
 

@@ -18,9 +18,9 @@ from test_cli import thinwire
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
 from thinwire.federation import keys, proxy
+from thinwire.federation.follower import rounds_of
 from thinwire.federation.local import OPEN
 from thinwire.federation.processes import free_port
-from thinwire.federation.superlink import rounds_of
 
 pytestmark = [
     pytest.mark.long,

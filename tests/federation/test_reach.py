@@ -21,12 +21,13 @@ from test_cli import refused
 from tiny import tiny_rows, write_jsonl
 
 from thinwire.errors import ConfigError
-from thinwire.federation import keys, proxy, site_processes
+from thinwire.federation import attended, keys, proxy
+from thinwire.federation.follower import Ended
 from thinwire.federation.processes import Children, last_error
 from thinwire.federation.reach import Away, greet, listening
 from thinwire.federation.site import Site
 from thinwire.federation.site_processes import SiteSide
-from thinwire.federation.superlink import Ended, ServerSide
+from thinwire.federation.superlink import ServerSide
 
 
 @pytest.fixture
@@ -259,7 +260,7 @@ def test_a_node_that_ends_gives_its_reason_in_words(
             side.children.start("supernode", print_it)
             try:
                 side.children.running["supernode"].wait(60)
-                patch.setattr(site_processes, "FIRST", 3.0)
+                patch.setattr(attended, "FIRST", 3.0)
                 return str(side.tick())
             finally:
                 side.stop()

@@ -11,8 +11,9 @@ from silos import Silos, audited, in_process, local_of, state_of, visits
 
 from thinwire.assemble.thin import opened
 from thinwire.config import ConfigError
+from thinwire.federation.follower import check_model
 from thinwire.federation.processes import alive
-from thinwire.federation.superlink import check_model, refusal
+from thinwire.federation.superlink import refusal
 
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 

@@ -17,9 +17,9 @@ from bubblewrap import sandbox
 
 from thinwire.errors import ConfigError
 from thinwire.federation import sandbox as walls
+from thinwire.federation.attended import LATE
 from thinwire.federation.processes import alive
 from thinwire.federation.sandbox import Sandbox
-from thinwire.federation.site_processes import LATE
 
 PROBE = """
 import json, os, socket, sys

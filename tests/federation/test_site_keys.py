@@ -13,8 +13,8 @@ from test_cli import refused, thinwire
 
 from thinwire.config import ConfigError
 from thinwire.federation import keys
+from thinwire.federation.flower import nodes_of
 from thinwire.federation.keys import public_keys
-from thinwire.federation.server_app import nodes_of
 from thinwire.runtime.audit import signed
 
 

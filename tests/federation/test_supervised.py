@@ -28,10 +28,10 @@ from silos import Silos, in_process, state_of, visits
 pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
 from thinwire.federation import keys, proxy
+from thinwire.federation.follower import rounds_of
 from thinwire.federation.local import OPEN
 from thinwire.federation.processes import alive, below
 from thinwire.federation.server_app import Status
-from thinwire.federation.superlink import rounds_of
 from thinwire.operations.drops import kind_of
 from thinwire.operations.folders import holder
 

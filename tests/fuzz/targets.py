@@ -165,7 +165,8 @@ def envelopes(data: bytes) -> None:
     from flwr.common.serde import recorddict_from_proto
     from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
-    from thinwire.federation.envelope import of, unpack
+    from thinwire.federation.engine import of
+    from thinwire.federation.envelope import unpack
 
     try:
         proto = Proto()

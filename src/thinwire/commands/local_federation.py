@@ -1,11 +1,11 @@
-"""thinwire local-federation: a run on Flower, server and sites all on this machine's loopback."""
+"""thinwire local-federation: a run on Flower or NVIDIA FLARE, server and sites all on this machine's loopback."""
 
 from __future__ import annotations
 
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,19 +19,19 @@ def local_federation(
     clients: Annotated[int | None, typer.Option(min=1, help="Sites; the run file's clients by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    engine: Annotated[Literal["flower", "nvflare"], typer.Option(help="What carries the frames.")] = "flower",
     kill_a_client: Annotated[bool, typer.Option("--kill-a-client", help="Kill a site's node after round 1.")] = False,
 ) -> None:
-    """Run a run file on Flower with a server and sites on this machine, as a federation of machines would."""
+    """Run a run file with a server and sites on this machine, as a federation of machines would."""
     with one_line(), ExitStack() as stack:
         settle()
         from thinwire import assemble, config
         from thinwire.commands.show import print_summary
-        from thinwire.federation.local import Local, named
-        from thinwire.federation.processes import require_flower
+        from thinwire.federation.follower import Ended, check_model, rounds_of
+        from thinwire.federation.local import Local, named, require
         from thinwire.federation.progress import Progress
-        from thinwire.federation.superlink import Ended, check_model, rounds_of
 
-        require_flower()
+        require(engine)
         os.umask(0o077)  # what lies below the run's folder is for its owner
         changes = list(overrides or [])
         settings = config.load(file, changes)
@@ -45,7 +45,7 @@ def local_federation(
         if stack.enter_context(claimed(folder, settings, resume)):
             return
         record(folder, settings)
-        local = Local(folder / "federation", named(settings, rows.clients), echo)
+        local = Local(folder / "federation", named(settings, rows.clients), echo, engine)
         progress, killed = Progress(folder, settings.rounds, echo), False
         progress.skip()
 
@@ -62,7 +62,8 @@ def local_federation(
                 echo(f"{local.names[-1]}: killed its node; it will come back by itself")
                 local.kill(local.names[-1])
 
-        again = f"go on with: thinwire local-federation {file} --out {folder} --resume"
+        on = "" if engine == "flower" else f" --engine {engine}"
+        again = f"go on with: thinwire local-federation {file} --out {folder}{on} --resume"
         try:
             who = ", ".join(local.names)
             echo(f"a hub and {len(local.names)} sites are starting ({who}); what they print is in {folder}/federation")

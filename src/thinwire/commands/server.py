@@ -65,8 +65,9 @@ def server(
         from thinwire.assemble.privacy import check_privacy
         from thinwire.commands.show import print_summary
         from thinwire.federation import proxy
+        from thinwire.federation.follower import Ended, check_model, federation_of
         from thinwire.federation.progress import Progress
-        from thinwire.federation.superlink import Ended, ServerSide, check_model, federation_of
+        from thinwire.federation.superlink import ServerSide
 
         settings = config.load(file, overrides or [])
         sites = federation_of(settings)

@@ -7,15 +7,11 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from thinwire.federation.envelope import of, unpack
+from thinwire.federation.engine import Answer, of
 from thinwire.runtime.round import Reply, shown
 from thinwire.wire import Frame, WireError
 from thinwire.wire.frame import SPOOL_ABOVE
-
-if TYPE_CHECKING:
-    from flwr.app import Message
 
 SHOWN = 200  # characters of an error that are kept
 NOTHING = Frame(b"")
@@ -53,15 +49,14 @@ class Call:
         self.frame.remove()
         self.frame = NOTHING
 
-    def take(self, message: Message, spool: Path) -> None:
+    def take(self, answer: Answer, spool: Path) -> None:
         """Take in an answer; ValueError for one that is not to this frame, or does not fit what came before."""
-        if message.has_error():
-            reason = shown(message.error.reason or "no reason", SHOWN)
-            self.error = f"the engine reports: {reason} (code {message.error.code})"
+        if answer.error is not None:
+            self.error = f"the engine reports: {shown(answer.error, SHOWN)}"
             return
-        if message.metadata.src_node_id != self.node:
-            raise ValueError(f"node {message.metadata.src_node_id} answers for client {self.client}")
-        piece, about = unpack(message.content)
+        if answer.node != self.node:
+            raise ValueError(f"node {answer.node} answers for client {self.client}")
+        piece, about = answer.piece, answer.about or {}
         if about.get("error"):
             self.error = shown(str(about["error"]), SHOWN)
             return

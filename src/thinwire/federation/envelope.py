@@ -34,10 +34,3 @@ def unpack(content: RecordDict) -> tuple[bytes, Config]:
     if piece is not None and (piece.stype != STYPE or piece.dtype != "uint8"):
         raise ValueError(f"an array of type {piece.stype} in place of a frame")
     return b"" if piece is None else piece.data, about
-
-
-def of(about: Config, name: str, kind: type = int) -> int | str | float:
-    """A value of a message's record; ValueError where it is missing or of another type."""
-    if type(about.get(name)) is not kind:
-        raise ValueError(f"a message whose {name!r} is {about.get(name)!r:.40}")
-    return about[name]

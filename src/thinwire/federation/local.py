@@ -13,9 +13,17 @@ from typing import Any
 from thinwire.config import ConfigError, Run
 from thinwire.data.rows import Row
 from thinwire.federation import keys
+from thinwire.federation.attended import Attended
+from thinwire.federation.flare.kits import require_flare
+from thinwire.federation.flare.server import FlareServer
+from thinwire.federation.flare.site import FlareSite
+from thinwire.federation.follower import Follower
+from thinwire.federation.processes import require_flower
 from thinwire.federation.site import Site
 from thinwire.federation.site_processes import SiteSide
 from thinwire.federation.superlink import ServerSide
+
+Sides = tuple[Follower, Callable[[Site], Attended]]  # the server's, and what makes a site's
 
 # Whoever starts this federation owns the rows and the run file.
 OPEN = f"""templates = "any"
@@ -30,10 +38,17 @@ max_batch = {1 << 40}
 
 
 class Local:
-    """Server and sites below one folder: `clients` are the sites' rows by name. `report` is given lines for people."""
+    """Server and sites below one folder: `clients` are the sites' rows by name. `report` is given lines for people.
+
+    `engine`: which one carries the frames, of ENGINES.
+    """
 
     def __init__(
-        self, home: Path, clients: Mapping[str, Sequence[Row]], report: Callable[[str], None] = lambda line: None
+        self,
+        home: Path,
+        clients: Mapping[str, Sequence[Row]],
+        report: Callable[[str], None] = lambda line: None,
+        engine: str = "flower",
     ) -> None:
         self.report, self.home, self.names = report, home.resolve(), tuple(clients)
         secrets = self.home / "keys"
@@ -45,14 +60,13 @@ class Local:
             (self.place(name) / "policy.toml").write_text(OPEN)
             if not (self.place(name) / f"{name}.key").exists():
                 keys.register(name, keys.make_site(name, self.place(name)), secrets)
-        self.server = ServerSide(self.home, secrets, self.names)
-        self.sites: dict[str, SiteSide] = {}
+        self.server, side = ENGINES[engine](self.home, secrets, self.names)
+        self.sites: dict[str, Attended] = {}
         for name in self.names:
             place = self.place(name)
             given: dict[str, Any] = {"data": str(files[name]), "policy": str(place / "policy.toml")}
             site = Site(name, folder=str(place), socket="", hold_out=False, allow_model=True, **given)
-            address = f"127.0.0.1:{self.server.port}"
-            self.sites[name] = SiteSide(site, address, place / f"{name}.key", self.server.ca)
+            self.sites[name] = side(site)
 
     def place(self, name: str) -> Path:
         """The folder of a site."""
@@ -85,7 +99,8 @@ class Local:
 
     def kill(self, name: str) -> None:
         """Kill a site's node, as a machine that fails would: the site comes back by itself."""
-        os.kill(self.sites[name].children.running["supernode"].pid, signal.SIGKILL)
+        site = self.sites[name]
+        os.kill(site.children.running[site.node].pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """End all."""
@@ -94,6 +109,30 @@ class Local:
         for site in self.sites.values():
             site.stop()
         self.server.stop()
+
+
+def on_flower(home: Path, secrets: Path, names: Sequence[str]) -> Sides:
+    """Both sides on Flower."""
+    server = ServerSide(home, secrets, names)
+
+    def side(site: Site) -> SiteSide:
+        return SiteSide(site, f"127.0.0.1:{server.port}", Path(site.folder) / f"{site.name}.key", server.ca)
+
+    return server, side
+
+
+def on_flare(home: Path, secrets: Path, names: Sequence[str]) -> Sides:
+    """Both sides on NVIDIA FLARE."""
+    server = FlareServer(home, secrets, names)
+    return server, lambda site: FlareSite(site, server.kits / site.name)
+
+
+def require(engine: str) -> None:
+    """ConfigError, with what to install, where the engine is not."""
+    {"flower": require_flower, "nvflare": require_flare}[engine]()
+
+
+ENGINES: dict[str, Callable[[Path, Path, Sequence[str]], Sides]] = {"flower": on_flower, "nvflare": on_flare}
 
 
 def named(run: Run, clients: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:

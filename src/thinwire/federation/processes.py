@@ -1,4 +1,4 @@
-"""Flower's processes: started with safe settings, looked after by number, ended with whoever started them."""
+"""An engine's processes: started with safe settings, looked after by number, ended with whoever started them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LEVEL = re.compile(r"^(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL) *: *")
 ERROR = re.compile(r"^(ERROR|CRITICAL) *:|\[(emerg|alert|crit|error)\]|^Error: |^[A-Za-z_.]+(Error|Exception): ")
 WATCH = 1.0  # seconds between two looks at the parent
 GRACE = 8.0  # seconds that a process has to end by itself
-COMMAND = 300.0  # seconds that a command of Flower's has to end
+COMMAND = 300.0  # seconds that a command of an engine's has to end
 HEALTHY = 240.0  # seconds that a hub has to get well
 
 
@@ -94,7 +94,7 @@ class Children:
         self.running[name] = process
         return process
 
-    def call(self, command: Sequence[str | Path]) -> str:
+    def call(self, command: Sequence[str | Path], seconds: float = COMMAND) -> str:
         """Run a command to its end; RuntimeError with its last line if it fails."""
         done = subprocess.run(
             [str(part) for part in command],
@@ -102,7 +102,7 @@ class Children:
             text=True,
             env=self.environment,
             stdin=subprocess.DEVNULL,
-            timeout=COMMAND,
+            timeout=seconds,
             check=False,
         )
         if done.returncode:
@@ -135,7 +135,7 @@ class Children:
         for process in reversed(self.running.values()):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, until - time.monotonic()))
-            _signal(process, signal.SIGKILL)  # its group too: Flower leaves children of its own behind
+            _signal(process, signal.SIGKILL)  # its group too: engines leave children of their own behind
             process.wait()
         self.running.clear()
 
@@ -160,7 +160,7 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def end_with_parent() -> None:
-    """Have this process end as soon as the one that started it has; for what Flower starts, or another of ours does."""
+    """Have this process end as soon as the one that started it has; for what an engine starts, or another of ours."""
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinwire.errors import ConfigError
+from thinwire.federation.follower import Ended
 from thinwire.federation.processes import Children
-from thinwire.federation.superlink import Ended
 
 FORBIDDEN = '"\\${}\n'  # in the programs' files quotes do not cover these
 FILES = {"nginx": "nginx.conf", "caddy": "Caddyfile"}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from thinwire import wire
-from thinwire.federation.transport import Flower, NoQuorum
+from thinwire.federation.transport import NoQuorum, Pieces
 from thinwire.runtime.payloads import Hello, Ready
 from thinwire.runtime.round import Reply
 from thinwire.runtime.survey import SMALL
@@ -21,7 +21,7 @@ class Refusal(NoQuorum):
 
 
 def join(
-    transport: Flower, run: int, clients: int | Sequence[int], names: Sequence[str], quorum: int
+    transport: Pieces, run: int, clients: int | Sequence[int], names: Sequence[str], quorum: int
 ) -> dict[str, str]:
     """Ask each of so many sites, or of these, to get ready: it loads its model. Returns why others are absent, by name.
 

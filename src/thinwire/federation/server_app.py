@@ -1,21 +1,20 @@
-"""The server's loop within Flower's server process: the run in its folder, with the sites as its clients."""
+"""The server's loop within the engine's server process: the run in its folder, with the sites as its clients."""
 
 from __future__ import annotations
 
 import json
 import os
 import traceback
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from thinwire import files
 from thinwire.records import read_json
 
 if TYPE_CHECKING:
-    from flwr.serverapp import Grid
+    from thinwire.federation.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,22 @@ class Status:
         return read_json(cls, path) if path.exists() else None
 
 
-def serve(grid: Grid, folder: Path) -> None:
-    """Run the rounds that are left. What ends it stands in status.json, and the process then fails for Flower too."""
+def serve(engine: Engine, folder: Path) -> None:
+    """Run the rounds that are left. What ends it stands in status.json, and the engine's job then fails too.
+
+    Where the engine itself ends its job nothing stands there: whoever began the job begins another.
+    """
     from thinwire.errors import Paused
+    from thinwire.federation.engine import Aborted
     from thinwire.federation.processes import end_with_parent
     from thinwire.federation.transport import NoQuorum
 
-    end_with_parent()  # Flower leaves it behind when its own process dies
+    end_with_parent()  # engines leave it behind when their own process dies
     Status(os.getpid(), "running").write(folder)
     try:
-        _train(grid, folder)
+        _train(engine, folder)
+    except Aborted:
+        raise
     except NoQuorum as few:
         Status(os.getpid(), "stopped", f"too few sites: {few}", again=True).write(folder)
         raise
@@ -88,7 +93,7 @@ def serve(grid: Grid, folder: Path) -> None:
     Status(os.getpid(), "done").write(folder)
 
 
-def _train(grid: Grid, folder: Path) -> None:
+def _train(engine: Engine, folder: Path) -> None:
     from thinwire import assemble, config, memory
     from thinwire.assemble import thin
     from thinwire.assemble.privacy import budget_of
@@ -99,7 +104,7 @@ def _train(grid: Grid, folder: Path) -> None:
     from thinwire.federation.progress import Notices, notices_of
     from thinwire.federation.questions import join
     from thinwire.federation.seen import Seen
-    from thinwire.federation.transport import Flower
+    from thinwire.federation.transport import Pieces
     from thinwire.runtime import checkpoint
     from thinwire.runtime.course import Watch, train
 
@@ -116,7 +121,7 @@ def _train(grid: Grid, folder: Path) -> None:
     spool, seen = folder / "spool", Seen(folder, members.names)
 
     def nodes() -> dict[int, int]:
-        found = nodes_of(grid, tuple(members.names), members.public)
+        found = engine.nodes(members.names, members.public)
         seen.connected(found)
         return found
 
@@ -125,8 +130,8 @@ def _train(grid: Grid, folder: Path) -> None:
         seen.members(there)
         return there
 
-    transport = Flower(
-        grid,
+    transport = Pieces(
+        engine,
         nodes,
         spool,
         fingerprints(run, start.net),
@@ -169,10 +174,3 @@ def counted(folder: Path) -> dict[int, int]:
     records = [record for record in read_records(folder / "rounds.jsonl") if record["round"] <= ended]
     came = ((record["round"], visit) for record in records for visit in visits(record) if visit.get("bytes_up"))
     return {visit["id"]: round - visit.get("late", 0) for round, visit in came}
-
-
-def nodes_of(grid: Any, sites: tuple[str, ...], keys: Mapping[str, bytes]) -> dict[int, int]:
-    """Client -> node of the sites that are connected: a site is its key, whatever number the engine gives it."""
-    by_key = {bytes(node.public_key): int(node.node_id) for node in grid.get_nodes()}
-    found = {client: by_key.get(keys.get(name, b"-")) for client, name in enumerate(sites)}
-    return {client: node for client, node in found.items() if node is not None}

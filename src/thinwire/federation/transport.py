@@ -1,4 +1,4 @@
-"""The transport on Flower's Grid: frames as opaque bytes, in pieces where they are large. None of its strategies.
+"""The transport on an engine's messages: frames as opaque bytes, in pieces where they are large.
 
 A message carries one piece of one frame: an array of bytes of a type of its own, and a record of which piece.
 A site answers each piece; the answer to the last one is the reply's first piece, and the others are asked for. Both
@@ -13,19 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from thinwire.federation.call import SHOWN, Call
-from thinwire.federation.envelope import Config, pack
+from thinwire.federation.engine import About, Engine
 from thinwire.runtime.round import Reply, shown
 from thinwire.runtime.survey import SMALL
 from thinwire.wire import Frame
 from thinwire.wire.frame import MAX_FRAME
 
-if TYPE_CHECKING:
-    from flwr.serverapp import Grid
-
-POLL = 0.25  # seconds between two looks for replies
 AHEAD = 2  # messages of a client on their way: one that its site works on, and one that waits for it there
 GRACE = 60.0  # seconds beyond the deadline after which the engine drops a message
 
@@ -34,8 +29,8 @@ class NoQuorum(RuntimeError):
     """Fewer replies than the run asks for came in time; the run can go on from its last whole round."""
 
 
-class Flower:
-    """Hands frames to the nodes of a Flower grid. `nodes()` has the node of each client now.
+class Pieces:
+    """Hands frames to the nodes of an engine. `nodes()` has the node of each client now.
 
     `about` goes with every message: what sites compare at joining. `deadline` seconds after a round has begun its
     missing replies count as lost; fewer than `quorum` of them raise NoQuorum. A client without a node is waited for,
@@ -50,7 +45,7 @@ class Flower:
 
     def __init__(
         self,
-        grid: Grid,
+        engine: Engine,
         nodes: Callable[[], Mapping[int, int]],
         spool: Path,
         about: Mapping[str, str] | None = None,
@@ -65,7 +60,7 @@ class Flower:
         names: Sequence[str] = (),  # of the clients' sites
     ) -> None:
         self.names = names
-        self.grid, self.nodes, self.spool, self.about = grid, nodes, spool, dict(about or {})
+        self.engine, self.nodes, self.spool, self.about = engine, nodes, spool, dict(about or {})
         self.deadline, self.quorum, self.patience = deadline, quorum, patience
         self.chunk_bytes, self.max_bytes = chunk_bytes, max_bytes
         self.counted: dict[int, int] = dict(counted or {})
@@ -163,7 +158,7 @@ class Flower:
             for call in calls:
                 while not call.done and time.monotonic() <= until:
                     if not self._pull(calls):
-                        time.sleep(POLL)
+                        self.engine.pause()
                 if call.done:
                     call.drop()
                     yield call.reply
@@ -183,7 +178,7 @@ class Flower:
     def _connected(self, client: int, until: float) -> Mapping[int, int]:
         """The nodes that there are, once the client is among them or it is too late."""
         while client not in (nodes := self.nodes()) and time.monotonic() < until:
-            time.sleep(POLL)
+            self.engine.pause()
         return nodes
 
     def _feed(self, call: Call) -> None:
@@ -195,37 +190,30 @@ class Flower:
                 call.drop()
 
     def _push(self, call: Call, piece: bytes, **place: int) -> None:
-        from flwr.app import Message
-
-        about: Config = {**self.about, **place, "action": call.action, "transfer": call.transfer}
+        about: About = {**self.about, **place, "action": call.action, "transfer": call.transfer}
         about |= {"room": self.chunk_bytes, "counted": call.counted}
         if call.client < len(self.names):
             about["site"] = self.names[call.client]
-        message = Message(
-            pack(piece, **about),
-            dst_node_id=call.node,
-            message_type="train",
-            ttl=self.deadline * (1 + 2 * self.late) + GRACE,  # of two rounds, and what is evaluated between them
-            group_id=str(call.round),
-        )
-        for id in self.grid.push_messages([message]):
-            if not id:
-                call.error = "the engine did not take the message"
-            else:
-                call.waiting.add(id)
+        seconds = self.deadline * (1 + 2 * self.late) + GRACE  # of two rounds, and what is evaluated between them
+        id = self.engine.push(call.node, piece, about, seconds, call.round)
+        if not id:
+            call.error = "the engine did not take the message"
+        else:
+            call.waiting.add(id)
 
     def _pull(self, calls: list[Call]) -> bool:
         """Take in what has come, one message in memory at a time; whether there was any."""
         found = False
         for call in calls:
             for id in [] if call.done else sorted(call.waiting):
-                for message in self.grid.pull_messages([id]):
-                    found = True
-                    call.waiting.discard(id)
-                    try:
-                        call.take(message, self.spool)
-                    except (ValueError, OSError) as error:
-                        call.error = shown(f"{type(error).__name__}: {error}", SHOWN)
+                try:
+                    if (answer := self.engine.pull(id)) is None:
+                        continue
+                    call.take(answer, self.spool)
+                except (ValueError, OSError) as error:
+                    call.error = shown(f"{type(error).__name__}: {error}", SHOWN)
+                found = True
+                call.waiting.discard(id)
                 self._feed(call)
                 if call.done:
                     call.seconds = time.monotonic() - call.began

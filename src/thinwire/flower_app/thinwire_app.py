@@ -13,9 +13,10 @@ client = ClientApp()
 @server.main()
 def run(grid: Grid, context: Context) -> None:
     """The server's loop, in the run's folder."""
+    from thinwire.federation.flower import Flower
     from thinwire.federation.server_app import serve
 
-    serve(grid, Path(str(context.run_config["folder"])))
+    serve(Flower(grid), Path(str(context.run_config["folder"])))
 
 
 @client.train()
