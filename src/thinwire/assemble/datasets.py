@@ -138,9 +138,7 @@ def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Data
 
 def _check_batches(run: Run, found: Sequence[Dataset]) -> None:
     """Raise ConfigError or DataError where a step would have nothing to tell a positive from."""
-    name, work = config.method_name(run.method), run.method.work(1)
-    if run.method.hollow:
-        raise ConfigError(f'data.loss: "contrastive" is of whole encoders, and a client of {name} trains a smaller one')
+    work = run.method.work(1)
     if ranks()[1] > 1 and not work.probes:
         raise ConfigError(
             'data.loss: "contrastive" is for a client of one process; each of several sees but its share of a batch'

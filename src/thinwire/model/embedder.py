@@ -45,7 +45,7 @@ def check_pooling(folder: Path) -> None:
         kinds = {str(each["type"]).rpartition(".")[2]: str(each["path"]) for each in modules}
         pooling = json.loads((folder / kinds.get("Pooling", POOLING) / "config.json").read_text(encoding="utf-8"))
         mode = pooling.get("pooling_mode") or [
-            name.removeprefix("pooling_mode_").removesuffix("_tokens") for name, on in pooling.items() if on is True
+            name.removeprefix("pooling_mode_").removesuffix("s").removesuffix("_token") for name, on in pooling.items() if on is True
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"cannot read how the model in {folder} pools: {error}") from None
