@@ -150,7 +150,8 @@ def test_a_decoder_is_refused_in_a_line(tmp_path: Path) -> None:
     run = run_of(tiny_folder(tmp_path / "model"), FEDKSEED)
     for refuse in (lambda: assemble.net_of(run), lambda: assemble.prepared(run, rows()), lambda: estimate(run)):
         with pytest.raises(
-            ModelError, match=r'^data\.loss: "contrastive" trains an encoder, and the LlamaForCausalLM in [^\n]* is none$'
+            ModelError,
+            match=r'^data\.loss: "contrastive" trains an encoder, and the LlamaForCausalLM in [^\n]* is none$',
         ):
             refuse()
 
