@@ -168,7 +168,7 @@ def test_a_model_that_pools_otherwise_is_refused(place: Path, tmp_path: Path) ->
     (other / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     assemble.net_of(run_of(other, FEDKSEED))
     (other / "modules.json").write_text(json.dumps([*modules, {"type": "x.models.Dense", "path": "2_Dense"}]))
-    with pytest.raises(ModelError, match="has Dense, mean$"):
+    with pytest.raises(ModelError, match=r"has Dense, mean$"):
         assemble.net_of(run_of(other, FEDKSEED))
 
 

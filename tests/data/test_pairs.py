@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from thinwire.data.batch import Dataset, collate
+from thinwire.data.batch import Batch, Dataset, collate
 from thinwire.data.errors import DataError, NoRowsLeft
 from thinwire.data.pairs import NEGATIVE, PAIR, pairs
 from thinwire.data.rows import Row
@@ -27,6 +28,11 @@ def made(rows: list[Row], template: AnyTemplate = PAIR, negative: AnyTemplate | 
 
 def text(tokens: tuple[int, ...]) -> str:
     return bytes(tokens).decode()
+
+
+def texts(batch: Batch) -> list[str]:
+    rows = zip(batch.input_ids, batch.attention_mask, strict=True)
+    return [text(tuple(ids[mask.bool()].tolist())) for ids, mask in rows]
 
 
 ROWS = [row(1, anchor="a", positive="bb", negative="ccc"), row(2, anchor="four", positive="five5", negative="6")]
@@ -48,16 +54,7 @@ def test_a_batch_has_a_row_a_text_padded_on_the_right() -> None:
     examples = made(ROWS, negative=NEGATIVE).examples
     batch = collate(examples, 258, scale=7.0)
     assert (batch.kind, batch.examples, batch.candidates, batch.scale) == ("pair", 2, 3, 7.0)
-    assert [
-        text(ids[mask.bool()].tolist()) for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
-    ] == [
-        "a",
-        "bb",
-        "ccc",
-        "four",
-        "five5",
-        "6",
-    ]
+    assert texts(batch) == ["a", "bb", "ccc", "four", "five5", "6"]
     assert batch.attention_mask[:, 0].all()
     assert batch.labels.shape == (6, 0)
     twice = batch.repeated(2)
@@ -66,10 +63,9 @@ def test_a_batch_has_a_row_a_text_padded_on_the_right() -> None:
 
 
 def test_batches_take_each_pair_once_a_pass() -> None:
-    data = made([row(i, anchor="a" * i, positive="b" * (i + 1)) for i in range(1, 8)])
+    data = replace(made([row(i, anchor="a" * i, positive="b" * (i + 1)) for i in range(1, 8)]), scale=20.0)
     batches = data.batches(Key.root(3), 3)
-    seen = [text(ids[mask.bool()].tolist()) for b in (next(batches), next(batches), next(batches))
-            for ids, mask in zip(b.input_ids[::2], b.attention_mask[::2], strict=True)]  # fmt: skip
+    seen = [anchor for _ in range(3) for anchor in texts(next(batches))[::2]]
     assert sorted(seen) == ["a" * i for i in range(1, 8)]
 
 
