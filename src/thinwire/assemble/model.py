@@ -93,7 +93,9 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         check_pooling(folder)
         if run.method.hollow:
             name = config.method_name(run.method)
-            raise ConfigError(f'data.loss: "contrastive" is of whole encoders, and a client of {name} has a smaller one')
+            raise ConfigError(
+                f'data.loss: "contrastive" is of whole encoders, and a client of {name} has a smaller one'
+            )
     net = Net.open(
         folder,
         model.dtype,

@@ -6,6 +6,7 @@ A pooler, which some encoders have behind their layers, has no part in such a ve
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 POOLER = "pooler."
 MODULES, POOLING, LENGTHS = "modules.json", "1_Pooling", "sentence_bert_config.json"  # of sentence-transformers
+MODE = "pooling_mode_"
 KINDS = ("Transformer", "Pooling", "Normalize")
 
 
@@ -44,12 +46,10 @@ def check_pooling(folder: Path) -> None:
         modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
         kinds = {str(each["type"]).rpartition(".")[2]: str(each["path"]) for each in modules}
         pooling = json.loads((folder / kinds.get("Pooling", POOLING) / "config.json").read_text(encoding="utf-8"))
-        mode = pooling.get("pooling_mode") or [
-            name.removeprefix("pooling_mode_").removesuffix("s").removesuffix("_token") for name, on in pooling.items() if on is True
-        ]
+        found = pooling.get("pooling_mode") or [name for name, on in pooling.items() if on is True and MODE in name]
+        modes = {re.sub(rf"{MODE}|_tokens?$", "", name) for name in ([found] if isinstance(found, str) else found)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"cannot read how the model in {folder} pools: {error}") from None
-    modes = {name for name in ([mode] if isinstance(mode, str) else mode) if name != "include_prompt"}
     if modes != {"mean"} or not set(kinds) <= set(KINDS):
         how = ", ".join(sorted(modes | set(kinds) - set(KINDS)))
         raise ModelError(f'data.loss: "contrastive" takes the mean over tokens, and the model in {folder} has {how}')
