@@ -13,12 +13,14 @@ from tiny import WORDS, tiny_encoder, tiny_folder
 from transformers import AutoModel, AutoTokenizer
 
 from thinwire import assemble, config
+from thinwire.assemble import thin
 from thinwire.config import ConfigError
 from thinwire.data.errors import DataError
 from thinwire.data.rows import Row
 from thinwire.estimate.costs import estimate
 from thinwire.evaluate.splits import Split, answers, evaluate
 from thinwire.leaks.audit import Size, check
+from thinwire.model import numbers
 from thinwire.model.errors import ModelError
 from thinwire.runtime.course import Watch, read_records, train
 from thinwire.train import parallel
@@ -38,7 +40,9 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fedkseed, both sides in a pass": ({**FEDKSEED, "together": True, "law": "lowrank"}, {}),
     "fedzo": ({"name": "fedzo", "lr": 3e-3, "steps": 12, "batch_size": 8}, {}),
     "scaffold": ({"name": "scaffold", **LOCAL, "lr": 0.05}, {}),
+    "private of a client": ({"name": "fedavg", **LOCAL}, {}),
 }
+PRIVACY = {"level": "client", "epsilon": 1e4, "delta": 1e-3, "clip": 1.0, "noise": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def run_of(path: Path, method: dict[str, Any], model: dict[str, Any] | None = No
 @pytest.mark.parametrize("kind", METHODS)
 def test_every_method_trains_embeddings(kind: str, place: Path, tmp_path: Path) -> None:
     method, view = METHODS[kind]
-    run = run_of(place, method, view)
+    run = run_of(place, method, view, **({"privacy": PRIVACY} if kind.startswith("private") else {}))
     start = assemble.begin(*assemble.prepared(run, rows(negatives=kind == "fedavg")))
     job = start.job(tmp_path, Watch())
     assert not any(name.startswith("pooler") for name in start.net.names)
@@ -107,6 +111,19 @@ def carried_away(folder: Path, place: Path, start: assemble.Start, ended: float)
         "Pooling",
         "Normalize",
     ]
+
+
+def test_a_thin_file_is_put_back_on_the_encoder(place: Path, tmp_path: Path) -> None:
+    start = assemble.begin(*assemble.prepared(run_of(place, *METHODS["onebit"]), rows()))
+    summary = train(start.job(tmp_path, Watch()))
+    net = start.net
+    found = thin.of(assemble.net_of(start.run), numbers.change(net), start.run, None, None, None)
+    thin.write(tmp_path / "model.thin", found)
+    shelf = thin.Shelf([tmp_path / "model.thin"])
+    again, _ = shelf.use("model")
+    (split,) = assemble.splits_of(start.run, start.rows, again)
+    assert evaluate(again, split).loss == pytest.approx(summary["final"][0]["loss"], rel=1e-4)
+    assert shelf.data.loss == "contrastive"
 
 
 def test_factors_are_an_adapter_for_peft(place: Path, tmp_path: Path) -> None:
