@@ -98,6 +98,11 @@ def _read_model(
         raise
     except Exception as error:  # safetensors, json, config validation and torch each have their own
         raise ModelError(f"cannot load the model in {folder}: {first_line(error)}") from error
+    if aside := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise ModelError(
+            f"model.device: auto: the GPUs have no room for all of {folder}, such as {aside}, and what accelerate puts "
+            "aside can be neither trained nor perturbed; take more GPUs, a smaller model.dtype, or model.bits"
+        )
     check_shapes(info, f"the model in {folder}")
     for layer in quantised_layers(model).values():
         layer.support_avx512bf16_for_cpu = False  # or some CPUs would pack the weights anew, and round otherwise
