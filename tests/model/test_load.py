@@ -379,9 +379,7 @@ def test_a_model_of_which_a_part_is_put_aside_is_refused(tmp_path: Path, monkeyp
     placed = {"device_map": dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}}
     found = placed | {"offload_folder": str(tmp_path / "aside")}
     monkeypatch.setattr("thinwire.model.load.placed_on", lambda *of: found)
-    with pytest.raises(
-        ModelError, match=r"^model\.device: auto: the GPUs have no room for all of [^\n]*layers\.1[^\n]*$"
-    ):
+    with pytest.raises(ModelError, match=r"^model\.device: auto: the GPUs have no room for all of [^\n]*layers\.1"):
         Net.open(str(tmp_path / "model"), device="auto")
 
 
