@@ -13,7 +13,7 @@ from tiny import WORDS, tiny_encoder, tiny_folder
 from transformers import AutoModel, AutoTokenizer
 
 from thinwire import assemble, config
-from thinwire.assemble import thin
+from thinwire.assemble import adapters, thin
 from thinwire.config import ConfigError
 from thinwire.data.errors import DataError
 from thinwire.data.rows import Row
@@ -138,6 +138,24 @@ def test_factors_are_an_adapter_for_peft(place: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(
             alone(input_ids=ids).last_hidden_state, whole(input_ids=ids).last_hidden_state, atol=1e-5, rtol=1e-4
         )
+
+
+def test_adapters_of_two_runs_are_merged(place: Path, tmp_path: Path) -> None:
+    method, view = METHODS["fedit"]
+    nets = [assemble.net_of(run_of(place, method, view, seed=seed)) for seed in (0, 1)]
+    for net in nets:
+        with torch.no_grad():
+            for name, p in net.parameters():
+                if "lora_B" in name:
+                    p.copy_(torch.full_like(p, 0.1 if net is nets[0] else -0.05))
+    adapters.merge([adapters.of_net(tmp_path, net) for net in nets], [1.0, 1.0], tmp_path / "merged")
+    plain, whole = AutoModel.from_pretrained(place), AutoModel.from_pretrained(tmp_path / "merged")
+    name = "encoder.layer.0.attention.self.query.weight"
+    moved = whole.get_parameter(name) - plain.get_parameter(name)
+    each = [net.model.get_submodule(name.removesuffix(".weight")).delta() for net in nets]
+    torch.testing.assert_close(moved, (each[0] + each[1]) / 2, atol=1e-6, rtol=1e-5)
+    assert moved.abs().sum() > 0
+    assert (tmp_path / "merged" / "modules.json").exists()
 
 
 def test_what_is_shown_of_a_row_is_the_nearest_text(place: Path) -> None:
