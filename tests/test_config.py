@@ -131,7 +131,7 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["data.template=jinja"], 'data.prompt: missing; with data.template = "jinja" it is a Jinja template'),
         (["data.pack=true", 'data.choices=["a", "b"]'], "data.pack: goes with open answers, or data.loss = "),
         (["data.pack=true", "data.balanced=true"], "data.pack: does not go with data.balanced"),
-        (["data.rejected=x"], 'data.rejected: goes with data.loss = "dpo" only'),
+        (["data.rejected=x"], 'data.rejected: goes with data.loss = "dpo" or "contrastive" only'),
         (["data.beta=0.2"], 'data.beta: goes with data.loss = "dpo" only'),
         (["data.loss=dpo", "data.beta=0"], "data.beta: must be greater than 0, got 0"),
         (["data.loss=dpo", "data.pack=true"], 'data.pack: does not go with data.loss = "dpo"'),
@@ -140,6 +140,21 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["data.loss=dpo", "data.shuffle_answers=true"], 'data.shuffle_answers: does not go with data.loss = "dpo"'),
         (["data.loss=dpo", "data.prompt={a}", "data.answer={b}"], "data.rejected: missing; with data.loss = "),
         (["data.loss=dpo", "data.rejected={c}"], "data.prompt: missing; with data.loss = "),
+        (["data.scale=5"], 'data.scale: goes with data.loss = "contrastive" only'),
+        (["data.loss=contrastive", "data.beta=0.2"], 'data.beta: goes with data.loss = "dpo" only'),
+        (["data.loss=contrastive", "data.scale=0"], "data.scale: must be greater than 0, got 0"),
+        (["data.loss=contrastive", "data.pack=true"], 'data.pack: does not go with data.loss = "contrastive"'),
+        (["data.loss=contrastive", "data.rejected={c}"], "data.prompt: missing; with data.loss = "),
+        (["data.loss=contrastive", "data.order=lfr"], "data.order: lfr is about each row's own loss"),
+        (["data.loss=contrastive", "data.template=chat"], 'data.template: does not go with data.loss = "contrastive"'),
+        (["data.loss=contrastive", "eval.generate=4"], 'eval.generate: does not go with data.loss = "contrastive"'),
+        (["data.loss=contrastive", 'eval.prompts=["a"]'], 'eval.prompts: does not go with data.loss = "contrastive"'),
+        (["data.loss=contrastive", "model.task=causal"], 'model.task: does not go with data.loss = "contrastive"'),
+        (["data.loss=contrastive", "model.view.kind=prompt"], 'model.view: does not go with data.loss = "contrastive"'),
+        (
+            ["data.loss=contrastive", "privacy.level=record", "privacy.epsilon=1"],
+            'privacy.level: does not go with data.loss = "contrastive": a row\'s loss depends on the others',
+        ),
         (["method.schedule=step"], "method.schedule: must be 'constant', 'linear' or 'cosine', got 'step'"),
         (["model.dtype=int8"], "model.dtype: must be 'float32', 'bfloat16' or 'float16', got 'int8'"),
         (["model.bits=4"], "model: bits needs [model.lora]: quantised weights cannot be trained themselves"),
@@ -258,6 +273,9 @@ def test_what_came_later_and_is_not_used_changes_no_runs_number(tmp_path: Path) 
     assert "beta" not in written
     others = [assemble.identity(run_of("data.loss=dpo", f"data.beta={beta}")) for beta in (0.1, 0.2)]
     assert len({assemble.identity(run_of()), *others}) == 3
+    assert "scale" not in written
+    others = [assemble.identity(run_of("data.loss=contrastive", f"data.scale={scale}")) for scale in (20, 5)]
+    assert len({assemble.identity(run_of()), *others}) == 3
 
 
 @pytest.mark.parametrize(
@@ -269,6 +287,7 @@ def test_what_came_later_and_is_not_used_changes_no_runs_number(tmp_path: Path) 
         ["data.choices=['ü', '\"x\"']", 'data.prompt="a\\nb{input}"', "data.answer={output}", "data.heldout=0"],
         ["method.path=test_config:Own", "method.strength=2", "method.order=[3]"],
         ["data.loss=dpo", "data.prompt={a}", "data.answer={b}", "data.rejected={c}", "data.beta=0.3"],
+        ["data.loss=contrastive", "data.prompt={a}", "data.answer={b}", "data.rejected={c}", "data.scale=7.5"],
     ],
 )
 def test_the_resolved_file_is_a_run_file_of_the_same_run(tmp_path: Path, changes: list[str]) -> None:

@@ -33,6 +33,13 @@ SCORES = {
     "accuracy": Scale(
         "accuracy", "share of rows", "Share of rows whose right answer is the likeliest; more is better.", ".3f"
     ),
+    "recall_10": Scale(
+        "recall@10",
+        "share of rows",
+        "Share of anchors whose positive is among the ten nearest; more is better.",
+        ".3f",
+    ),
+    "mrr": Scale("MRR", "0 to 1", "Mean of one over the rank of an anchor's positive; more is better.", ".3f"),
     "rouge_l": Scale(
         "Rouge-L", "F1, 0 to 1", "Longest common subsequence with the expected answer; more is better.", ".3f"
     ),

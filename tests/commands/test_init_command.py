@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from test_cli import refused, thinwire
-from tiny import tiny_folder, tiny_rows, write_jsonl
+from tiny import tiny_encoder, tiny_folder, tiny_rows, write_jsonl
 from typer.testing import CliRunner
 
 from thinwire import config
@@ -168,3 +168,43 @@ def test_preferences_are_trained_as_such(tmp_path: Path, monkeypatch: pytest.Mon
     assert again["accuracy"] == after["accuracy"]
     alone = refused("eval", "runs/pairs/model", "data.path=pairs.jsonl", "data.template=chat", "data.loss=dpo")
     assert "compares with the start model, which runs/pairs/model does not name; evaluate the run" in alone
+
+
+def test_pairs_are_trained_as_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file of theirs to scores and back, by the commands that init names."""
+    monkeypatch.chdir(tmp_path)
+    fields = [{"anchor": f"Where is {i}?", "positive": f"in room {i}", "negative": "nowhere"} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in fields))
+    tiny_encoder(tmp_path / "encoder")
+    tree, out = written("pairs.toml", "--data", "pairs.jsonl")
+    assert (tree["model"]["path"], tree["model"]["lora"]["targets"]) == ("minilm", ["query", "key", "value"])
+    assert (tree["data"]["loss"], tree["data"]["scale"]) == ("contrastive", 20.0)
+    assert "template" not in tree["data"]
+    assert "loss: contrastive" in out
+    tiny = ("model.path=encoder", "data.max_length=64", "data.heldout=4", "data.clients=2")
+    shown = thinwire("data", "pairs.toml", *tiny).out
+    assert "| anchor  > what belongs to it  < what does not" in shown
+    assert "nowhere" in shown
+    assert "answer: median of its positive" in shown
+    assert thinwire("estimate", "pairs.toml", *tiny).code == 0
+    more = ("rounds=1", "method.steps=3", "eval.show_rows=true")
+    assert thinwire("run", "pairs.toml", *tiny, *more).code == 0
+    (before, after) = [json.loads(line) for line in Path("runs/pairs/evals.jsonl").read_text().splitlines()]
+    assert after["loss"] < before["loss"]
+    assert before["samples"][0]["prompt"].startswith("Where is ")
+    assert before["samples"][0]["answer"].startswith("in room ")
+    (again,) = json.loads(thinwire("eval", "runs/pairs", "--json").out)
+    assert again["loss"] == pytest.approx(after["loss"], abs=1e-4)
+    assert (again["accuracy"], again["recall_10"], again["mrr"]) == pytest.approx(
+        (after["accuracy"], after["recall_10"], after["mrr"])
+    )
+    paired = ("data.path=pairs.jsonl", "data.loss=contrastive", "data.max_length=64")
+    (alone,) = json.loads(thinwire("eval", "runs/pairs/model", *paired, "--json").out)
+    assert alone["rows"] == 16
+    card = Path("runs/pairs/model/README.md").read_text()
+    assert "pipeline_tag: sentence-similarity" in card
+    assert "| recall@10 |" in card
+    assert "answer nothing" in refused("chat", "runs/pairs")
+    assert "a model of embeddings cannot be written" in refused("export", "runs/pairs", "--out", "g", "--gguf", "q8_0")
+    assert thinwire("export", "runs/pairs", "--out", "whole").code == 0
+    assert (tmp_path / "whole" / "modules.json").exists()

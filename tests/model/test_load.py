@@ -6,12 +6,14 @@ import hashlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import BOS, EOS, PAD, VOCABULARY, tiny_folder, tiny_model, tiny_tokenizer
+from tiny import BOS, EOS, PAD, VOCABULARY, tiny_folder, tiny_model, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from thinwire import assemble, config
 from thinwire.model import gguf, quantised
 from thinwire.model import resolve as finding
 from thinwire.model.errors import ModelError
@@ -19,6 +21,7 @@ from thinwire.model.folder import whole_folder
 from thinwire.model.load import load
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
+from thinwire.runtime.course import Watch, train
 
 
 @pytest.fixture
@@ -367,6 +370,40 @@ def test_a_model_that_spans_what_there_is(tmp_path: Path) -> None:
     assert torch.cuda.is_available() or Net.open(str(tmp_path / "model"), device="auto").device.type == "cpu"
     spread, plain = (Net.open(str(tmp_path / "model"), device=device) for device in ("auto", "cpu"))
     assert spread.state_sha256() == plain.state_sha256()
+
+
+def test_a_model_of_which_a_part_is_put_aside_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accelerate does where the GPUs have no room: those weights are not in memory between two passes."""
+    tiny_folder(tmp_path / "model")
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    placed = {"device_map": dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}}
+    found = placed | {"offload_folder": str(tmp_path / "aside")}
+    monkeypatch.setattr("thinwire.model.load.placed_on", lambda *of: found)
+    with pytest.raises(ModelError, match=r"^model\.device: auto: the GPUs have no room for all of [^\n]*layers\.1"):
+        Net.open(str(tmp_path / "model"), device="auto")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "fedkseed", "seeds": 16, "steps": 2, "batch_size": 2},
+        {"name": "fedzo", "steps": 2, "batch_size": 2},
+        {"name": "fedavg", "lr": 1e-2, "steps": 2, "batch_size": 2},
+    ],
+    ids=lambda method: method["name"],
+)
+def test_a_run_on_what_there_is_ends_where_one_device_does(method: dict[str, Any], tmp_path: Path) -> None:
+    """With one place for all layers; how a model over several is trained, only a machine with several shows."""
+    tiny_folder(tmp_path / "model")
+    rows = tiny_rows(12)
+    ends = []
+    for device in ("auto", "cpu"):
+        tree = {"model": {"path": str(tmp_path / "model"), "device": device}, "data": {"path": "none"}}
+        run = config.parse(tree | {"method": method, "rounds": 1})
+        start = assemble.begin(*assemble.prepared(run, assemble.Rows({"a": rows[:6], "b": rows[6:]}, {})))
+        train(start.job(tmp_path / device, Watch()))
+        ends.append(start.net.state_sha256())
+    assert ends[0] == ends[1] or torch.cuda.is_available()
 
 
 def test_what_quantises_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from thinwire.model.classifier import task_of
+from thinwire.model.embedder import describe
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.folder import ADAPTER, check_replaceable, whole_folder
 from thinwire.model.load import load
@@ -103,7 +105,7 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], out: Path) -> i
     first = adapters[0]
     _check_bases(adapters)
     shares = [weight / sum(weights) for weight in weights]
-    model, tokenizer, _ = load(first.base, first.dtype)
+    model, tokenizer, _ = load(first.base, first.dtype, embeds=_embeds(first))
     joined = mean(adapters, shares)
     place(model, joined, str(out))
     rank = len(next(iter(joined.values()))[0])
@@ -111,6 +113,7 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], out: Path) -> i
         factors.save(model, {"r": rank, "lora_alpha": rank}, fresh / "adapter")
         model.save_pretrained(fresh, state_dict=factors.merged(model))
         tokenizer.save_pretrained(fresh)
+        describe(model, first.base, fresh)
     return rank
 
 
@@ -140,13 +143,18 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
             continue
         for folder in (first.base, other.base):
             if folder not in known:
-                known[folder] = digest(Net.open(folder, first.dtype, hollow=True))
+                known[folder] = digest(Net.open(folder, first.dtype, hollow=True, embeds=_embeds(first)))
         mine, its = known[first.base], known[other.base]
         if mine != its:
             raise ModelError(
                 f"{other.source}: it is of another base model, {its} ({other.base}), than {first.source}, {mine} "
                 f"({first.base}): they cannot be merged"
             )
+
+
+def _embeds(adapter: Adapter) -> bool:
+    """Whether the base is an encoder, of which only embeddings have factors and nothing else that is trained."""
+    return task_of(adapter.base) == "classification"
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:

@@ -22,6 +22,8 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
     """
     held = [len(rows) for rows in rows.clients.values()]
     task = "text-generation" if classes is None else "text-classification"
+    if run.data.loss == "contrastive":
+        task = "sentence-similarity"
     name = run.model.path.rstrip("/").rpartition("/")[2]
     lines = [
         "---",
@@ -76,10 +78,13 @@ def card(run: Run, rows: Rows, summary: dict[str, Any], classes: tuple[str, ...]
     ]
     if classes is not None:
         lines.append(f"- classes: {len(classes)}, named in config.json")
-    elif run.data.prompt is None:
+    elif run.data.prompt is None and run.data.loss != "contrastive":
         lines.append(f"- template: {run.data.template}")
     if run.data.loss == "dpo":
         lines.append(f"- objective: DPO with beta {run.data.beta:g} against the start model")
+    if run.data.loss == "contrastive":
+        lines.append(f"- objective: the nearest of a batch's positives, scale {run.data.scale:g}; accuracy is recall@1")
+        lines.append("- vectors: the mean over a text's tokens, of length 1; sentence-transformers reads the folder so")
     lines += [
         "",
         "## Bytes",

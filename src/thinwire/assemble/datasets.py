@@ -15,6 +15,7 @@ from thinwire.data import templates
 from thinwire.data.batch import Dataset, Example
 from thinwire.data.classes import classify
 from thinwire.data.errors import DataError, NoRowsLeft
+from thinwire.data.pairs import NEGATIVE, pairs
 from thinwire.data.preference import sides
 from thinwire.data.rows import Row
 from thinwire.data.tokenise import tokenise_groups
@@ -40,11 +41,19 @@ def datasets(
     classes: tuple[str, ...] | None = None,
 ) -> list[Dataset]:
     """A data set of each group of rows; raises DataError."""
-    template, longest = template_of(data, classes is not None), data.max_length
+    template, longest, drop = template_of(data, classes is not None), data.max_length, data.too_long == "drop"
+    if data.loss == "contrastive":
+        negative = None
+        if data.rejected is not None:
+            negative = rejected_template(data)
+        elif data.prompt is None and any(row.has("negative") for rows in groups for row in rows):
+            negative = NEGATIVE
+        made = pairs(groups, template, negative, tokenizer, max_length=longest, drop=drop)
+        return [replace(each, scale=data.scale) for each in made]
     if data.loss == "dpo":
         worse = rejected_template(data)
-        pairs = [[sides(row, template) if data.rejected is None else (row, row) for row in rows] for rows in groups]
-        better, others = ([[pair[i] for pair in held] for held in pairs] for i in (0, 1))
+        both = [[sides(row, template) if data.rejected is None else (row, row) for row in rows] for rows in groups]
+        better, others = ([[pair[i] for pair in held] for held in both] for i in (0, 1))
         made = tokenise_groups(
             better, template, tokenizer, max_length=longest, too_long=data.too_long, rejected=(others, worse)
         )
@@ -54,7 +63,7 @@ def datasets(
         return tokenise_groups(
             groups, template, tokenizer, max_length=longest, choices=data.choices, too_long=data.too_long
         )
-    found, drop = [], data.too_long == "drop"
+    found = []
     for i, rows in enumerate(groups):
         try:
             found.append(classify(rows, template, tokenizer, max_length=longest, classes=classes, drop=drop))
@@ -113,6 +122,8 @@ def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Data
             f'data.loss: "dpo" compares with the start model, which a client of {config.method_name(run.method)} does '
             "not have in memory"
         )
+    if run.data.loss == "contrastive":
+        _check_batches(run, found)
     # as many at a time as a step has: no pass needs more memory than those that are to come
     found = [referenced(run, data, net, run.method.work(1).batch) for data in found]
     focus = run.data.focus if run.data.order == "lfr" else None
@@ -123,6 +134,23 @@ def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Data
     if not run.data.balanced and not pack and focus is None:
         return found
     return [replace(data, balanced=run.data.balanced, pack=pack, focus=focus) for data in found]
+
+
+def _check_batches(run: Run, found: Sequence[Dataset]) -> None:
+    """Raise ConfigError or DataError where a step would have nothing to tell a positive from."""
+    work = run.method.work(1)
+    if ranks()[1] > 1 and not work.probes:
+        raise ConfigError(
+            'data.loss: "contrastive" is for a client of one process; each of several sees but its share of a batch'
+        )
+    for data in found:
+        if data.examples[0].rejected:
+            continue
+        if work.batch < 2:
+            raise ConfigError("method.batch_size: a batch of one pair has nothing to tell its positive from; take more")
+        if len(data) < 2:
+            place = data.examples[0].place
+            raise DataError(f"{place}: the client's only pair, which has nothing to tell its positive from")
 
 
 def public_data(run: Run, net: Net) -> Dataset | None:

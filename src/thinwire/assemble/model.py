@@ -13,6 +13,7 @@ from thinwire.data.classes import classes_of as find_classes
 from thinwire.keys import Key
 from thinwire.model import autocast
 from thinwire.model.classifier import Task, labels_of, task_of
+from thinwire.model.embedder import check_pooling
 from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
@@ -22,7 +23,7 @@ from thinwire.train.parallel import device_of
 
 def _task(run: Run, folder: Path) -> Task:
     """What the run's model in a folder is for; ConfigError where its rows are of something else."""
-    task = task_of(folder, run.model.task)
+    task = task_of(folder, run.task)
     if task == "classification" and run.data.loss == "dpo":
         raise ConfigError(f'data.loss: "dpo" is of answers in words, and {run.model.path} is a classifier')
     return task
@@ -31,9 +32,10 @@ def _task(run: Run, folder: Path) -> Task:
 def classes_of(run: Run, folder: Path) -> tuple[str, ...] | None:
     """The classes of the run's classifier in a folder, in the model's order; None if the model is causal.
 
-    They are those of the model, or data.choices for a fresh head; ConfigError where the two differ, or none is there.
+    Nor has one of embeddings any. They are those of the model, or data.choices for a fresh head; ConfigError where the
+    two differ, or none is there.
     """
-    if _task(run, folder) == "causal":
+    if _task(run, folder) != "classification":
         return None
     own, wanted = labels_of(folder), run.data.choices
     if own is None and wanted is None:
@@ -87,6 +89,13 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
     if run.data.pack and model.view.front:
         raise ConfigError("data.pack: a prompt stands in front of a row, and not of each of its examples; leave it out")
     folder = resolve(model.path)
+    if embeds := run.task == "embedding":
+        check_pooling(folder)
+        if run.method.hollow:
+            name = config.method_name(run.method)
+            raise ConfigError(
+                f'data.loss: "contrastive" is of whole encoders, and a client of {name} has a smaller one'
+            )
     net = Net.open(
         folder,
         model.dtype,
@@ -98,6 +107,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
         classes=classes_of(run, folder),
         head_key=Key.root(run.seed).fold("head"),
         bits=model.bits,
+        embeds=embeds,
     )
     autocast.round_products(net.model, model.autocast)
     run.method.fits(net)

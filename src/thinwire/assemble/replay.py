@@ -56,7 +56,7 @@ class Replay:
         self.lengths = lengths_of([record for record in before if record["round"] < self.round])
         self.cohort = tuple(visit["id"] for visit in visits(records[-1]))
         self.names = {visit["id"]: str(visit["name"]) for record in records for visit in visits(record)}
-        task = task_of(resolve(run.model.path), run.model.task)
+        task = task_of(resolve(run.model.path), run.task)
         fresh = task == "classification" and labels_of(resolve(run.model.path)) is None and run.data.choices is None
         rows = rows_of(run.data, Key.root(run.seed)) if fresh or cross else Rows({}, {})
         if fresh:

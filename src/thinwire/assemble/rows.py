@@ -10,6 +10,7 @@ from thinwire.config import ConfigError
 from thinwire.data import partition, templates
 from thinwire.data.classes import WHOLE
 from thinwire.data.errors import DataError
+from thinwire.data.pairs import PAIR
 from thinwire.data.rows import Row
 from thinwire.data.source import KINDS, is_folder_of_files, read, read_clients
 from thinwire.data.tokenise import shuffle_answers
@@ -97,6 +98,8 @@ def rows_of(data: config.Data, key: Key) -> Rows:
 def template_of(data: config.Data, classifies: bool = False) -> templates.AnyTemplate:
     """The prompt template of the run file, for a classifier the bare text by default; raises ConfigError."""
     if data.prompt is None or data.answer is None:
+        if data.loss == "contrastive":
+            return PAIR
         return WHOLE if classifies and data.template == "plain" else templates.named(data.template)
     kind = templates.Jinja if data.template == "jinja" else templates.Template
     try:

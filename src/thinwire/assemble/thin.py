@@ -48,7 +48,7 @@ TEXT = 1 << 18  # characters of its settings
 CLASSES = 1 << 14
 BASE = "base"  # in place of a file's name
 # fields of [data] about prompts
-SHOWN = {"template", "prompt", "answer", "choices", "words", "max_length", "loss", "rejected", "beta"}
+SHOWN = {"template", "prompt", "answer", "choices", "words", "max_length", "loss", "rejected", "beta", "scale"}
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,18 @@ class Shelf:
         found = [(path, read(path)) for path in paths]
         files = [(path, thin, _view(path, thin), data_of(path, thin)) for path, thin in found]
         first = files[0][1]
-        for path, thin, *_ in files:
-            for what, mine, its in (("dtype", thin.dtype, first.dtype), ("classes", thin.classes, first.classes)):
-                if mine != its:
+        embeds = files[0][3].loss == "contrastive"
+        for path, thin, _, data in files:
+            same = {"dtype": thin.dtype == first.dtype, "classes": thin.classes == first.classes}
+            for what, fits in (same | {"task": (data.loss == "contrastive") == embeds}).items():
+                if not fits:
                     raise ModelError(f"{path}: another {what} than {paths[0]}, and one base is loaded for all of them")
         where, head = base or first.model, Key.root(first.seed).fold("head") if first.classes is not None else None
         try:
             place = resolve(where)
         except OSError as error:  # a name that no file may have
             raise ModelError(f"{paths[0]}: {where:.200}: {error.strerror}") from None
-        model, tokenizer, folder = load(place.as_posix(), first.dtype, False, first.classes, head, device)
+        model, tokenizer, folder = load(place.as_posix(), first.dtype, False, first.classes, head, device, None, embeds)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         views = list(dict.fromkeys((thin.view, thin.seed) for _, thin, *_ in files))
         nets: dict[tuple[str, int], tuple[Net, str]] = {}

@@ -189,7 +189,10 @@ def _print(
     if len(clients) > LISTED:
         console.print(f"{len(clients) - LISTED:,} clients more are not listed; --json has all")
     console.print(
-        "tokens: median an example; answer: median of the answer alone, which is what is trained on", soft_wrap=True
+        "tokens: median of an example's longest text; answer: median of its positive"
+        if run.data.loss == "contrastive"
+        else "tokens: median an example; answer: median of the answer alone, which is what is trained on",
+        soft_wrap=True,
     )
     console.print(line or f"no row is longer than {found['max_length']} tokens: none is cut", soft_wrap=True)
     for note in found["notes"]:
@@ -202,17 +205,20 @@ def _print(
         share = sum(each["rows"] * each["filled"] for each in found["packed"]) / rows
         console.print(f"packed into {rows:,} rows of {found['max_length']} tokens, {share:.0%} filled")
     for number, example in enumerate(found["examples"], 1):
-        _print_example(console, number, example)
+        _print_example(console, number, example, run.data.loss == "contrastive")
 
 
-def _print_example(console: Console, number: int, example: dict[str, Any]) -> None:
+def _print_example(console: Console, number: int, example: dict[str, Any], paired: bool) -> None:
     console.print()
     head = f"example {number}, {example['client']}, {example['place']}: {example['tokens']} tokens"
     kind = "the answer is scored against " + ", ".join(example["choices"]) if example["choices"] else ""
     if "rejected" in example:
         kind = "it was preferred to < what was rejected"
     kind = f"; {kind}" if kind else ""
-    console.print(f"{head}  | read, not trained on  > trained on{kind}", soft_wrap=True)
+    marks = f"| read, not trained on  > trained on{kind}"
+    if paired:
+        marks = "| anchor  > what belongs to it" + "  < what does not" * ("rejected" in example)
+    console.print(f"{head}  {marks}", soft_wrap=True)
     for mark, part, style in (("|", "masked", "dim"), (">", "trained", "bold green"), ("<", "rejected", "red")):
         for text in _middle(example[part]).split("\n") if part in example else ():
             console.print(f"  {mark} {text}", style=style, soft_wrap=True)

@@ -27,7 +27,7 @@ seed = 0
 rounds = 3
 
 [model]
-path = "smollm2-135m-instruct"     # or a Hugging Face folder, a name on the hub, a .gguf file
+path = {model}# or a Hugging Face folder, a name on the hub, a .gguf file
 dtype = "float32"                  # or bfloat16, float16
 device = "cpu"                     # or cuda
 
@@ -61,6 +61,7 @@ kind = "tied"
 numbers = 115200                   # a bit each: 14.4 kB; 32768: 4.1 kB
 
 """
+ENCODERS = 'targets = ["query", "key", "value"]   # as they are called in BERT and its kin'
 FEDIT = """\
 name = "fedavg"                    # what is trained travels whole: a few MB a client and round with [model.lora]
 lr = 5e-4                          # without [model.lora], rather 2e-5
@@ -147,7 +148,7 @@ def init(
             raise ConfigError(f"{file}: a run file ends in .toml")
         if not file.parent.is_dir():
             raise ConfigError(f"{file}: {file.parent} is not a folder")
-        lines, notes = _placeholder() if data is None else _own(data)
+        lines, notes, pairs = (*_placeholder(), False) if data is None else _own(data)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "run"
         if ask:
             link = link or _asked("What may a client send in a round?", Link, Link.kilobytes)
@@ -161,7 +162,11 @@ def init(
                 notes.append(
                     "open answers: without gradients hardly anything was learnt of them here (docs/results.md)"
                 )
-        text = FILE.format(file=file, name=_line("name", name), data="\n".join(lines), view=view, method=method)
+        if pairs:
+            view = view and view.rstrip() + f"\n{ENCODERS}\n\n"
+        model = f"{_quoted('minilm' if pairs else 'smollm2-135m-instruct'):<28}"
+        named = _line("name", name)
+        text = FILE.format(file=file, name=named, model=model, data="\n".join(lines), view=view, method=method)
         try:
             with open(file, "x", encoding="utf-8") as out:
                 out.write(text)
@@ -192,7 +197,8 @@ def _placeholder() -> tuple[list[str], list[str]]:
     return lines, ["data.path is a placeholder; thinwire init --data FILE looks at your columns"]
 
 
-def _own(data: str) -> tuple[list[str], list[str]]:
+def _own(data: str) -> tuple[list[str], list[str], bool]:
+    """The lines of [data], notes on them, and whether the rows are pairs of texts."""
     from thinwire.data import source
     from thinwire.data.guess_columns import propose
 
@@ -215,11 +221,15 @@ def _own(data: str) -> tuple[list[str], list[str]]:
         lines.append(_line("clients", count))
         notes.append(f"clients: {count}, dealt at random, as no column seems to name them")
     shown, how = _template(found)
-    lines += [*shown, _line("max_length", found.max_length, "tokens, prompt and answer together")]
-    return lines, [*notes, *how]
+    tokens = "tokens of a text" if found.pairs else "tokens, prompt and answer together"
+    lines += [*shown, _line("max_length", found.max_length, tokens)]
+    return lines, [*notes, *how], found.pairs
 
 
 def _template(found: Proposal) -> tuple[list[str], list[str]]:
+    if found.pairs:
+        lines = [_line("loss", "contrastive", "an anchor's own positive against all of a batch"), "scale = 20.0"]
+        return lines, ["loss: contrastive, on the embeddings of an encoder: the rows have an anchor and its positive"]
     if found.prompt is None or found.answer is None:
         lines, notes = [_line("template", found.template)], [f"template: {found.template}"]
         if found.preferences:

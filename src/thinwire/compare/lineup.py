@@ -75,10 +75,12 @@ def check_models(made: Sequence[Plan]) -> None:
     from thinwire.model.load import load
     from thinwire.model.resolve import resolve
 
-    for model in dict.fromkeys(plan.run_of(plan.seeds[0], None).model for plan in made):
+    runs = [plan.run_of(plan.seeds[0], None) for plan in made]
+    for model, wanted in dict.fromkeys((run.model, run.task) for run in runs):
         folder = resolve(model.path)
-        classes = labels_of(folder) or ("one", "other")
-        empty, _, _ = load(folder, empty=True, classes=None if task_of(folder, model.task) == "causal" else classes)
+        task, classes = task_of(folder, wanted), labels_of(folder) or ("one", "other")
+        named = classes if task == "classification" else None
+        empty, _, _ = load(folder, empty=True, classes=named, embeds=task == "embedding")
         model.view.trained(empty)
 
 

@@ -16,7 +16,7 @@ from thinwire.keys import Key
 
 IGNORE = -100  # the label of a position that does not count in the loss
 WINDOW = 8  # batches among which examples are sorted by length
-Kind = Literal["open", "choice", "token", "class", "packed", "preference"]
+Kind = Literal["open", "choice", "token", "class", "packed", "preference", "pair"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class Example:
     rejected: tuple[int, ...] = ()  # of a preference: the answer that `answer` was preferred to
     # of a preference: by how much likelier the start model takes `answer` to be, in nats; None before it is measured
     reference: float | None = None
+    apart: bool = False  # of a pair: anchor, positive and negative (in `prompt`, `answer`, `rejected`) are read apart
 
     def __len__(self) -> int:
+        if self.apart:
+            return max(len(self.prompt), len(self.answer), len(self.rejected))
         return len(self.prompt) + max(len(self.answer), len(self.rejected))
 
 
@@ -58,6 +61,8 @@ class Batch:
     row apart, so attention_mask, which distinguishes padding from tokens, is not for the model.
     preference: two candidates an example, the answer that was chosen and then the one that was rejected; `reference`,
     float32 [examples], is what the start model has for their difference, and `beta` what the loss multiplies by.
+    pair: `candidates` texts an example, without labels and padded on the right: an anchor, its positive and, of all or
+    none, a negative; `scale` is what the loss multiplies their cosines by.
     """
 
     kind: Kind
@@ -72,6 +77,7 @@ class Batch:
     candidate_ids: Tensor | None = None
     reference: Tensor | None = None
     beta: float = 0.0
+    scale: float = 0.0
     # is given each example's own loss, float32 [examples], by whoever computes it
     seen: Callable[[Tensor], None] | None = field(default=None, compare=False)
 
@@ -96,10 +102,11 @@ def collate(
     pad: int,
     candidates: Sequence[tuple[int, ...]] | None = None,
     beta: float | None = None,
+    scale: float | None = None,
 ) -> Batch:
     """One batch of the examples; with `candidates` (the tokens of each closed answer) it scores those answers.
 
-    With `beta` the examples are preferences.
+    With `beta` the examples are preferences, with `scale` pairs.
     """
     kind: Kind = "open"
     choice, single, reference = None, None, None
@@ -110,6 +117,8 @@ def collate(
         if kind == "token":
             single = torch.tensor([tokens[0] for tokens in candidates], dtype=torch.int64)
         rows = [(e.prompt, tokens) for e in examples for tokens in (candidates if kind == "choice" else [()])]
+    elif scale is not None:
+        kind, rows = "pair", [(tokens, ()) for e in examples for tokens in (e.prompt, e.answer, e.rejected) if tokens]
     elif beta is not None:
         kind, rows = "preference", [(e.prompt, tokens) for e in examples for tokens in (e.answer, e.rejected)]
         known = [e.reference for e in examples if e.reference is not None]
@@ -121,15 +130,15 @@ def collate(
     labels = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
     for i, (prompt, answer) in enumerate(rows):
         tokens = (*prompt, *answer)
-        start = 0 if kind == "class" else length - len(tokens)  # encoders look at the first token
+        start = 0 if kind in ("class", "pair") else length - len(tokens)  # encoders look at the first token
         input_ids[i, start : start + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         attention[i, start : start + len(tokens)] = 1
         if answer:
             labels[i, width - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    count = len(candidates) if candidates is not None else 2 if kind == "preference" else 1
+    count = len(candidates) if candidates is not None else len(rows) // len(examples)
     parts = (input_ids, attention, positions, labels)
-    return Batch(kind, *parts, len(examples), count, choice, single, reference, beta or 0.0)
+    return Batch(kind, *parts, len(examples), count, choice, single, reference, beta or 0.0, scale or 0.0)
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
@@ -164,6 +173,7 @@ class Dataset:
     balanced: bool = False  # of a closed set: batches hold the answers in equal numbers
     pack: int = 0  # of open answers: the tokens of a row into which batches pack short examples; 0: they don't
     beta: float | None = None  # of preferences: see Batch; None: the answers are trained on as they are
+    scale: float | None = None  # of pairs: see Batch
     focus: float | None = None  # of LFR: the share of the examples that every second pass is about; None: all always
     memory: MutableMapping[str, Tensor] | None = field(default=None, compare=False)  # where LFR keeps their losses
     cut: int = 0  # rows that lost tokens, to be short enough
@@ -254,4 +264,4 @@ class Dataset:
 
     def collated(self, examples: Sequence[Example]) -> Batch:
         """One batch of these of its examples."""
-        return collate(examples, self.pad, self.candidates, self.beta)
+        return collate(examples, self.pad, self.candidates, self.beta, self.scale)

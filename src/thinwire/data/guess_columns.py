@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from thinwire.data.errors import DataError
+from thinwire.data.pairs import TEXTS
 from thinwire.data.preference import SIDES
 from thinwire.data.rows import Row
 
@@ -36,7 +37,7 @@ LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens
 class Proposal:
     """`template` by name, or `prompt` and `answer`. `client`: the column that names clients, None where none does.
 
-    `preferences`: an answer of a row was chosen, and another was rejected.
+    `preferences`: an answer of a row was chosen, and another was rejected. `pairs`: two texts of a row belong together.
     """
 
     template: str | None
@@ -47,6 +48,7 @@ class Proposal:
     max_length: int
     columns: tuple[str, ...]
     preferences: bool = False
+    pairs: bool = False
 
 
 def propose(rows: Sequence[Row]) -> Proposal:
@@ -55,6 +57,9 @@ def propose(rows: Sequence[Row]) -> Proposal:
     named = _template([name for name in columns if any(row.has(name) for row in rows)])
     texts = [name for name in columns if _is_text(rows, name)]
     client = _first(texts, CLIENTS, lambda name: 2 <= _distinct(rows, name) <= min(MOST_CLIENTS, len(rows) // 2))
+    if {*TEXTS[:2]} <= {*columns}:
+        longest = max(_max_length(rows, [name]) for name in TEXTS if name in columns)
+        return Proposal(None, None, None, None, client, longest, columns, pairs=True)
     if named is not None:
         known = ("instruction", "input", "output", "prompt", "completion", "messages", *SIDES)
         longest = _max_length(rows, [name for name in known if name in columns])

@@ -80,10 +80,10 @@ def estimate(run: Run) -> Estimate:
     method, length = run.method, run.data.max_length
     work = method.work(1)
     assumed.append(f"batches of {work.batch} rows of {length} tokens, the most that data.max_length allows")
-    answers = 2 if run.data.loss == "dpo" else 1  # of an example, a row each
+    answers = _rows_of_one(run, held)
     at_once = answers * work.batch * work.sides
     closed = run.data.choices is not None and run.data.loss == "choice"
-    if model.task == "classification":
+    if model.task != "causal":
         assumed.append("every text as long as that")
     elif closed:
         assumed.append("choices of one token each")
@@ -109,6 +109,15 @@ def estimate(run: Run) -> Estimate:
         flops=forward.flops / at_once * passes,
         assumed=assumed,
     )
+
+
+def _rows_of_one(run: Run, held: Rows | None) -> int:
+    """How many rows of a batch an example takes."""
+    if run.data.loss == "contrastive":
+        rows = [] if held is None else [row for some in held.clients.values() for row in some]
+        negative = run.data.rejected is not None or (run.data.prompt is None and any(r.has("negative") for r in rows))
+        return 3 if negative else 2
+    return 2 if run.data.loss == "dpo" else 1
 
 
 def kept_of(run: Run, clients: int, sent: Traffic) -> int:

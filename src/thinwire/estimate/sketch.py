@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from thinwire.config import Run
 from thinwire.costs.sketch import Pass, Sketch
 from thinwire.model.classifier import Task, has_head, task_in, task_of
+from thinwire.model.embedder import settle
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.folder import check_adapter
 from thinwire.model.load import DTYPES
@@ -43,13 +44,15 @@ def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
     """The run's model from its config alone; raises ModelError. `classes`: how many a fresh head distinguishes."""
     config, dtype = config_of(run.model.path), DTYPES[run.model.dtype]
     known = config.to_dict()
-    task = task_in(known, run.model.path, run.model.task)
+    task = task_in(known, run.model.path, run.task)
     if task == "classification" and not has_head(known):
         config.num_labels = classes()
     try:
         model = hollow(partial(_form(task).from_config, dtype=dtype, trust_remote_code=False), config)
     except Exception as error:  # a config may be wrong in as many ways as there are architectures
         raise ModelError(f"cannot make a model of the config of {run.model.path}: {first_line(error)}") from error
+    if task == "embedding":
+        settle(model)
     whole = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     if run.model.bits is not None:
         each = {8: 1.0, 4: 0.5 + 4 / 64}[run.model.bits]  # four bits: a float32 scale for 64 weights
@@ -68,8 +71,10 @@ def sketch(run: Run, classes: Callable[[], int] = lambda: 2) -> Sketch:
 
 
 def _form(task: Task) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if task == "embedding":
+        return AutoModel
     return AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
 
 
@@ -155,6 +160,9 @@ def _loss(net: PreTrainedModel, task: Task, rows: int, length: int, answer: int)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
     if task == "classification":
         return F.cross_entropy(net(input_ids=ids, **options).logits.float(), torch.zeros(rows, dtype=torch.int64))
+    if task == "embedding":  # pairs or more, of which each row is held against all others here
+        found = F.normalize(net(input_ids=ids, **options).last_hidden_state.float().mean(1), dim=-1)
+        return F.cross_entropy(found @ found.T, torch.arange(rows))
     options["position_ids"] = torch.arange(length).expand(rows, length)
     width = max(1, min(answer, length - 1))
     options["logits_to_keep"] = torch.arange(length - 1 - width, length - 1)

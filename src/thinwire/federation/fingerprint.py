@@ -64,7 +64,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _prompt(run: Run, tokenizer: PreTrainedTokenizerBase) -> str:
-    shown = {"template", "prompt", "answer", "choices", "words", "max_length", "too_long", "rejected", "beta"}
+    shown = {"template", "prompt", "answer", "choices", "words", "max_length", "too_long", "rejected", "beta", "scale"}
     data = run.data.model_dump(include=shown)
     text = "" if run.data.prompt is not None else repr(templates.named(run.data.template))
     parts = [data, text, tokenizer.chat_template]

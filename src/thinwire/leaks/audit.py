@@ -131,6 +131,8 @@ def check(run: Run, size: Size) -> None:
         raise ConfigError("federation.sites: the audit runs in one process, on rows that are here; leave them out")
     if run.data.loss == "dpo":
         raise ConfigError('data.loss: the audit makes canaries of one answer, and rows of "dpo" have two')
+    if run.data.loss == "contrastive":
+        raise ConfigError("data.loss: the audit looks for each row's own loss, and a pair's depends on its batch")
     if run.method.moves_base:
         raise ConfigError(f"method: {name} moves weights that its view freezes, and the audit compares what is trained")
     if run.method.hollow:

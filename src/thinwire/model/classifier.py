@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     from thinwire.keys import Key
 
-Task = Literal["causal", "classification"]
+Task = Literal["causal", "classification", "embedding"]
+Wanted = Literal["auto", "causal", "classification", "embedding"]
 
 
-def task_of(folder: Path, wanted: Literal["auto", "causal", "classification"] = "auto") -> Task:
+def task_of(folder: Path, wanted: Wanted = "auto") -> Task:
     """The task of the model in a folder, found from its config where `wanted` is auto.
 
     A classifier is one by its config, or an encoder such as BERT, which gets a fresh head. ModelError: the
@@ -33,7 +34,7 @@ def task_of(folder: Path, wanted: Literal["auto", "causal", "classification"] = 
     return task_in(_config(folder), folder, wanted)
 
 
-def task_in(config: dict[str, Any], folder: Path | str, wanted: Literal["auto", "causal", "classification"]) -> Task:
+def task_in(config: dict[str, Any], folder: Path | str, wanted: Wanted) -> Task:
     """The same of a config that has been read; `folder` is named in errors."""
     from transformers.models.auto import modeling_auto as known
 
@@ -48,12 +49,16 @@ def task_in(config: dict[str, Any], folder: Path | str, wanted: Literal["auto", 
             f"the {named} in {folder} brings code of its own (auto_map in its config.json), and code of a model is "
             f"never run: transformers itself must know the type {kind}"
         )
+    encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+    if wanted == "embedding":
+        if not encoder or config.get("is_encoder_decoder"):
+            raise ModelError(f'data.loss: "contrastive" trains an encoder, and the {named} in {folder} is none')
+        return wanted
     if config.get("is_encoder_decoder") and wanted != "classification":
         raise ModelError(
             f"the {named} in {folder} is neither a causal model nor a classifier of texts: "
             "it is an encoder with a decoder (is_encoder_decoder)"
         )
-    encoder = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
     if wanted == "causal" and continues and encoder and not config.get("causal"):  # XLM's word for is_decoder
         raise ModelError(
             f"model.task: the {named} in {folder} is an encoder, whose positions see what follows them: not causal"

@@ -94,6 +94,8 @@ def _within(model: PreTrainedModel, name: str) -> bool:
 def _spelt(model: PreTrainedModel, name: str) -> str:
     """A tensor's name as the model has it: files of a headless model leave the transformer's prefix out."""
     prefix = f"{model.base_model_prefix}."
+    if model.base_model is model:  # it has no head itself
+        return name.removeprefix(prefix)
     first = name.partition(".")[0]
     inner = {at for at, _ in model.base_model.named_children()}
     return name if name.startswith(prefix) or first not in inner else prefix + name

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from thinwire.model import classifier, gguf_fields, gguf_tokens
+from thinwire.model.embedder import is_embedder
 from thinwire.model.errors import ModelError
 from thinwire.model.gguf import read
 from thinwire.model.meta import hollow
@@ -41,6 +42,8 @@ def check_writable(net: Net) -> None:
     kind = net.model.config.model_type
     if classifier.is_classifier(net.model):
         raise ModelError("GGUF: a classifier cannot be written, only a model that goes on with a text")
+    if is_embedder(net.model):
+        raise ModelError("GGUF: a model of embeddings cannot be written here, only one that goes on with a text")
     if net.view.front:
         raise ModelError("GGUF: there is no place for virtual tokens in front of a text; export the folder")
     if kind not in gguf_fields.ARCHITECTURES:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from thinwire.model import classifier
+from thinwire.model import classifier, embedder
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.files import check_files, check_shapes, settle_ties, unties
 from thinwire.model.meta import hollow
@@ -34,6 +34,7 @@ def load(
     key: Key | None = None,
     device: str = "cpu",
     bits: int | None = None,
+    embeds: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """The model, its tokenizer and its folder; if it is to be empty, its parameters have no memory (device meta).
 
@@ -42,24 +43,25 @@ def load(
     layers are quantised to `bits`, 8 or 4 (on `device` then). It does not build a key-value cache unless it generates,
     and uses fused attention where its architecture has it (the default of transformers). The tokenizer has a pad token
     inside the model's vocabulary. With `classes` it is a classifier of texts into these, whose head is drawn from `key`
-    where the folder has none. ModelError: see `resolve`; or the folder cannot be read, is quantised already, or its
-    weights do not fill the model, have no place in it or are no numbers; or nothing that quantises is installed.
+    where the folder has none; where it `embeds`, an encoder without a head. ModelError: see `resolve`; or the folder
+    cannot be read, is quantised already, or its weights do not fill the model, have no place in it or are no numbers;
+    or nothing that quantises is installed.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype is {dtype!r}; known are {', '.join(DTYPES)}")
     folder = path if isinstance(path, Path) else resolve(path)
     with quiet():
         if empty:
-            model = _hollow_model(folder, DTYPES[dtype], classes)
+            model = _hollow_model(folder, DTYPES[dtype], classes, embeds)
         else:
-            model = _read_model(folder, DTYPES[dtype], classes, key, placed_on(device, bits, DTYPES[dtype]))
+            model = _read_model(folder, DTYPES[dtype], classes, key, placed_on(device, bits, DTYPES[dtype]), embeds)
         tokenizer = _read_tokenizer(folder)
     if not empty:
         _own(model)
     model.eval()
     model.config.use_cache = False
     settle_pad(model, tokenizer, folder)
-    if classes is None:
+    if classes is None and not embeds:
         settle_generation(model, tokenizer)
     else:
         model.config.pad_token_id = tokenizer.pad_token_id  # it marks where a text ends
@@ -68,11 +70,14 @@ def load(
 
 
 def _read_model(
-    folder: Path, dtype: torch.dtype, classes: Sequence[str] | None, key: Key | None, placed: dict[str, Any]
+    folder: Path,
+    dtype: torch.dtype,
+    classes: Sequence[str] | None,
+    key: Key | None,
+    placed: dict[str, Any],
+    embeds: bool,
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    auto = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
+    auto = _form(classes, embeds)
     try:
         if "quantization_config" in json.loads((folder / "config.json").read_text()):
             raise ModelError(f"the model in {folder} is quantised already: float weights are wanted")
@@ -93,10 +98,16 @@ def _read_model(
         raise
     except Exception as error:  # safetensors, json, config validation and torch each have their own
         raise ModelError(f"cannot load the model in {folder}: {first_line(error)}") from error
+    if aside := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise ModelError(
+            f"model.device: auto: the GPUs have no room for all of {folder}, such as {aside}, and what accelerate puts "
+            "aside can be neither trained nor perturbed; take more GPUs, a smaller model.dtype, or model.bits"
+        )
     check_shapes(info, f"the model in {folder}")
     for layer in quantised_layers(model).values():
         layer.support_avx512bf16_for_cpu = False  # or some CPUs would pack the weights anew, and round otherwise
-    absent = sorted(info["missing_keys"], key=lambda name: (not classifier.of_head(model, name), name))
+    names = [name for name in info["missing_keys"] if not (embeds and name.startswith(embedder.POOLER))]
+    absent = sorted(names, key=lambda name: (not classifier.of_head(model, name), name))
     if absent and classes is not None and key is not None:
         try:
             fresh = classifier.drawn(model, absent, key)
@@ -111,14 +122,18 @@ def _read_model(
         raise ModelError(f"the weights in {folder} lack {which}")
     check_files(model, folder, info["unexpected_keys"])
     settle_ties(model)
+    if embeds:
+        embedder.settle(model, folder)
     ready: PreTrainedModel = model
     return ready
 
 
-def _hollow_model(folder: Path, dtype: torch.dtype, classes: Sequence[str] | None = None) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+def _hollow_model(
+    folder: Path, dtype: torch.dtype, classes: Sequence[str] | None = None, embeds: bool = False
+) -> PreTrainedModel:
+    from transformers import AutoConfig
 
-    auto = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
+    auto = _form(classes, embeds)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **_labels(classes))
         make = partial(auto.from_config, dtype=dtype, trust_remote_code=False)
@@ -126,9 +141,19 @@ def _hollow_model(folder: Path, dtype: torch.dtype, classes: Sequence[str] | Non
         if unties(model, folder):
             config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
             model = hollow(make, config)
+        if embeds:
+            embedder.settle(model, folder)
         return model
     except Exception as error:  # as above
         raise ModelError(f"cannot read the model's config in {folder}: {first_line(error)}") from error
+
+
+def _form(classes: Sequence[str] | None, embeds: bool) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if embeds:
+        return AutoModel
+    return AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
 
 
 def _labels(classes: Sequence[str] | None) -> dict[str, Any]:

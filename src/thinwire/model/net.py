@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.keys import Key
-from thinwire.model import classifier
+from thinwire.model import classifier, embedder
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.folder import check_replaceable, whole_folder
 from thinwire.model.load import load
@@ -63,7 +63,6 @@ class Net:
         self._model, self.tokenizer, self.folder, self.view = model, tokenizer, Path(folder), view
         self.remember, self.view_key = remember, view_key
         self.merged: tuple[str, ...] = ()  # of each stage that has gone into the frozen weights, its name
-        self._resting = False
         self._kept: tuple[bytes, dict[str, Tensor]] | None = None
         for name, names in tied(model).items():
             if trainable is not None and not any(map(trainable, names)):
@@ -71,7 +70,7 @@ class Net:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.personal = {name: self._parameters.pop(name) for name in kept([*self._parameters], view.keep)}
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self._written: dict[str, nn.Parameter] = {}  # frozen ones
+        self._resting, self._written = False, dict[str, nn.Parameter]()  # frozen ones that were written to
         if not self._parameters:
             raise ModelError(f"no parameter of the model in {folder} is trainable")
         self.names: tuple[str, ...] = tuple(self._parameters)
@@ -95,17 +94,17 @@ class Net:
         head_key: Key | None = None,
         bits: int | None = None,
         view_key: Key = _SEED_0,
+        embeds: bool = False,
     ) -> Net:
         """Load the model at `path` (see load.load) onto `device` and wrap it. ModelError as there.
 
         Device auto: all GPUs of the machine, each with some layers. `bits`, 8 or 4: linear layers are quantised, for
         `view` to add what is trained, drawn from `view_key`.
-
         A `hollow` net has names, shapes, config, tokenizer and base, and in memory only what its view adds: for halves
-        that build a smaller model of their own or need no weights. With `classes` it is a classifier, see load.load.
+        that build a smaller model of their own or need no weights. With `classes`, or if it `embeds`: see load.load.
         """
         head_key = None if classes is None else head_key  # a causal model's head is in its files, or it is no model
-        model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits)
+        model, tokenizer, folder = load(path, dtype, hollow, classes, head_key, device, bits, embeds)
         to = None if hollow or device == "auto" or bits is not None else device
         return cls.over(model, tokenizer, folder, str(path), view, view_key, to, head_key, trainable, remember, hollow)
 
@@ -135,7 +134,7 @@ class Net:
                 model.to(device)  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
             raise ModelError(f"model.device: {device}: {first_line(error)}") from None
-        if not hollow and not classifier.is_classifier(model):
+        if not hollow and not classifier.is_classifier(model) and not embedder.is_embedder(model):
             check_causal(model, name)
         try:
             net = cls(model, tokenizer, folder, trainable, remember, head_key, view, view_key=view_key)
@@ -296,5 +295,6 @@ class Net:
             if any(not torch.equal(p, self.base[name]) for name, p in self._written.items()):
                 shutil.rmtree(fresh / "adapter", ignore_errors=True)  # it would be for weights that are no more
             self.tokenizer.save_pretrained(fresh)
+            embedder.describe(self.model, self.folder, fresh)
             if card is not None:
                 (fresh / "README.md").write_text(card, encoding="utf-8")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from thinwire.model.classifier import is_classifier
+from thinwire.model.embedder import is_embedder
 from thinwire.model.errors import ModelError, first_line
 
 if TYPE_CHECKING:
@@ -137,13 +139,15 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def _forward(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
-    """The logits as training asks for them."""
+    """The logits as training asks for them; of a model without a head each position's vector."""
     accepted = inspect.signature(model.forward).parameters
     ids = torch.tensor(rows, device=next(model.parameters()).device)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
-    if "position_ids" in accepted and not type(model).__name__.endswith("ForSequenceClassification"):
+    whole = is_embedder(model) or is_classifier(model)  # positions are then the model's own affair
+    if "position_ids" in accepted and not whole:
         options["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
     if "use_cache" in accepted:
         options["use_cache"] = False
-    logits: Tensor = model(input_ids=ids, **options).logits
-    return logits
+    out = model(input_ids=ids, **options)
+    found: Tensor = out.last_hidden_state if is_embedder(model) else out.logits
+    return found

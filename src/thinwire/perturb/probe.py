@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from thinwire.data.batch import Batch, Example, collate
-from thinwire.model.classifier import is_classifier
+from thinwire.model import classifier, embedder
 from thinwire.model.errors import ModelError, first_line
 from thinwire.model.net import Net
 from thinwire.model.trial import reads_of, tokens_of
@@ -43,10 +43,9 @@ class Probe:
         self.net, self.directions, self.together = net, directions, together
         self._names = {id(parameter): name for name, parameter in net.parameters()}
         self._added = _ADDED if directions.law == "lowrank" else {}
-        self._met: set[str] = set()
         self._steps: list[tuple[int, float]] = []  # (seed, step) of each group of rows in the present pass
         self._scales = torch.ones(0)  # of each group's added outputs: its step over sqrt(r)
-        self._rows = 0
+        self._rows, self._met = 0, set[str]()
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}  # of the directions of the present pass, by parameter
         self._factors_of: list[int] = []
         self._stack = ExitStack()
@@ -249,9 +248,10 @@ def check(net: Net, directions: Directions, together: bool, method: str) -> None
     check_read(net.model, net.names, method)
     if not together and directions.law != "lowrank":
         return
-    row, classifies = tuple(tokens_of(net.model, 8)), is_classifier(net.model)
+    row, classifies = tuple(tokens_of(net.model, 8)), classifier.is_classifier(net.model)
     rows = [(row, ()), (row[::-1], ())] if classifies else [(row[:-3], row[-3:]), (row[:1:-1], row[:2])]
-    batch = collate([Example(*each, choice=0) for each in rows], 0, [(), ()] if classifies else None)
+    scale = 20.0 if embedder.is_embedder(net.model) else None
+    batch = collate([Example(*each, choice=0) for each in rows], 0, [(), ()] if classifies else None, scale=scale)
     try:
         with Probe(net, directions, together) as probe:
             found = probe.losses(batch, [0], 0.02)[0]

@@ -1,4 +1,4 @@
-"""The training loss of a batch, from the logits of the positions that count."""
+"""The training loss of a batch, from the logits of the positions that count, or from the texts' vectors."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     Open answers: the cross-entropy averaged over the tokens that count, 0 where none does. A closed set of
     answers: the cross-entropy of the right one over the candidates' scores, averaged over the examples. Preferences:
     -log sigmoid(beta (margin - reference)) averaged over the examples (DPO: Rafailov et al. 2023, arXiv:2305.18290).
+    Pairs: the mean of `contrasts` over the batch's examples.
     """
     return losses(model, batch, 1)[0]
 
@@ -33,8 +34,12 @@ def losses(model: nn.Module, batch: Batch, groups: int) -> Tensor:
     """The batch's loss in one forward pass over its rows `groups` times, one after the other: float32 [groups].
 
     All are the same unless the model treats the groups differently, as a probe makes it do. Of a closed set of answers
-    and of preferences they are the means of `example_losses`; open answers count by their tokens.
+    and of preferences they are the means of `example_losses`; open answers count by their tokens. Pairs: each group's
+    examples are told apart from those of their own group alone.
     """
+    if batch.kind == "pair":
+        found = embeddings(model, batch.repeated(groups)).unflatten(0, (groups, batch.examples, batch.candidates))
+        return torch.stack([contrasts(each, batch.scale).mean() for each in found])
     if batch.kind not in ("open", "packed"):
         return example_losses(model, batch, groups).mean(1)
     many = batch.repeated(groups)
@@ -49,8 +54,10 @@ def example_losses(model: nn.Module, batch: Batch, groups: int = 1) -> Tensor:
     """Each example's own loss, which no other example of the batch has a part in: float32 [groups, examples].
 
     Of an open answer the mean over its tokens that count, 0 where none does. Groups as for `losses`. ValueError: of
-    preferences whose reference has not been measured.
+    preferences whose reference has not been measured, and of pairs, which have no such loss.
     """
+    if batch.kind == "pair":
+        raise ValueError("a pair's loss depends on the others of its batch")
     many = batch.repeated(groups)
     if many.choice is not None:
         found = scores(model, many)
@@ -110,6 +117,27 @@ def margins(model: nn.Module, batch: Batch) -> Tensor:
     """Of preferences: the log-probability of the chosen answer less that of the rejected one, float32 [examples]."""
     chosen, rejected = scores(model, batch).unbind(1)
     return chosen - rejected
+
+
+def embeddings(model: nn.Module, batch: Batch) -> Tensor:
+    """Of each row the mean of its tokens' vectors, of length 1: float32 [rows, width]."""
+    device = next(model.parameters()).device
+    mask = batch.attention_mask.to(device)
+    hidden = model(input_ids=batch.input_ids.to(device), attention_mask=mask).last_hidden_state.float()
+    counted = mask.to(hidden).unsqueeze(-1)
+    return F.normalize((hidden * counted).sum(1) / counted.sum(1), dim=-1)
+
+
+def contrasts(found: Tensor, scale: float) -> Tensor:
+    """The loss of each pair among all of them: float32 [examples].
+
+    found: vectors of length 1 [examples, texts, width], of each an anchor, its positive and maybe a negative. The
+    cross-entropy of an anchor's own positive over `scale` times its cosines with all positives and negatives (InfoNCE:
+    van den Oord et al. 2018, arXiv:1807.03748; MultipleNegativesRankingLoss: Henderson et al. 2017, arXiv:1705.00652).
+    """
+    anchors, others = found[:, 0], found[:, 1:].transpose(0, 1).flatten(0, 1)  # all positives, then all negatives
+    own = torch.arange(len(found), device=found.device)
+    return F.cross_entropy(scale * anchors @ others.T, own, reduction="none")
 
 
 def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

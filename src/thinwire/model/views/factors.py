@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from thinwire.keys import Key
 from thinwire.model import classifier
+from thinwire.model.embedder import POOLER, is_embedder
 from thinwire.model.errors import ModelError
 from thinwire.model.quantised import floats, quantised_layers
 from thinwire.model.trial import reads_of
@@ -150,6 +151,8 @@ def chosen_layers(
     ModelError as `add`, of the run file's `table`.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if is_embedder(model):
+        layers = {name: layer for name, layer in layers.items() if not name.startswith(POOLER)}
     for target in targets:
         if not any(_meant(name, target) for name in layers):
             known = sorted({name.rpartition(".")[2] for name in layers})

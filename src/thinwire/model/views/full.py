@@ -27,5 +27,5 @@ class Full(Table):
         """Nothing to put in."""
 
     def trained(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-        """Every parameter."""
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        """Every parameter, but for a pooler that has no part in embeddings."""
+        return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
