@@ -123,7 +123,8 @@ def embeddings(model: nn.Module, batch: Batch) -> Tensor:
     """Of each row the mean of its tokens' vectors, of length 1: float32 [rows, width]."""
     device = next(model.parameters()).device
     mask = batch.attention_mask.to(device)
-    hidden = model(input_ids=batch.input_ids.to(device), attention_mask=mask).last_hidden_state.float()
+    with passes(model, device):
+        hidden = model(input_ids=batch.input_ids.to(device), attention_mask=mask).last_hidden_state.float()
     counted = mask.to(hidden).unsqueeze(-1)
     return F.normalize((hidden * counted).sum(1) / counted.sum(1), dim=-1)
 
