@@ -85,7 +85,8 @@ class FlareServer(Follower):
             return None
         status = self._admin("status", self.job)
         self.looked = time.monotonic()
-        return f"{status}; {self.why()}" if status.startswith("FINISHED") else None
+        ended = status.startswith("FINISHED")  # FLARE leaves the reason where it arose
+        return f"its job is {status}; the server's log, or a site's client.log, has why" if ended else None
 
     def stop(self) -> None:
         """See Follower."""
