@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from folders import SECRET, agreed_folder, run_folder
 
+from thinwire.data.errors import DataError
 from thinwire.data.shown import printable
 from thinwire.report.page import _library, render
 from thinwire.report.runs import collect
@@ -254,3 +255,30 @@ def test_many_groups_are_told_apart_by_colour_and_shape(tmp_path: Path) -> None:
         if plot.name in ("front", "heldout-loss"):
             shapes = plot.spec["encoding"]["shape"]["scale"]["range"]
             assert len({(i % 8, shape) for i, shape in enumerate(shapes)}) == 30
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"round": 4}', '{"round": 4, "rows": {"a": 1}, "together": ["x"], "clients": {}}', "\0"],
+)
+def test_a_matrix_that_is_none_is_one_line(content: str, tmp_path: Path) -> None:
+    agreed_folder(tmp_path / "run")
+    (tmp_path / "run" / "cross.json").write_text(content)
+    with pytest.raises(DataError, match=r"cross\.json: not as it was written"):
+        collect([tmp_path])
+
+
+def test_a_matrix_with_names_of_others_and_too_few_losses_is_shown(tmp_path: Path) -> None:
+    agreed_folder(tmp_path / "run")
+    name = "<script>alert(1)</script>\u001b[2J"
+    found = {
+        "round": 4,
+        "rows": {name: 1, "b": None},
+        "together": [1.0],
+        "clients": {"0": {"name": name, "losses": []}},
+    }
+    (tmp_path / "run" / "cross.json").write_text(json.dumps(found))
+    section = render(collect([tmp_path])).partition('id="cross-title"')[2].partition("</section>")[0]
+    assert "<script>" not in section
+    assert "\u001b" not in section
+    assert re.findall(r"<td>(.*?)</td>", section) == ["-", "-", "1.000", "-"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,7 @@ from thinwire.commands.terminal import Overrides, echo, one_line, settle
 
 if TYPE_CHECKING:
     from thinwire.assemble.replay import Replay
+    from thinwire.report.sites import Matrix
 
 COLUMNS = 8  # clients that a line of the table has
 
@@ -34,12 +36,13 @@ def contributions(
         from thinwire.commands.screen import Screen
         from thinwire.evaluate.contributions import exact, leave_one_out, most, shapley
         from thinwire.keys import Key
+        from thinwire.report.sites import Matrix
         from thinwire.units import span
 
         if not (path / "run.toml").exists():
             raise config.ConfigError(f"{path}: not a run's folder")
         if matrix and (path / "cross.json").exists():
-            _show(records.read_json(dict[str, Any], path / "cross.json"), path / "cross.json")
+            _show(records.read_json(Matrix, path / "cross.json"), path / "cross.json")
             return
         with tempfile.TemporaryDirectory(dir=path, prefix=".contributions.") as place:
             if matrix:
@@ -101,6 +104,7 @@ def contributions(
 def _cross(replay: Replay) -> None:
     """The loss on each client's rows of each client's own fine-tuning: its reply of the last round, alone."""
     from thinwire import files, records
+    from thinwire.report.sites import Learnt, Matrix
     from thinwire.units import span
 
     clients, names = replay.clients, [split.name for split in replay.splits]
@@ -114,32 +118,28 @@ def _cross(replay: Replay) -> None:
     echo(f"the first took {span(time.perf_counter() - started)}: about "
          f"{span((time.perf_counter() - started) * len(clients))} are left")  # fmt: skip
     own = {client: replay.losses(frozenset([client]), own=True) for client in clients}
-    found = {
-        "round": replay.round,
-        "rows": {split.name: len(split.data) for split in replay.splits},
-        "together": together,
-        "clients": {str(client): {"name": replay.names[client], "losses": own[client]} for client in clients},
-    }
-    files.write(replay.folder / "cross.json", records.dumps(found, indent=2) + "\n")
+    learnt = {str(client): Learnt(replay.names[client], own[client]) for client in clients}
+    rows: dict[str, int | None] = {split.name: len(split.data) for split in replay.splits}
+    found = Matrix(replay.round, rows, together, learnt)
+    files.write(replay.folder / "cross.json", records.dumps(asdict(found), indent=2) + "\n")
     _show(found, replay.folder / "cross.json")
 
 
-def _show(found: Any, place: Path) -> None:
+def _show(found: Matrix, place: Path) -> None:
     """The matrix, some columns at a time."""
     from rich.table import Column, Table
 
     from thinwire.commands.screen import Screen
 
-    names, screen = [*found["rows"]], Screen()
+    names, screen = [*found.rows], Screen()
     for start in range(0, len(names), COLUMNS):
         shown = slice(start, start + COLUMNS)
         table = Table("learnt by / rows of", *(Column(name, justify="right") for name in names[shown]))
-        lines = ((each["name"], each["losses"]) for each in found["clients"].values())
-        for name, losses in (*lines, ("together", found["together"])):
-            table.add_row(name, *("-" if loss is None else f"{loss:.4f}" for loss in losses[shown]))
+        for line in found.lines:
+            table.add_row(line.name, *("-" if loss is None else f"{loss:.4f}" for loss in line.losses[shown]))
         screen.print(table)
     screen.print(
         f"loss, nats a token, on each client's own rows, of what each has made of the model in round "
-        f"{found['round']}; also in {place}",
+        f"{found.round}; also in {place}",
         soft_wrap=True,
     )

@@ -13,10 +13,10 @@ import jinja2
 
 from thinwire.data.errors import DataError
 from thinwire.data.shown import printable
-from thinwire.records import MEASURED, SELECTION, Record
+from thinwire.records import MEASURED, SELECTION
 from thinwire.report.plots import SPLITS, plots
 from thinwire.report.runs import Recorded, number
-from thinwire.report.sites import clients_of
+from thinwire.report.sites import Matrix, clients_of
 from thinwire.units import size
 
 PARTS = {"kind", "columns", "rows", "spec", "title"}  # of a plot, that the page's code needs
@@ -142,13 +142,9 @@ def client_table(run: Recorded) -> tuple[list[str], list[list[str]]] | None:
     return heads, lines
 
 
-def cross_table(cross: Record) -> tuple[list[str], list[list[str]]]:
+def cross_table(cross: Matrix) -> tuple[list[str], list[list[str]]]:
     """The losses of what each client alone has learnt, and all have together, on each one's rows."""
-    try:
-        lines = [*cross["clients"].values(), {"name": "together", "losses": cross["together"]}]
-        return ["learnt by", *cross["rows"]], [[str(line["name"]), *map(_three, line["losses"])] for line in lines]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"cross.json: no matrix of losses: {error}") from None
+    return ["learnt by", *cross.rows], [[line.name, *map(_three, line.losses)] for line in cross.lines]
 
 
 def endings(runs: Sequence[Recorded]) -> list[str]:

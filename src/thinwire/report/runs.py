@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from thinwire.data.errors import DataError
-from thinwire.records import Record, lines
+from thinwire.errors import Damaged
+from thinwire.records import Record, lines, read_json
+from thinwire.report.sites import Matrix
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Recorded:
     cost: Record | None
     after: dict[int, tuple[int, float]]
     contributions: Record | None = None
-    cross: Record | None = None
+    cross: Matrix | None = None
 
     @property
     def method(self) -> str:
@@ -98,9 +100,11 @@ def _read(folder: Path, settings: Record, label: str) -> Recorded:
     beside = (folder / "cost.json", folder.parent.parent / "cost" / "cost.json")  # as `compare` lays it out
     cost = next((_json(file) for file in beside if file.exists()), None)
     summary = _json(folder / "summary.json") if (folder / "summary.json").exists() else None
-    worth, cross = (
-        _json(folder / name) if (folder / name).exists() else None for name in ("contributions.json", "cross.json")
-    )
+    worth = _json(folder / "contributions.json") if (folder / "contributions.json").exists() else None
+    try:
+        cross = read_json(Matrix, folder / "cross.json") if (folder / "cross.json").exists() else None
+    except Damaged as error:
+        raise DataError(str(error)) from None
     name = str(settings.get("name", folder.name))
     return Recorded(label, name, folder, settings, rounds, evals, summary, cost, after, worth, cross)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thinwire.records import Record, visits
 
@@ -28,6 +28,31 @@ class Client:
     last: Record
     withheld: bool
     worth: Record
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a client alone has learnt: its losses on each client's rows, None where none was given."""
+
+    name: str
+    losses: Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """cross.json: `rows`, how many each client has scored; what `clients` have learnt, and all `together`."""
+
+    round: int
+    rows: dict[str, int | None]
+    together: Sequence[float | None]
+    clients: dict[str, Learnt]
+
+    @property
+    def lines(self) -> list[Learnt]:
+        """A line a client, and one of all together; as many losses in each as there are clients with rows."""
+        count = len(self.rows)
+        found = [*self.clients.values(), Learnt("together", self.together)]
+        return [replace(each, losses=[*each.losses[:count], *[None] * (count - len(each.losses))]) for each in found]
 
 
 def clients_of(rounds: Sequence[Record], evals: Sequence[Record], contributions: Record | None = None) -> list[Client]:
