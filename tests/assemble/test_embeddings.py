@@ -232,7 +232,7 @@ def test_methods_that_do_not_fit_are_refused(method: dict[str, Any], place: Path
 def test_a_batch_in_which_nothing_is_told_apart_is_refused(place: Path) -> None:
     alone = run_of(place, {"name": "fedavg", "batch_size": 1})
     net = assemble.net_of(alone)
-    with pytest.raises(ConfigError, match=r"^method\.batch_size: a batch of one pair has nothing"):
+    with pytest.raises(ConfigError, match=r"^method\.batch_size: a batch of one pair has no other"):
         assemble.clients_data(alone, rows(), net)
     assert assemble.clients_data(alone, rows(negatives=True), net)
     held = rows()

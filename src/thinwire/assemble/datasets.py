@@ -137,7 +137,7 @@ def _training_data(run: Run, groups: Sequence[list[Row]], net: Net) -> list[Data
 
 
 def _check_batches(run: Run, found: Sequence[Dataset]) -> None:
-    """Raise ConfigError or DataError where a step would have nothing to tell a positive from."""
+    """Raise ConfigError or DataError where a step would have no other pair to compare with."""
     work = run.method.work(1)
     if ranks()[1] > 1 and not work.probes:
         raise ConfigError(
@@ -147,10 +147,10 @@ def _check_batches(run: Run, found: Sequence[Dataset]) -> None:
         if data.examples[0].rejected:
             continue
         if work.batch < 2:
-            raise ConfigError("method.batch_size: a batch of one pair has nothing to tell its positive from; take more")
+            raise ConfigError("method.batch_size: a batch of one pair has no other to compare it with; take more")
         if len(data) < 2:
             place = data.examples[0].place
-            raise DataError(f"{place}: the client's only pair, which has nothing to tell its positive from")
+            raise DataError(f"{place}: the client's only pair, so that there is no other to compare with")
 
 
 def public_data(run: Run, net: Net) -> Dataset | None:

@@ -45,8 +45,7 @@ def chat(
             _switch(paths, base, device, max_new_tokens, temperature)
             return
         data = config.load(path / "run.toml").data if (path / "run.toml").exists() else None
-        if data is not None and data.loss == "contrastive":
-            raise config.ConfigError('data.loss: "contrastive" trains embeddings, and they answer nothing')
+        _check_answers(data)
         if data is not None and not (path / "model").is_dir():
             raise config.ConfigError(f"{path}: the run has not ended, so there is no model in it yet")
         folder = resolve(str(path / "model" if data is not None else path))
@@ -95,14 +94,19 @@ def _list(paths: Mapping[str, Path], now: str) -> None:
         echo(f"{'*' if name == now else ' '} {name}: {about}", err=True)
 
 
-def _answerer(
-    net: Net, data: Data | None, classes: Sequence[str] | None, max_new_tokens: int, temperature: float
-) -> Callable[[str], None]:
-    """What answers a line: with one of a closed set, or in the model's own words; ConfigError where nothing does."""
+def _check_answers(data: Data | None) -> None:
+    """ConfigError for a model that only embeds."""
     if data is not None and data.loss == "contrastive":
         from thinwire.errors import ConfigError
 
         raise ConfigError('data.loss: "contrastive" trains embeddings, and they answer nothing')
+
+
+def _answerer(
+    net: Net, data: Data | None, classes: Sequence[str] | None, max_new_tokens: int, temperature: float
+) -> Callable[[str], None]:
+    """What answers a line: with one of a closed set, or in the model's own words; ConfigError where nothing does."""
+    _check_answers(data)
     choices = classes or (data.choices if data is not None else None)
     if choices is not None:
         return _chooser(net, data, choices, classes is not None)

@@ -31,7 +31,7 @@ class Served:
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """A site. `state`: running or stopped; `seen`: when the server was last heard of; `asked`: a visit is under way."""
+    """A site. `state`: running or stopped; `seen`: when the server last asked; `asked`: a visit is under way."""
 
     folder: str
     name: str

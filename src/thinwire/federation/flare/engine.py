@@ -31,7 +31,7 @@ class Flare:
         self.pool = ThreadPoolExecutor(max(1, CALLS * len(sites)), "thinwire")
         self.calls: dict[str, tuple[int, float, Future[Any]]] = {}  # node, until when it is of use, call
         self.knocks: dict[int, Future[Any]] = {}
-        self.heard: dict[int, float] = {}  # when a node was last heard of, or first asked
+        self.answered: dict[int, float] = {}  # when a node last answered, or was first asked
         self.numbers = itertools.count(1)
         self.news = threading.Event()
 
@@ -45,7 +45,7 @@ class Flare:
         now = time.monotonic()
         self.calls = {id: call for id, call in self.calls.items() if call[1] > now}  # nobody asks for others
         if node not in self._asked():
-            self.heard[node] = now
+            self.answered[node] = now
         site, id = self.sites[node](timeout=seconds), f"{next(self.numbers)}"
         future = self.pool.submit(lambda: site.visit(about=about, piece=piece))
         self.calls[id] = (node, now + seconds, future)
@@ -69,7 +69,7 @@ class Flare:
             if wrong.cause_type != TimeoutError.__name__ and wrong.remote_traceback is None:
                 raise Aborted(str(wrong)) from None
             return Answer(node, error=f"{wrong.cause_type}: {wrong.cause}")
-        self.heard[node] = time.monotonic()
+        self.answered[node] = time.monotonic()
         if not isinstance(found, tuple | list) or list(map(type, found)) != [dict, bytes]:
             raise ValueError("an answer that is no table and no bytes")
         return Answer(node, found[1], found[0])
@@ -78,7 +78,7 @@ class Flare:
         """See Engine."""
         self._check()
         for node in self._asked() - set(self.knocks):
-            if time.monotonic() > self.heard[node] + SILENT:
+            if time.monotonic() > self.answered[node] + SILENT:
                 self.knocks[node] = self.pool.submit(self.sites[node](timeout=KNOCK).knock)
         self.news.wait(POLL)
         self.news.clear()
@@ -99,4 +99,4 @@ class Flare:
                 del self.knocks[node]
                 if (wrong := knock.exception()) is not None:
                     raise Aborted(f"{self.sites[node].name} does not answer: {wrong}") from None
-                self.heard[node] = time.monotonic()
+                self.answered[node] = time.monotonic()
