@@ -17,6 +17,7 @@ from thinwire.data.tokenise import tokenise
 from thinwire.evaluate.loss import mean_loss
 from thinwire.keys import Key
 from thinwire.model.net import Net
+from thinwire.model.personal import at_home
 from thinwire.runtime.endpoint import ACTIONS, Action, Endpoint
 from thinwire.runtime.inprocess import InProcess
 from thinwire.runtime.round import Reply, Round, RoundFunction, run_round
@@ -128,6 +129,16 @@ class Federation:
         for _ in range(rounds if rounds is not None else self.rounds - self.round):
             self.step()
         return self
+
+    def fall(self) -> float:
+        """How far all the rounds lower the loss of client 0, with what stays there."""
+        self.method.materialise(self.state, self.net)
+        before, _ = mean_loss(self.net.model, self.data[0], 16)
+        self.run()
+        self.method.materialise(self.state, self.net)
+        with at_home(self.net, self.client(0, self.rounds + 1).memory, remember=False):
+            after, _ = mean_loss(self.net.model, self.data[0], 16)
+        return before - after
 
 
 class Tampered:

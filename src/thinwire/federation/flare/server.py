@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from thinwire.config import Federation, Run
 from thinwire.federation.flare import kits
@@ -27,17 +28,9 @@ class FlareServer(Follower):
 
     engine = "FLARE"
 
-    def __init__(
-        self,
-        home: Path,
-        keys: Path,
-        sites: Sequence[str],
-        *,
-        port: int | None = None,
-        show: Callable[[Sequence[str]], None] = lambda command: None,
-    ) -> None:
+    def __init__(self, home: Path, keys: Path, sites: Sequence[str], **options: Any) -> None:
         kits.check_names(sites)
-        super().__init__(home, keys, sites, port=port, show=show)
+        super().__init__(home, keys, sites, **options)
         self.kits = self.home / "flare"
         self.federation = Federation()
         self.folder, self.job, self.looked = self.home, "", 0.0
