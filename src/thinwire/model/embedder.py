@@ -25,7 +25,7 @@ KINDS = ("Transformer", "Pooling", "Normalize")
 
 def is_embedder(model: PreTrainedModel) -> bool:
     """Whether the model has no head: it gives each position's vector."""
-    return model.base_model is model
+    return getattr(model, "base_model", None) is model
 
 
 def settle(model: Any, folder: Path | None = None) -> None:
