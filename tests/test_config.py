@@ -81,6 +81,12 @@ def complaint(*overrides: str, text: str = BASE) -> str:
         (["roundz=3"], "roundz: unknown field (did you mean rounds?); known: cohort, data, environment, eval"),
         (["data.clientz=3"], "data.clientz: unknown field (did you mean clients?); known: alpha, answer"),
         (["model.width=3"], "model.width: unknown field; known: autocast, bits, device, dtype, lora, path"),
+        (["model.shards=true", "model.device=auto"], 'model.shards: device = "auto" gives each GPU some of the layers'),
+        (["model.shards=true", "model.view.kind=tied"], "model.shards: is of the views full, filter, lora, not of"),
+        (
+            ["model.shards=true", "model.bits=8", "model.lora.rank=2", 'model.lora.targets=["q_proj"]'],
+            "model.shards: weights in few bits stay whole; leave model.bits out",
+        ),
         (["eval.patience=2"], "eval.patience: counts evaluations, so it goes together with eval.every"),
         (["eval.evry=3"], "eval.evry: unknown field (did you mean every?); known: batch_size, every"),
         (["method.lrr=1e-3"], "method.lrr: unknown field (did you mean lr?); known: aggregation, amplitude_clip, "),

@@ -29,7 +29,8 @@ from thinwire.model.views import Full, Lora
 from thinwire.model.views.keep import kept
 from thinwire.runtime.endpoint import ACTIONS, Endpoint
 from thinwire.runtime.payloads import Scores
-from thinwire.train.local import Kept, Rule, train_locally
+from thinwire.train.kept import Kept
+from thinwire.train.local import Rule, train_locally
 from thinwire.wire.payload import Spec
 
 STEPS: dict[str, Any] = {"lr": 1e-2, "steps": 2, "batch_size": 4}

@@ -35,6 +35,9 @@ else:
     Method = NewType("Method", Any)  # the class comes with torch; `Run` sees to it itself that it has one
 
 
+SHARDED = ("full", "filter", "lora")  # kinds of views that are trained in shards
+
+
 class Model(Section):
     """The start model. `path`: a Hugging Face folder, a hub name, a .gguf file, or what packages carry:
     smollm2-135m-instruct, minilm.
@@ -44,6 +47,7 @@ class Model(Section):
     all GPUs of the machine. `view`: what all methods train, the model or, where its kind is lora, factors beside it and
     a classifier's head; linear layers may then be kept in 8 or 4 `bits` (LLM.int8, NF4). [model.lora] is short for it.
     `autocast`: a float32 model's products are in bfloat16 where the processor has those, and all else stays as it is.
+    `shards`: while a client of several processes trains, each holds a part of weights, gradients and moments (FSDP).
     """
 
     path: str = "smollm2-135m-instruct"
@@ -53,6 +57,7 @@ class Model(Section):
     lora: Lora | None = None
     bits: Literal[8, 4] | None = None
     autocast: bool = False
+    shards: bool = False
     view: AnyView = Full()
 
     @model_validator(mode="after")
@@ -66,13 +71,20 @@ class Model(Section):
             raise ValueError("bits needs [model.lora]: quantised weights cannot be trained themselves")
         if self.autocast and self.dtype != "float32":
             raise ConfigError(f"model.autocast: is for float32 models; the products of {self.dtype} are already")
+        if self.shards and self.device == "auto":
+            raise ConfigError('model.shards: device = "auto" gives each GPU some of the layers already; take "cuda"')
+        if self.shards and self.bits is not None:
+            raise ConfigError("model.shards: weights in few bits stay whole; leave model.bits out")
+        if self.shards and self.view.kind not in SHARDED:
+            raise ConfigError(f"model.shards: is of the views {', '.join(SHARDED)}, not of {self.view.kind}")
         return self
 
     @model_serializer(mode="wrap")
     def _short(self, plain: Any) -> dict[str, Any]:
         found: dict[str, Any] = plain(self)
-        if not self.autocast:  # a run without is the one that it was before
-            del found["autocast"]
+        for field in ("autocast", "shards"):
+            if not found[field]:  # a run without is the one that it was before
+                del found[field]
         if isinstance(self.view, Full | Lora):  # as run files have them since before there were views
             found.pop("view", None)
             (found.get("lora") or {}).pop("kind", None)

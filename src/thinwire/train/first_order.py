@@ -13,7 +13,8 @@ from thinwire.core import Averaged, Client, Server
 from thinwire.costs.memory import Memory, Side, averaging, training
 from thinwire.costs.sketch import Pass, Sketch, Work
 from thinwire.train.differences import Differences
-from thinwire.train.local import Adjust, Kept, Local, Moments, Optimiser, Rule, Schedule, scheduled, train_locally
+from thinwire.train.kept import Kept
+from thinwire.train.local import Adjust, Local, Moments, Optimiser, Rule, Schedule, scheduled, train_locally
 from thinwire.train.protected import protected_at
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -17,13 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from thinwire.data.batch import Batch
 from thinwire.train import parallel
 from thinwire.train.differences import Differences
+from thinwire.train.kept import Kept
 from thinwire.train.objective import loss as batch_loss
 from thinwire.train.protected import Protected
 
 Optimiser = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
 Moments = Literal["fresh", "kept"]
-MOMENTS = "moments/"  # what begins their names in a client's memory
 # a hand on the float32 weights with their .grad, before clipping: a proximal term, control variates, a mask
 Adjust = Callable[[Sequence[Tensor]], None]
 
@@ -60,43 +60,6 @@ def scheduled(schedule: Schedule, lr: float, round: int, rounds: int) -> float:
     return lr
 
 
-class Kept:
-    """An optimiser's moments and count of steps, from visit to visit, in a client's memory.
-
-    "moments/first/NAME" and "moments/second/NAME", float32 in the parameter's shape, and "moments/steps". A client
-    without them, or with those of another shape, begins anew.
-    """
-
-    def __init__(self, memory: MutableMapping[str, Tensor], names: Sequence[str]) -> None:
-        self.memory, self.names = memory, names
-
-    def restore(self, optimiser: torch.optim.Optimizer, weights: Sequence[Tensor]) -> int:
-        """Give the optimiser of these weights what is kept of them; how many steps it has then taken."""
-        found = [[self.memory.get(f"{MOMENTS}{which}/{name}") for which in ("first", "second")] for name in self.names]
-        steps = self.memory.get(f"{MOMENTS}steps")
-        for (first, second), weight in zip(found, weights, strict=True):
-            if steps is None or first is None or second is None or not first.shape == second.shape == weight.shape:
-                return 0
-        assert steps is not None
-        for (first, second), weight in zip(found, weights, strict=True):
-            moments = {"exp_avg": first, "exp_avg_sq": second}
-            optimiser.state[weight] = {"step": steps.float().clone()} | {
-                key: moment.to(weight.device, copy=True) for key, moment in moments.items() if moment is not None
-            }
-        return int(steps)
-
-    def keep(self, optimiser: torch.optim.Optimizer, weights: Sequence[Tensor], steps: int) -> None:
-        """Keep what the optimiser has of these weights; a weight that no step has moved has zeros."""
-        for name, weight in zip(self.names, weights, strict=True):
-            held = optimiser.state.get(weight, {})
-            for which, key in (("first", "exp_avg"), ("second", "exp_avg_sq")):
-                moment = held.get(key)
-                self.memory[f"{MOMENTS}{which}/{name}"] = (
-                    torch.zeros(weight.shape) if moment is None else moment.detach().cpu()
-                )
-        self.memory[f"{MOMENTS}steps"] = torch.tensor(steps)
-
-
 def train_locally(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
@@ -116,10 +79,14 @@ def train_locally(
     The optimiser is fresh, unless its moments are `kept`. A step whose loss or gradient is not finite is skipped and
     counted. bf16 and fp16 weights are trained through a float32 copy, and rounded once a step; with `keep` the result
     has those copies as the last step left them. Of several processes (train.parallel) each takes a share of every
-    batch. `recompute`: what is within a transformer layer is computed again on the way back, and not kept. `losses` is
-    given each batch's loss before `adjust` is called. `protected`: the examples are drawn and bounded, and the gradient
-    noised, as it says; the batches are not asked, the mean loss is NaN, and no step is skipped.
+    batch; where the model is to be divided, the parameters are in shards meanwhile (train.shards). `recompute`: what is
+    within a transformer layer is computed again on the way back, and not kept. `losses` is given each batch's loss
+    before `adjust` is called. `protected`: the examples are drawn and bounded, and the gradient noised, as it says; the
+    batches are not asked, the mean loss is NaN, and no step is skipped.
     """
+    if protected is None and differences is None and parallel.is_divided(model):
+        return _in_shards(model, parameters, batches, rule, adjust, recompute, keep, kept, losses)
+    shared = parallel.in_shards(model)
     masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
     if rule.optimiser == "adamw":
         optimiser: torch.optim.Optimizer = torch.optim.AdamW(masters, lr=rule.lr, weight_decay=rule.weight_decay)
@@ -138,7 +105,7 @@ def train_locally(
                     adjust(masters)
                 taken += _stepped(optimiser, masters, parameters, rule, before + taken)
                 continue
-            mine, share = parallel.part(batch)
+            mine, share = parallel.part(batch, always=shared)
 
             def measured(mine: Batch | None = mine, share: float = share) -> Tensor:
                 return torch.zeros(()) if mine is None else share * batch_loss(model, mine)
@@ -154,7 +121,8 @@ def train_locally(
                 if parameter is not master:
                     master.grad = None if parameter.grad is None else parameter.grad.float()
                     parameter.grad = None
-            parallel.sum_gradients(masters)
+            if not shared:
+                parallel.sum_gradients(masters)
             if adjust is not None:
                 adjust(masters)
             if _stepped(optimiser, masters, parameters, rule, before + taken, rule.clip):
@@ -163,6 +131,35 @@ def train_locally(
         kept.keep(optimiser, masters, before + taken)
     mean = total / taken if taken and protected is None else math.nan
     return Local(mean, rule.steps - taken, masters if keep else [])
+
+
+def _in_shards(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterator[Batch],
+    rule: Rule,
+    adjust: Adjust | None,
+    recompute: bool,
+    keep: bool,
+    kept: Kept | None,
+    losses: list[float] | None,
+) -> Local:
+    """`train_locally` on the model's sharded twin."""
+    from thinwire.train.shards import KeptInShards, replicated, spread  # a second that a process alone does without
+
+    with spread(model, parameters) as twin:
+        local = train_locally(
+            twin.model,
+            twin.weights,
+            batches,
+            rule,
+            adjust=None if adjust is None else partial(replicated, adjust),
+            recompute=recompute,
+            keep=keep,
+            kept=None if kept is None else KeptInShards(kept.memory, kept.names),
+            losses=losses,
+        )
+        return local._replace(weights=[parallel.whole(weight.detach()) for weight in local.weights])
 
 
 def _stepped(
@@ -174,7 +171,8 @@ def _stepped(
     clip: float = 0.0,
 ) -> bool:
     """A step along the gradients of the masters, after so many before; False where they are not finite."""
-    if known := bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(masters, clip or math.inf))):
+    norm = torch.nn.utils.clip_grad_norm_(masters, clip or math.inf)
+    if known := bool(torch.isfinite(parallel.whole(norm))):
         for group in optimiser.param_groups:
             group["lr"] = rule.lr * min(1.0, (before + 1) / (rule.warmup + 1))
         optimiser.step()

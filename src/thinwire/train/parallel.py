@@ -14,12 +14,15 @@ import tempfile
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from thinwire.data.batch import IGNORE, Batch
+
+ATTRIBUTE = "thinwire_divided"  # of a model that is to be trained in shards
 
 
 def join() -> int:
@@ -68,16 +71,40 @@ def device_of(device: str) -> str:
     return device
 
 
-def part(batch: Batch) -> tuple[Batch | None, float]:
-    """This process's examples of a batch, None without any, and the share that their loss has in the batch's."""
+def in_shards(model: nn.Module) -> bool:
+    """Whether it is the sharded twin of one that is divided."""
+    return hasattr(model, "unshard")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor from the shards of all processes; one that has none as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def divide(model: nn.Module, divided: bool) -> None:
+    """Have a model trained in shards where there are several processes (train.shards), or no longer."""
+    setattr(model, ATTRIBUTE, divided)
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether `divide` was asked for, and there are several processes."""
+    return ranks()[1] > 1 and cast("bool", getattr(model, ATTRIBUTE, False))
+
+
+def part(batch: Batch, always: bool = False) -> tuple[Batch | None, float]:
+    """This process's examples of a batch, None without any, and the share that their loss has in the batch's.
+
+    `always`: without any it has the first one, as no share: what all processes compute together lacks nobody.
+    """
     rank, size = ranks()
     if size == 1:
         return batch, 1.0
     packed = batch.kind == "packed"  # examples of a row stay together
     count = len(batch.input_ids) if packed else batch.examples
     low, high = (count * r // size for r in (rank, rank + 1))
-    if low == high:
+    if low == high and not always:
         return None, 0.0
+    some, high = low < high, max(high, low + 1)
     each = len(batch.input_ids) // count
     rows = slice(low * each, high * each)
     begins = (batch.position_ids[rows] == 0) & batch.attention_mask[rows].bool()
@@ -92,9 +119,9 @@ def part(batch: Batch) -> tuple[Batch | None, float]:
         reference=None if batch.reference is None else batch.reference[low:high],
     )
     if batch.kind not in ("open", "packed"):
-        return mine, (high - low) / batch.examples
-    whole = _counted(batch)
-    return mine, float(whole[rows].sum() / whole.sum().clamp(min=1))
+        return mine, some * (high - low) / batch.examples
+    counted = _counted(batch)
+    return mine, some * float(counted[rows].sum() / counted.sum().clamp(min=1))
 
 
 def summed(tensor: Tensor) -> Tensor:

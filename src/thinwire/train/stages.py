@@ -21,7 +21,7 @@ from thinwire.model.net import Net
 from thinwire.model.numbers import fill
 from thinwire.model.views import factors
 from thinwire.model.views.merging import moved
-from thinwire.train.local import MOMENTS
+from thinwire.train.kept import MOMENTS
 from thinwire.wire import Illegal
 from thinwire.wire.legal import LARGEST
 
