@@ -34,7 +34,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {  # model, 
 def run_of(case: str, rounds: int, seed: int, autocast: bool, **fields: Any) -> config.Run:
     """The run of a case: rows of the film desk, or on a causal model whatever fills them."""
     model, view, method, length = CASES[case]
-    shown = {} if model == "minilm" else {"template": "text", "pack": method["name"] == "fedavg"}
+    shown = (
+        {}
+        if model == "minilm"
+        else {"prompt": "{input} Class:", "answer": " {output}", "pack": method["name"] == "fedavg"}
+    )
     return config.parse(
         {
             "seed": seed,
@@ -69,7 +73,7 @@ def seconds(pairs: int) -> None:
         least = {False: float("inf"), True: float("inf")}
         for _ in range(pairs):
             for autocast in least:
-                cohort = [{"kind": "sample", "size": 1}]
+                cohort = [{"kind": "uniform", "n": 1}]
                 found, _ = done(run_of(case, 3, 0, autocast, cohort=cohort))
                 least[autocast] = min(least[autocast], *found)
         print(  # noqa: T201
