@@ -7,7 +7,7 @@ one virtual reply that `step` is given. The default is of updates that are chang
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,7 +17,13 @@ from thinwire.privacy.terms import Term
 
 
 class Linear:
-    """The plain sums of a method's mean; `secure` is the run's table."""
+    """The plain sums of a method's mean; `secure` is the run's table.
+
+    `shortened`: whether parts times a factor below 1 are those of a smaller update, so that a bound on the length of
+    all together bounds what a client does to the sum.
+    """
+
+    shortened: ClassVar[bool] = False
 
     def __init__(self, method: Any, secure: Secure) -> None:
         self.method, self.secure = method, secure
@@ -44,6 +50,7 @@ class Linear:
 class Changes(Linear):
     """Of weights that travel both ways: `down.weights` and `up.weights`."""
 
+    shortened = True
     BOUND = 1.0  # of what a visit changes in a weight
 
     def terms(self, net: Any) -> Mapping[str, Term]:

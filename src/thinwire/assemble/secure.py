@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from thinwire.assemble.agreement import agreement_of, size_of
-from thinwire.config import ConfigError, Run
+from thinwire.config import ConfigError, Run, method_name
 from thinwire.core import Averaged
 from thinwire.privacy.secure import Secure
 from thinwire.runtime.endpoint import Action
@@ -29,8 +29,11 @@ def check_secure(run: Run, names: Sequence[str]) -> None:
     _check_sums(run, secure)
     assert isinstance(run.method, Averaged)
     assert run.privacy is not None
-    if run.privacy.level == "client":
-        raise ConfigError("privacy.level: noise on a masked mean would come in shares: record, or no privacy.secure")
+    if run.privacy.level == "client" and not run.method.linear(secure).shortened:
+        raise ConfigError(
+            f"privacy.level: what {method_name(run.method)} adds up under masks has a length of its own, which no clip "
+            "bounds: record, or no privacy.secure"
+        )
     if run.privacy.level is not None and run.method.weighting != "uniform":
         raise ConfigError('method.weighting: must be "uniform" in a private run under privacy.secure')
     agreed, own = agreement_of(run), {"examples": "examples", "uniform": "equal"}[run.method.weighting]

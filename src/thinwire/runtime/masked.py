@@ -42,13 +42,12 @@ from thinwire.privacy.masks import (
     system,
 )
 from thinwire.privacy.secure import Secure
-from thinwire.privacy.terms import Term
+from thinwire.privacy.shares import noised
 from thinwire.runtime.endpoint import Action, visit
 from thinwire.runtime.payloads import Invite, Keys, Masked, Peers, Remaining, Shares, Task, Unmasked
-from thinwire.runtime.sums import CUT, EXAMPLES, LOSS, MEASURED, SKIPPED, Plan, commitment, place_of
+from thinwire.runtime.sums import CUT, EXAMPLES, LOSS, MEASURED, SKIPPED, Plan, commitment, in_shares, place_of
 from thinwire.wire import Frame, Illegal, Stale
 
-Noise = Callable[[str, Term], "NDArray[np.int64] | None"]  # a term's share of noise, int64 [n], in its units
 Promise = Callable[[int, int, str], None]  # client, round, of what sum: raises where it was another one in that round
 
 
@@ -88,21 +87,11 @@ class _Part:
 class MaskedClients:
     """The clients of a run at one place, as the actions of secure sums.
 
-    `noise`: added to the whole numbers before they are masked, within `room` of their range; `privacy`: see
-    endpoint.serve; `random`: for tests alone.
+    `promise`: see Promise; `random`: for tests alone.
     """
 
-    def __init__(
-        self,
-        secure: Secure,
-        promise: Promise | None = None,
-        noise: Noise | None = None,
-        room: int = 0,
-        privacy: Any = None,
-        random: Random = system,
-    ) -> None:
-        self.secure, self.promise, self.noise, self.room = secure, promise or Remembered(), noise, room
-        self.privacy, self.random = privacy, random
+    def __init__(self, secure: Secure, promise: Promise | None = None, random: Random = system) -> None:
+        self.secure, self.promise, self.random = secure, promise or Remembered(), random
         self._parts: dict[int, _Part] = {}
 
     @property
@@ -173,8 +162,13 @@ class MaskedClients:
         about: dict[str, Any] = {"run": header.run, "round": header.round, "client": client.id, "held": client.held}
         if isinstance(up, Stale):
             return wire.encode(up, **about)
-        plan = Plan.of(method, client.net, self.secure, len(part.clients), self.room)
-        sums, numbers = plan.sums, self._numbers(plan, plan.linear.parts(down, up, client), up)
+        protection = in_shares(client.protection)
+        plan = Plan.of(method, client.net, self.secure, len(part.clients), protection)
+        sums, parts = plan.sums, plan.linear.parts(down, up, client)
+        if protection is not None:
+            numbers = noised(parts, protection, self.secure.minimum, client.secrets)
+        else:
+            numbers = self._numbers(plan, parts, up)
         words = sums.words(numbers)
         sums.mask(words, self_mask(part.own, part.place, client.id), 1)
         for peer in task.ids:
@@ -206,7 +200,7 @@ class MaskedClients:
 
         return self._once("unmask", frame, client, asked.attempt, answer)
 
-    def _numbers(self, plan: Plan, parts: Mapping[str, Tensor], up: Any) -> Mapping[str, NDArray[np.int64]]:
+    def _numbers(self, plan: Plan, parts: Mapping[str, Tensor], up: Any) -> dict[str, NDArray[np.int64]]:
         """The whole numbers of a reply, times its weight, with what it reports beside."""
         terms, share, cut, found = plan.sums.terms, 1.0, 0, dict[str, NDArray[np.int64]]()
         if plan.weighted:
@@ -219,9 +213,6 @@ class MaskedClients:
             except ValueError as error:
                 raise Illegal(f"{name}: {error}") from None
             cut += over
-            noise = self.noise(name, term) if self.noise is not None else None
-            if noise is not None:
-                found[name] = np.clip(found[name] + noise, term.low - self.room, term.high + self.room)
         if self.secure.reports:
             loss = getattr(up, "loss", None)
             loss = math.nan if loss is None else loss

@@ -40,7 +40,18 @@ from thinwire.privacy.secure import Secure
 from thinwire.privacy.terms import Sums, Words
 from thinwire.runtime.payloads import Invite, Keys, Masked, Peers, Remaining, Shares, Task, Unmasked
 from thinwire.runtime.round import Reply, Round, Visit, is_stale, shown
-from thinwire.runtime.sums import CUT, EXAMPLES, LOSS, MEASURED, SKIPPED, Plan, commitment, linear_of, place_of
+from thinwire.runtime.sums import (
+    CUT,
+    EXAMPLES,
+    LOSS,
+    MEASURED,
+    SKIPPED,
+    Plan,
+    commitment,
+    in_shares,
+    linear_of,
+    place_of,
+)
 from thinwire.wire import Frame, Illegal, WireError
 
 P = TypeVar("P")
@@ -49,10 +60,9 @@ KEYS = 1 << 16  # bytes of a frame of keys, beside what grows with the clients
 
 @dataclass(frozen=True)
 class SecureRound:
-    """The round function of a run with [privacy.secure]; `room` as the clients have it, `random` for tests alone."""
+    """The round function of a run with [privacy.secure]; `random` for tests alone."""
 
     secure: Secure
-    room: int = 0
     random: Random = system
 
     def __call__(self, method: Method, state: Any, at: Round) -> tuple[Any, Metrics]:
@@ -89,7 +99,7 @@ class _Sum:
         self._enough(self.keys, self.how.secure.minimum)
         clients = sorted(self.keys)
         self.place = place_of(at.run, at.server.round, self.attempt, clients)
-        plan = Plan.of(method, at.server.net, self.how.secure, len(clients), self.how.room)
+        plan = Plan.of(method, at.server.net, self.how.secure, len(clients), in_shares(at.server.protection))
         sums = plan.sums
         draws = at.server.key.fold("neighbours")
         order = [draws.fold(client).word() for client in clients]
@@ -225,11 +235,13 @@ class _Sum:
         if plan.weighted:
             weight = float(found[EXAMPLES]) / plan.most
         else:
-            server.weighing.shares = {client: Share(1 / len(replied), "equally") for client in replied}
+            if in_shares(server.protection) is not None:
+                weight = float(len(server.cohort))  # as in aggregate.noised: the sum does not say who was there
+            server.weighing.shares = {client: Share(1 / weight, "equally") for client in replied}
         if not weight:
             self._fail("the clients claim no examples")
         metrics: Metrics = {}
-        if self.how.secure.reports:
+        if LOSS in whole:
             measured = float(whole[MEASURED])
             metrics = {"loss": float(whole[LOSS]) / measured if measured else 0.0}
             metrics |= {"skipped": int(found[SKIPPED]), "cut": int(found[CUT])}

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from thinwire.aggregate.linear import Linear
 from thinwire.core import Averaged, Method
 from thinwire.errors import ConfigError
+from thinwire.privacy import shares
 from thinwire.privacy.masks import derived, numbered
+from thinwire.privacy.protection import Protection
 from thinwire.privacy.secure import Secure
 from thinwire.privacy.terms import Sums, Term
 
@@ -42,22 +44,30 @@ class Plan(NamedTuple):
     weighted: bool  # whether a client counts by its examples, out of the most that it may have
 
     @classmethod
-    def of(cls, method: Method, net: Any, secure: Secure, clients: int, room: int = 0) -> Plan:
-        """By the same rule at both ends; `room` as in Sums."""
+    def of(cls, method: Method, net: Any, secure: Secure, clients: int, protection: Protection | None = None) -> Plan:
+        """By the same rule at both ends. `protection`: of whole clients, whose noise comes in shares."""
         linear = linear_of(method, secure)
         assert isinstance(method, Averaged)
         terms = dict(linear.terms(net))
+        if protection is not None:
+            own = {name: shares.term(term.shape, protection) for name, term in terms.items()}
+            return cls(linear, Sums(own, clients, shares.room(secure.minimum)), False)
         if weighted := method.weighting == "examples":
             terms[EXAMPLES] = Term((), 1.0, 0, secure.examples or 0)
         if secure.reports:
             terms[LOSS], terms[MEASURED] = Term((), NATS / FINE, -FINE, FINE), Term((), 1 / FINE, 0, FINE)
             terms[SKIPPED], terms[CUT] = Term((), 1.0, 0, 1 << 31), Term((), 1.0, 0, 1 << 31)
-        return cls(linear, Sums(terms, clients, room), weighted)
+        return cls(linear, Sums(terms, clients), weighted)
 
     @property
     def most(self) -> int:
         """The most examples that a client counts as."""
         return self.sums.terms[EXAMPLES].high
+
+
+def in_shares(protection: Protection | None) -> Protection | None:
+    """A protection whose noise comes in shares: that of whole clients. A record's is in the reply already."""
+    return protection if protection is not None and protection.level == "client" else None
 
 
 def place_of(run: int, round: int, attempt: bytes, clients: Sequence[int]) -> bytes:
