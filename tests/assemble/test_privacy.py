@@ -258,8 +258,31 @@ def test_bytes_of_a_private_run_are_those_of_the_estimate(silos: Silos, tmp_path
     run = run_of(silos, "onebit", RECORD)
     start = assemble.begin(*assemble.prepared(run))
     trained_by = {name: start.net.base[name] for name in start.net.names}
-    found = traffic(run.method, expected(run, [*SIZES], trained_by))
+    found = traffic(run, expected(run, [*SIZES], trained_by))
     assert found is not None
     summary = trained(run, tmp_path / "run")
     assert found.total[0].holds(summary["bytes_down"])
     assert found.total[1].holds(summary["bytes_up"])
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("fedavg", None), ("fedavg", "client"), ("fedkseed", None), ("fedkseed", "client"), ("onebit", None)],
+)
+def test_bytes_under_masks_are_those_of_the_estimate(
+    name: str, level: str | None, silos: Silos, tmp_path: Path
+) -> None:
+    from thinwire.estimate.traffic import expected, traffic
+
+    shared = {"shared": True} if name == "fedkseed" else {}
+    privacy = (CLIENT if level else {}) | {"secure": {}}
+    method = METHODS[name] | shared | {"weighting": "uniform"}
+    run = silos.run(method, rounds=3, model=VIEWS.get(name, {}), privacy=privacy)
+    start = assemble.begin(*assemble.prepared(run))
+    trained_by = {name: start.net.base[name] for name in start.net.names}
+    found = traffic(run, expected(run, [*SIZES], trained_by))
+    assert found is not None
+    summary = trained(run, tmp_path / "run")
+    assert found.total[0].holds(summary["bytes_down"])
+    assert found.total[1].holds(summary["bytes_up"])
+    assert found.total[1].most < 1.1 * summary["bytes_up"]

@@ -36,6 +36,10 @@ class Linear:
         """What a client's reply `up` to `down` adds to each term, before its weight."""
         raise NotImplementedError
 
+    def more(self, net: Any) -> int:
+        """The most bytes that a broadcast of `begun` has beside those of a plain one."""
+        return 0
+
     def begun(self, state: Any) -> Any:
         """The state that a round begins with: its broadcasts may have to say more than those of a plain one."""
         return state

@@ -82,7 +82,7 @@ def verdict(run: Run, job: Job, folder: Path) -> str | None:
     from thinwire.estimate import traffic
 
     at = traffic.expected(run, [len(rows) for rows in job.clients], dict(job.net.parameters()))
-    expected = traffic.traffic(run.method, at)
+    expected = traffic.traffic(run, at)
     summary = json.loads((folder / "summary.json").read_text())
     return None if expected is None else traffic.verdict(expected, summary["bytes_down"], summary["bytes_up"])
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from thinwire import assemble
+from thinwire.assemble.secure import secure_of
 from thinwire.config import Run
-from thinwire.core import Method, Server
+from thinwire.core import Server
 from thinwire.costs.frames import Expected, Span
+from thinwire.estimate.masked import masked
 from thinwire.keys import Key
 from thinwire.runtime.seats import Seats
 from thinwire.versions import Versions
@@ -39,11 +41,13 @@ def expected(run: Run, examples: Sequence[int | None], trained: Mapping[str, Ten
     return Expected(trained, assemble.identity(run), examples, cohorts, server)
 
 
-def traffic(method: Method, at: Expected) -> Traffic | None:
-    """What the run would send; None where the method does not know."""
-    frames = method.frames(at)
+def traffic(run: Run, at: Expected) -> Traffic | None:
+    """What the run would send; None where its method does not know."""
+    frames = run.method.frames(at)
     if frames is None:
         return None
+    if (secure := secure_of(run)) is not None:
+        frames = masked(run, at, frames, secure)
     seen: set[int] = set()
     down, up = Span(0, 0), Span(0, 0)
     first = later = None

@@ -66,6 +66,10 @@ class CommonSigns(Linear):
     def _blocks(self, count: int) -> int:
         return -(-count // self.code.block)
 
+    def more(self, net: Any) -> int:
+        """Its scales, and their place in the header."""
+        return 2 * self._blocks(net.size) + 64
+
     def begun(self, state: Any) -> Any:
         """With scales: of 0 before there are any."""
         blocks = self._blocks(state.numbers.numel())
