@@ -41,11 +41,7 @@ from thinwire.privacy.terms import Sums, Words
 from thinwire.runtime.payloads import Invite, Keys, Masked, Peers, Remaining, Shares, Task, Unmasked
 from thinwire.runtime.round import Reply, Round, Visit, is_stale, shown
 from thinwire.runtime.sums import (
-    CUT,
     EXAMPLES,
-    LOSS,
-    MEASURED,
-    SKIPPED,
     Plan,
     commitment,
     in_shares,
@@ -240,11 +236,7 @@ class _Sum:
             server.weighing.shares = {client: Share(1 / weight, "equally") for client in replied}
         if not weight:
             self._fail("the clients claim no examples")
-        metrics: Metrics = {}
-        if LOSS in whole:
-            measured = float(whole[MEASURED])
-            metrics = {"loss": float(whole[LOSS]) / measured if measured else 0.0}
-            metrics |= {"skipped": int(found[SKIPPED]), "cut": int(found[CUT])}
+        metrics = reported(whole)
         own = (name for name in whole if not name.startswith("report/"))
         mean = {name: (whole[name] / weight).reshape(sums.terms[name].shape) for name in own}
         update = plan.linear.of_terms(state, server, mean)

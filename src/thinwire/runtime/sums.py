@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from thinwire.aggregate.linear import Linear
+from thinwire.aggregate.mean import Metrics
 from thinwire.core import Averaged, Method
 from thinwire.errors import ConfigError
 from thinwire.privacy import shares
@@ -68,6 +71,15 @@ class Plan(NamedTuple):
 def in_shares(protection: Protection | None) -> Protection | None:
     """A protection whose noise comes in shares: that of whole clients. A record's is in the reply already."""
     return protection if protection is not None and protection.level == "client" else None
+
+
+def reported(whole: Mapping[str, Tensor]) -> Metrics:
+    """What the sums hold of losses, skipped steps and cut numbers; nothing where they hold none of it."""
+    if LOSS not in whole:
+        return {}
+    measured = float(whole[MEASURED])
+    loss = float(whole[LOSS]) / measured if measured else 0.0
+    return {"loss": loss, "skipped": int(whole[SKIPPED]), "cut": int(whole[CUT])}
 
 
 def place_of(run: int, round: int, attempt: bytes, clients: Sequence[int]) -> bytes:
