@@ -40,14 +40,7 @@ from thinwire.privacy.secure import Secure
 from thinwire.privacy.terms import Sums, Words
 from thinwire.runtime.payloads import Invite, Keys, Masked, Peers, Remaining, Shares, Task, Unmasked
 from thinwire.runtime.round import Reply, Round, Visit, is_stale, shown
-from thinwire.runtime.sums import (
-    EXAMPLES,
-    Plan,
-    commitment,
-    in_shares,
-    linear_of,
-    place_of,
-)
+from thinwire.runtime.sums import EXAMPLES, Plan, commitment, in_shares, linear_of, place_of, reported
 from thinwire.wire import Frame, Illegal, WireError
 
 P = TypeVar("P")
