@@ -142,3 +142,21 @@ def visits(folder: Path) -> list[list[tuple[int, int, int, Any]]]:
 def local_of(silos: Silos, run: config.Run, home: Path, engine: str = "flower") -> Local:
     """A federation of the run's clients, not yet started."""
     return Local(home, named(run, silos.rows(run).clients), engine=engine)
+
+
+def in_one_federation(
+    silos: Silos, runs: dict[str, config.Run], folder: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs by name, one after the other in the same federation, each as it is in one process: state and frames."""
+    local = local_of(silos, next(iter(runs.values())), folder / "hub", engine)
+    try:
+        local.start()
+        for name, run in runs.items():
+            silos.begin(run, folder / "there" / name)
+            local.follow(folder / "there" / name, run, silos.rows(run).splits)
+    finally:
+        local.stop()
+    for name, run in runs.items():
+        frames = in_process(silos, run, folder / "here" / name, monkeypatch)
+        assert audited(local, run) == frames, name
+        assert state_of(folder / "there" / name) == state_of(folder / "here" / name), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ pytest.importorskip("nvflare", reason="comes with: pip install 'thinwire[nvflare
 
 from flare import federate
 from rows import MODELS, ROWS, model_of
-from silos import Silos, audited, in_process, local_of, logged, state_of, visits
+from silos import Silos, in_one_federation, in_process, logged, state_of, visits
 
 from thinwire.config import Run
 from thinwire.config.schema import without_none
@@ -48,26 +47,9 @@ def test_a_row_over_the_transport_and_the_workers(
 
 
 def test_some_rows_in_one_federation_on_flare(silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_one_federation(SHORT, silos, tmp_path, monkeypatch)
+    in_one_federation(silos, {row: run_of(silos, row) for row in SHORT}, tmp_path, "nvflare", monkeypatch)
 
 
 @pytest.mark.long
 def test_all_rows_in_one_federation_on_flare(silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_one_federation(ROWS, silos, tmp_path, monkeypatch)
-
-
-def in_one_federation(rows: Iterable[str], silos: Silos, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row is a job of the same processes of FLARE's, with TLS between them, and of the same workers."""
-    runs = {row: run_of(silos, row) for row in rows}
-    local = local_of(silos, next(iter(runs.values())), folder / "hub", "nvflare")
-    try:
-        local.start()
-        for row, run in runs.items():
-            silos.begin(run, folder / "there" / row)
-            local.follow(folder / "there" / row, run, silos.rows(run).splits)
-    finally:
-        local.stop()
-    for row, run in runs.items():
-        frames = in_process(silos, run, folder / "here" / row, monkeypatch)
-        assert audited(local, run) == frames, row
-        assert state_of(folder / "there" / row) == state_of(folder / "here" / row), row
+    in_one_federation(silos, {row: run_of(silos, row) for row in ROWS}, tmp_path, "nvflare", monkeypatch)

@@ -10,7 +10,7 @@ pytest.importorskip("flwr", reason="comes with: pip install 'thinwire[flower]'")
 
 from grid import entries, federate
 from rows import MODELS, ROWS, model_of
-from silos import Frames, Silos, audited, in_process, local_of, state_of, visits
+from silos import Frames, Silos, in_one_federation, in_process, state_of, visits
 
 from thinwire.config import Run
 from thinwire.config.schema import without_none
@@ -52,16 +52,4 @@ def test_a_row_over_the_transport_and_the_workers(
 
 @pytest.mark.long
 def test_all_rows_in_one_federation_on_flower(silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = {row: run_of(silos, row) for row in ROWS}
-    local = local_of(silos, runs["fedkseed"], tmp_path / "hub")
-    try:
-        local.start()
-        for row, run in runs.items():
-            silos.begin(run, tmp_path / "there" / row)
-            local.follow(tmp_path / "there" / row, run, silos.rows(run).splits)
-    finally:
-        local.stop()
-    for row, run in runs.items():
-        frames = in_process(silos, run, tmp_path / "here" / row, monkeypatch)
-        assert audited(local, run) == frames, row
-        assert state_of(tmp_path / "there" / row) == state_of(tmp_path / "here" / row), row
+    in_one_federation(silos, {row: run_of(silos, row) for row in ROWS}, tmp_path, "flower", monkeypatch)
