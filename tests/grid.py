@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,18 @@ class OneProcess(Grid):
 
 
 def federate(
-    silos: Silos, run: config.Run, folder: Path, net: Net | None = None, policy: Path | None = None, **options: Any
+    silos: Silos,
+    run: config.Run,
+    folder: Path,
+    net: Net | None = None,
+    policy: Path | None = None,
+    keys: Path | None = None,
+    **options: Any,
 ) -> tuple[Job, OneProcess, Pieces]:
-    """A run's job on the transport, its grid, and the transport; `options` are the transport's."""
+    """A run's job on the transport, its grid, and the transport; `options` are the transport's.
+
+    `keys`: a folder in which NAME/NAME.key is a site's, and NAME/peers the others' public ones.
+    """
     clients = silos.rows(run).clients
     silos.begin(run, folder)
     workers = []
@@ -92,6 +102,8 @@ def federate(
     for name in clients:
         place, data = folder / "at" / name, silos.folder / "data" / f"{name}.jsonl"
         site = Site(name, str(data), str(place), "", hold_out=False, policy=str(policy), allow_model=True)
+        if keys is not None:
+            site = replace(site, key=str(keys / name / f"{name}.key"), peers=str(keys / name / "peers"))
         workers.append(Worker(site))
     grid = OneProcess(workers, run_settings(run, tuple(clients), "0123456789abcdef"))
     net = net or assemble.net_of(run, remember=True)

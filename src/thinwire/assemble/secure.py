@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 from thinwire.assemble.agreement import agreement_of, size_of
 from thinwire.config import ConfigError, Run, method_name
@@ -51,10 +52,10 @@ def check_secure(run: Run, names: Sequence[str]) -> None:
         raise ConfigError(f"privacy.secure.minimum: a round of {least} clients is smaller than {secure.minimum}")
 
 
-def masked_clients(run: Run, promise: Promise | None = None) -> Mapping[str, Action]:
+def masked_clients(run: Run, promise: Promise | None = None, vouch: Any = None) -> Mapping[str, Action]:
     """What the clients of a run at one place do beside joining; nothing where it has no secure sums.
 
-    ConfigError where they cannot be had.
+    `promise` and `vouch` as in runtime.masked. ConfigError where they cannot be had.
     """
     secure = secure_of(run)
     if secure is None:
@@ -62,7 +63,7 @@ def masked_clients(run: Run, promise: Promise | None = None) -> Mapping[str, Act
     _check_sums(run, secure)
     from thinwire.runtime.masked import MaskedClients  # what it needs comes with an extra
 
-    return MaskedClients(secure, promise).actions
+    return MaskedClients(secure, promise, vouch).actions
 
 
 def secured(run: Run, job: Job) -> Job:

@@ -33,6 +33,10 @@ def client(
     device: Annotated[str | None, typer.Option(help="In place of the run file's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="In place of the run file's.")] = None,
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="What may leave this site, a TOML file.")] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The other sites' public keys, NAME.pub: secure sums with these alone."),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="For the log, the client's memory, and temporary files.")] = Path("site"),
     confine: Annotated[
         bool,
@@ -77,6 +81,7 @@ def client(
         from thinwire.federation.progress import Notices
         from thinwire.federation.site import Site
         from thinwire.federation.site_processes import SiteSide
+        from thinwire.federation.vouching import Vouching
         from thinwire.runtime.folder import locked
 
         for option, rows in (("--data", data), ("--heldout", heldout)):
@@ -100,7 +105,10 @@ def client(
             threads=threads,
             policy=str(policy.resolve()) if policy is not None else None,
             allow_model=allow_model,
+            key=None if peers is None else str(key.resolve()),
+            peers=None if peers is None else str(peers.resolve()),
         )
+        Vouching.of(site)
         stack.enter_context(locked(folder))
         if (wrong := broken(folder / "audit.jsonl")) is not None:
             echo(f"thinwire: {wrong}", err=True)

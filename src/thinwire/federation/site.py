@@ -11,8 +11,9 @@ from pathlib import Path
 class Site:
     """What a worker knows of its site, in a file of JSON.
 
-    `heldout`: a file of rows to score on; without it, and with `hold_out`, the share that the run file holds
-    out of `data` as a run in one process would. `model`, `device`, `threads`: in place of the run file's.
+    `heldout`: a file of rows to score on; without it, and with `hold_out`, the share that the run file holds out of
+    `data` as a run in one process would. `model`, `device`, `threads`: in place of the run file's. `key`, and the
+    folder `peers` of the other sites' public ones: in secure sums it vouches for its keys, and asks the same of them.
     """
 
     name: str
@@ -26,6 +27,8 @@ class Site:
     threads: int | None = None
     policy: str | None = None
     allow_model: bool = False
+    key: str | None = None
+    peers: str | None = None
 
     def write(self, path: Path) -> None:
         """The file that `load` reads."""

@@ -83,7 +83,7 @@ class SiteSide(Attended):
         if self.confine is None:
             super()._worker()
             return
-        named = (self.site.data, self.site.heldout, self.site.model, self.site.policy)
+        named = (self.site.data, self.site.heldout, self.site.model, self.site.policy, self.site.key, self.site.peers)
         given = [part for name in named if name is not None for part in sandbox.parts(Path(name))]
         devices = sandbox.graphics()
         given += [Path("/sys")] if devices else []

@@ -20,6 +20,7 @@ from thinwire.evaluate.clients import Evaluation
 from thinwire.federation.asked import Refused, RunSettings
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.spent import Replies, Spent, drop_old
+from thinwire.federation.vouching import Vouching
 from thinwire.keys import Key
 from thinwire.records import read_json
 from thinwire.runtime.endpoint import ACTIONS, KEYED, Endpoint
@@ -154,7 +155,9 @@ class Visits:
         self.data: Dataset | None = None
         self.budget: Budget | None = None
         try:
-            self.masked = assemble.masked_clients(run, lambda client, *asked: spent.unmask(self.name, *asked))
+            self.masked = assemble.masked_clients(
+                run, lambda client, *asked: spent.unmask(self.name, *asked), Vouching.of(site, self.sites)
+            )
         except config.ConfigError as error:
             raise Refused(f"{error}"[:200]) from None
 

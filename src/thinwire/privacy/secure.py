@@ -13,8 +13,8 @@ Bonawitz et al. 2017 (masks between each two clients, a mask of each client's ow
   first asked about. With `neighbours` all this is of a client's neighbourhood, and whoever knows the round's key knows
   who stands beside whom: clients must not be in league by plan there; where that may be, let all mask with all.
 - A server that hands out keys of its own sits in the middle of every agreement, and with masks that it knows it reads
-  every reply. Nothing here stops that: the public halves reach a client through the server alone, and no authority
-  signs them. Sites that do not trust the server to keep to the protocol need keys that they know of each other.
+  every reply, unless sites sign their public halves with keys that they know of each other (federation.vouching): then
+  no reply is masked with another's.
 - A server that asks for another round gets another sum: of two rounds with one client more in one of them, what changed
   is near that client's. A repeated round (one that has died) uses fresh keys, and is unmasked for the same clients and
   the same broadcast alone. Noise is what holds over rounds.

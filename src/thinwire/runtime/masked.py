@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,26 @@ from thinwire.runtime.sums import CUT, EXAMPLES, LOSS, MEASURED, SKIPPED, Plan, 
 from thinwire.wire import Frame, Illegal, Stale
 
 Promise = Callable[[int, int, str], None]  # client, round, of what sum: raises where it was another one in that round
+
+
+class Vouch(Protocol):
+    """What shows a client's peers that its keys are its own, whatever server hands them on; 96 bytes a signature."""
+
+    def sign(self, text: bytes) -> bytes:
+        """The signature of this place's own client."""
+        ...
+
+    def check(self, client: int, text: bytes, signature: bytes) -> None:
+        """Raise Illegal for another's that is not its own."""
+        ...
+
+
+SIGNATURE = 96  # bytes
+
+
+def vouched(run: int, round: int, attempt: bytes, client: int, seal: bytes, mask: bytes) -> bytes:
+    """What a client signs of its two public halves: they are of one attempt at one sum."""
+    return b"thinwire keys of a secure sum" + numbered(run, round, client) + attempt + seal + mask
 
 
 class Remembered:
@@ -87,11 +107,13 @@ class _Part:
 class MaskedClients:
     """The clients of a run at one place, as the actions of secure sums.
 
-    `promise`: see Promise; `random`: for tests alone.
+    `promise`: see Promise; `vouch`: signs a client's keys, and checks its peers'; `random`: for tests alone.
     """
 
-    def __init__(self, secure: Secure, promise: Promise | None = None, random: Random = system) -> None:
-        self.secure, self.promise, self.random = secure, promise or Remembered(), random
+    def __init__(
+        self, secure: Secure, promise: Promise | None = None, vouch: Vouch | None = None, random: Random = system
+    ) -> None:
+        self.secure, self.promise, self.vouch, self.random = secure, promise or Remembered(), vouch, random
         self._parts: dict[int, _Part] = {}
 
     @property
@@ -114,7 +136,9 @@ class MaskedClients:
             )
 
         def answer(part: _Part) -> Keys:
-            return Keys(part.seals.public, part.pair.public, commitment(part.own))
+            halves = part.seals.public, part.pair.public
+            text = vouched(frame.header().run, round, part.attempt, client.id, *halves)
+            return Keys(*halves, commitment(part.own), None if self.vouch is None else self.vouch.sign(text))
 
         return self._once("keys", frame, client, invite.attempt, answer)
 
@@ -130,6 +154,11 @@ class MaskedClients:
                 check_public(*seals, *masks, part.seals.public, part.pair.public)
             except ValueError as error:
                 raise Illegal(f"keys of peers: {error}") from None
+            if self.vouch is not None:
+                signatures = _cut(peers.signatures or bytes(SIGNATURE * len(ids)), SIGNATURE, len(ids))
+                for peer, *halves, signature in zip(ids, seals, masks, signatures, strict=True):
+                    text = vouched(frame.header().run, part.round, part.attempt, peer, *halves)
+                    self.vouch.check(peer, text, signature)
             part.clients, part.peers = peers.clients, dict(zip(ids, zip(seals, masks, strict=True), strict=True))
             part.place = place_of(frame.header().run, part.round, part.attempt, peers.clients)
             part.least = least_of(len(holders), self.secure.threshold)

@@ -49,22 +49,30 @@ class Invite:
 
 @dataclass(frozen=True)
 class Keys:
-    """Public halves: of what shares are sealed with, of what masks follow from; and a commitment to its own mask."""
+    """Public halves: of what shares are sealed with, of what masks follow from; and a commitment to its own mask.
+
+    `signature`: of a site that vouches for its halves; see federation.vouching.
+    """
 
     seal: bytes
     mask: bytes
     own: bytes
+    signature: bytes | None = field(default=None, metadata=LATE)
 
 
 @dataclass(frozen=True)
 class Peers:
-    """All clients of the sum, and of those that a client shares masks with, `ids`, the two public halves in order."""
+    """All clients of the sum, and of those that a client shares masks with, `ids`, the two public halves in order.
+
+    `signatures`: theirs, in order, zeros of those that have none; left out where nobody has one.
+    """
 
     attempt: bytes
     clients: list[int]
     ids: list[int]
     seals: bytes
     masks: bytes
+    signatures: bytes | None = field(default=None, metadata=LATE)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from thinwire.runtime.sums import EXAMPLES, Plan, commitment, in_shares, linear_
 from thinwire.wire import Frame, Illegal, WireError
 
 P = TypeVar("P")
+NO_SIGNATURE = bytes(96)
 KEYS = 1 << 16  # bytes of a frame of keys, beside what grows with the clients
 
 
@@ -105,8 +106,8 @@ class _Sum:
         for client, keys in self._ask("keys", ((c, Invite(self.attempt)) for c in self.at.server.cohort), Keys):
             try:
                 check_public(keys.seal, keys.mask, *(half for k in found.values() for half in (k.seal, k.mask)))
-                if len(keys.own) != KEY:
-                    raise ValueError(f"a commitment of {len(keys.own)} bytes")
+                if len(keys.own) != KEY or len(keys.signature or NO_SIGNATURE) != len(NO_SIGNATURE):
+                    raise ValueError(f"a commitment of {len(keys.own)} bytes, or a signature that is none")
             except ValueError as error:
                 self._drop(client, f"Illegal: {error}")
             else:
@@ -115,12 +116,14 @@ class _Sum:
 
     def _shares(self, clients: Sequence[int]) -> list[int]:
         """Who has shared its secrets."""
+        signed = any(keys.signature for keys in self.keys.values())
 
         def questions() -> Iterator[tuple[int, Peers]]:
             for client in clients:
                 near = self.graph[client]
-                halves = [b"".join(getattr(self.keys[peer], name) for peer in near) for name in ("seal", "mask")]
-                yield client, Peers(self.attempt, list(clients), list(near), *halves)
+                seals, masks = (b"".join(getattr(self.keys[peer], name) for peer in near) for name in ("seal", "mask"))
+                signatures = b"".join(self.keys[peer].signature or NO_SIGNATURE for peer in near) if signed else None
+                yield client, Peers(self.attempt, list(clients), list(near), seals, masks, signatures)
 
         shared: list[int] = []
         for client, shares in self._ask("shares", questions(), Shares):
