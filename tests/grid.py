@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from silos import Silos
 
 from thinwire import assemble, config
+from thinwire.assemble.privacy import budget_of
 from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.fingerprint import fingerprints
 from thinwire.federation.flower import Flower
@@ -114,6 +115,7 @@ def federate(
     rows = assemble.Rows({}, silos.rows(run).splits)
     job = assemble.job(run, rows, net, folder, 0, Watch())
     job.names, job.transport = list(clients), transport
+    job.budget = budget_of(run, {}, len(clients))
     job.keep_versions = 8 + run.method.versions_each * len(clients)
     return job, grid, transport
 

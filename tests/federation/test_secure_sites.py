@@ -138,3 +138,17 @@ def test_a_site_keeps_its_promise_in_a_new_process(tmp_path: Path) -> None:
             Spent(tmp_path).unmask("run", round, other)
     Spent(tmp_path).unmask("run", 4, "two")
     assert json.loads((tmp_path / "spent.json").read_text())["run"]["unmasked"] == [4, "two"]
+
+
+def test_noise_in_shares_comes_from_the_sites(silos: Silos, tmp_path: Path) -> None:
+    method = {"name": "fedavg", "steps": 1, "lr": 1e-3, "weighting": "uniform"}
+    private = {"level": "client", "epsilon": 30.0, "delta": 1e-2, "clip": 0.5, "secure": {}}
+    found = []
+    for name in ("one", "two"):
+        job, _, _ = federate(silos, silos.run(method, privacy=private), tmp_path / name)
+        summary = course.train(job)
+        assert 0.9 * 30 < summary["privacy"]["epsilon"] <= 30
+        out = {line["kind"] for line in entries(tmp_path / name, "north") if line["direction"] == "out"}
+        assert out == {"Keys", "Shares", "Masked", "Unmasked"}
+        found.append(state_of(tmp_path / name))
+    assert found[0] != found[1]  # nobody can draw it again
