@@ -83,6 +83,28 @@ def test_with_privacy_of_a_client_the_server_sees_all_and_others_do_not(silos: S
     assert abs(others.found.update.cosine) < 0.2
 
 
+MASKED: dict[str, Any] = {"weighting": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("privacy", "names", "hidden"),
+    [
+        ({}, ["server and all others in league"], [False]),
+        (RECORD, ["server, without privacy", "server and all others in league, as asked"], [False, True]),
+        (CLIENT, ["server, without privacy", "server and all others, as asked"], [False, True]),
+    ],
+    ids=["masks alone", "record", "client"],
+)
+def test_under_masks_the_server_is_taken_to_have_all_others_in_league(
+    privacy: dict[str, Any], names: list[str], hidden: list[bool], silos: Silos
+) -> None:
+    run = silos.run(METHODS["fedavg"] | MASKED, data=OPEN, privacy=privacy | {"secure": {}})
+    rows = audited(run, Size(candidates=4, tries=2, canaries=4))
+    assert [row.view.name for row in rows] == names
+    assert [row.found.update.error > 1 for row in rows] == hidden
+    assert all(row.leak is not None for row in rows)
+
+
 def test_a_reply_of_one_bit_a_number_gives_the_update_in_part(silos: Silos) -> None:
     (row,) = audited(run_of(silos, "onebit"))
     assert 0.1 < row.found.update.error < 0.9

@@ -97,7 +97,7 @@ class Audit:
         delta = DELTA if self.run.privacy is None else self.run.privacy.delta
         key = Key.root(self.run.seed).fold("audit-privacy")
         for view in self.views:
-            run = self.run if view.private else self.run.model_copy(update={"privacy": None})
+            run = unmasked(self.run) if view.private else self.run.model_copy(update={"privacy": None})
             asked = start._replace(run=run)
             with tempfile.TemporaryDirectory(prefix="thinwire-audit-") as place:
                 visits = Visits(asked.job(Path(place) / "visits", Watch()), Path(place), self.secrets)
@@ -112,16 +112,31 @@ class Audit:
 
 
 def views_of(run: Run) -> list[View]:
-    """Who is asked about."""
+    """Who is asked about. Under masks the worst server has all other clients in league: it sees one reply again."""
     if run.privacy is None:
         return [View("server")]
+    open_, asked = View("server, without privacy"), ", as asked"
+    if run.privacy.secure is not None:
+        if run.privacy.level is None:
+            return [View("server and all others in league")]
+        if run.privacy.level == "client":  # whose noise is on the sum before anybody sees it
+            return [open_, View("server and all others, as asked", private=True, outside=True)]
+        asked = " and all others in league, as asked"
     if run.privacy.level == "record":
-        return [View("server, without privacy"), View("server, as asked", private=True)]
+        return [open_, View(f"server{asked}", private=True)]
     return [
-        View("server, without privacy"),
+        open_,
         View("server, as asked", private=True),
         View("all others, as asked", private=True, outside=True),
     ]
+
+
+def unmasked(run: Run) -> Run:
+    """The run without its masks, behind which nobody hides from all others together."""
+    if run.privacy is None or run.privacy.secure is None:
+        return run
+    privacy = None if run.privacy.level is None else run.privacy.model_copy(update={"secure": None})
+    return run.model_copy(update={"privacy": privacy})
 
 
 def check(run: Run, size: Size) -> None:
