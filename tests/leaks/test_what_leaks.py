@@ -99,7 +99,7 @@ def test_under_masks_the_server_is_taken_to_have_all_others_in_league(
     privacy: dict[str, Any], names: list[str], hidden: list[bool], silos: Silos
 ) -> None:
     run = silos.run(METHODS["fedavg"] | MASKED, data=OPEN, privacy=privacy | {"secure": {}})
-    rows = audited(run, Size(candidates=4, tries=2, canaries=4))
+    rows = audited(run, Size(candidates=4, tries=2, canaries=8))
     assert [row.view.name for row in rows] == names
     assert [row.found.update.error > 1 for row in rows] == hidden
     assert all(row.leak is not None for row in rows)
