@@ -23,6 +23,7 @@ from thinwire.privacy import shares
 from thinwire.privacy.accountant import epsilon
 from thinwire.privacy.integers import FINE
 from thinwire.privacy.protection import Protection
+from thinwire.privacy.released import in_words
 from thinwire.privacy.secrets import SystemSecrets
 from thinwire.privacy.secure import Secure
 from thinwire.records import read_records
@@ -145,6 +146,8 @@ def test_a_run_spends_what_it_says_and_shows_no_reply(method: dict[str, Any], si
     run = silos.run(method, privacy=PRIVACY | {"noise": 3.0})
     summary = train(assemble.begin(*assemble.prepared(run)).job(tmp_path / "run", Watch()))
     assert summary["privacy"]["epsilon"] == pytest.approx(epsilon(3.0, 1.0, 2, 1e-2), abs=0.01)
+    assert "a client was there changes what all see, the server too, by epsilon" in in_words(summary["privacy"])
+    assert not any("server" in line for line in summary["privacy"]["not_counted"])
     for record in read_records(tmp_path / "run" / "rounds.jsonl"):
         assert not {"loss", "skipped", "cut"} & {*record["metrics"]}
         assert all(client.get("loss") is None for client in record["clients"])

@@ -20,8 +20,8 @@ NOT_COUNTED = (
     "evaluation on rows of the clients, and which round they choose",
     "a codec that was fitted to the clients' updates",
     "how many rows a client has, how long a visit takes, and that it fails",
-    "where the server adds the noise, what its records hold of each reply: bytes and hashes",
 )
+AT_SERVER = "as the server adds the noise, what its records hold of each reply: bytes and hashes"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,14 @@ class Budget:
         noises = {each.noise for each in self.protected.values()} or {asked.noise or 0.0}
         epsilon = self.spent(round) or asked.epsilon
         spent = {"epsilon": epsilon, "delta": asked.delta, "clip": asked.clip, "noise": sorted(noises)}
-        return {"level": asked.level, **spent, "not_counted": list(NOT_COUNTED)}
+        at_server = asked.level == "client" and asked.secure is None
+        of_server = {} if asked.level == "record" else {"server": not at_server}  # whether it sees no more than others
+        return {
+            "level": asked.level,
+            **of_server,
+            **spent,
+            "not_counted": [*NOT_COUNTED, *([AT_SERVER] if at_server else [])],
+        }
 
     def ends(self, round: int) -> str | None:
         """Why the run ends after a round, before its rounds are over; None where the next one is within the budget."""

@@ -28,9 +28,11 @@ def of_update(level: Level, payload: type) -> Released:
 def in_words(promised: Mapping[str, Any]) -> str:
     """What a run's summary says of its privacy, as a sentence."""
     unit = "a row of a client's" if promised["level"] == "record" else "a client"
+    seen = "all see, the server too," if promised.get("server") else "all see"
     noise = " to ".join(f"{end:.4g}" for end in sorted({promised["noise"][0], promised["noise"][-1]}))
     return (
-        f"differential privacy: whether {unit} was there changes what all see by epsilon {promised['epsilon']:.4g} at "
+        f"differential privacy: whether {unit} was there changes what {seen} by epsilon "
+        f"{promised['epsilon']:.4g} at "
         f"delta {promised['delta']:g} at most (clip {promised['clip']:g}, noise {noise})"
     )
 
