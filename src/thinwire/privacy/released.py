@@ -31,9 +31,8 @@ def in_words(promised: Mapping[str, Any]) -> str:
     seen = "all see, the server too," if promised.get("server") else "all see"
     noise = " to ".join(f"{end:.4g}" for end in sorted({promised["noise"][0], promised["noise"][-1]}))
     return (
-        f"differential privacy: whether {unit} was there changes what {seen} by epsilon "
-        f"{promised['epsilon']:.4g} at "
-        f"delta {promised['delta']:g} at most (clip {promised['clip']:g}, noise {noise})"
+        f"differential privacy: whether {unit} was there changes what {seen} by epsilon {promised['epsilon']:.4g} "
+        f"at delta {promised['delta']:g} at most (clip {promised['clip']:g}, noise {noise})"
     )
 
 
