@@ -39,6 +39,9 @@ RUNS |= {  # weights, gradients and moments in shards
     "shards-one-row": ["method.name=fedavg", "method.lr=1e-3", *STEPS, "method.batch_size=1", "data.loss=answer"],
     "shards-proximal": ["method.name=fedavg", "method.lr=1e-2", "method.proximal=0.1", "method.clip=0.1", *STEPS],
     "shards-scaffold": ["method.name=scaffold", "method.lr=1e-2", *SGD, *STEPS],
+    "shards-slora": ["method.name=slora", "method.lr=1e-3", *LORA, *STEPS],
+    "shards-hetlora": ["method.name=hetlora", "method.lr=0.1", "method.penalty=0.1", *SGD, *LORA, *STEPS],
+    "shards-fedelmy": ["method.name=fedelmy", "method.lr=1e-2", *SGD, *STEPS, "method.steps=2"],
     "shards-bfloat16": ["method.name=gradualdiff", "method.lr=0.1", *SGD, "model.dtype=bfloat16", *STEPS],
     "shards-lora": ["method.name=fedavg", "method.lr=1e-2", *LORA, *STEPS],
 }
@@ -177,7 +180,7 @@ def test_each_of_two_processes_holds_half_while_it_trains(name: str, ends: Path)
     visits = [json.loads(line) for line in (ends / "held.jsonl").read_text().splitlines()]
     mine = [visit for visit in visits if visit["run"] == name]
     assert {visit["rank"] for visit in mine} == {0, 1}
-    assert len(mine) == 2 * 2 * 2  # clients, rounds, processes
+    assert [visit["rank"] for visit in mine].count(0) == len(mine) / 2 >= 2  # of two rounds
     for visit in mine:
         assert visit["own"] == 0  # the parameters themselves have no memory meanwhile
         assert visit["held"] <= 0.55 * visit["whole"]  # a layer's last rows are filled up

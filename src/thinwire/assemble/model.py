@@ -18,7 +18,7 @@ from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.model.resolve import resolve
 from thinwire.runtime.cohort import check
-from thinwire.train.parallel import device_of, divide
+from thinwire.train.parallel import ask_shards, device_of
 
 
 def _task(run: Run, folder: Path) -> Task:
@@ -113,7 +113,7 @@ def net_of(run: Run, remember: bool = False, hollow: bool = False) -> Net:
     if model.shards and len(kinds := {p.dtype for _, p in net.trained()}) > 1:
         found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         raise ConfigError(f"model.shards: what is trained has to be of one dtype, and here is {found}")
-    divide(net.model, model.shards)
+    ask_shards(net.model, model.shards)
     run.method.fits(net)
     return net
 

@@ -66,7 +66,7 @@ class CommonSigns(Linear):
     def _blocks(self, count: int) -> int:
         return -(-count // self.code.block)
 
-    def more(self, net: Any) -> int:
+    def extra_bytes(self, net: Any) -> int:
         """Its scales, and their place in the header."""
         return 2 * self._blocks(net.size) + 64
 

@@ -79,14 +79,14 @@ def train_locally(
     The optimiser is fresh, unless its moments are `kept`. A step whose loss or gradient is not finite is skipped and
     counted. bf16 and fp16 weights are trained through a float32 copy, and rounded once a step; with `keep` the result
     has those copies as the last step left them. Of several processes (train.parallel) each takes a share of every
-    batch; where the model is to be divided, the parameters are in shards meanwhile (train.shards). `recompute`: what is
+    batch; where shards are asked for, the parameters are in shards meanwhile (train.shards). `recompute`: what is
     within a transformer layer is computed again on the way back, and not kept. `losses` is given each batch's loss
-    before `adjust` is called. `protected`: the examples are drawn and bounded, and the gradient noised, as it says; the
-    batches are not asked, the mean loss is NaN, and no step is skipped.
+    before `adjust` is called. `protected`: the examples are drawn and bounded, and the gradient noised, by its
+    rule; the batches are not asked, the mean loss is NaN, and no step is skipped.
     """
-    if protected is None and differences is None and parallel.is_divided(model):
+    if protected is None and differences is None and parallel.wants_shards(model):
         return _in_shards(model, parameters, batches, rule, adjust, recompute, keep, kept, losses)
-    shared = parallel.in_shards(model)
+    sharded = parallel.is_sharded(model)
     masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
     if rule.optimiser == "adamw":
         optimiser: torch.optim.Optimizer = torch.optim.AdamW(masters, lr=rule.lr, weight_decay=rule.weight_decay)
@@ -105,7 +105,7 @@ def train_locally(
                     adjust(masters)
                 taken += _stepped(optimiser, masters, parameters, rule, before + taken)
                 continue
-            mine, share = parallel.part(batch, always=shared)
+            mine, share = parallel.part(batch, always=sharded)
 
             def measured(mine: Batch | None = mine, share: float = share) -> Tensor:
                 return torch.zeros(()) if mine is None else share * batch_loss(model, mine)
@@ -121,7 +121,7 @@ def train_locally(
                 if parameter is not master:
                     master.grad = None if parameter.grad is None else parameter.grad.float()
                     parameter.grad = None
-            if not shared:
+            if not sharded:
                 parallel.sum_gradients(masters)
             if adjust is not None:
                 adjust(masters)
@@ -145,7 +145,7 @@ def _in_shards(
     losses: list[float] | None,
 ) -> Local:
     """`train_locally` on the model's sharded twin."""
-    from thinwire.train.shards import KeptInShards, replicated, spread  # a second that a process alone does without
+    from thinwire.train.shards import KeptInShards, on_whole, spread  # a second that a process alone does without
 
     with spread(model, parameters) as twin:
         local = train_locally(
@@ -153,7 +153,7 @@ def _in_shards(
             twin.weights,
             batches,
             rule,
-            adjust=None if adjust is None else partial(replicated, adjust),
+            adjust=None if adjust is None else partial(on_whole, adjust),
             recompute=recompute,
             keep=keep,
             kept=None if kept is None else KeptInShards(kept.memory, kept.names),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from thinwire.data.batch import IGNORE, Batch
 
-ATTRIBUTE = "thinwire_divided"  # of a model that is to be trained in shards
+ATTRIBUTE = "thinwire_shards"  # of a model that is to be trained in shards
 
 
 def join() -> int:
@@ -71,8 +71,8 @@ def device_of(device: str) -> str:
     return device
 
 
-def in_shards(model: nn.Module) -> bool:
-    """Whether it is the sharded twin of one that is divided."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether it is the sharded twin of a model: see train.shards."""
     return hasattr(model, "unshard")
 
 
@@ -81,13 +81,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def divide(model: nn.Module, divided: bool) -> None:
+def ask_shards(model: nn.Module, asked: bool) -> None:
     """Have a model trained in shards where there are several processes (train.shards), or no longer."""
-    setattr(model, ATTRIBUTE, divided)
+    setattr(model, ATTRIBUTE, asked)
 
 
-def is_divided(model: nn.Module) -> bool:
-    """Whether `divide` was asked for, and there are several processes."""
+def wants_shards(model: nn.Module) -> bool:
+    """Whether they were asked for, and there are several processes."""
     return ranks()[1] > 1 and cast("bool", getattr(model, ATTRIBUTE, False))
 
 

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.experimental import implicit_replication
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from thinwire.model.errors import ModelError
 from thinwire.train.kept import Kept
-from thinwire.train.parallel import divide, ranks, whole
+from thinwire.train.parallel import ask_shards, ranks, whole
 
 
 class Spread:
@@ -49,7 +48,7 @@ class Spread:
         held = {id(p): p for p in model.parameters()}
         empty = {key: nn.Parameter(p.detach().to("meta"), p.requires_grad) for key, p in held.items()}
         twin = copy.deepcopy(model, dict(empty))
-        divide(twin, False)
+        ask_shards(twin, False)
         source = {id(stand_in): key for key, stand_in in empty.items()}
         made: dict[int, nn.Parameter] = {}
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -63,9 +62,9 @@ class Spread:
                         made[key] = nn.Parameter(weight.float() if key in trained else weight, key in trained)
                     setattr(module, name, made[key])
             fully_shard(unit, mesh=self._mesh, mp_policy=policy)
-            divided = cast("FSDPModule", unit)
-            divided.set_gradient_divide_factor(1.0)  # a process's loss is its share of the batch's already
-            divided.set_force_sum_reduction_for_comms(True)  # gloo has no other
+            sharded = cast("FSDPModule", unit)
+            sharded.set_gradient_divide_factor(1.0)  # a process's loss is its share of the batch's already
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
         return twin
 
     @torch.no_grad()
@@ -83,10 +82,14 @@ def shard(tensor: Tensor, like: Tensor) -> Tensor:
     return found
 
 
-def replicated(adjust: Callable[[Sequence[Tensor]], None], weights: Sequence[Tensor]) -> None:
-    """A hand on the weights whose own tensors are whole at each process."""
-    with implicit_replication():
-        adjust(weights)
+def on_whole(adjust: Callable[[Sequence[Tensor]], None], weights: Sequence[Tensor]) -> None:
+    """A hand on the weights that finds them whole, and their gradients, at each process: it may index and reduce."""
+    wholes = [whole(weight.detach()) for weight in weights]
+    for full, weight in zip(wholes, weights, strict=True):
+        full.grad = None if weight.grad is None else whole(weight.grad)
+    adjust(wholes)
+    for full, weight in zip(wholes, weights, strict=True):
+        weight.grad = None if full.grad is None else shard(full.grad, weight)
 
 
 class KeptInShards(Kept):
