@@ -66,20 +66,18 @@ class Stage:
         """The folder of a run during whose round HURT the process that `victim` names is killed."""
         run = self.silos.run(self.method, ROUNDS, federation={"deadline": 300.0, "patience": 200.0})
         local = local_of(self.silos, run, folder / "hub", self.engine)
-        out, killed, began = folder / "run", 0, time.monotonic()
+        out, killed = folder / "run", 0
 
         def watch() -> None:
             nonlocal killed
             if not killed and rounds_of(out) == HURT - 1 and self.at_work(local) and (pid := victim(local)):
                 os.kill(pid, signal.SIGKILL)
                 killed = pid
-                print(f"{time.monotonic() - began:.0f} s: killed {pid}")  # noqa: T201
 
         try:
             local.start()
             self.silos.begin(run, out)
             local.follow(out, run, self.silos.rows(run).splits, watch)
-            print(f"{time.monotonic() - began:.0f} s: done")  # noqa: T201
         finally:
             local.stop()
         assert killed

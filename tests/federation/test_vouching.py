@@ -24,8 +24,8 @@ from thinwire.federation.envelope import pack, unpack
 from thinwire.federation.vouching import Vouching
 from thinwire.privacy.masks import Pair
 from thinwire.runtime import course
-from thinwire.runtime.masked import vouched
 from thinwire.runtime.payloads import Keys
+from thinwire.runtime.vouch import vouched
 from thinwire.wire import Frame, Illegal
 
 METHOD: dict[str, Any] = {"name": "fedavg", "steps": 1, "lr": 1e-3, "weighting": "uniform"}
@@ -129,6 +129,8 @@ def test_a_folder_without_keys_and_a_key_that_is_none_are_a_line(pairs: Path, tm
         Vouching(pairs / "north" / "north.key", tmp_path / "empty")
     with pytest.raises(ConfigError, match=r"north\.pub: not a site's private key"):
         Vouching(pairs / "north" / "north.pub", pairs / "north" / "peers")
+    with pytest.raises(ConfigError, match=r"^sites: two clients of the run have the same name"):
+        Vouching(pairs / "north" / "north.key", pairs / "north" / "peers", ("north", "south", "south"))
     (pairs / "north" / "peers" / "west.pub").write_text("no key")
     with pytest.raises(ConfigError, match=r"west\.pub: not a public key$"):
         Vouching(pairs / "north" / "north.key", pairs / "north" / "peers")

@@ -96,6 +96,7 @@ ODD: dict[str, Callable[[Victim, Peers], Peers]] = {
     "a sum of others": lambda v, p: replace(p, clients=[1, 2, 3]),
     "fewer peers than clients": lambda v, p: replace(p, ids=[1, 2], seals=p.seals[:64], masks=p.masks[:64]),
     "another attempt": lambda v, p: replace(p, attempt=LATER),
+    "a client below 0": lambda v, p: replace(p, clients=[-1, 0, 1, 2], ids=[-1, 1, 2]),
 }
 
 

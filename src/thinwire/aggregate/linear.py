@@ -19,11 +19,11 @@ from thinwire.privacy.terms import Term
 class Linear:
     """The plain sums of a method's mean; `secure` is the run's table.
 
-    `shortened`: whether parts times a factor below 1 are those of a smaller update, so that a bound on the length of
+    `clippable`: whether parts times a factor below 1 are those of a smaller update, so that a bound on the length of
     all together bounds what a client does to the sum.
     """
 
-    shortened: ClassVar[bool] = False
+    clippable: ClassVar[bool] = False
 
     def __init__(self, method: Any, secure: Secure) -> None:
         self.method, self.secure = method, secure
@@ -36,7 +36,7 @@ class Linear:
         """What a client's reply `up` to `down` adds to each term, before its weight."""
         raise NotImplementedError
 
-    def more(self, net: Any) -> int:
+    def extra_bytes(self, net: Any) -> int:
         """The most bytes that a broadcast of `begun` has beside those of a plain one."""
         return 0
 
@@ -54,7 +54,7 @@ class Linear:
 class Changes(Linear):
     """Of weights that travel both ways: `down.weights` and `up.weights`."""
 
-    shortened = True
+    clippable = True
     BOUND = 1.0  # of what a visit changes in a weight
 
     def terms(self, net: Any) -> Mapping[str, Term]:

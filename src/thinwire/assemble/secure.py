@@ -30,7 +30,7 @@ def check_secure(run: Run, names: Sequence[str]) -> None:
     _check_sums(run, secure)
     assert isinstance(run.method, Averaged)
     assert run.privacy is not None
-    if run.privacy.level == "client" and not run.method.linear(secure).shortened:
+    if run.privacy.level == "client" and not run.method.linear(secure).clippable:
         raise ConfigError(
             f"privacy.level: what {method_name(run.method)} adds up under masks has a length of its own, which no clip "
             "bounds: record, or no privacy.secure"

@@ -42,7 +42,7 @@ def masked(run: Run, at: Expected, frames: Frames, secure: Secure) -> Frames:
     def of(clients: int) -> tuple[int, int]:
         if clients not in sizes:
             plan = Plan.of(method, net, secure, clients, whole)
-            sizes[clients] = plan.sums.nbytes, plan.linear.more(net)
+            sizes[clients] = plan.sums.nbytes, plan.linear.extra_bytes(net)
         return sizes[clients]
 
     def nothing(size: float) -> Tensor:

@@ -26,7 +26,8 @@ HALF = 48  # bytes of a number on the curve
 class Vouching:
     """A site's private key, and the public ones of the others, by the names of the run's clients in order.
 
-    ConfigError for a private key that is none on P-384, or a file that holds no public key.
+    ConfigError for a private key that is none on P-384, a file that holds no public key, or a name that two clients of
+    the run have: one site's signatures would then be those of both, and a sum would be over fewer than it seems.
     """
 
     def __init__(self, key: Path, peers: Path, names: Sequence[str] = ()) -> None:
@@ -39,7 +40,9 @@ class Vouching:
             raise ConfigError(f"{key}: not a site's private key ({error})") from None
         if not isinstance(private, ec.EllipticCurvePrivateKey) or not isinstance(private.curve, ec.SECP384R1):
             raise ConfigError(f"{key}: not a key on P-384, as `thinwire keys site` makes them")
-        self.private, self.names, self.peers = private, names, peers
+        if len({*names}) < len(names):
+            raise ConfigError("sites: two clients of the run have the same name, and their keys one signature")
+        self.private, self.names = private, names
         self.known = {path.stem: _loaded(path) for path in sorted(peers.glob("*.pub"))}
         if not self.known:
             raise ConfigError(f"--peers: {peers} holds no site's public key, NAME.pub")
@@ -52,7 +55,7 @@ class Vouching:
         return cls(Path(site.key), Path(site.peers), names)
 
     def sign(self, text: bytes) -> bytes:
-        """See runtime.masked.Vouch."""
+        """See runtime.vouch.Vouch."""
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
@@ -61,13 +64,13 @@ class Vouching:
         return b"".join(number.to_bytes(HALF, "big") for number in numbers)
 
     def check(self, client: int, text: bytes, signature: bytes) -> None:
-        """See runtime.masked.Vouch."""
+        """See runtime.vouch.Vouch."""
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
-        name = self.names[client] if client < len(self.names) else f"client {client}"
+        name = self.names[client] if 0 <= client < len(self.names) else f"client {client}"
         if (known := self.known.get(name)) is None:
             raise Illegal(f"this site has no public key of {name}'s, and masks no reply with it")
         r, s = (int.from_bytes(half, "big") for half in (signature[:HALF], signature[HALF:]))

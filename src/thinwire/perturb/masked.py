@@ -32,7 +32,7 @@ class SharedScalars(Linear):
     amplitudes, which Pro alone draws by, stay as they are. `form`: of the scalars as they would travel.
     """
 
-    shortened = True
+    clippable = True
 
     def __init__(self, method: Any, secure: Secure, form: str) -> None:
         super().__init__(method, secure)

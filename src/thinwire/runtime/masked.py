@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,30 +45,21 @@ from thinwire.privacy.secure import Secure
 from thinwire.privacy.shares import noised
 from thinwire.runtime.endpoint import Action, visit
 from thinwire.runtime.payloads import Invite, Keys, Masked, Peers, Remaining, Shares, Task, Unmasked
-from thinwire.runtime.sums import CUT, EXAMPLES, LOSS, MEASURED, SKIPPED, Plan, commitment, in_shares, place_of
+from thinwire.runtime.sums import (
+    CUT,
+    EXAMPLES,
+    LOSS,
+    MEASURED,
+    SKIPPED,
+    Plan,
+    commitment,
+    noise_in_shares,
+    place_of,
+)
+from thinwire.runtime.vouch import SIGNATURE, Vouch, vouched
 from thinwire.wire import Frame, Illegal, Stale
 
 Promise = Callable[[int, int, str], None]  # client, round, of what sum: raises where it was another one in that round
-
-
-class Vouch(Protocol):
-    """What shows a client's peers that its keys are its own, whatever server hands them on; 96 bytes a signature."""
-
-    def sign(self, text: bytes) -> bytes:
-        """The signature of this place's own client."""
-        ...
-
-    def check(self, client: int, text: bytes, signature: bytes) -> None:
-        """Raise Illegal for another's that is not its own."""
-        ...
-
-
-SIGNATURE = 96  # bytes
-
-
-def vouched(run: int, round: int, attempt: bytes, client: int, seal: bytes, mask: bytes) -> bytes:
-    """What a client signs of its two public halves: they are of one attempt at one sum."""
-    return b"thinwire keys of a secure sum" + numbered(run, round, client) + attempt + seal + mask
 
 
 class Remembered:
@@ -191,7 +182,7 @@ class MaskedClients:
         about: dict[str, Any] = {"run": header.run, "round": header.round, "client": client.id, "held": client.held}
         if isinstance(up, Stale):
             return wire.encode(up, **about)
-        protection = in_shares(client.protection)
+        protection = noise_in_shares(client.protection)
         plan = Plan.of(method, client.net, self.secure, len(part.clients), protection)
         sums, parts = plan.sums, plan.linear.parts(down, up, client)
         if protection is not None:
@@ -254,7 +245,12 @@ class MaskedClients:
 
     def _check_peers(self, peers: Peers, client: int) -> None:
         clients, ids, wanted = peers.clients, {*peers.ids}, self.secure.neighbours
-        if clients != sorted({*clients}) or client not in clients or len(clients) < self.secure.minimum:
+        if (
+            clients != sorted({*clients})
+            or client not in clients
+            or len(clients) < self.secure.minimum
+            or clients[0] < 0
+        ):
             raise Illegal(f"a sum of {len(clients)} clients: not {self.secure.minimum}, or not this one among them")
         most = len(clients) - 1
         count = most if wanted is None else min(wanted + wanted % 2, most)

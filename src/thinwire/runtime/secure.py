@@ -23,7 +23,6 @@ from thinwire.aggregate.weights import Share
 from thinwire.core import Averaged, Method
 from thinwire.errors import RunError
 from thinwire.privacy.masks import (
-    KEY,
     SEALED,
     SEED,
     Pair,
@@ -40,11 +39,11 @@ from thinwire.privacy.secure import Secure
 from thinwire.privacy.terms import Sums, Words
 from thinwire.runtime.payloads import Invite, Keys, Masked, Peers, Remaining, Shares, Task, Unmasked
 from thinwire.runtime.round import Reply, Round, Visit, is_stale, shown
-from thinwire.runtime.sums import EXAMPLES, Plan, commitment, in_shares, linear_of, place_of, reported
+from thinwire.runtime.sums import EXAMPLES, Plan, commitment, linear_of, noise_in_shares, place_of, reported
+from thinwire.runtime.vouch import SIGNATURE, check_lengths
 from thinwire.wire import Frame, Illegal, WireError
 
 P = TypeVar("P")
-NO_SIGNATURE = bytes(96)
 KEYS = 1 << 16  # bytes of a frame of keys, beside what grows with the clients
 
 
@@ -89,7 +88,7 @@ class _Sum:
         self._enough(self.keys, self.how.secure.minimum)
         clients = sorted(self.keys)
         self.place = place_of(at.run, at.server.round, self.attempt, clients)
-        plan = Plan.of(method, at.server.net, self.how.secure, len(clients), in_shares(at.server.protection))
+        plan = Plan.of(method, at.server.net, self.how.secure, len(clients), noise_in_shares(at.server.protection))
         sums = plan.sums
         draws = at.server.key.fold("neighbours")
         order = [draws.fold(client).word() for client in clients]
@@ -106,8 +105,7 @@ class _Sum:
         for client, keys in self._ask("keys", ((c, Invite(self.attempt)) for c in self.at.server.cohort), Keys):
             try:
                 check_public(keys.seal, keys.mask, *(half for k in found.values() for half in (k.seal, k.mask)))
-                if len(keys.own) != KEY or len(keys.signature or NO_SIGNATURE) != len(NO_SIGNATURE):
-                    raise ValueError(f"a commitment of {len(keys.own)} bytes, or a signature that is none")
+                check_lengths(keys)
             except ValueError as error:
                 self._drop(client, f"Illegal: {error}")
             else:
@@ -122,7 +120,9 @@ class _Sum:
             for client in clients:
                 near = self.graph[client]
                 seals, masks = (b"".join(getattr(self.keys[peer], name) for peer in near) for name in ("seal", "mask"))
-                signatures = b"".join(self.keys[peer].signature or NO_SIGNATURE for peer in near) if signed else None
+                signatures = (
+                    b"".join(self.keys[peer].signature or bytes(SIGNATURE) for peer in near) if signed else None
+                )
                 yield client, Peers(self.attempt, list(clients), list(near), seals, masks, signatures)
 
         shared: list[int] = []
@@ -227,8 +227,8 @@ class _Sum:
         if plan.weighted:
             weight = float(found[EXAMPLES]) / plan.most
         else:
-            if in_shares(server.protection) is not None:
-                weight = float(len(server.cohort))  # as in aggregate.noised: the sum does not say who was there
+            if noise_in_shares(server.protection) is not None:
+                weight = float(len(server.cohort))  # whoever has replied, as in aggregate.noised
             server.weighing.shares = {client: Share(1 / weight, "equally") for client in replied}
         if not weight:
             self._fail("the clients claim no examples")

@@ -68,7 +68,7 @@ class Plan(NamedTuple):
         return self.sums.terms[EXAMPLES].high
 
 
-def in_shares(protection: Protection | None) -> Protection | None:
+def noise_in_shares(protection: Protection | None) -> Protection | None:
     """A protection whose noise comes in shares: that of whole clients. A record's is in the reply already."""
     return protection if protection is not None and protection.level == "client" else None
 
