@@ -131,6 +131,11 @@ def test_a_folder_without_keys_and_a_key_that_is_none_are_a_line(pairs: Path, tm
         Vouching(pairs / "north" / "north.pub", pairs / "north" / "peers")
     with pytest.raises(ConfigError, match=r"^sites: two clients of the run have the same name"):
         Vouching(pairs / "north" / "north.key", pairs / "north" / "peers", ("north", "south", "south"))
+    (pairs / "north" / "peers" / "west.pub").unlink()
+    (pairs / "north" / "peers" / "west.pub").mkdir()
+    with pytest.raises(ConfigError, match=r"west\.pub: cannot be read \(Is a directory\)$"):
+        Vouching(pairs / "north" / "north.key", pairs / "north" / "peers")
+    (pairs / "north" / "peers" / "west.pub").rmdir()
     (pairs / "north" / "peers" / "west.pub").write_text("no key")
     with pytest.raises(ConfigError, match=r"west\.pub: not a public key$"):
         Vouching(pairs / "north" / "north.key", pairs / "north" / "peers")

@@ -231,8 +231,12 @@ def public_keys(folder: Path, report: Callable[[str], None] = lambda line: None)
 
 
 def public_bytes(path: Path) -> bytes:
-    """The public key in a file, as Flower holds it (PEM); ConfigError if it is none on a NIST curve."""
-    return _public(path.read_bytes(), str(path))
+    """The public key in a file, as Flower holds it (PEM); ConfigError if it is none on a NIST curve, or no file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    return _public(content, str(path))
 
 
 def _public(content: bytes, source: str) -> bytes:

@@ -31,12 +31,13 @@ class Vouching:
     """
 
     def __init__(self, key: Path, peers: Path, names: Sequence[str] = ()) -> None:
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives import serialization as form
         from cryptography.hazmat.primitives.asymmetric import ec
 
         try:
             private = form.load_ssh_private_key(key.read_bytes(), None)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a passphrase
             raise ConfigError(f"{key}: not a site's private key ({error})") from None
         if not isinstance(private, ec.EllipticCurvePrivateKey) or not isinstance(private.curve, ec.SECP384R1):
             raise ConfigError(f"{key}: not a key on P-384, as `thinwire keys site` makes them")
