@@ -24,7 +24,14 @@ def checked(tree: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "tree", [{"privacy": {"secure": {}}}, {"privacy": RECORD}, {}, {"privacy": {"secure": {"minimum": 4}}}]
+    "tree",
+    [
+        {"privacy": {"secure": {}}},
+        {"privacy": RECORD},
+        {},
+        {"privacy": {"secure": {"minimum": 4}}},
+        {"privacy": {**RECORD, "level": "client"}},
+    ],
 )
 def test_what_can_be_had_is_let_through(tree: dict[str, Any]) -> None:
     checked(tree)
@@ -48,7 +55,10 @@ def test_what_can_be_had_is_let_through(tree: dict[str, Any]) -> None:
         ({"privacy": {"secure": {}}, "federation": {"weights": {"by": "examples"}}}, r"^federation\.weights: under"),
         ({"privacy": {"secure": {}}, "method": {"name": "fedavg"}}, r"^privacy\.secure\.examples: missing"),
         ({"privacy": {"secure": {}}, "method": {"name": "flora"}}, r"^privacy\.secure: FLora makes more of"),
-        ({"privacy": {**RECORD, "level": "client"}}, r"^privacy\.level: noise on a masked mean"),
+        (
+            {"privacy": {**RECORD, "level": "client"}, "method": {"name": "onebit", "weighting": "uniform"}},
+            r"^privacy\.level: what onebit adds up under masks has a length of its own",
+        ),
         (
             {"privacy": RECORD | {"secure": {"examples": 9}}, "method": {**SCALARS, "weighting": "examples"}},
             r"^method\.weighting: must be",

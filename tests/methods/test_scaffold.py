@@ -60,7 +60,7 @@ class Toy:
             rebuild=lambda token, build: build(),
         )
         monkeypatch.setattr(training, "batch_loss", lambda model, b: b[0] / 2 * (model.w - b[1]).square().sum())
-        monkeypatch.setattr(training.parallel, "part", lambda batch: (batch, 1.0))
+        monkeypatch.setattr(training.parallel, "part", lambda batch, always: (batch, 1.0))
         self.method, self.memories = method, [dict[str, Tensor](), dict[str, Tensor]()]
         self.state: Any = method.init(self.server(0))
 
