@@ -33,7 +33,7 @@ from thinwire.runtime.course import Watch, train
 ROWS, HELDOUT = 6800, 400
 LAYERS = ["query", "key", "value", "dense"]
 LEVELS: dict[str, dict[str, Any]] = {
-    "record": {"clients": 4, "delta": 1e-4, "steps": 10, "batch_size": 64},
+    "record": {"clients": 2, "delta": 1e-4, "steps": 10, "batch_size": 256},
     "client": {"clients": 100, "delta": 1e-3, "steps": 1, "batch_size": 16},
 }
 METHODS: dict[str, dict[str, Any]] = {

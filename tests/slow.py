@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from thinwire.runtime.endpoint import Endpoint
 from thinwire.runtime.inprocess import InProcess
@@ -32,5 +32,6 @@ class Slow(InProcess):
             yield reply
         yield from before.values()
 
-    def under_way(self) -> tuple[int, ...]:
+    def under_way(self, members: Collection[int]) -> tuple[int, ...]:
+        self.waiting = {client: reply for client, reply in self.waiting.items() if client in members}
         return tuple(self.waiting)

@@ -87,7 +87,7 @@ def test_a_late_reply_that_a_server_was_waiting_for_when_it_ended_is_lost(
     class Ends(course.Watch):
         def round_begins(self, round: int, *_: Any) -> None:
             if round == 3:
-                assert transport.under_way() == (1,)
+                assert transport.under_way(range(3)) == (1,)
                 grid.pull_messages([*grid.waiting])  # its site is done meanwhile, and remembers it
                 raise KeyboardInterrupt
 
@@ -143,6 +143,26 @@ def test_a_round_below_its_quorum_waits_for_no_late_reply(silos: Silos, tmp_path
     grid.tamper = InRound(late)
     with pytest.raises(NoQuorum, match=r"round 2: 2 of 3 replies came, 3 must; client 1: late"):
         course.train(job)
-    assert transport.under_way() == ()
+    assert transport.under_way(range(3)) == ()
     course.train(job)
     assert [error for row in visits(tmp_path / "there") for *_, error in row] == [None] * 9
+
+
+@pytest.mark.parametrize("method", [LOST, {"name": "onebit", "lr": 1e-2, "steps": 2, "batch_size": 4}])
+def test_who_is_removed_while_it_is_late_is_as_if_it_had_not_been_asked(
+    method: dict[str, Any], silos: Silos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply is in no round, and when it is back its memory is that of the last round that counted."""
+    run = silos.run(method, 4, model=BF16, federation={"late": 1})
+    job, grid, transport = federate(silos, run, tmp_path / "there", deadline=2.0, late=True)
+    slow(grid, transport, 2, 3)
+    job.members = lambda number: (0, 2) if number == 3 else (0, 1, 2)
+    course.train(job)
+    record = course.read_records(tmp_path / "there" / "rounds.jsonl")
+    assert [[line["id"] for line in round["clients"]] for round in record] == [[0, 1, 2], [0, 1, 2], [0, 2], [0, 1, 2]]
+    assert transport.counted == {0: 4, 1: 4, 2: 4}
+    assert not [*transport.spool.rglob("*")]
+    others = {"kind": "only", "clients": [0, 2], "rounds": 2}
+    absent = silos.run(method, 4, model=BF16, cohort=[{"kind": "all", "rounds": 1}, others, {"kind": "all"}])
+    in_process(silos, absent, tmp_path / "here", monkeypatch)
+    assert state_of(tmp_path / "there") == state_of(tmp_path / "here")

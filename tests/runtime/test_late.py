@@ -257,3 +257,19 @@ def test_whose_replies_may_be_late() -> None:
     never = {"fedavg", "fedkseed-median", "onebit-plain", "onebit-merge", "cgfed-state", "ferret", "scaffold", "flora"}
     assert never & {*ROWS} == never
     assert not never & late
+
+
+def test_clients_join_and_leave_while_another_is_late(
+    nets: Nets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is removed while it is late does not count and ends nothing; who joins counts beside one that is late."""
+    method, net = ROWS["fedkseed"].method, net_for("fedkseed", nets)
+    belong = {1: (0, 1), 2: (0, 2), 3: (0, 1, 2), 4: (0, 1, 2)}
+    run = begun(method, net, tmp_path / "run", monkeypatch, {(1, 1), (3, 0)}, members=belong.__getitem__)
+    found = states(run)[-1]
+    lines = [[line["id"] for line in record["clients"]] for record in read_records(run.rounds)]
+    assert lines == [[0, 1], [0, 2], [0, 1, 2], [0, 1, 2]]
+    assert (visit(run, 4, 0)["late"], visit(run, 4, 0)["share"] > 0) == (1, True)
+    segments = [Only(clients=(0,), rounds=1), Only(clients=(0, 2), rounds=1), All()]
+    absent = begun(method, net, tmp_path / "absent", monkeypatch, {(3, 0)}, segments=segments)
+    assert bytes(wire.encode(found)) == bytes(wire.encode(states(absent)[-1]))

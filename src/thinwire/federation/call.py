@@ -49,6 +49,12 @@ class Call:
         self.frame.remove()
         self.frame = NOTHING
 
+    def lose(self) -> None:
+        """Remove the frame, and what there is of a reply."""
+        self.drop()
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
     def take(self, answer: Answer, spool: Path) -> None:
         """Take in an answer; ValueError for one that is not to this frame, or does not fit what came before."""
         if answer.error is not None:
@@ -94,8 +100,7 @@ class Call:
         """What a round makes of it."""
         seconds = self.seconds or time.monotonic() - self.began
         if self.error is not None or self.total is None:
-            if self.file is not None:
-                self.file.unlink(missing_ok=True)
+            self.lose()
             return Reply(self.client, None, seconds, self.error or "no reply")
         frame = Frame(self.small) if self.file is None else Frame.in_file(self.file, self.total)
         try:

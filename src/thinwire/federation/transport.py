@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from thinwire.federation.call import SHOWN, Call
@@ -94,8 +94,10 @@ class Pieces:
         (reply,) = self.ask("train", [(client, frame)])
         return self._count(reply, self._round)
 
-    def under_way(self) -> tuple[int, ...]:
+    def under_way(self, members: Collection[int]) -> tuple[int, ...]:
         """See round.Transport."""
+        for client in self._late.keys() - {*members}:
+            self._late.pop(client).lose()
         return tuple(self._late)
 
     def _begin(self, round: int) -> None:

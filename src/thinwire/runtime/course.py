@@ -145,7 +145,7 @@ class Course:
         cohort = self.seats.cohort(job.segments, self.members.now, round)
         job.watch.round_begins(round, job.rounds, cohort)
         started = time.perf_counter()
-        late = late_of(job, self.seats, self.transport, self.states, self.members.before, round)
+        late = late_of(job, self.seats, self.transport, self.states, self.members, round)
         weighing = Weighing(job.weights, job.names, dict.fromkeys(late, 1))
         server = replace(self.seats.server(round, cohort), weighing=weighing, late=late, lengths=self.lengths)
         at = Round(job.run, server, self.transport, self.held, self.spool, job.max_bytes, self.header)

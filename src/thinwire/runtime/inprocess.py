@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from thinwire.runtime.endpoint import Endpoint
 from thinwire.runtime.round import Reply
@@ -34,6 +34,6 @@ class InProcess:
         (reply,) = self.exchange([(client, frame)])
         return reply
 
-    def under_way(self) -> tuple[int, ...]:
+    def under_way(self, members: Collection[int]) -> tuple[int, ...]:
         """See round.Transport: whoever is asked here answers at once."""
         return ()

@@ -41,8 +41,11 @@ class Transport(Protocol):
         """Another frame to a client whose reply has come, within its round's `train`: the reply that counts."""
         ...
 
-    def under_way(self) -> Collection[int]:
-        """Whose reply to the last round is still waited for: the next round's `train` yields them after its own."""
+    def under_way(self, members: Collection[int]) -> Collection[int]:
+        """Whose reply to the last round is still waited for: the next round's `train` yields them after its own.
+
+        `members`: who belongs to the run now; the reply of another is waited for no more, as if it were lost.
+        """
         ...
 
 
