@@ -94,6 +94,8 @@ RANGE: dict[str, dict[str, Any]] = {
         "method": {"name": "fedpeptao", "steps": 1, "lanczos": 2},
         "model": {"view": PROMPT | {"deep": True}},
     },
+    "feddm": {"method": {"name": "feddm", "steps": 1, "server_steps": 1}},
+    "feddm on factors": {"method": {"name": "feddm", "steps": 1, "server_steps": 1}, "model": LORA},
     "hetlora": {"method": {"name": "hetlora", "steps": 1, "ranks": {"1": 1}, "keep": 0.7}, "model": LORA},
     "fedobd": {"method": {"name": "fedobd", "lr": 1e-3, "steps": 2, "dropout": 0.4}},
     "fedobd, two stages": {

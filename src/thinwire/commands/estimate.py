@@ -71,8 +71,9 @@ def show(found: Estimate) -> None:
         console.print(f"the server reads a round's replies side by side: up to {size(found.kept)} of them stay {place}")
     if found.flops == found.flops:
         console.print(f"a visit takes {found.flops / 1e12:,.3g} TFLOP")
-    if found.traffic is None:
-        console.print("nothing is known of this method's bytes and memory before it runs")
+    if found.traffic is None or found.client is None:
+        what = "memory" if found.traffic is not None else "bytes" if found.client is not None else "bytes and memory"
+        console.print(f"nothing is known of this method's {what} before it runs")
     for text in found.assumed:
         console.print(f"assumed: {text}", soft_wrap=True)
 
@@ -81,7 +82,7 @@ def verdict(run: Run, job: Job, folder: Path) -> str | None:
     """The line on whether a run's bytes were within the estimate; None for a method without one."""
     from thinwire.estimate import traffic
 
-    at = traffic.expected(run, [len(rows) for rows in job.clients], dict(job.net.parameters()))
+    at = traffic.expected(run, [len(rows) for rows in job.clients], dict(job.net.parameters()), job.net.model.config)
     expected = traffic.traffic(run, at)
     summary = json.loads((folder / "summary.json").read_text())
     return None if expected is None else traffic.verdict(expected, summary["bytes_down"], summary["bytes_up"])

@@ -48,7 +48,7 @@ class Expected:
     """The run that is expected: what is trained, as tensors without memory; who takes part, and in which rounds.
 
     `examples`: of each client, None where the rows are not at hand. `server`: the server of a round, its cohort and
-    its versions, which has no net.
+    its versions, which has no net. `width`: of a token's embedding; `classes`: of answers, at most; None: not known.
     """
 
     trained: Mapping[str, Tensor]
@@ -56,6 +56,8 @@ class Expected:
     examples: Sequence[int | None]
     cohorts: Sequence[Sequence[int]]
     server: Callable[[int, Sequence[int], Any], Any]
+    width: int | None = None
+    classes: int | None = None
 
     def length(self, payload: Any, round: int = 0, client: int = 0, held: str | None = None) -> int:
         """The length of a payload's frame."""
@@ -79,6 +81,16 @@ def fixed(at: Expected, down: Any, up: Callable[[int], Any]) -> Frames:
         there, held = size(round, client, None), at.examples[client]
         ends = [size(round, client, count) for count in ((1, 65535) if held is None else (held,))]
         return Span(there, there), Span(min(ends), max(ends))
+
+    return frames
+
+
+def between(few: Frames, many: Frames) -> Frames:
+    """From the least of some frames to the most of others, where a client's rows decide which it sends."""
+
+    def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:
+        (low, least), (high, most) = few(round, client, new), many(round, client, new)
+        return Span(low.least, high.most), Span(least.least, most.most)
 
     return frames
 

@@ -92,7 +92,7 @@ def estimate(run: Run) -> Estimate:
     probed = method_name(method) if work.probes else None
     view, answer = run.model.view, 1 if closed else ANSWER
     forward = one_pass(model, at_once, length + view.front, answer, view.factors, probed)
-    sent = traffic(run, expected(run, examples, shared.trained))
+    sent = traffic(run, expected(run, examples, shared.trained, model.config))
     passes = answers * fmean(method.work(round).rows for round in range(1, run.rounds + 1)) * view.forward_share
     return Estimate(
         method=method_name(method),

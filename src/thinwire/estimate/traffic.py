@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from thinwire import assemble
 from thinwire.assemble.secure import secure_of
@@ -28,8 +29,13 @@ class Traffic:
     visits: int
 
 
-def expected(run: Run, examples: Sequence[int | None], trained: Mapping[str, Tensor]) -> Expected:
-    """What is known of a run's frames before it; `examples`: of each client, None where the rows are not at hand."""
+def expected(
+    run: Run, examples: Sequence[int | None], trained: Mapping[str, Tensor], config: PreTrainedConfig
+) -> Expected:
+    """What is known of a run's frames before it; `examples`: of each client, None where the rows are not at hand.
+
+    `config`: the model's.
+    """
     seats = Seats(Key.root(run.seed), run.rounds)  # without a net: a half that asks it for anything cannot be run yet
 
     def server(round: int, cohort: Sequence[int], versions: Versions) -> Server:
@@ -38,7 +44,10 @@ def expected(run: Run, examples: Sequence[int | None], trained: Mapping[str, Ten
     cohorts = [seats.cohort(run.cohort, len(examples), round) for round in range(1, run.rounds + 1)]
     if run.privacy is not None and run.privacy.level is not None:
         examples = [1] * len(examples)  # all that a private reply says of them
-    return Expected(trained, assemble.identity(run), examples, cohorts, server)
+    text = config.get_text_config()
+    width = getattr(text, "word_embed_proj_dim", None) or getattr(text, "embedding_size", None) or text.hidden_size
+    classes = config.num_labels if run.data.choices is None else len(run.data.choices)
+    return Expected(trained, assemble.identity(run), examples, cohorts, server, width, classes)
 
 
 def traffic(run: Run, at: Expected) -> Traffic | None:

@@ -22,6 +22,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from thinwire.aggregate.mean import Metrics, Reports, Update
 from thinwire.core import Client, Method, Server
+from thinwire.costs.frames import Expected, Frames, between, fixed
 from thinwire.costs.sketch import Work
 from thinwire.data.batch import Dataset
 from thinwire.keys import Key
@@ -112,8 +114,8 @@ class FedDM(Method):
     def init(self, server: Server) -> Known:
         net = server.net
         classes = int(net.model.config.num_labels or 0) if is_classifier(net.model) else 0
-        width = embedded.table(net.model).shape[1]
-        return Known({name: net.base[name] for name in net.names}, width, min(net.rows), classes)
+        weights = {name: net.base[name] for name in net.names}
+        return Known(weights, embedded.table(net.model).shape[1], min(net.rows), classes)
 
     def broadcast(self, state: Known, server: Server, client_id: int, held: str | None) -> Surrounded:
         return Surrounded(state.weights)
@@ -130,13 +132,12 @@ class FedDM(Method):
             own = tuple(e for e in data.examples if (e.choice or 0) == label)
             real = replace(data, examples=own, balanced=False, pack=0, focus=None)
             key, seen = client.key.fold("class", label), list[float]()
-            noise = key.fold("rows").numpy().standard_normal((self.rows, self.length, table.shape[1]), "float32")
-            start = unit * torch.from_numpy(noise).to(net.device)
+            shape = (self.rows, self.length, table.shape[1])
+            start = unit * torch.from_numpy(key.fold("rows").numpy().standard_normal(shape, "float32")).to(net.device)
             wanted = self._gradients(net, real, key, down.weights, seen)
             parameters = [p for _, p in net.parameters()]
-            found, left = embedded.matched(
-                net.model, parameters, start, label, data.candidates, wanted, self.rows_lr * unit
-            )
+            rate = self.rows_lr * unit
+            found, left = embedded.matched(net.model, parameters, start, label, data.candidates, wanted, rate)
             sets[str(label)] = found.half().cpu()
             counts.append(len(own))
             apart += left * len(own) / len(data)
@@ -219,9 +220,8 @@ class FedDM(Method):
         parameters = [p for _, p in net.parameters()]
         masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
         start = [m.detach().clone() for m in masters] if self.rho else []
-        rule: torch.optim.Optimizer = (torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.SGD)(
-            masters, lr=lr, weight_decay=0.0
-        )
+        kind = torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.SGD
+        rule: torch.optim.Optimizer = kind(masters, lr=lr, weight_decay=0.0)
         total, value = sum(each.weight for group in sets.values() for each in group), math.nan
         for _ in range(self.server_steps):
             value = 0.0
@@ -235,8 +235,7 @@ class FedDM(Method):
                 value += loss.item()
             for parameter, master in zip(parameters, masters, strict=True):
                 if parameter is not master:
-                    master.grad = None if parameter.grad is None else parameter.grad.float()
-                    parameter.grad = None
+                    master.grad, parameter.grad = None if parameter.grad is None else parameter.grad.float(), None
             if all(m.grad is None or torch.isfinite(m.grad).all() for m in masters):  # sets are legal at any size
                 rule.step()
             rule.zero_grad(set_to_none=True)
@@ -255,8 +254,7 @@ class FedDM(Method):
         fill_checked(client.net, down.weights)
 
     def reply_bytes(self, net: Net) -> int:
-        width = embedded.table(net.model).shape[1]
-        return MANY * (2 * self.rows * self.length * width + 4 * LONGEST)
+        return MANY * (2 * self.rows * self.length * embedded.table(net.model).shape[1] + 4 * LONGEST)
 
     def fits(self, net: Net) -> None:
         if "inputs_embeds" not in inspect.signature(net.model.forward).parameters:
@@ -265,6 +263,19 @@ class FedDM(Method):
             raise ModelError(
                 f"model.view: {self.name} trains on embeddings, and a prompt stands in front of tokens alone"
             )
+
+    def frames(self, at: Expected) -> Frames | None:
+        """From one class at a client and answers of a token to all classes and the longest answers."""
+        most, rows = at.classes or 1, torch.empty(self.rows, self.length, at.width or 1, device="meta").half()
+
+        def up(classes: int, tokens: int, count: int) -> Distilled:
+            answers, sets = (
+                rows.new_empty(most, tokens, dtype=torch.int32),
+                dict.fromkeys(map(str, range(classes)), rows),
+            )
+            return Distilled(sets, [count] * classes, answers, 0.0, count, 0.0)
+
+        return between(*(fixed(at, Surrounded(at.trained), partial(up, *end)) for end in ((1, 1), (most, LONGEST))))
 
     def work(self, round: int) -> Work:
         return Work(self.steps, math.nan, self.batch_size)  # for each class that a client has, which a run file has not
