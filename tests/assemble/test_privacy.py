@@ -258,7 +258,7 @@ def estimated_as_trained(run: Run, folder: Path) -> None:
 
     start = assemble.begin(*assemble.prepared(run))
     trained_by = {name: start.net.base[name] for name in start.net.names}
-    found = traffic(run, expected(run, [*SIZES], trained_by))
+    found = traffic(run, expected(run, [*SIZES], trained_by, start.net.model.config))
     assert found is not None
     summary = trained(run, folder)
     assert found.total[0].holds(summary["bytes_down"])

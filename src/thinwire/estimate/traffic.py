@@ -44,8 +44,8 @@ def expected(
     cohorts = [seats.cohort(run.cohort, len(examples), round) for round in range(1, run.rounds + 1)]
     if run.privacy is not None and run.privacy.level is not None:
         examples = [1] * len(examples)  # all that a private reply says of them
-    text = config.get_text_config()
-    width = getattr(text, "word_embed_proj_dim", None) or getattr(text, "embedding_size", None) or text.hidden_size
+    text, names = config.get_text_config(), ("word_embed_proj_dim", "embedding_size", "hidden_size")
+    width = next((found for name in names if (found := getattr(text, name, None))), None)
     classes = config.num_labels if run.data.choices is None else len(run.data.choices)
     return Expected(trained, assemble.identity(run), examples, cohorts, server, width, classes)
 

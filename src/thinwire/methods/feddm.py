@@ -266,14 +266,13 @@ class FedDM(Method):
 
     def frames(self, at: Expected) -> Frames | None:
         """From one class at a client and answers of a token to all classes and the longest answers."""
-        most, rows = at.classes or 1, torch.empty(self.rows, self.length, at.width or 1, device="meta").half()
+        if at.width is None or at.classes is None:
+            return None
+        most, rows = at.classes, torch.empty(self.rows, self.length, at.width, device="meta").half()
 
         def up(classes: int, tokens: int, count: int) -> Distilled:
-            answers, sets = (
-                rows.new_empty(most, tokens, dtype=torch.int32),
-                dict.fromkeys(map(str, range(classes)), rows),
-            )
-            return Distilled(sets, [count] * classes, answers, 0.0, count, 0.0)
+            answers = rows.new_empty(most, tokens, dtype=torch.int32)
+            return Distilled(dict.fromkeys(map(str, range(classes)), rows), [count] * classes, answers, 0.0, count, 0.0)
 
         return between(*(fixed(at, Surrounded(at.trained), partial(up, *end)) for end in ((1, 1), (most, LONGEST))))
 
