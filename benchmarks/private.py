@@ -50,7 +50,7 @@ METHODS: dict[tuple[str, str], dict[str, Any]] = {
     ("client", "onebit"): {"name": "onebit", "lr": 3e-3, "schedule": "constant", "steps": 1},
     ("client", "fedkseed"): {"name": "fedkseed", "seeds": 256, "eps": 1e-2, "lr": 2e-2, "shared": True, "steps": 1},
 }
-MORE_ROUNDS = {("record", "onebit"): 10}  # a sign says little of ten steps
+MORE_ROUNDS = {("record", "onebit"): 10}  # one bit a number carries little of ten steps
 CLIP = 1.0
 WHAT = ("level", "method", "epsilon", "seed")
 

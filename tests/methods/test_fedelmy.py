@@ -76,7 +76,8 @@ def visit(method: FedELMY, federation: Federation, id: int, came: Weights, divis
 @pytest.mark.parametrize("kind", ["all weights", "factors"])
 def test_a_pass_is_the_published_loss_on_the_whole_pool(received: bool, kind: str, tmp_path: Path) -> None:
     net = tiny_net(tmp_path / "model") if kind == "all weights" else lora_net(tmp_path / "model")
-    method = FedELMY(**(SGD if kind == "all weights" else SGD | {"lr": 0.5}), **TERMS, received=received)
+    # on all weights 0.05 is a rate at which steps grow: rounding grows with them, by as much as the processor likes
+    method = FedELMY(**SGD | {"lr": 0.02 if kind == "all weights" else 0.5}, **TERMS, received=received)
     federation = Federation(method, net, tmp_path / "run", rounds=3)
     net.reset()
     passed, divisors = [net.base[name].double() for name in net.names], list[float]()
@@ -85,8 +86,7 @@ def test_a_pass_is_the_published_loss_on_the_whole_pool(received: bool, kind: st
         federation.step(cohort=(id,))
     start = [net.base[name].double() for name in net.names]
     found = [federation.state.weights[name].double() for name in net.names]
-    # float32 against float64, through distances that divide each other: 1e-5 to 1.4e-5, by the processor
-    assert distance(found, passed) < 3e-5 * distance(passed, start)
+    assert distance(found, passed) < 1e-9 * distance(passed, start)
     assert len(divisors) == 27
     if kind == "all weights":
         assert min(divisors) == 1 < max(divisors)  # both sides of the rule have been at work
