@@ -31,6 +31,7 @@ from thinwire.privacy.released import Released, of_update
 from thinwire.privacy.secrets import Secrets, SystemSecrets
 from thinwire.privacy.secure import Secure
 from thinwire.versions import Trial, Versions
+from thinwire.wire import Together, alone
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,6 +93,7 @@ class Client:
     held: str | None = None
     secrets: Secrets = field(default_factory=SystemSecrets)
     protection: Protection | None = None  # in a private run: of its examples, or of all that it sends
+    together: Together = alone  # has its other processes, if there are any, work on this frame too
 
 
 class StaleVersion(Exception):
@@ -250,8 +252,7 @@ class Averaged(Method):
             server.weighing.leave_out(server.left_out)
         if not mean:
             return state, metrics
-        counted = [each for each in counted if each.client not in server.left_out]
-        state, own = self.step(state, server, mean, counted)
+        state, own = self.step(state, server, mean, [each for each in counted if each.client not in server.left_out])
         return state, metrics | own
 
     def weight(self, up: Any) -> float:

@@ -32,6 +32,9 @@ def client(
     ] = False,
     device: Annotated[str | None, typer.Option(help="In place of the run file's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="In place of the run file's.")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Share the work of each step among so many, a GPU each.")
+    ] = 1,
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="What may leave this site, a TOML file.")] = None,
     peers: Annotated[
         Path | None,
@@ -66,6 +69,12 @@ def client(
             raise ConfigError("--confine: --model is to name the start model's folder here; no other is seen inside")
         if key.stat().st_mode & 0o077:
             raise ConfigError(f"--key: {key} can be read by others than its owner; chmod 600 {key}")
+        if processes > 1:
+            import torch
+
+            if (device or "cpu").startswith("cuda") and torch.cuda.device_count() < processes:
+                found = torch.cuda.device_count()
+                raise ConfigError(f"--processes: {processes} of them, a GPU each, and torch finds {found} here")
         walls = Sandbox.of(filter(None, (data, heldout, policy, folder))) if confine else None
         try:
             greet(server, ca)
@@ -107,6 +116,7 @@ def client(
             allow_model=allow_model,
             key=None if peers is None else str(key.resolve()),
             peers=None if peers is None else str(peers.resolve()),
+            processes=processes,
         )
         Vouching.of(site)
         stack.enter_context(locked(folder))

@@ -14,6 +14,7 @@ class Site:
     `heldout`: a file of rows to score on; without it, and with `hold_out`, the share that the run file holds out of
     `data` as a run in one process would. `model`, `device`, `threads`: in place of the run file's. `key`, and the
     folder `peers` of the other sites' public ones: in secure sums it vouches for its keys, and asks the same of them.
+    `processes`: among how many the work of a step is shared, see ranks.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Site:
     allow_model: bool = False
     key: str | None = None
     peers: str | None = None
+    processes: int = 1
 
     def write(self, path: Path) -> None:
         """The file that `load` reads."""

@@ -26,7 +26,8 @@ from thinwire.records import read_json
 from thinwire.runtime.endpoint import ACTIONS, KEYED, Endpoint
 from thinwire.runtime.seats import Seats
 from thinwire.runtime.store import ClientMemory, VersionStore, files_by_round
-from thinwire.wire import Frame, Header, Illegal
+from thinwire.train.parallel import ranks
+from thinwire.wire import Frame, Header, Illegal, Together, alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,6 +155,7 @@ class Visits:
         self.fingerprints: dict[str, str] = {}
         self.data: Dataset | None = None
         self.budget: Budget | None = None
+        self.together: Together = alone
         try:
             self.masked = assemble.masked_clients(
                 run, lambda client, *asked: spent.unmask(self.name, *asked), Vouching.of(site, self.sites)
@@ -234,7 +236,9 @@ class Visits:
         self.budget = budget_of(run, {self.id: len(data)}, len(self.sites))
         protected = {} if self.budget is None else self.budget.protected
         parts = (self.net, versions, {self.id: data}, self.kept, self.kept.held)
-        seats = Seats(self.key, run.rounds, *parts, protected=protected)
+        if ranks()[1] > 1 and any(protection.level == "record" for protection in protected.values()):
+            raise Refused("each of this site's processes would draw noise of its own: it takes part with one alone")
+        seats = Seats(self.key, run.rounds, *parts, protected=protected, together=self.together)
         found = Evaluation({self.id: some}, bool(scored), run.eval, self.policy.evaluate == "mean")
         self.endpoint = Endpoint(run.method, seats, {**ACTIONS, "evaluate": found, **self.masked}, spool=self.spool)
         self.data = data

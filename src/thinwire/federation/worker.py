@@ -1,7 +1,7 @@
 """A site's worker: one process that holds the model, the rows and the client's memory from its first frame on.
 
 It takes frames from a socket, one at a time, and lets the site's policy and its log see each that comes and goes. It
-ends with the process that started it.
+ends with the process that started it. Of a site of several processes it is the first: see ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from thinwire.federation.processes import end_with_parent
 from thinwire.federation.site import Site
 
 if TYPE_CHECKING:
+    from thinwire.federation.ranks import Ranks
     from thinwire.federation.site_run import Visits
     from thinwire.wire import Frame
 
@@ -31,15 +32,15 @@ MOST = 300  # characters of an error that a server receives
 
 
 class Worker:
-    """One site's worker; `answer` is what it does with a question."""
+    """One site's worker; `answer` is what it does with a question. `ranks`: the site's other processes."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, ranks: Ranks | None = None) -> None:
         from thinwire.federation.audit import Audit
         from thinwire.federation.policy import Policy
         from thinwire.federation.progress import Notices
         from thinwire.federation.spent import Spent
 
-        self.site, self.folder = site, Path(site.folder)
+        self.site, self.folder, self.ranks = site, Path(site.folder), ranks
         self.policy = Policy.load(Path(site.policy) if site.policy else None)
         self.audit, self.spent = Audit(self.folder / "audit.jsonl"), Spent(self.folder)
         self.notices = Notices(self.folder / "notices.txt")
@@ -180,6 +181,9 @@ class Worker:
             run.load()
             if (other := difference(run.fingerprints, question.hashes())) is not None:
                 raise Refused(f"{self.site.name} cannot take part: {other}")
+            if self.ranks is not None:
+                self.ranks.asked(question, header.client)
+                run.together = self.ranks.together
             answer = self._done(run, action, frame, question.counted)
         except Exception as error:
             # what went wrong with rows, or after a look at them, is the site's to know: the same words for all of it
@@ -242,6 +246,12 @@ def main(path: Path) -> None:
 
     list(METHODS.values())  # imported now, not in a visit's time
 
+    ranks: Ranks | None = None
+    if site.processes > 1:
+        from thinwire.federation.progress import Notices
+        from thinwire.federation.ranks import Ranks
+
+        ranks = Ranks(path, Notices(Path(site.folder) / "notices.txt").add)
     worker: Worker | None = None
     try:
         while True:
@@ -249,7 +259,7 @@ def main(path: Path) -> None:
             with link, contextlib.suppress(ConnectionError):
                 table, body = channel.receive(link)
                 if worker is None:
-                    worker = Worker(site)
+                    worker = Worker(site, ranks)
                 # the kernel ends this process when time is up, whatever it is at: no handler of ours could
                 signal.setitimer(signal.ITIMER_REAL, worker.policy.seconds)
                 answer = worker.answer(table, body)

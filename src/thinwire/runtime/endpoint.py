@@ -40,7 +40,8 @@ def visit(method: Method, frame: Frame, client: Client, max_bytes: int = wire.fr
     """What the frame brings down, and what the client half makes of it."""
     down: Any = wire.decode(method.Down, frame, max_bytes)
     try:
-        up = method.client_update(down, client)
+        with client.together(frame):
+            up = method.client_update(down, client)
         if client.protection is not None:
             released = method.released(client.protection.level)
             up = withheld(up, released or {})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from thinwire.core import Client, Server
 from thinwire.runtime.cohort import cohort_of
+from thinwire.wire import Together, alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,7 @@ class Seats:
     loss: Callable[[], float] | None = None  # on the public rows, of the weights in the net
     protected: Mapping[int, Protection] = field(default_factory=dict)  # client -> how, in a private run
     protection: Protection | None = None  # of whole clients, in the server's mean
+    together: Together = alone
 
     def server(self, round: int, cohort: Sequence[int] = ()) -> Server:
         """What the server half is handed in a round; round 0 is `init`."""
@@ -68,8 +70,9 @@ class Seats:
         key = self.key.fold("client", id, "round", round)
         memory = {} if self.memories is None else self.memories.of(id, round)
         data = self.data[id].remembered(memory)
-        held = self.held(id, round)
-        return Client(id, self.net, data, key, memory, self.versions, held, protection=self.protected.get(id))
+        held, protection = self.held(id, round), self.protected.get(id)
+        parts = (self.net, data, key, memory, self.versions, held)
+        return Client(id, *parts, protection=protection, together=self.together)
 
     def cohort(self, segments: Sequence[Segment], clients: int | Sequence[int], round: int) -> tuple[int, ...]:
         """Who of so many clients, or of these, takes part in a round."""

@@ -3,6 +3,9 @@
 All processes of a launch (`accelerate launch` or `torchrun`, WORLD_SIZE in the environment) run the same program on the
 same run file. What is drawn comes from keys, so they agree on everything but the work within a step, of which each does
 a share: of a first-order step the examples of the batch, of a zeroth-order step the directions that it asks about.
+
+A site of a federation starts its other processes itself (federation.ranks): they have its rows, follow it into the
+visits that it begins, and answer nobody.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from thinwire.data.batch import IGNORE, Batch
 
 ATTRIBUTE = "thinwire_shards"  # of a model that is to be trained in shards
+INTERFACE = {"linux": "lo", "darwin": "lo0"}  # what processes of one machine reach each other by
 
 
 def join() -> int:
@@ -40,6 +44,20 @@ def join() -> int:
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
     return rank
+
+
+def meet(place: Path, rank: int, size: int) -> None:
+    """Join the processes of a site, which meet at a file: no port is opened but on loopback, between them alone.
+
+    NCCL between GPUs where each process has one, else gloo.
+    """
+    if (loopback := INTERFACE.get(sys.platform)) is not None:
+        os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+    os.environ["LOCAL_RANK"] = str(rank)
+    if graphics := torch.cuda.device_count() >= size:
+        torch.cuda.set_device(rank)
+    backend = "nccl" if graphics else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{place}", rank=rank, world_size=size)
 
 
 def ranks() -> tuple[int, int]:

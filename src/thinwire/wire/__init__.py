@@ -4,6 +4,7 @@ from thinwire.wire.errors import Corrupt, Illegal, Malformed, TooLarge, WireErro
 from thinwire.wire.frame import Frame, Header, decode, encode, raw
 from thinwire.wire.ledger import Ledger
 from thinwire.wire.payload import LazyTensors, Stale
+from thinwire.wire.together import Together, alone
 
 __all__ = [
     "Corrupt",
@@ -14,8 +15,10 @@ __all__ = [
     "Ledger",
     "Malformed",
     "Stale",
+    "Together",
     "TooLarge",
     "WireError",
+    "alone",
     "decode",
     "encode",
     "raw",

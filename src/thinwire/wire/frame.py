@@ -87,6 +87,11 @@ class Frame:
         frame._owned = False
         return frame if len(frame) > SPOOL_ABOVE else cls(path.read_bytes())
 
+    @property
+    def file(self) -> Path | None:
+        """Where it lies, for another process of ours to `load`; None in memory."""
+        return self._file
+
     def __len__(self) -> int:
         return self._size
 
