@@ -353,6 +353,28 @@ def test_a_site_that_cannot_take_part_is_out_alone(trouble: str, silos: Silos, t
         join(transport, job.run, 3, job.names, 3)
 
 
+def test_a_worker_that_begins_anew_between_two_pieces_costs_its_site_the_round_alone(
+    silos: Silos, tmp_path: Path
+) -> None:
+    """What it had of the frame is gone, and nobody waits for a reply that cannot come until the round's deadline."""
+    job, grid, _ = federate(silos, silos.run(WIDE), tmp_path / "run", chunk_bytes=30_000, deadline=600.0)
+    pieces = 0
+
+    def begun(client: int, reply: Message) -> Message:
+        nonlocal pieces
+        pieces += client == 1
+        if client == 1 and pieces == 2:
+            grid.workers[1] = Worker(grid.workers[1].site)
+        return reply
+
+    grid.tamper = begun
+    course.train(job)
+    first, second = visits(tmp_path / "run")
+    reason = "all pieces were taken in, and no reply came: its worker has begun anew between them"
+    assert [error for *_, error in first] == [None, reason, None]
+    assert [error for *_, error in second] == [None] * 3
+
+
 def test_a_node_that_comes_back_within_the_patience_has_joined(silos: Silos, tmp_path: Path) -> None:
     from flwr.app import Error
 

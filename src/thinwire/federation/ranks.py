@@ -165,6 +165,7 @@ class Companion:
 
     def serve(self, link: socket.socket) -> None:
         """Follow the worker until it ends."""
+        from thinwire import memory
         from thinwire.wire import Frame
 
         while True:
@@ -174,6 +175,7 @@ class Companion:
                 run = self.ready(table)
             with self._answered(link):
                 run.answer("train", frame, int(table["counted"]))
+            memory.trim()
 
     @contextmanager
     def _answered(self, link: socket.socket) -> Iterator[None]:

@@ -217,6 +217,8 @@ class Pieces:
                 found = True
                 call.waiting.discard(id)
                 self._feed(call)
+                if not (call.done or call.ahead or call.waiting):
+                    call.error = "all pieces were taken in, and no reply came: its worker has begun anew between them"
                 if call.done:
                     call.seconds = time.monotonic() - call.began
                     break
