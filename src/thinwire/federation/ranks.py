@@ -152,15 +152,14 @@ class Companion:
             self.run, self.settings = None, ""  # one model in memory, not two
             run = Visits(self.site, self.policy, str(table["settings"]), self.folder, self.spent)
             run.masked = {}  # the worker alone has masks
-            shutil.rmtree(run.folder, ignore_errors=True)
-            kept = self.home / "runs" / run.name
-            if kept.is_dir():
-                shutil.copytree(kept, run.folder, ignore=shutil.ignore_patterns("replies"))
             run.seat(str(table["site"]) or None, int(table["client"]))
             run.load()
             run.read()
             run.endpoint.actions["train"] = follow
             self.run, self.settings = run, str(table["settings"])
+        shutil.rmtree(self.run.folder, ignore_errors=True)
+        kept = self.home / "runs" / self.run.name  # of the worker: whatever became of it, all begin where that one does
+        shutil.copytree(kept, self.run.folder, ignore=shutil.ignore_patterns("replies"), copy_function=_link)
         return self.run
 
     def serve(self, link: socket.socket) -> None:
@@ -190,6 +189,14 @@ class Companion:
         channel.send(link, {"error": error})
         channel.receive(link)
         link.settimeout(None)
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name: those that a site keeps are replaced, and never changed."""
+    try:
+        os.link(source, target)
+    except OSError:  # a disk that has no such links
+        shutil.copy2(source, target)
 
 
 def main(path: Path, rank: int, descriptor: int) -> None:
