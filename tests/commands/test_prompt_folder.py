@@ -118,7 +118,7 @@ def test_another_run_goes_on_from_it_or_refuses_in_a_line(place: Path, tmp_path:
             "method: fedpeptao shares the parameters of some layers, and this view trains those",
         ),
         (["method.name=slora"], "model.lora: missing; slora works with the factors of a LoRA view"),
-        (["method.name=feddm"], "model.view: feddm trains on embeddings, and a prompt stands in front of tokens alone"),
+        (["method.name=feddm"], "model.view: feddm trains on embeddings, a prompt stands in front of tokens alone"),
         (["model.view.text=a"], 'model.view.text: goes together with model.view.init = "text"'),
         (["model.view.init=adapter"], "cannot read "),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from federation import PROMPT, Federation, closed_data, tiny_net
-from tiny import CHOICES, tiny_encoder, tiny_rows, write_jsonl
+from tiny import CHOICES, tiny_encoder, tiny_folder, tiny_rows, write_jsonl
 from torch import Tensor
 
 from thinwire import assemble, config, wire
@@ -19,6 +19,7 @@ from thinwire.data.tokenise import tokenise
 from thinwire.errors import ConfigError
 from thinwire.keys import Key
 from thinwire.methods.feddm import Distilled, FedDM
+from thinwire.model.errors import ModelError
 from thinwire.model.net import Net
 from thinwire.train import embedded, objective
 
@@ -173,6 +174,44 @@ def test_bytes_up_do_not_depend_on_the_models_depth(tmp_path: Path) -> None:
         sizes.append(at.visits[0].bytes_up)
     assert sizes[0] == sizes[1]
     assert 0 < sizes[0] - 2 * 2 * 4 * 32 * 2 < 300  # two classes of two rows, of four tokens, 32 wide, in two bytes
+
+
+def test_a_table_that_nothing_but_lookups_read_is_left_out(tmp_path: Path) -> None:
+    """Points are not looked up: the table has no gradient of theirs, and stays where the server's steps find it."""
+    net = tiny_net(tmp_path / "untied", tie_word_embeddings=False)
+    federation = Federation(FedDM(**SMALL), net, tmp_path / "run", rounds=1)
+    answers = ((65,), (66,))  # of one token, which nothing follows that would be looked up
+    federation.data = [dataclasses.replace(data, candidates=answers) for data in federation.data]
+    visits = federation.step().visits
+    assert [visits[client].error for client in visits] == [None] * 3
+    assert 0 < federation.metrics["distance"] < 2
+    table = "model.embed_tokens.weight"
+    moved = {name for name, tensor in federation.state.weights.items() if not torch.equal(tensor, net.base[name])}
+    assert moved == {*net.names} - {table}
+
+
+@pytest.mark.parametrize(
+    ("view", "line"),
+    [
+        ({"kind": "tied", "numbers": 8, "targets": ["q_proj"]}, "feddm compares the weights' gradients, and tied "),
+        ({"kind": "filter", "parts": ["embed_tokens"]}, "what is trained has no gradient where rows are points"),
+    ],
+)
+def test_what_points_cannot_teach_is_refused(view: dict[str, Any], line: str, tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "model", tie_word_embeddings=False)
+    write_jsonl(tmp_path / "rows.jsonl", tiny_rows(20, closed=True))
+    data = {"path": str(tmp_path / "rows.jsonl"), "clients": 2, "prompt": "{input}:", "answer": "{output}"}
+    tree: dict[str, Any] = {
+        "rounds": 1,
+        "model": {"path": str(tmp_path / "model"), "view": view},
+        "data": data | {"words": dict(zip(CHOICES, "ab", strict=True)), "choices": ["a", "b"]},
+        "method": {"name": "feddm"},
+    }
+    from thinwire.runtime.course import Watch, train
+
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ModelError, match=rf"^model\.view: {line}"):
+        train(assemble.begin(*assemble.prepared(config.parse(tree))).job(tmp_path / "run", Watch()))
 
 
 def good(net: Net) -> Distilled:

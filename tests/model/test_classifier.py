@@ -60,6 +60,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "fedzo": ({"name": "fedzo", "lr": 5e-3, "eps": 1e-3, "steps": 10, "batch_size": 8}, {}),
+    "feddm": ({"name": "feddm", "lr": 2e-3, "server_steps": 8, "length": 4, "batch_size": 8}, {}),
 }
 
 

@@ -156,7 +156,7 @@ class FedDM(Method):
                 self._moved(net, weights, key.fold("ball", step))
             loss = batch_loss(net.model, next(batches))
             seen.append(loss.item())
-            yield [gradient.float() for gradient in torch.autograd.grad(loss, parameters)]
+            yield [g.float() for g in torch.autograd.grad(loss, parameters, materialize_grads=True)]
 
     @torch.no_grad()
     def _moved(self, net: Net, weights: Tensors, key: Key) -> None:
@@ -260,9 +260,9 @@ class FedDM(Method):
         if "inputs_embeds" not in inspect.signature(net.model.forward).parameters:
             raise ModelError(f"model.path: {self.name} needs a model that takes embeddings for tokens")
         if net.view.front:
-            raise ModelError(
-                f"model.view: {self.name} trains on embeddings, and a prompt stands in front of tokens alone"
-            )
+            raise ModelError(f"model.view: {self.name} trains on embeddings, a prompt stands in front of tokens alone")
+        if net.view.kind == "tied":
+            raise ModelError(f"model.view: {self.name} compares the weights' gradients, and tied numbers hide those")
 
     def frames(self, at: Expected) -> Frames | None:
         """From one class at a client and answers of a token to all classes and the longest answers."""
@@ -283,7 +283,8 @@ class FedDM(Method):
 def _packed(answers: Sequence[Sequence[int]]) -> Tensor:
     """The answers' tokens, ABSENT beyond: int32 [classes, tokens]."""
     longest = max(map(len, answers))
-    return torch.tensor([[*a, *[ABSENT] * (longest - len(a))] for a in answers], dtype=torch.int32).view(-1, longest)
+    filled = [[*a, *[ABSENT] * (longest - len(a))] for a in answers]
+    return torch.tensor(filled, dtype=torch.int32).view(len(answers), longest)
 
 
 def _unpacked(answers: Tensor) -> Answers:

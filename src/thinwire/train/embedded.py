@@ -2,7 +2,7 @@
 
 A set has for each class some prompts [rows, length, width], and no words. Its gradient is to be that of real rows:
 
-    D(S) = sum_t |g_t(S) - g_t|^2 / sum_t |g_t|^2        t: the tensors that are trained
+    D(S) = sum_t |g_t(S) - g_t|^2 / sum_t |g_t|^2        t: the tensors that are trained, and that points reach
 
 (Zhao, Mopuri and Bilen 2021, arXiv:2006.05929, there by cosines). D is followed by Adam on S.
 """
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from thinwire.model.errors import ModelError
 
 Answers = Sequence[Sequence[int]]  # the tokens of each class's answer; without any, a classifier's classes
 
@@ -85,8 +87,13 @@ def matched(
     classes = torch.full((len(rows),), label, device=rows.device)
     for gradients in wanted:
         with sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has a gradient
-            mine = torch.autograd.grad(losses(model, rows, classes, answers).mean(), parameters, create_graph=True)
-            apart = distance(mine, gradients)
+            loss = losses(model, rows, classes, answers).mean()
+            found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            # points are not looked up: where nothing else reads the table, it has no gradient to compare
+            pairs = [(one, other) for one, other in zip(found, gradients, strict=True) if one is not None]
+            if not pairs:
+                raise ModelError("model.view: what is trained has no gradient where rows are points, and not words")
+            apart = distance(*zip(*pairs, strict=True))
             (rows.grad,) = torch.autograd.grad(apart, [rows])
         if math.isfinite(apart.item()) and torch.isfinite(rows.grad).all():
             rule.step()
