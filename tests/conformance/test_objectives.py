@@ -14,6 +14,7 @@ from tiny import CHOICES, tiny_encoder, tiny_folder, tiny_rows, write_jsonl
 from thinwire import assemble, config
 from thinwire.config.schema import without_none
 from thinwire.errors import ConfigError
+from thinwire.estimate.costs import estimate
 from thinwire.methods import METHODS
 from thinwire.model.errors import ModelError
 from thinwire.runtime import course
@@ -67,9 +68,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_of(method: str, objective: str, place: Path) -> config.Run:
+def run_of(method: str, objective: str, place: Path, on: str | None = None) -> config.Run:
+    """`on`: of MODELS, if not the one that the method's row runs on."""
     row, encoder = ROW[method], objective in ENCODERS
-    model = json.loads(json.dumps(MODELS[model_of(row)]))
+    model = json.loads(json.dumps(MODELS[on or model_of(row)]))
     if encoder and "targets" in model.get("view", {}):
         model["view"]["targets"] = [LAYERS[name] for name in model["view"]["targets"]]
     tree = {
@@ -105,3 +107,19 @@ def test_a_method_trains_on_an_objective_or_is_refused(
     first, last = summary["first"][0]["loss"], summary["final"][0]["loss"]
     assert math.isfinite(last)
     assert last != first
+
+
+@pytest.mark.parametrize("on", ["whole", "lora", "lora of B", "core", "prompt", "tied factors"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_estimate_of_any_method_under_any_view_is_made_or_refused_in_a_line(
+    method: str, on: str, place: Path
+) -> None:
+    for objective in ("choices", "classes"):
+        line, found = "model.", None
+        try:
+            found = estimate(run_of(method, objective, place, on))
+        except (ConfigError, ModelError) as error:
+            line = str(error)
+        assert "\n" not in line
+        assert line.startswith(("model.", "method.", "data.", "the run file: "))
+        assert found is None or found.traffic is None or found.traffic.total[1].most > 0

@@ -77,9 +77,12 @@ def estimate(run: Run) -> Estimate:
     model = sketch(run, partial(classes_in, run, held, assumed))
     stays = kept(model.trained, run.model.view.keep)
     shared = replace(model, trained={name: t for name, t in model.trained.items() if name not in stays})
-    method, length = run.method, run.data.max_length
+    method, length, most = run.method, run.data.max_length, "data.max_length allows"
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(places, int) and 0 < places - run.model.view.front < length:
+        length, most = places - run.model.view.front, "the model has positions for"
     work = method.work(1)
-    assumed.append(f"batches of {work.batch} rows of {length} tokens, the most that data.max_length allows")
+    assumed.append(f"batches of {work.batch} rows of {length} tokens, the most that {most}")
     answers = _rows_of_one(run, held)
     at_once = answers * work.batch * work.sides
     closed = run.data.choices is not None and run.data.loss == "choice"

@@ -93,9 +93,10 @@ class FedEx(OnProducts):
         return True
 
     def frames(self, at: Expected) -> Frames | None:
+        rank = self.rank_in(at.trained)
         return expected(
             at,
-            [(len(cohort) + 1) * rank_of(at.trained) for cohort in at.cohorts],
+            [(len(cohort) + 1) * rank for cohort in at.cohorts],
             lambda way: Exact(factors=at.trained, **vars(way)),
             lambda client, examples: Trained(at.trained, examples, 0.0, 0),
         )

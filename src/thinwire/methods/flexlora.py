@@ -81,7 +81,7 @@ class FlexLora(Ranked):
         fill_checked(client.net, padded(down.factors, {name: client.net.base[name] for name in client.net.names}))
 
     def frames(self, at: Expected) -> Frames | None:
-        most = rank_of(at.trained)
+        most = self.rank_in(at.trained)
         each = {rank: self._fixed(at, rank) for rank in {most, *self.ranks.values()}}
 
         def frames(round: int, client: int, new: bool) -> tuple[Span, Span]:

@@ -71,7 +71,7 @@ class FLora(Ranked):
         return True
 
     def frames(self, at: Expected) -> Frames | None:
-        most = rank_of(at.trained)
+        most = self.rank_in(at.trained)
         return expected(
             at,
             [sum(self.rank_of(client, most) for client in cohort) for cohort in at.cohorts],

@@ -119,7 +119,7 @@ class HetLora(Ranked):
 
     def frames(self, at: Expected) -> Frames | None:
         """From where every visit has lowered the rank to where none has; a round's first frames are exact."""
-        most = rank_of(at.trained)
+        most = self.rank_in(at.trained)
         of = {client: self.rank_of(client, most) for cohort in at.cohorts for client in cohort}
         sizes: dict[int, Frames] = {}
 

@@ -33,7 +33,7 @@ from thinwire.model.net import Net
 from thinwire.train.first_order import FirstOrder, proximal
 from thinwire.train.local import Adjust, Local, Rule, train_locally
 from thinwire.train.merged import check_merges, fill_merged, layers_of
-from thinwire.train.products import check_view, named, places
+from thinwire.train.products import check_trained, named, places
 from thinwire.train.weights import Trained, alone, check_weights, fill, fill_checked
 from thinwire.wire.legal import check_keys, check_rate
 from thinwire.wire.payload import LATE
@@ -128,7 +128,7 @@ class SLora(FirstOrder):
         return 8 * max(net.size, masked) + 256 * len(net.names) + (1 << 16)
 
     def fits(self, net: Net) -> None:
-        check_view(net, self.name)
+        check_trained(net.names, self.name)
         check_merges(net)
 
     def frames(self, at: Expected) -> Frames | None:

@@ -55,7 +55,12 @@ class OnProducts(FirstOrder):
         return Update(rows(up.weights), self.weight(up), up.loss, up.skipped)
 
     def fits(self, net: Net) -> None:
-        check_view(net, self.name)
+        check_trained(net.names, self.name)
+
+    def rank_in(self, trained: Tensors) -> int:
+        """The rank of what is trained; ModelError for what the method cannot train, before there is a net."""
+        check_trained(trained, self.name)
+        return rank_of(trained)
 
 
 class Ranked(OnProducts):
@@ -87,15 +92,15 @@ class Ranked(OnProducts):
             raise ConfigError(f"method.ranks: no client {', '.join(map(str, unknown))}: there {there}")
 
 
-def check_view(net: Net, method: str) -> None:
-    """ModelError unless what the net trains are both factors of a LoRA view, and nothing else."""
-    layers = net.adapted()
-    if not layers:
+def check_trained(names: Iterable[str], method: str) -> None:
+    """ModelError unless what is trained are both factors of a LoRA view, and nothing else."""
+    names = list(names)
+    factors = {name for place in places(names).values() for name in place}
+    if not any(LEFT in name or RIGHT in name for name in names):
         raise ModelError(f"model.lora: missing; {method} works with the factors of a LoRA view")
-    factors = {name for place in layers.values() for name in (place.left, place.right)}
-    if not factors <= set(net.names):
+    if not factors <= {*names} or any(RIGHT in name for name in {*names} - factors):
         raise ModelError(f"model.lora: {method} trains both factors of a LoRA view, and here one is not trained")
-    if others := [name for name in net.names if name not in factors]:
+    if others := [name for name in names if name not in factors]:
         raise ModelError(
             f"model.lora: {method} works with factors alone, and a classifier's view trains its head too: {others[0]}"
         )
