@@ -74,23 +74,23 @@ class Ranks:
         for rank, link in self.links.items():
             with self._or_end(rank):
                 channel.send(link, {**self.about, **where}, b"" if where else bytes(frame))
-        self._hear(None)
+        self._receive(None)
         self._send()
         try:
             yield
         except Exception as error:
             for link in self.links.values():
                 link.settimeout(GRACE)
-            self._hear(None if isinstance(error, StaleVersion) else error)  # that one is an answer like others
+            self._receive(None if isinstance(error, StaleVersion) else error)  # that one is an answer like others
             raise
         else:
-            self._hear(None)
+            self._receive(None)
         finally:
             for link in self.links.values():
                 link.settimeout(None)
             self._send()
 
-    def _hear(self, error: Exception | None) -> None:
+    def _receive(self, error: Exception | None) -> None:
         """What became of the others' work; it has to be what became of this one's."""
         for rank, link in self.links.items():
             with self._or_end(rank):
@@ -178,7 +178,7 @@ class Companion:
 
     @contextmanager
     def _answered(self, link: socket.socket) -> Iterator[None]:
-        """Tell the worker what became of a piece of work, and wait for its word; without it in time, end."""
+        """Report to the worker what became of a piece of work, and wait for its answer; without one in time, end."""
         error = ""
         try:
             yield
