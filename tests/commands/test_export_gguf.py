@@ -84,3 +84,23 @@ def test_what_is_wrong_is_one_line(place: Path, tmp_path: Path) -> None:
     finally:
         (place / "model" / "config.json").write_text(json.dumps(config))
     assert not out.exists()
+
+
+def test_classes_that_the_rows_named_are_those_of_what_is_exported(tmp_path: Path) -> None:
+    """The run file lists none: the model that the run left has them."""
+    tiny_encoder(tmp_path / "encoder")
+    write_jsonl(tmp_path / "rows.jsonl", tiny_rows(24, closed=True))
+    view = {"kind": "lora", "rank": 2, "targets": ["query"]}
+    tree = {
+        "rounds": 1,
+        "model": {"path": str(tmp_path / "encoder"), "view": view},
+        "data": {"path": str(tmp_path / "rows.jsonl"), "clients": 2, "heldout": 4},
+        "method": {"name": "fedavg", "steps": 1},
+    }
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(tree))
+    assert thinwire("run", tmp_path / "run.toml", "--out", tmp_path / "run").code == 0
+    assert thinwire("export", tmp_path / "run", "--out", tmp_path / "exported").code == 0
+    left, exported = (json.loads((tmp_path / part / "config.json").read_text()) for part in ("run/model", "exported"))
+    assert exported["id2label"] == left["id2label"] == dict(zip("01", sorted(CHOICES), strict=True))
+    line = refused("export", tmp_path / "run", "--gguf", "q8_0", "--out", tmp_path / "gguf")
+    assert "a classifier cannot be written" in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,7 @@ def export(
             raise config.ConfigError(f"{path}: no run is there")
         run = config.load(path / "run.toml")
         state = _state(path, run)
-        net = assemble.net_of(run)
+        net = assemble.net_of(_with_classes(path, run))
         run.method.materialise(state, net)
         if gguf is not None:
             _write_gguf(net, run, out, gguf)
@@ -135,7 +136,7 @@ def _adapter(path: Path, base: str | None) -> Adapter:
 
     if (path / "run.toml").exists():
         run = config.load(path / "run.toml")
-        state, net = _state(path, run), assemble.net_of(run)
+        state, net = _state(path, run), assemble.net_of(_with_classes(path, run))
         run.method.materialise(state, net)
         return adapters.of_net(path, net)
     if (path / ADAPTER).exists():
@@ -156,3 +157,15 @@ def _state(path: Path, run: Run) -> Any:
         raise config.ConfigError(f"{path}: no round of the run has ended, so there is nothing to carry away")
     best = found.progress.best
     return found.state if run.eval.keep == "last" or best is None else checkpoint.kept(folder, best, method.State)
+
+
+def _with_classes(path: Path, run: Run) -> Run:
+    """A run whose classes its rows named, with those: the model that it left has them."""
+    left = path / "model" / "config.json"
+    if run.data.choices is not None or not left.is_file():
+        return run
+    about = json.loads(left.read_text(encoding="utf-8"))
+    if not any(str(name).endswith("ForSequenceClassification") for name in about.get("architectures") or ()):
+        return run
+    classes = tuple(label for _, label in sorted((int(i), str(label)) for i, label in about["id2label"].items()))
+    return run.model_copy(update={"data": run.data.model_copy(update={"choices": classes})})
